@@ -1,0 +1,442 @@
+"""The configuration of a run: a TOML recipe, overridden key by key on the command line.
+
+    train.py my.toml --optim.lr 1e-5 --data.train a.jsonl,b.jsonl
+
+Every key is declared once, below, as a field of a frozen dataclass: type, default, one-line doc, choices and bounds.
+Help, conversion, validation and the comments of the saved `config.toml` derive from that declaration, so adding a key
+is adding a line. `load` reports every problem at once, each with the place it came from: a run that waits in a queue
+should not fail three times for three typing errors. A recipe is data: nothing in it is ever executed.
+
+Some defaults depend on other keys (`model.tokenizer` on `model.path`, a source's format on `data.format`). `load` fills
+them in, so that readers need no rule of their own; `to_toml` leaves them out again, so that overriding `data.template`
+of a saved configuration reaches the sources that had inherited it.
+"""
+
+import difflib
+import json
+import operator
+import os
+import tomllib
+import unicodedata
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from importlib import resources
+from itertools import chain, count
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+from minisft.errors import UserError
+
+FORMATS = ("auto", "alpaca", "dolly", "sharegpt", "oasst", "messages", "prompt_completion", "text")
+BOUNDS = {"low": (">=", operator.ge), "above": (">", operator.gt),
+          "high": ("<=", operator.le), "below": ("<", operator.lt)}
+
+
+def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), **bounds: float) -> Any:
+    """One configuration key. `bounds` are low and high (inclusive), above and below (exclusive)."""
+    assert bounds.keys() <= BOUNDS.keys()
+    return field(default=default, metadata={"doc": doc, "choices": choices, "bounds": bounds})
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of data.train or data.eval."""
+    path: str = key(MISSING, "the file")
+    format: str = key("", "empty: data.format", choices=FORMATS)
+    template: str = key("", "empty: data.template")
+    weight: float = key(1.0, "how often its documents are seen, relative to the other sources", above=0)
+    name: str = key("", "name in reports; empty: the file's name without suffixes")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network to start from."""
+    path: str = key("", "Hugging Face folder of the base model")
+    init: str = key("", "where the weights come from; empty: pretrained where model.path is given",
+                    choices=("pretrained", "random"))
+    config: str = key("", "for random weights: a config.json, or a preset such as llama-3.1-8b")
+    tokenizer: str = key("", "folder or tokenizer.json; empty: model.path")
+    format: str = key("hf", "hf: safetensors; meta: consolidated.*.pth, read with weights_only=True",
+                      choices=("hf", "meta"))
+
+
+@dataclass(frozen=True)
+class Data:
+    """From files to packs of tokens."""
+    train: tuple[Source, ...] = key((), "files to train on")
+    eval: tuple[Source, ...] = key((), "held-out files")
+    format: str = key("auto", "how the files are laid out", choices=FORMATS)
+    template: str = key("", "chat template; empty: the one the model folder tells")
+    templates: str = key("", "TOML file with templates of your own")
+    train_on: str = key("assistant", "the tokens that are trained", choices=("assistant", "last_assistant", "all"))
+    seq_len: int = key(2048, "tokens in a pack", low=2)
+    overlong: str = key("drop", "what becomes of a document longer than seq_len", choices=("drop", "truncate", "error"))
+    shuffle: bool = key(True, "shuffle the documents, anew in every epoch")
+    oasst: str = key("all", "conversations taken from an OASST tree", choices=("all", "best"))
+    skip_bad: bool = key(False, "skip malformed records instead of stopping at them")
+    max_bad: int = key(100, "with skip_bad: stop after more malformed records than this", low=0)
+    cache: str = key("", "folder of tokenised data; empty: minisft in $XDG_CACHE_HOME or ~/.cache")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The size of a step."""
+    packs: int = key(32, "packs per optimizer step over all ranks", low=1)
+    micro_packs: int = key(1, "packs per rank per forward pass; accumulation is derived", low=1)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Length and arithmetic of the run."""
+    epochs: int = key(3, "passes over the training data", low=1)
+    max_steps: int | None = key(None, "stop after this many steps", low=1)
+    seed: int = key(0, "seed of the weights and of the order of the data", low=0, high=2**32 - 1)
+    precision: str = key("bf16", "arithmetic of the network; master weights are always fp32", choices=("bf16", "fp32"))
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW, its learning rate over time, and the loss."""
+    lr: float = key(2e-5, "peak learning rate", low=0)
+    schedule: str = key("cosine", "learning rate after warmup", choices=("cosine", "linear", "constant", "wsd"))
+    warmup_steps: int = key(100, "steps of linear warmup", low=0)
+    min_lr_ratio: float = key(0.0, "final learning rate as a share of the peak", low=0, high=1)
+    decay_fraction: float = key(0.1, "wsd: the share of the steps that decays", low=0, high=1)
+    weight_decay: float = key(0.0, "decoupled weight decay", low=0)
+    betas: tuple[float, float] = key((0.9, 0.95), "decay of the two moments", low=0, below=1)
+    eps: float = key(1e-8, "added to the denominator of the update", above=0)
+    clip_norm: float = key(1.0, "largest gradient norm; 0: no clipping", low=0)
+    label_smoothing: float = key(0.0, "probability spread over the whole vocabulary", low=0, below=1)
+    z_loss: float = key(0.0, "weight of the squared log-partition penalty", low=0)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the ranks share the work."""
+    shard: int = key(0, "FSDP: ranks a parameter is sharded over; 0: all", low=0)
+    replicate: int = key(1, "HSDP: copies of the sharded model", low=1)
+    activation_checkpointing: str = key("none", "full: recompute layers in the backward pass", choices=("none", "full"))
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluation on data.eval."""
+    every: int = key(0, "steps between evaluations; 0: only at the start and the end", low=0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where results go."""
+    dir: str = key("", "run folder; empty: runs/ and the recipe's name")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration. Only `load` checks it and fills in the dependent defaults."""
+    model: Model = Model()
+    data: Data = Data()
+    batch: Batch = Batch()
+    train: Train = Train()
+    optim: Optim = Optim()
+    parallel: Parallel = Parallel()
+    eval: Eval = Eval()
+    run: Run = Run()
+
+    def to_toml(self) -> str:
+        """The configuration as a recipe: `load` of the file gives an equal Config."""
+        lines = ["# The effective configuration. Relative paths start at the folder the run was started in."]
+        written = _without_inherited(self)
+        for section in fields(Config):
+            lines += ["", f"[{section.name}]  # {section.type.__doc__}"]
+            for spec in fields(section.type):
+                first, *rest = _toml(getattr(getattr(written, section.name), spec.name)).split("\n")
+                lines += [f"{spec.name} = {first}  # {spec.metadata['doc']} [{_accepted(spec)}]", *rest]
+        return "\n".join(lines) + "\n"
+
+
+SECTIONS = {section.name: section.type for section in fields(Config)}
+KEYS = {f"{section}.{spec.name}": spec for section, cls in SECTIONS.items() for spec in fields(cls)}
+
+
+def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
+    """What is wrong between keys that are each fine alone: (the keys involved, the one to blame first; message)."""
+    model, data, batch = config.model, config.data, config.batch
+    random = model.init == "random"
+    checks = [
+        (not data.train, ("data.train",), "no training data; name at least one file"),
+        (not (random or model.path), ("model.path", "model.init"),
+         "no base model; name its folder, or set model.init to random and model.config"),
+        (random and not model.config, ("model.config", "model.init"),
+         "model.init is random, which needs a config.json or the name of a preset"),
+        (batch.micro_packs > batch.packs, ("batch.micro_packs", "batch.packs"),
+         f"{batch.micro_packs} packs per forward pass, but batch.packs is only {batch.packs} per step"),
+        (config.eval.every > 0 and not data.eval, ("eval.every", "data.eval"),
+         f"evaluation every {config.eval.every} steps, but data.eval names no file"),
+    ]
+    for name, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        names = [source.name for source in sources]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        checks.append((any(not source.path for source in sources), (name,), "a path is empty"))
+        checks.append((bool(twice), (name,), f"several sources are named {', '.join(twice)}; names must differ"))
+    return [(keys, message) for wrong, keys, message in checks if wrong]
+
+
+def load(argv: list[str]) -> Config:
+    """The configuration of `[RECIPE] [--section.key value ...]`, checked and with dependent defaults filled in.
+
+    UserError lists all problems, one a line. -h or --help prints the help and exits.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(help_text())
+        raise SystemExit(0)
+    recipe, overrides, wrong = _command_line(argv)
+    label, given, unreadable = _recipe(recipe)
+    wrong = unreadable + wrong
+    origin, values, bad = {}, {section: {} for section in SECTIONS}, set()
+    for where, name, value in (given or []) + overrides:
+        section, _, leaf = name.partition(".")
+        values[section][leaf], found = _typed(where, value, KEYS[name])
+        origin[name] = where
+        wrong += found
+        if found:
+            del values[section][leaf]
+            bad.add(name)
+    config = Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
+    config = _with_inherited(config, run_name=Path(recipe).stem)
+    for names, message in [] if given is None else problems(config):
+        if not bad & set(names):
+            where = next((origin[name] for name in names if name in origin), f"{label}: {names[0]}")
+            about = "" if where.endswith(names[0]) else f"{names[0]}: "
+            wrong.append(f"{where}: {about}{message}")
+    if wrong:
+        raise UserError("\n  ".join([f"the configuration has {len(wrong)} problem{'s' * (len(wrong) > 1)}:", *wrong]))
+    return config
+
+
+def help_text() -> str:
+    """Usage, the shipped recipes, and every key with default, doc and what it accepts."""
+    lines = [
+        "usage: train.py [RECIPE] [--section.key value | --section.key=value ...]",
+        "",
+        "RECIPE is a TOML file or the name of a shipped recipe; none means demo.",
+        f"Shipped recipes: {', '.join(shipped_recipes())}",
+        "Relative paths, in a recipe too, start at the current directory.",
+        "In a recipe, sources are paths or tables {" + ", ".join(spec.name for spec in fields(Source)) + "}.",
+        'On the command line they are paths with commas between them ("" for none); a pair is 0.9,0.95.',
+    ]
+    for section, cls in SECTIONS.items():
+        lines += ["", f"{section}: {cls.__doc__}"]
+        for spec in fields(cls):
+            default = _toml(spec.default).strip('[]"')
+            lines.append(f"{f'  --{section}.{spec.name} = {default}':<42}  {spec.metadata['doc']} [{_accepted(spec)}]")
+    return "\n".join(lines)
+
+
+def shipped_recipes() -> dict[str, Any]:
+    """Name -> file of the recipes that come with the package."""
+    found = resources.files("minisft").joinpath("recipes").iterdir()
+    return {entry.name.removesuffix(".toml"): entry for entry in sorted(found, key=lambda entry: entry.name)
+            if entry.name.endswith(".toml")}
+
+
+def _command_line(argv: list[str]) -> tuple[str, list[tuple[str, str, Any]], list[str]]:
+    """-> recipe, [(where, key, value)], problems. Values are what a recipe would hold, still unchecked."""
+    recipe, given, wrong, left = None, {}, [], list(argv)
+    while left:
+        argument = left.pop(0)
+        if not argument.startswith("-"):
+            if recipe is None and len(left) == len(argv) - 1:
+                recipe = argument
+            else:
+                wrong.append(f"command line: unexpected {argument!r}; one recipe may be named, before the options")
+            continue
+        option, has_value, text = argument.partition("=")
+        where, name = f"command line: {option}", option.removeprefix("--")
+        # Also after an unknown option: its value is no second problem.
+        if not has_value and left and not left[0].startswith("--"):
+            has_value, text = "=", left.pop(0)
+        if not option.startswith("--") or name not in KEYS:
+            wrong.append(f"{where}: unknown option{_nearest(name, KEYS, '--')}; --help lists them all")
+        elif not has_value:
+            wrong.append(f"{where}: the value is missing; expected {_accepted(KEYS[name])}")
+        elif name in given:
+            wrong.append(f"{where}: given twice")
+        else:
+            given[name] = (where, name, _from_text(text, KEYS[name].type))
+    return "demo" if recipe is None else recipe, list(given.values()), wrong
+
+
+def _recipe(recipe: str) -> tuple[str, list[tuple[str, str, Any]] | None, list[str]]:
+    """-> label for messages, [(where, key, value)] or None where it could not be read at all, problems."""
+    shipped = shipped_recipes()
+    if Path(recipe).is_file():
+        label, file = recipe, Path(recipe)
+    elif recipe in shipped:
+        label, file = f"shipped recipe {recipe}", shipped[recipe]
+    else:
+        remedy = f"give a TOML file or a shipped recipe: {', '.join(shipped)}"
+        return recipe, None, [f"command line: {recipe!r} is neither a file nor a shipped recipe; {remedy}"]
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:                 # bad TOML, or not UTF-8
+        return label, None, [f"{label}: not a TOML file: {error}"]
+    given, wrong = [], []
+    for section, content in table.items():
+        if section in SECTIONS and isinstance(content, dict):
+            given += [(f"{label}: {section}.{leaf}", f"{section}.{leaf}", value) for leaf, value in content.items()]
+        elif section in SECTIONS:
+            wrong.append(f"{label}: {section}: expected a section [{section}], got {content!r}")
+        elif isinstance(content, dict):
+            near = _nearest(section, SECTIONS)
+            wrong.append(f"{label}: {section}: unknown section{near}; sections are {', '.join(SECTIONS)}")
+        else:
+            wrong.append(f"{label}: {section}: unknown key outside a section{_nearest(section, KEYS)}")
+    wrong += [f"{where}: unknown key{_nearest(name, KEYS)}; --help lists them all"
+              for where, name, _ in given if name not in KEYS]
+    return label, [entry for entry in given if entry[1] in KEYS], wrong
+
+
+def _nearest(name: str, names: Any, prefix: str = "") -> str:
+    """' (did you mean X?)', or nothing. The part after the dot counts as much as the whole: lr -> optim.lr."""
+    def likeness(other: str) -> float:
+        leaf, other_leaf = name.rpartition(".")[2], other.rpartition(".")[2]
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, other), (leaf, other_leaf)))
+    best = max(names, key=likeness)
+    return f" (did you mean {prefix}{best}?)" if likeness(best) > 1.2 else ""
+
+
+def _accepted(spec: Field) -> str:
+    """What a key accepts, in words: 'int >= 1 or none'."""
+    if spec.type == tuple[Source, ...]:
+        return "paths"
+    kinds = get_args(spec.type) or (spec.type,)
+    kind = f"{len(kinds)} floats" if get_origin(spec.type) is tuple else kinds[0].__name__
+    bounds = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in spec.metadata["bounds"].items())
+    kind = "true|false" if kind == "bool" else "|".join(spec.metadata["choices"]) or f"{kind} {bounds}".rstrip()
+    return kind + " or none" * (type(None) in kinds)
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """The value a recipe would hold for this text. Text that does not convert stays text, for `_typed` to refuse."""
+    if kind == tuple[Source, ...]:
+        return text.split(",") if text else []
+    if get_origin(kind) is tuple:
+        return [_from_text(part, float) for part in text.split(",")]
+    kind = get_args(kind)[0] if get_origin(kind) is UnionType else kind
+    if kind is bool:
+        return {"true": True, "false": False}.get(text, text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _typed(where: str, value: Any, spec: Field) -> tuple[Any, list[str]]:
+    """-> the value as the type of its key, problems."""
+    if spec.type == tuple[Source, ...]:
+        items = value if isinstance(value, list) else [value]
+        sources = [_source(f"{where}[{index}]", item) for index, item in enumerate(items)]
+        return tuple(source for source, _ in sources), [problem for _, found in sources for problem in found]
+    kinds = get_args(spec.type) or (spec.type,)
+    if type(None) in kinds and value == "none":
+        return None, []
+    if get_origin(spec.type) is tuple:
+        fits = isinstance(value, list) and len(value) == len(kinds) and all(_fits(part, float, spec) for part in value)
+        typed = tuple(map(float, value)) if fits else None
+    else:
+        fits = _fits(value, kinds[0], spec)
+        typed = kinds[0](value) if fits else None
+    near = _nearest(value, spec.metadata["choices"]) if spec.metadata["choices"] and isinstance(value, str) else ""
+    return typed, [] if fits else [f"{where}: expected {_accepted(spec)}, got {value!r}{near}"]
+
+
+def _fits(value: Any, kind: type, spec: Field) -> bool:
+    """Whether one string, number or boolean is of its kind and within the choices or bounds of its key."""
+    if kind is str:
+        # No path or name needs a control character; lone surrogates are file names that no UTF-8 file could record.
+        clean = isinstance(value, str) and not any(unicodedata.category(char) in ("Cc", "Cs") for char in value)
+        return clean and (not spec.metadata["choices"] or value in (*spec.metadata["choices"], spec.default))
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if not isinstance(value, (int, float) if kind is float else int) or not abs(value) < 2**63:     # nan, inf, no int64
+        return False
+    return all(BOUNDS[name][1](value, bound) for name, bound in spec.metadata["bounds"].items())
+
+
+def _source(where: str, item: Any) -> tuple[Source | None, list[str]]:
+    """-> one source from a path or a table, problems."""
+    table = {"path": item} if isinstance(item, str) else item
+    if not isinstance(table, dict):
+        return None, [f"{where}: expected a path or a table, got {item!r}"]
+    specs, values, wrong = {spec.name: spec for spec in fields(Source)}, {}, []
+    for name, value in table.items():
+        if name in specs:
+            values[name], found = _typed(f"{where}.{name}", value, specs[name])
+            wrong += found
+        else:
+            wrong.append(f"{where}.{name}: unknown key{_nearest(name, specs)}; a source has {', '.join(specs)}")
+    if "path" not in table:
+        wrong.append(f"{where}: path is missing")
+    return (None if wrong else Source(**values)), wrong
+
+
+def _default_cache() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minisft")
+
+
+def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """Sources without a name get the file's, made unique: a.jsonl, b/a.json.gz -> a, a-2."""
+    taken, named = {source.name for source in sources}, []
+    for source in sources:
+        stem = Path(source.path).name.lstrip(".").split(".")[0] or "data"
+        name = source.name or next(n for n in chain([stem], (f"{stem}-{i}" for i in count(2))) if n not in taken)
+        taken.add(name)
+        named.append(replace(source, name=name))
+    return tuple(named)
+
+
+def _with_inherited(config: Config, *, run_name: str) -> Config:
+    model, data = config.model, config.data
+
+    def filled(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return _named(tuple(replace(source, format=source.format or data.format,
+                                    template=source.template or data.template) for source in sources))
+
+    return replace(
+        config,
+        model=replace(model, init=model.init or ("pretrained" if model.path else ""),
+                      tokenizer=model.tokenizer or model.path),
+        data=replace(data, train=filled(data.train), eval=filled(data.eval), cache=data.cache or _default_cache()),
+        run=replace(config.run, dir=config.run.dir or f"runs/{run_name}"))
+
+
+def _without_inherited(config: Config) -> Config:
+    """The inverse, but for the run folder and model.init, which a saved configuration states."""
+    model, data = config.model, config.data
+
+    def own(value: str, inherited: str) -> str:
+        return "" if value == inherited else value
+
+    def stripped(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return tuple(replace(source, format=own(source.format, data.format),
+                             template=own(source.template, data.template)) for source in sources)
+
+    return replace(
+        config, model=replace(model, tokenizer=own(model.tokenizer, model.path)),
+        data=replace(data, train=stripped(data.train), eval=stripped(data.eval),
+                     cache=own(data.cache, _default_cache())))
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML. Sources stand one a line, with the keys that differ from the default."""
+    if isinstance(value, Source):
+        items = [(spec, getattr(value, spec.name)) for spec in fields(Source)]
+        return "{" + ", ".join(f"{spec.name} = {_toml(own)}" for spec, own in items if own != spec.default) + "}"
+    if isinstance(value, tuple) and value and isinstance(value[0], Source):
+        return "\n".join(["[", *(f"    {_toml(source)}," for source in value), "]"])
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if value is None:
+        return '"none"'
+    # JSON's strings, numbers and booleans are TOML's; shortest-form floats read back exactly.
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""From files to packed streams of tokens. It knows nothing of models."""

@@ -1,0 +1,90 @@
+"""A `tokenizer.json`, used so that text stays text.
+
+Special tokens steer a chat model, so only the template may produce them. Content is encoded with special tokens
+switched off: a user who types `<|eot_id|>` gets the seven ordinary tokens that spell it. The switch is not saved in
+the file and is off after loading, hence this wrapper; the beginning-of-text token that the file's post-processor would
+add by itself is left to the template as well, so that there is exactly one.
+"""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from minisft.errors import UserError
+
+
+class Tokenizer:
+    """The tokenizer in `path`, a model folder or a `tokenizer.json`. Raises UserError where it cannot be read."""
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        self.file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            content = self.file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.file}: {error.strerror}; model.tokenizer is a folder with a tokenizer.json (Meta's "
+                            "tokenizer.model is not read: take the one of the Hugging Face folder)") from None
+        try:
+            self._backend = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{self.file}: not a tokenizer.json ({error})") from None
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._backend.encode_special_tokens = True
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        added = self._backend.get_added_tokens_decoder()
+        self.control = {token.content: index for index, token in added.items() if token.special}
+        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
+    def settings(self) -> dict:
+        """`tokenizer_config.json` beside it; empty where there is none."""
+        file = self.file.with_name("tokenizer_config.json")
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file}: not readable JSON ({error})") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"{file}: expected a JSON object, found {type(settings).__name__}")
+        return settings
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja text that comes with the tokenizer, to be looked at, never executed."""
+        file = self.file.with_name("chat_template.jinja")
+        if file.exists():
+            return file.read_text(encoding="utf-8", errors="replace")
+        jinja = self.settings.get("chat_template")
+        return jinja if isinstance(jinja, str) else None
+
+    @cached_property
+    def bos(self) -> str:
+        """The special token that this tokenizer's own post-processor puts before a text, or nothing."""
+        ids = self._backend.encode("a", add_special_tokens=True).ids
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        return self._backend.id_to_token(ids[0]) if ids[:1] != plain[:1] else ""
+
+    @cached_property
+    def eos(self) -> str:
+        """`eos_token` of tokenizer_config.json."""
+        eos = self.settings.get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if not isinstance(eos, str) or eos not in self.control:
+            raise UserError(f"{self.file.with_name('tokenizer_config.json')}: eos_token is {eos!r}; the template ends a "
+                            f"text with it, and it must be a special token of {self.file.name}")
+        return eos
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, in which nothing is special."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The same for many texts, on all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int], *, skip_control: bool = False) -> str:
+        """The text of `ids`, with control tokens spelled out or left out."""
+        return self._backend.decode(ids, skip_special_tokens=skip_control)

@@ -1,0 +1,18 @@
+"""The ways a run can end badly that a person can do something about, and the exit code of each.
+
+Everything else is a bug and keeps its traceback. `OSError` (a full disk, a folder without permission) needs no class
+of its own: the command line reports it with exit code 4.
+"""
+
+EXIT_USAGE = 2
+EXIT_NUMERICS = 3
+EXIT_IO = 4
+EXIT_PREEMPTED = 75
+
+
+class UserError(ValueError):
+    """Bad input or configuration: the message says what, where, the value and the remedy. Exit code 2."""
+
+
+class NumericsError(ArithmeticError):
+    """The numbers of the run are no longer finite. Exit code 3."""

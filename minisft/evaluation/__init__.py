@@ -1,0 +1,1 @@
+"""What a trained model says, and how it is measured."""

@@ -1,0 +1,171 @@
+"""The shape of a Llama, read from and written to Hugging Face's `config.json`.
+
+A network that differs from what the file describes in any way is a wrong network, so every field that changes the
+mathematics is either understood or refused; fields that do not (cache settings, pre-training flags) are ignored.
+Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`; where
+both stand in a file the first wins, as in transformers. What a file leaves out has the value it has in transformers.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+
+_LARGEST = 2**20  # four times the widest Llama; the product of two such sizes is still a valid tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's stretching of the rotary wavelengths beyond the context it was pre-trained on (rope.py)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _positive(field.name, getattr(self, field.name))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
+                             f"{self.high_freq_factor}")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the network, under Hugging Face's names. Raises ValueError for what no network can have."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim"):
+            _size(name, getattr(self, name))
+        for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings", "initializer_range"):
+            _positive(name, getattr(self, name))
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; true or false is needed")
+        for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", self.eos_token_id)):
+            if not all(i is None or (type(i) is int and i >= 0) for i in (ids if isinstance(ids, list) else [ids])):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; a token id is needed")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+
+    def to_dict(self, *, dtype: str) -> dict[str, Any]:
+        """The content of `config.json` for weights stored as `dtype` ("bfloat16", "float32")."""
+        fields = dataclasses.asdict(self)
+        if self.rope_scaling:
+            fields["rope_scaling"]["rope_type"] = "llama3"
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **fields,
+                "torch_dtype": dtype}
+
+
+def read_config(path: str | Path) -> LlamaConfig:
+    """The network that `path` (a `config.json`, or the folder that holds one) describes.
+
+    Raises UserError for a file that is missing, is not JSON, or describes something that is not this Llama.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; a Hugging Face model folder has a config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not a readable JSON file: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(raw).__name__}")
+    try:
+        return _from_dict(raw)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{file}: {reason}") from None
+
+
+def _from_dict(raw: dict[str, Any]) -> LlamaConfig:
+    for name, supported in (("model_type", ("llama",)), ("hidden_act", ("silu",)), ("pretraining_tp", (1, None)),
+                            ("partial_rotary_factor", (1, None))):
+        if raw.get(name, supported[0]) not in supported:
+            raise ValueError(f"{name} is {raw[name]!r}; minisft trains Llama-3 networks, where it is {supported[0]!r}")
+    heads, hidden = (_size(name, raw[name]) for name in ("num_attention_heads", "hidden_size"))
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling or rope_parameters is {rope!r}; an object is needed")
+    defaults = {"num_key_value_heads": heads, "head_dim": hidden // heads, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
+    optional = ("num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
+                "attention_bias", "mlp_bias", "max_position_embeddings", "initializer_range", "bos_token_id",
+                "eos_token_id")
+    given = {name: raw[name] for name in optional if raw.get(name) is not None}
+    if "rope_theta" in rope:
+        given["rope_theta"] = rope["rope_theta"]
+    return LlamaConfig(vocab_size=raw["vocab_size"], hidden_size=hidden, intermediate_size=raw["intermediate_size"],
+                       num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
+                       rope_scaling=_rope_scaling(rope), **(defaults | given))
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; Llama-3 rotates whole heads")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope scaling of type {kind!r} is not supported; Llama-3 uses 'default' or 'llama3'")
+    return RopeScaling(**{field.name: rope[field.name] for field in dataclasses.fields(RopeScaling)})
+
+
+def _size(name: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= _LARGEST:
+        raise ValueError(f"{name} is {value!r}; a whole number from 1 to {_LARGEST} is needed")
+    return value
+
+
+def _positive(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value < 1e30:  # also false for NaN
+        raise ValueError(f"{name} is {value!r}; a positive number is needed")
+
+
+def _llama(hidden: int, intermediate: int, layers: int, heads: int, **other: Any) -> LlamaConfig:
+    return LlamaConfig(vocab_size=128_256, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=8, bos_token_id=128_000, eos_token_id=128_001,
+                       **{"head_dim": hidden // heads, **other})
+
+
+_LONG: dict[str, Any] = {"max_position_embeddings": 131_072, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192)}
+_SMALL: dict[str, Any] = {"max_position_embeddings": 131_072, "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+                          "tie_word_embeddings": True}
+
+# Sizes as published: "The Llama 3 Herd of Models" (2024), table 3, and the released config.json files.
+PRESETS: dict[str, LlamaConfig] = {
+    "llama-3-8b": _llama(4096, 14_336, 32, 32),
+    "llama-3-70b": _llama(8192, 28_672, 80, 64),
+    "llama-3.1-8b": _llama(4096, 14_336, 32, 32, **_LONG),
+    "llama-3.1-70b": _llama(8192, 28_672, 80, 64, **_LONG),
+    "llama-3.1-405b": _llama(16_384, 53_248, 126, 128, **_LONG),
+    "llama-3.2-1b": _llama(2048, 8192, 16, 32, head_dim=64, **_SMALL),
+    "llama-3.2-3b": _llama(3072, 8192, 28, 24, head_dim=128, **_SMALL),
+    "llama-3.3-70b": _llama(8192, 28_672, 80, 64, **_LONG),
+}

@@ -1,0 +1,165 @@
+"""Llama-3, whole: embeddings, N blocks of attention and SwiGLU with a norm before each, a norm, a head.
+
+    tokens (T,) -> embed -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * N -> norm -> head
+
+There is no batch dimension: the T tokens are documents one after another, and `Documents` says where each begins.
+Parameters have Hugging Face's names and layout, so that reading and writing a checkpoint is the identity.
+
+From "The Llama 3 Herd of Models" (2024), section 3.2: grouped-query attention (Ainslie et al. 2023), RMSNorm (Zhang and
+Sennrich 2019), SwiGLU (Shazeer 2020), rotary embeddings.
+"""
+
+# T tokens in the stream, D model width, H query heads, K key/value heads, E head width, F feed-forward width,
+# V vocabulary
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minisft.errors import UserError
+from minisft.model import weights
+from minisft.model.attention import Documents, attend
+from minisft.model.config import LlamaConfig, read_config
+from minisft.model.meta import MetaFolder
+from minisft.model.precision import Linear, linear
+from minisft.model.rope import rotate, rotations
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        width, self.head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        """(T, D) -> (T, D). A token attends to itself and the earlier tokens of its own document."""
+        q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (T, H, E)
+        k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (T, K, E)
+        v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (T, K, E)
+        return self.o_proj(attend(rotate(q, rotation), rotate(k, rotation), v, documents).flatten(1))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) inside
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, documents)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything between the token ids and the head; `model.` in the parameters' names."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Head(nn.Module):
+    """The vocabulary matrix of an untied model."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, hidden: Tensor, readout: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return readout(hidden, self.weight)
+
+
+class Llama(nn.Module):
+    """A Llama-3 network.
+
+    Its `forward` ends in `readout(hidden (T, D), head weight (V, D))`, supplied by the caller: training computes the
+    loss of the trained tokens there, generation the logits of the last ones, and neither pays for (T, V) logits. It is
+    called inside `forward` because only there are sharded parameters gathered (training/parallel.py).
+    """
+
+    def __init__(self, config: LlamaConfig, *, recompute: bool = False):
+        super().__init__()
+        self.config = config
+        self.recompute = recompute  # keep only each block's input, and compute the block again in the backward pass
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:  # a tied model has one matrix, and one name for it
+            self.lm_head = Head(config)
+
+    def forward(self, tokens: Tensor, documents: Documents, readout: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """tokens (T,) -> whatever `readout` makes of the hidden states (T, D) and the head (V, D)."""
+        x = self.model.embed_tokens(tokens)
+        rotation = rotations(documents.positions, self.config)
+        for block in self.model.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, documents, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotation, documents)
+        x = self.model.norm(x)
+        if self.config.tie_word_embeddings:
+            return readout(x, self.model.embed_tokens.weight)
+        return self.lm_head(x, readout)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """tokens (T,) -> (T, V). `cu_seqlens` (N + 1,) are the documents' offsets; without it the stream is one."""
+        ends = [0, len(tokens)] if cu_seqlens is None else cu_seqlens.tolist()
+        lengths = tuple(b - a for a, b in pairwise(ends))
+        if ends[:1] != [0] or sum(lengths) != len(tokens) or min(lengths, default=0) < 1:
+            raise ValueError(f"cu_seqlens must rise from 0 to the {len(tokens)} tokens; it is {ends[:10]}")
+        return self(tokens, Documents.of_lengths(lengths, device=tokens.device), linear)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32,
+                        device: torch.device | str = "cpu", format: str = "hf") -> "Llama":
+        """The model in folder `path`: Hugging Face's (`format="hf"`) or Meta's `consolidated.*.pth` (`"meta"`).
+
+        Raises UserError for files that are missing, broken or do not belong together.
+        """
+        if format not in ("hf", "meta"):
+            raise ValueError(f"format is {format!r}; it is \"hf\" or \"meta\"")
+        source = MetaFolder(path) if format == "meta" else weights.SafetensorsFolder(path)
+        with torch.device("meta"):
+            model = cls(source.config if isinstance(source, MetaFolder) else read_config(path)).to(dtype)
+        weights.check(model, source)
+        model.to_empty(device=device)
+        weights.load(model, source)
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write `config.json` and safetensors into the folder `path`, which must not hold a model yet."""
+        if Path(path).exists() and any(Path(path).glob("model*.safetensors*")):
+            raise UserError(f"{path}: holds a model already; choose another folder")
+        weights.save(self, self.config, path, dtype=dtype)

@@ -1,0 +1,125 @@
+"""Meta's original checkpoints: `params.json` and `consolidated.00.pth`, `consolidated.01.pth`, ...
+
+They differ from Hugging Face's in names, in the rotary layout (pairs of neighbouring rows instead of two halves, so
+the rows of q and k are permuted once here), and in how several files divide a matrix: as tensor-parallel ranks do,
+along the outputs for most and along the inputs for the two projections back to the model's width.
+
+A `.pth` is a pickle: it is read only when asked for, memory-mapped and with `weights_only=True`.
+Layout: Meta's `llama_models/llama3/model.py`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisft.errors import UserError
+from minisft.model.config import LlamaConfig, RopeScaling
+
+_TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+_BLOCK = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+          "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+          "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+_SPLIT_INPUTS = ("attention.wo.weight", "feed_forward.w2.weight")
+
+
+class MetaFolder:
+    """The tensors of a Meta folder under Hugging Face's names. Raises UserError for files that cannot be read."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        files = sorted(self.path.glob("consolidated.*.pth"))
+        if not files:
+            raise UserError(f"{self.path}: no consolidated.*.pth; for a Hugging Face folder leave model.format at 'hf'")
+        for i, file in enumerate(files):
+            if file.name != f"consolidated.{i:02}.pth":
+                raise UserError(f"{self.path}: consolidated.{i:02}.pth is missing; download the model again")
+        self._parts = [_load(file) for file in files]
+        for file, part in zip(files, self._parts, strict=True):
+            if {name: t.shape for name, t in part.items()} != {name: t.shape for name, t in self._parts[0].items()}:
+                raise UserError(f"{file}: its tensors differ in name or shape from those of {files[0].name}; "
+                                "the files are not parts of one model")
+        self.config = self._config()
+        self._sources = {_hf_name(name): name for name in self._parts[0] if name != "rope.freqs"}
+        if self.config.tie_word_embeddings:
+            self._sources.pop("lm_head.weight", None)
+        self.shapes = {ours: self._shape(theirs) for ours, theirs in self._sources.items()}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, in Hugging Face's layout."""
+        theirs = self._sources[name]
+        parts = [part[theirs] for part in self._parts]
+        whole = parts[0] if self._is_replicated(theirs) else torch.cat(parts, dim=self._split_dim(theirs))
+        if theirs.endswith(("attention.wq.weight", "attention.wk.weight")):
+            # rows of a head: [x0 y0 x1 y1 ...] -> [x0 x1 ... y0 y1 ...]
+            whole = whole.unflatten(0, (-1, self.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return whole[start:stop]
+
+    def _is_replicated(self, name: str) -> bool:
+        return self._parts[0][name].dim() < 2
+
+    def _split_dim(self, name: str) -> int:
+        return 1 if name.endswith(_SPLIT_INPUTS) else 0
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = list(self._parts[0][name].shape)
+        if not self._is_replicated(name):
+            shape[self._split_dim(name)] *= len(self._parts)
+        return tuple(shape)
+
+    def _config(self) -> LlamaConfig:
+        file = self.path / "params.json"
+        try:
+            params = json.loads(file.read_text(encoding="utf-8"))
+            embedding, head = "tok_embeddings.weight", "output.weight"
+            tied = all(head not in part or torch.equal(part[head], part[embedding]) for part in self._parts)
+            return _config(params, vocab_size=sum(len(part[embedding]) for part in self._parts), tied=tied)
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+            raise UserError(f"{file}: not Meta's parameters of a Llama-3 ({type(error).__name__}: {error})") from None
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        part = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
+    if not isinstance(part, dict) or "tok_embeddings.weight" not in part:
+        raise UserError(f"{file}: not a checkpoint of Meta's: it has no tok_embeddings.weight")
+    for name, tensor in part.items():
+        dtype = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{file}: {name} is stored as {dtype}; quantised weights cannot be fine-tuned")
+    return part
+
+
+def _hf_name(name: str) -> str:
+    for ours, theirs in _TOP.items():
+        if name == f"{theirs}.weight":
+            return f"{ours}.weight"
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
+    for ours, theirs in _BLOCK.items():
+        if match and match[2] == theirs:
+            return f"model.layers.{match[1]}.{ours}.weight"
+    return name  # unknown: `weights.check` reports it
+
+
+def _config(params: dict[str, Any], *, vocab_size: int, tied: bool) -> LlamaConfig:
+    width, heads = params["dim"], params["n_heads"]
+    inner = int(2 * (4 * width) / 3)  # SwiGLU has three matrices where an MLP has two
+    inner = int((params.get("ffn_dim_multiplier") or 1) * inner)
+    inner = -(-inner // params["multiple_of"]) * params["multiple_of"]
+    scaled = params.get("use_scaled_rope", False)
+    return LlamaConfig(
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=inner, num_hidden_layers=params["n_layers"],
+        num_attention_heads=heads, num_key_value_heads=params.get("n_kv_heads") or heads, head_dim=width // heads,
+        rope_theta=params["rope_theta"], rms_norm_eps=params["norm_eps"], tie_word_embeddings=tied,
+        max_position_embeddings=131_072 if scaled else 8192,
+        # params.json says only that the rotary embeddings are scaled: by 32 in 3.2's text models, the only tied ones,
+        # and by 8 in all others. (Meta's own code has 8 for all, an error: meta-llama/llama-models#166, #241.)
+        rope_scaling=RopeScaling(params.get("rope_scaling_factor") or (32.0 if tied else 8.0), 1.0, 4.0, 8192)
+        if scaled else None,
+    )

@@ -1,0 +1,214 @@
+"""Weights between files and a network, each rank touching only its own rows.
+
+Reading has two halves. `check` compares every name and shape with the network while that is still on the meta device,
+so a wrong folder is refused before anything large is allocated. `load` then copies, for each parameter, the rows that
+this rank holds: FSDP shards along the first dimension, and safetensors files are memory-mapped, so 8 ranks read an
+8B model once between them. Names and layout are Hugging Face's on both sides: nothing is renamed or transposed.
+
+No pickle is read here; `.bin` and `.pt` files are refused. Meta's `consolidated.*.pth` are in meta.py.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from minisft.errors import UserError
+from minisft.model.config import LlamaConfig
+
+FLOATS = ("F32", "BF16", "F16")
+
+
+class Checkpoint(Protocol):
+    """Named tensors on disk."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor."""
+        ...
+
+
+class SafetensorsFolder:
+    """A Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+
+    Raises UserError for files that are missing, malformed, truncated, or lie outside the folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files = {}
+        listed = _index(self.path)
+        for file in sorted(set(listed.values())) if listed else ["model.safetensors"]:
+            try:
+                opened = safe_open(self.path / file, framework="pt")
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    if listed and listed.get(name) != file:
+                        continue
+                    part = opened.get_slice(name)
+                    if part.get_dtype() not in FLOATS:
+                        raise UserError(f"{self.path / file}: {name} is stored as {part.get_dtype()}; quantised "
+                                        f"weights cannot be fine-tuned, only {', '.join(FLOATS)}")
+                    self.shapes[name], self._files[name] = tuple(part.get_shape()), opened
+            except (SafetensorError, OSError) as error:  # the library's own message does not name the file
+                raise UserError(f"{self.path / file}: not a readable safetensors file ({error}); "
+                                "download or export it again") from None
+        lost = [f"{name!r} (in {file})" for name, file in listed.items() if name not in self.shapes]
+        if lost:
+            raise UserError(f"{self.path}: the index lists tensors that its files lack: {_first_ten(lost)}")
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, in the dtype of the file."""
+        return self._files[name].get_slice(name)[start:stop]
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, or nothing where the folder holds a single file."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; model.path is a Hugging Face model folder")
+    file = folder / "model.safetensors.index.json"
+    if not file.exists():
+        if (folder / "model.safetensors").exists():
+            return {}
+        other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        remedy = (f"it has {', '.join(other[:3])}: pickles are not read, since they can run code; convert them to "
+                  "safetensors (transformers: save_pretrained), or for Meta's files pass model.format = \"meta\""
+                  if other else "download the model again")
+        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json; {remedy}")
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        names = set(listed.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: not a readable index ({type(error).__name__}: {error})") from None
+    present = set(os.listdir(folder))
+    for name in names:
+        inside = isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+        # A link may lead elsewhere on purpose (download caches do), but not by a name in a file from the network.
+        if not inside:
+            raise UserError(f"{file}: {name!r} is not the name of a safetensors file in this folder; refused")
+        if name not in present:
+            raise UserError(f"{file}: {name!r} is listed but missing; download the model again")
+    if "model.safetensors" in present - names:  # programs differ in which of the two they read
+        raise UserError(f"{folder}: model.safetensors.index.json does not list model.safetensors, so one of the "
+                        "two is out of date; delete it")
+    return listed
+
+
+def check(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise UserError where the tensors of `checkpoint` are not exactly the parameters of `model` (first ten named)."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    problems = [f"{name}: missing" for name in wanted if name not in checkpoint.shapes]
+    problems += [f"{name}: the file has {list(shape)}, config.json asks for {list(wanted[name])}"
+                 for name, shape in checkpoint.shapes.items() if name in wanted and shape != wanted[name]]
+    problems += [f"{name}: not part of the model that config.json describes"
+                 for name in checkpoint.shapes if name not in wanted and not _is_redundant(name, wanted)]
+    if problems:
+        raise UserError(f"{checkpoint.path}: weights and config.json disagree: {_first_ten(problems)}")
+
+
+def _is_redundant(name: str, wanted: dict[str, tuple[int, ...]]) -> bool:
+    """Old files carry a table that follows from the config; tied models may repeat their one matrix as a head."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted)
+
+
+def _first_ten(items: list[str]) -> str:
+    return "\n  " + "\n  ".join(items[:10]) + (f"\n  and {len(items) - 10} more" if len(items) > 10 else "")
+
+
+@torch.no_grad()
+def load(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy this rank's rows of every parameter from `checkpoint`, converting to the parameter's dtype."""
+    for name, parameter in model.named_parameters():
+        local, start = local_rows(parameter)
+        if len(local):
+            local.copy_(checkpoint.read(name, start, start + len(local)))
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, *, std: float, seed: int) -> None:
+    """Random weights: N(0, std) for matrices, ones for norms, zeros for biases; the same on any number of ranks."""
+    generator = torch.Generator()
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        local, start = local_rows(parameter)
+        if name.endswith("norm.weight"):
+            local.fill_(1.0)
+        elif name.endswith(".bias"):
+            local.zero_()
+        else:  # every rank draws the whole matrix and keeps its rows: one matrix at a time, no communication
+            generator.manual_seed(seed * 1_000_003 + index)
+            local.copy_((torch.randn(parameter.shape, generator=generator) * std)[start : start + len(local)])
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """The rows of `parameter` that this rank holds, and the index of the first of them in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    local, start = parameter.to_local(), 0
+    for dim, placement in enumerate(parameter.placements):
+        if placement.is_shard():  # 10 rows on 4 ranks -> 3, 3, 3, 1
+            each = -(-parameter.shape[0] // parameter.device_mesh.size(dim))
+            start = min(each * parameter.device_mesh.get_local_rank(dim), parameter.shape[0])
+    return local, start
+
+
+def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16,
+         shard_bytes: int = 5 * 10**9) -> None:
+    """Write `config.json` and the weights as safetensors into `folder`, in shards of at most `shard_bytes`.
+
+    All ranks call it, since a sharded parameter is gathered by all; the first one writes. Memory: one shard.
+    """
+    folder = Path(folder)
+    width = torch.empty(0, dtype=dtype).element_size()
+    shards: list[list[str]] = [[]]
+    free = shard_bytes
+    sizes = {name: p.numel() * width for name, p in model.named_parameters()}
+    for name, size in sizes.items():
+        if size > free and shards[-1]:
+            shards.append([])
+            free = shard_bytes
+        shards[-1].append(name)
+        free -= size
+    many = len(shards) > 1
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
+             for i in range(1, len(shards) + 1)]
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        described = config.to_dict(dtype=str(dtype).removeprefix("torch."))
+        (folder / "config.json").write_text(json.dumps(described, indent=2))
+        if many:
+            weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    parameters = dict(model.named_parameters())
+    for names, file in zip(shards, files, strict=True):
+        tensors = {name: tensor for name, tensor in _gathered(parameters, names, dtype) if writes}
+        if writes:
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, mostly: the library has no OSError and names no file
+                raise OSError(f"{folder / file}: cannot be written ({error})") from None
+            os.chmod(folder / file, 0o666 & ~_umask())  # safetensors creates files that only their owner can read
+
+
+def _gathered(parameters: dict[str, Tensor], names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        parameter = parameters[name].detach()
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        yield name, whole.to("cpu", dtype).contiguous()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""The loss, the optimiser, the processes and the loop."""

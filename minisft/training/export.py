@@ -1,0 +1,42 @@
+"""The trained model as a Hugging Face folder that other programs load and serve.
+
+Beside the weights: the tokenizer, the chat template as Jinja text, and the tokens at which generation ends. The folder
+appears in one rename, so one that exists is complete.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minisft.data.chat import Renderer
+from minisft.model import weights
+from minisft.model.config import LlamaConfig
+
+
+def export(model: nn.Module, config: LlamaConfig, renderer: Renderer, folder: Path, *, dtype: torch.dtype,
+           leads: bool = True) -> None:
+    """Write `folder`. All ranks call it, the leading one writes."""
+    partial = folder.with_name(folder.name + ".tmp")
+    if leads:
+        shutil.rmtree(partial, ignore_errors=True)
+    weights.save(model, config, partial, dtype=dtype)
+    if not leads:
+        return
+    tokenizer = renderer.tokenizer
+    shutil.copyfile(tokenizer.file, partial / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings, "chat_template": renderer.jinja()}
+    _write_json(partial / "tokenizer_config.json", settings)
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(renderer.stop_ids())}
+    _write_json(partial / "generation_config.json", generation)
+    for file in partial.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    os.rename(partial, folder)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,120 @@
+"""Many processes, one model: fully sharded data parallelism (Zhao et al. 2023, "PyTorch FSDP"; Rajbhandari et al.
+2020, "ZeRO", stage 3).
+
+Each rank keeps 1/N of every parameter in fp32, with its gradient and its two moments. Before a block computes, its
+parameters are gathered in bf16; after its backward pass, its gradients are summed over the ranks and each keeps its
+part. One process is the same code with N = 1.
+
+    data parallel over all ranks          parallel.replicate = 2 (HSDP), 8 ranks
+    shard  [0 1 2 3 4 5 6 7]              shard [0 1 2 3], copy on [4 5 6 7]
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from minisft.errors import UserError
+from minisft.model.config import LlamaConfig
+from minisft.model.llama import Llama
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+
+def launched_rank() -> tuple[int, int]:
+    """Rank and number of ranks as torchrun says; (0, 1) without it. Needs no process group."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_split(packs_per_step: int, *, shard: int, replicate: int) -> None:
+    """Raise UserError where the ranks cannot share a step, or do not form the asked mesh."""
+    _, ranks = launched_rank()
+    if packs_per_step < ranks:
+        raise UserError(f"batch.packs = {packs_per_step} cannot be split over {ranks} ranks: some would never have "
+                        f"work; raise batch.packs to at least {ranks}, or start fewer processes")
+    if (shard and shard * replicate != ranks) or ranks % replicate:
+        raise UserError(f"parallel.shard = {shard} times parallel.replicate = {replicate} is not the number of ranks, "
+                        f"{ranks}; parallel.shard = 0 takes all that parallel.replicate leaves")
+
+
+def start(*, replicate: int = 1) -> World:
+    """Join the process group that torchrun prepared, or form one of a single process."""
+    rank, ranks = launched_rank()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=TIMEOUT)
+    mesh = init_device_mesh(device.type, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
+    return World(rank, ranks, device, mesh if replicate > 1 else mesh["shard"])
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", recompute: bool = False) -> Llama:
+    """A sharded network with fp32 parameters that are allocated but not yet filled (`weights.load`, `.initialize`)."""
+    with torch.device("meta"):
+        model = Llama(config, recompute=recompute)
+    # Activations are cast by the layers themselves; casting inputs would also round the rotary angles to bf16.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if precision == "bf16" else None,
+                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # A lone rank gains nothing from freeing the parameters that it would gather again from itself.
+    options = {"mesh": world.mesh, "mp_policy": policy, "reshard_after_forward": world.ranks > 1}
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    if not config.tie_word_embeddings:
+        fully_shard(model.model.embed_tokens, **options)
+        fully_shard(model.lm_head, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # sums: the loss is already divided by the whole step's tokens
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model.to_empty(device=world.device)
+
+
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    """The sum of `value` over all ranks, in place."""
+    dist.all_reduce(value)
+    return value
+
+
+def clip(model: nn.Module, largest: float) -> torch.Tensor:
+    """Scale the gradient to a Euclidean norm of at most `largest` (0: leave it); returns the norm it had.
+
+    The norm is that of all parameters on all ranks; nothing waits for it.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if largest:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,23 @@
+"""Packaging. `pip install -e .[test]` for work on the code."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="minisft",
+    version="0.1.0",
+    description="Supervised fine-tuning of Llama-3, from scratch in pure PyTorch",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["minisft", "minisft.*"]),
+    package_data={"minisft": ["recipes/*.toml", "data/*.toml", "demo/*.tsv"]},
+    install_requires=["torch>=2.13,<2.14", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "ruff>=0.12"],
+        "bench": ["trl==1.16.*", "transformers>=5"],
+    },
+    entry_points={"console_scripts": ["minisft = minisft.__main__:main"]},
+)

@@ -1,0 +1,55 @@
+"""The house keeps its shape: imports go downward, and the linter is content."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "minisft"
+
+# What each room must not know. `errors` is below all; config's readers are at the top.
+FORBIDDEN = {
+    "data": ("model", "training", "evaluation", "config", "preparation", "demo"),
+    "model": ("data", "training", "evaluation", "config", "preparation", "demo"),
+    "training": ("demo", "__main__"),
+    "evaluation": ("config", "preparation", "demo", "__main__"),
+    "errors.py": ("data", "model", "training", "evaluation", "config", "preparation", "demo"),
+    "config.py": ("data", "model", "training", "evaluation", "preparation", "demo"),
+}
+READS_CONFIG = {"training/trainer.py", "preparation.py", "__main__.py", "demo/run.py", "planning.py"}
+
+
+def imported(file):
+    """Rooms of minisft that `file` imports anywhere in it: minisft.model.llama -> model."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "minisft":
+            modules = [f"minisft.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: imports are absolute here"
+        yield from (module.split(".")[1] for module in modules if module.startswith("minisft."))
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_downward(file):
+    place = file.relative_to(PACKAGE)
+    rooms = set(imported(file))
+    assert not rooms & set(FORBIDDEN.get(place.parts[0], ())), f"{place} imports {rooms}"
+    if "config" in rooms:
+        assert str(place) in READS_CONFIG, f"{place} reads the configuration; give it plain arguments"
+
+
+def test_the_runtime_needs_five_packages():
+    code = "import sys, minisft, minisft.training.trainer, minisft.__main__; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not {"transformers", "trl", "datasets", "accelerate", "pandas", "requests"} & set(loaded.split())
+
+
+def test_lint():
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,343 @@
+"""The configuration: what a recipe and a command line mean, and that every mistake is named, at once, with its place.
+
+The oracle for TOML is `tomllib`; for the round trip it is equality of dataclasses.
+"""
+
+import subprocess
+import sys
+import tomllib
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisft import config as configuration
+from minisft.config import Config, Source, help_text, load
+from minisft.errors import UserError
+
+MINIMAL = '[model]\npath = "base"\n[data]\ntrain = "a.jsonl"\n'
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Writes a recipe `mine.toml` into the current directory and returns its name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+
+    def write(text: str = MINIMAL, name: str = "mine.toml") -> str:
+        Path(name).write_text(text, encoding="utf-8")
+        return name
+
+    return write
+
+
+def complaints(*argv: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load(list(argv))
+    head, *lines = str(caught.value).split("\n")
+    assert head == f"the configuration has {len(lines)} problem{'s' if len(lines) > 1 else ''}:"
+    return [line.strip() for line in lines]
+
+
+# What a configuration means
+
+def test_defaults_are_the_contract(recipe):
+    config = load([recipe()])
+    assert (config.data.format, config.data.train_on, config.data.overlong) == ("auto", "assistant", "drop")
+    assert (config.data.seq_len, config.data.shuffle, config.data.template) == (2048, True, "")
+    assert (config.batch.packs, config.batch.micro_packs) == (32, 1)
+    assert (config.train.epochs, config.train.max_steps) == (3, None)
+    assert (config.train.seed, config.train.precision) == (0, "bf16")
+    optim = config.optim
+    assert (optim.lr, optim.schedule, optim.warmup_steps, optim.min_lr_ratio) == (2e-5, "cosine", 100, 0.0)
+    assert (optim.weight_decay, optim.betas, optim.clip_norm) == (0.0, (0.9, 0.95), 1.0)
+    assert (config.parallel.shard, config.parallel.replicate, config.eval.every) == (0, 1, 0)
+
+
+def test_defaults_that_depend_on_other_keys_are_filled_in(recipe):
+    config = load([recipe(), "--data.format", "alpaca", "--data.template", "llama3"])
+    assert (config.model.init, config.model.tokenizer, config.run.dir) == ("pretrained", "base", "runs/mine")
+    assert config.data.cache == "/caches/minisft"
+    assert config.data.train == (Source("a.jsonl", format="alpaca", template="llama3", name="a"),)
+
+
+def test_cache_defaults_to_the_home_folder(recipe, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load([recipe()]).data.cache == "/home/me/.cache/minisft"
+
+
+@pytest.mark.parametrize(("option", "text", "expected"), [
+    ("optim.lr", "1e-5", 1e-5), ("optim.lr", "1", 1.0), ("optim.lr", "0", 0.0), ("train.epochs", "1_000", 1000),
+    ("train.max_steps", "7", 7), ("train.max_steps", "none", None), ("optim.betas", "0.8,0.99", (0.8, 0.99)),
+    ("data.shuffle", "false", False), ("data.skip_bad", "true", True), ("run.dir", "out=1", "out=1"),
+    ("data.template", "true", "true"), ("data.template", "1", "1"), ("model.tokenizer", "none", "none"),
+])
+def test_text_on_the_command_line_follows_the_type_of_the_key(recipe, option, text, expected):
+    section, leaf = option.split(".")
+    for argv in ([f"--{option}", text], [f"--{option}={text}"]):
+        value = getattr(getattr(load([recipe(), *argv]), section), leaf)
+        assert value == expected
+        assert type(value) is type(expected)
+
+
+def test_command_line_wins_over_the_recipe_and_toml_ints_are_floats(recipe):
+    name = recipe(MINIMAL + "[optim]\nlr = 1\nbetas = [0, 0.5]\n")
+    optim = load([name]).optim
+    assert (optim.lr, optim.betas) == (1.0, (0.0, 0.5))
+    assert type(optim.lr) is float
+    assert type(optim.betas[0]) is float
+    assert load([name, "--optim.lr", "3e-6"]).optim.lr == 3e-6
+
+
+def test_three_ways_to_write_sources(recipe):
+    for value in ('"a.jsonl"', '["a.jsonl"]', '[{path = "a.jsonl"}]', '{path = "a.jsonl"}'):
+        assert load([recipe(f"[data]\ntrain = {value}\n"), "--model.path", "m"]).data.train[0].path == "a.jsonl"
+    tables = '[[data.train]]\npath = "x/a.json"\nweight = 2\n[[data.train]]\npath = "b"\nformat = "text"\n'
+    assert load([recipe(tables), "--model.path", "m"]).data.train == (
+        Source("x/a.json", format="auto", weight=2.0, name="a"), Source("b", format="text", name="b"))
+    assert [s.path for s in load([recipe(), "--data.train", "b c.json,d"]).data.train] == ["b c.json", "d"]
+    assert load([recipe(MINIMAL + 'eval = "e.json"\n'), "--data.eval="]).data.eval == ()
+
+
+def test_source_names_are_made_unique_and_respect_given_ones(recipe):
+    sources = '["x/a.jsonl.gz", "y/a.json", {path = "c", name = "a-2"}, "z/.a.txt", ".."]'
+    config = load([recipe(f"[data]\ntrain = {sources}\n"), "--model.path", "m", "--data.eval", "a.json"])
+    assert [source.name for source in config.data.train] == ["a", "a-3", "a-2", "a-4", "data"]
+    assert [source.name for source in config.data.eval] == ["a"]
+
+
+def test_shipped_recipes_are_found_by_name_and_none_means_demo(recipe, tmp_path, monkeypatch):
+    shipped = {name: tmp_path / "shipped" / f"{name}.toml" for name in ("demo", "other")}
+    (tmp_path / "shipped").mkdir()
+    for name, file in shipped.items():
+        file.write_text(MINIMAL.replace("base", f"{name}-base"))
+    monkeypatch.setattr(configuration, "shipped_recipes", lambda: shipped)
+    for argv, name in (([], "demo"), (["demo"], "demo"), (["other"], "other"), (["--optim.lr", "1"], "demo")):
+        config = load(argv)
+        assert (config.model.path, config.run.dir) == (f"{name}-base", f"runs/{name}")
+    recipe(MINIMAL, "other")                                    # a file comes first
+    assert load(["other"]).model.path == "base"
+    assert complaints("mien") == [
+        "command line: 'mien' is neither a file nor a shipped recipe; "
+        "give a TOML file or a shipped recipe: demo, other"]
+    shipped["demo"].write_text("[model]\npth = 1\n")
+    assert complaints()[0].startswith("shipped recipe demo: model.pth: unknown key (did you mean model.path?)")
+
+
+def test_the_demo_is_shipped():
+    assert "demo" in configuration.shipped_recipes()
+
+
+# The saved configuration
+
+def assert_round_trip(config: Config) -> None:
+    Path("saved.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert load(["saved.toml"]) == config
+
+
+def test_to_toml_states_every_key_with_its_doc_and_loads_back(recipe):
+    config = load([recipe(), "--data.train", "a.json,b/a.json", "--optim.betas", "0.1,0.2", "--train.max_steps", "3"])
+    assert_round_trip(config)
+    assert_round_trip(load([recipe()]))
+    table = tomllib.loads(config.to_toml())
+    for section in fields(Config):
+        assert list(table[section.name]) == [spec.name for spec in fields(section.type)]
+        assert all(f"# {spec.metadata['doc']}" in config.to_toml() for spec in fields(section.type))
+    assert table["optim"]["lr"] == 2e-5
+    assert table["run"]["dir"] == "runs/mine"
+
+
+def test_an_override_of_a_saved_configuration_reaches_what_was_inherited(recipe):
+    text = '[model]\npath = "m"\n[data]\ntrain = ["a", {path = "b", template = "alpaca"}]\ntemplate = "llama3"\n'
+    Path("saved.toml").write_text(load([recipe(text)]).to_toml())
+    config = load(["saved.toml", "--data.template", "chatml", "--model.path", "n"])
+    assert [source.template for source in config.data.train] == ["chatml", "alpaca"]
+    assert config.model.tokenizer == "n"
+    assert config.run.dir == "runs/mine"
+
+
+printable = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1)
+finite = st.floats(0, 1e18)
+
+
+@settings(deadline=None, database=None)
+@given(path=printable, files=st.lists(st.tuples(printable, finite.filter(bool)), min_size=1, max_size=3), lr=finite,
+       steps=st.none() | st.integers(1, 2**62), shuffle=st.booleans())
+def test_any_configuration_survives_toml(tmp_path_factory, path, files, lr, steps, shuffle):
+    sources = tuple(Source(file, weight=weight, format="text", name=f"n{i}") for i, (file, weight) in enumerate(files))
+    default = Config()
+    config = replace(
+        default, model=replace(default.model, path=path, init="pretrained", tokenizer=path), run=configuration.Run("r"),
+        data=replace(default.data, train=sources, shuffle=shuffle, cache="c"), optim=replace(default.optim, lr=lr),
+        train=replace(default.train, max_steps=steps))
+    file = tmp_path_factory.getbasetemp() / "any.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    assert load([str(file)]) == config
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_fine(recipe):
+    Path("dos.toml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
+    assert load(["dos.toml"]).model.path == "base"
+
+
+def test_configurations_are_frozen(recipe):
+    with pytest.raises(FrozenInstanceError):
+        load([recipe()]).optim.lr = 1.0
+
+
+# Mistakes
+
+def test_all_problems_are_reported_at_once_with_their_places(recipe):
+    name = recipe('lr = 1\n[optm]\n[data]\ntrian = "a"\ntrain = "a"\nseq_len = 1\n[optim]\nbetas = [0.9, 1]\n')
+    assert complaints(name, "--model.path", "m", "--optim.lr", "fast", "--data.shuffle") == [
+        "mine.toml: lr: unknown key outside a section (did you mean optim.lr?)",
+        "mine.toml: optm: unknown section (did you mean optim?); "
+        "sections are model, data, batch, train, optim, parallel, eval, run",
+        "mine.toml: data.trian: unknown key (did you mean data.train?); --help lists them all",
+        "command line: --data.shuffle: the value is missing; expected true|false",
+        "mine.toml: data.seq_len: expected int >= 2, got 1",
+        "mine.toml: optim.betas: expected 2 floats >= 0 and < 1, got [0.9, 1]",
+        "command line: --optim.lr: expected float >= 0, got 'fast'",
+    ]
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("[train]\nepochs = 1.0", "train.epochs: expected int >= 1, got 1.0"),
+    ("[train]\nepochs = true", "train.epochs: expected int >= 1, got True"),
+    ("[train]\nmax_steps = 0", "train.max_steps: expected int >= 1 or none, got 0"),
+    ("[train]\nepochs = 99999999999999999999", "train.epochs: expected int >= 1, got 99999999999999999999"),
+    ("[optim]\nlr = true", "optim.lr: expected float >= 0, got True"),
+    ("[optim]\nlr = nan", "optim.lr: expected float >= 0, got nan"),
+    ("[optim]\nclip_norm = inf", "optim.clip_norm: expected float >= 0, got inf"),
+    ("[optim]\neps = 0.0", "optim.eps: expected float > 0, got 0.0"),
+    ("[optim]\nlr = '1e-5'", "optim.lr: expected float >= 0, got '1e-5'"),
+    ("[optim]\nbetas = 0.9", "optim.betas: expected 2 floats >= 0 and < 1, got 0.9"),
+    ("[optim]\nbetas = [0.9]", "optim.betas: expected 2 floats >= 0 and < 1, got [0.9]"),
+    ("[optim]\nschedule = 'cosin'",
+     "optim.schedule: expected cosine|linear|constant|wsd, got 'cosin' (did you mean cosine?)"),
+    ("[optim]\nmin_lr_ratio = 2", "optim.min_lr_ratio: expected float >= 0 and <= 1, got 2"),
+    ("[parallel]\nreplicate = 0", "parallel.replicate: expected int >= 1, got 0"),
+    ("[run]\ndir = 3", "run.dir: expected str, got 3"),
+    ('[run]\ndir = "a\\u0000b"', "run.dir: expected str, got 'a\\x00b'"),
+    ("[run]\ndir.x = 3", "run.dir: expected str, got {'x': 3}"),
+    ("[run]\nshuffle = 1", "run.shuffle: unknown key (did you mean data.shuffle?); --help lists them all"),
+    ("[run]\nqqq = 1", "run.qqq: unknown key; --help lists them all"),
+    ("[[optim]]\nlr = 1.0", "optim: expected a section [optim], got [{'lr': 1.0}]"),
+    ("[batch]\npacks = 2\nmicro_packs = 4",
+     "batch.micro_packs: 4 packs per forward pass, but batch.packs is only 2 per step"),
+    ("[batch]\nmicro_packs = 64", "batch.micro_packs: 64 packs per forward pass, but batch.packs is only 32 per step"),
+    ("[eval]\nevery = 5", "eval.every: evaluation every 5 steps, but data.eval names no file"),
+    ("[data]\neval = 3", "data.eval[0]: expected a path or a table, got 3"),
+    ("[data]\neval = ['']", "data.eval: a path is empty"),
+    ("[[data.eval]]\nweight = 1", "data.eval[0]: path is missing"),
+    ("[[data.eval]]\npath = 'a'\nweight = 0", "data.eval[0].weight: expected float > 0, got 0"),
+    ("[[data.eval]]\npath = 'a'\nformt = ''",
+     "data.eval[0].formt: unknown key (did you mean format?); a source has path, format, template, weight, name"),
+    ("[data]\neval = [{path = 'a', name = 'n'}, {path = 'b', name = 'n'}]",
+     "data.eval: several sources are named n; names must differ"),
+])
+def test_one_mistake_in_a_recipe_is_one_line(recipe, text, expected):
+    assert complaints(recipe(text), "--model.path", "m", "--data.train", "a") == [f"mine.toml: {expected}"]
+
+
+@pytest.mark.parametrize(("argv", "expected"), [
+    ("--lr 1", "--lr: unknown option (did you mean --optim.lr?); --help lists them all"),
+    ("--epoch=1", "--epoch: unknown option (did you mean --train.epochs?); --help lists them all"),
+    ("--train.lr 1", "--train.lr: unknown option (did you mean --optim.lr?); --help lists them all"),
+    ("--data.seq-len 9", "--data.seq-len: unknown option (did you mean --data.seq_len?); --help lists them all"),
+    ("-x 1", "-x: unknown option; --help lists them all"),
+    ("--", "--: unknown option; --help lists them all"),
+    ("--optim.lr", "--optim.lr: the value is missing; expected float >= 0"),
+    ("--optim.lr --train.seed 1", "--optim.lr: the value is missing; expected float >= 0"),
+    ("--optim.lr=", "--optim.lr: expected float >= 0, got ''"),
+    ("--optim.lr -1", "--optim.lr: expected float >= 0, got -1.0"),
+    ("--optim.lr nan", "--optim.lr: expected float >= 0, got nan"),
+    ("--train.epochs 1e3", "--train.epochs: expected int >= 1, got '1e3'"),
+    ("--train.epochs none", "--train.epochs: expected int >= 1, got 'none'"),
+    ("--data.shuffle yes", "--data.shuffle: expected true|false, got 'yes'"),
+    ("--data.shuffle 1", "--data.shuffle: expected true|false, got '1'"),
+    ("--optim.betas 0.9,x", "--optim.betas: expected 2 floats >= 0 and < 1, got [0.9, 'x']"),
+    ("--train.seed 1 --train.seed 1", "--train.seed: given twice"),
+    ("--data.train a,,b", "--data.train: a path is empty"),
+    ("--data.train=", "--data.train: no training data; name at least one file"),
+    ("--model.init random", "--model.init: model.config: model.init is random, "
+                            "which needs a config.json or the name of a preset"),
+])
+def test_one_mistake_on_the_command_line_is_one_line(recipe, argv, expected):
+    assert complaints(recipe(), *argv.split(" ")) == [f"command line: {expected}"]
+
+
+def test_the_recipe_comes_first_and_alone(recipe):
+    only_one = "; one recipe may be named, before the options"
+    assert complaints(recipe(), "other") == [f"command line: unexpected 'other'{only_one}"]
+    assert complaints(recipe(), "--optim.lr", "1", "other") == [f"command line: unexpected 'other'{only_one}"]
+    assert f"command line: unexpected 'mine.toml'{only_one}" in complaints("--optim.lr", "1", recipe())
+
+
+def test_a_base_model_is_needed_and_data(recipe):
+    assert complaints(recipe("")) == [
+        "mine.toml: data.train: no training data; name at least one file",
+        "mine.toml: model.path: no base model; name its folder, or set model.init to random and model.config"]
+    argv = [recipe("[data]\ntrain = 'a'"), "--model.init", "pretrained"]
+    assert complaints(*argv) == ["command line: --model.init: model.path: no base model; "
+                                 "name its folder, or set model.init to random and model.config"]
+    config = load([*argv[:1], "--model.init", "random", "--model.config", "c.json"])
+    assert (config.model.init, config.model.path, config.model.tokenizer) == ("random", "", "")
+
+
+def test_a_mistake_in_the_recipe_stays_one_when_overridden(recipe):
+    assert complaints(recipe(MINIMAL + "[optim]\nlr = 'x'"), "--optim.lr", "1") == [
+        "mine.toml: optim.lr: expected float >= 0, got 'x'"]
+
+
+def test_unreadable_recipes(recipe):
+    assert complaints(recipe("[data]\ntrain = a.json\n"), "--data.seq_len", "1") == [
+        "mine.toml: not a TOML file: Invalid value (at line 2, column 9)",
+        "command line: --data.seq_len: expected int >= 2, got 1"]
+    assert complaints(recipe("[data]\nshuffle = true\nshuffle = true"))[0].startswith(
+        "mine.toml: not a TOML file: Cannot overwrite a value")
+    Path("latin.toml").write_bytes(b"# \xff\n")
+    assert complaints("latin.toml")[0].startswith("latin.toml: not a TOML file: 'utf-8' codec can't decode byte 0xff")
+    Path("folder").mkdir()
+    assert complaints("folder")[0].startswith("command line: 'folder' is neither a file nor a shipped recipe")
+    assert complaints("")[0].startswith("command line: '' is neither a file nor a shipped recipe")
+
+
+def test_nothing_is_executed(recipe):
+    name = recipe(MINIMAL + "[run]\ndir = \"__import__('os').mkdir('owned')\"\n")
+    assert load([name, "--data.template", "{open('owned','w')}"]).run.dir == "__import__('os').mkdir('owned')"
+    assert not Path("owned").exists()
+
+
+# Help
+
+@pytest.mark.parametrize("argv", [["-h"], ["--help"], ["nowhere", "--optim.lr", "x", "--help"]])
+def test_help_wins_over_everything(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load(argv)
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == help_text() + "\n"
+
+
+def test_help_tells_each_key_with_type_default_and_doc(monkeypatch):
+    monkeypatch.setattr(configuration, "shipped_recipes", lambda: {"demo": None, "llama": None})
+    text = help_text()
+    assert "Shipped recipes: demo, llama" in text
+    assert "Relative paths, in a recipe too, start at the current directory." in text
+    for section in fields(Config):
+        for spec in fields(section.type):
+            line = next(line for line in text.splitlines() if line.startswith(f"  --{section.name}.{spec.name} = "))
+            assert spec.metadata["doc"] in line
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "--optim.lr = 2e-05 peak learning rate [float >= 0]" in lines
+    assert "--train.max_steps = none stop after this many steps [int >= 1 or none]" in lines
+    assert "--optim.betas = 0.9, 0.95 decay of the two moments [2 floats >= 0 and < 1]" in lines
+
+
+def test_only_the_standard_library_is_needed():
+    code = "import sys, minisft.config; print([m for m in ('torch', 'numpy', 'tokenizers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,66 @@
+"""The schedule against closed forms, and AdamW against the paper's algorithm in NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minisft.training.optimizer import build_optimizer, learning_rate, set_lr
+
+
+def rates(total=100, **options):
+    return [learning_rate(step, total_steps=total, peak=2.0, **options) for step in range(total)]
+
+
+def test_warmup_is_a_line_that_wastes_no_step():
+    assert rates(warmup_steps=4, schedule="constant")[:6] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_the_rate_never_rises_after_warmup_nor_leaves_its_bounds(schedule):
+    values = rates(schedule=schedule, warmup_steps=10, min_ratio=0.1)
+    assert max(values) == 2.0
+    assert all(a >= b for a, b in zip(values[9:], values[10:], strict=False))
+    assert min(values[9:]) >= 0.2
+
+
+def test_closed_forms():
+    cosine, linear = rates(warmup_steps=20), rates(warmup_steps=20, schedule="linear")
+    for step in range(20, 100):
+        assert cosine[step] == pytest.approx(1 + math.cos(math.pi * (step - 20) / 80))
+        assert linear[step] == pytest.approx(2 * (1 - (step - 20) / 80))
+
+
+def test_wsd_stays_and_then_decays_over_the_last_share():
+    values = rates(schedule="wsd", warmup_steps=10, decay_fraction=0.2)
+    assert values[9:81] == [2.0] * 72
+    assert values[80:] == pytest.approx([2.0 * (1 - i / 20) for i in range(20)])
+
+
+def test_a_run_shorter_than_its_warmup_stays_on_the_line():
+    assert rates(total=5, warmup_steps=10) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_adamw_is_the_papers():
+    """Loshchilov and Hutter 2019, algorithm 2, in NumPy; matrices decay, vectors do not."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    before = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    m = {name: np.zeros_like(p) for name, p in before.items()}
+    v = {name: np.zeros_like(p) for name, p in before.items()}
+    for t in range(1, 6):
+        lr = 0.01 * t
+        model.zero_grad()
+        model(torch.randn(7, 5)).square().mean().backward()
+        for name, p in model.named_parameters():
+            g = p.grad.double().numpy()
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.95 * v[name] + 0.05 * g**2
+            update = m[name] / (1 - 0.9**t) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-8)
+            before[name] -= lr * (update + (0.1 * before[name] if p.dim() > 1 else 0))
+        set_lr(optimizer, lr)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        np.testing.assert_allclose(p.detach().numpy(), before[name], rtol=1e-5, atol=1e-6)
