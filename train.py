@@ -6,7 +6,17 @@ key. The loop itself is in minisft/training/trainer.py.
 
 import sys
 
-from minisft.training.trainer import main
+
+def main(argv: list[str]) -> int:
+    """Run a recipe; the demo is two of them and a comparison. Returns the exit code."""
+    if argv[:1] == ["demo"] or not argv or argv[0].startswith("--"):
+        from minisft.demo.run import main as demo  # imported late: each needs torch, and takes seconds
+
+        return demo(argv[1:] if argv[:1] == ["demo"] else argv)
+    from minisft.training.trainer import main as train
+
+    return train(argv)
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

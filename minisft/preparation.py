@@ -78,5 +78,6 @@ def describe(prepared: Prepared) -> str:
     plan = prepared.plan
     name, packs = prepared.renderer.template.name, len(plan.epoch(0))
     lines.append(f"template {name}; {packs:,} packs of {plan.seq_len:,} "
-                 f"tokens, {plan.fill():.2%} full; {plan.steps_per_epoch:,} steps an epoch, {plan.total_steps:,} in all")
+                 f"tokens, {plan.fill():.2%} full; {plan.steps_per_epoch:,} steps an epoch, "
+                 f"{plan.total_steps:,} in all")
     return "\n".join(lines)

@@ -118,7 +118,8 @@ def _parse(text: str, file: str) -> dict[str, Template]:
                     raise UserError(f"{where}: expected [before, after], two strings; found {value!r}")
                 value = (*value, "") if key == "assistant" and len(value) == 2 else tuple(value)
             elif not isinstance(value, bool if key == "trim" else str):
-                raise UserError(f"{where}: expected {'true or false' if key == 'trim' else 'a string'}; found {value!r}")
+                kind = "true or false" if key == "trim" else "a string"
+                raise UserError(f"{where}: expected {kind}; found {value!r}")
             values[key] = value
         missing = [key for key in ("system", "user", "assistant") if key not in values]
         if missing:
@@ -142,20 +143,21 @@ def recognize(jinja: object) -> tuple[str, str | None] | None:
     """
     if not isinstance(jinja, str) or re.search(r"<think>|set\s+\w*system\w*\s*=\s*(['\"])(?!\1)", jinja):
         return None
-    llama3 = r"<\|start_header_id\|>assistant<\|end_header_id\|>(\\n|\n){2}"
-    if re.search(llama3, jinja) and re.search(r"\|\s*trim", jinja):
-        return ("llama3.1", "") if "Cutting Knowledge Date" in jinja else ("llama3", None)
-    if re.search(r"<\|im_start\|>assistant(\\n|\n)", jinja) and "bos_token" not in jinja:
-        return "chatml", _default_system(jinja)
+    header, line = r"<\|start_header_id\|>{}<\|end_header_id\|>(?:\\n|\n){{2}}", r"<\|im_start\|>{}(?:\\n|\n)"
+    if re.search(header.format("assistant"), jinja) and re.search(r"\|\s*trim", jinja):
+        if "Cutting Knowledge Date" in jinja:
+            return "llama3.1", ""
+        return "llama3", _default_system(jinja, header.format("system"), r"<\|eot_id\|>")
+    if re.search(line.format("assistant"), jinja) and "bos_token" not in jinja:
+        return "chatml", _default_system(jinja, line.format("system"), r"<\|im_end\|>")
     return None
 
 
-def _default_system(jinja: str) -> str | None:
-    """The system text that stands in a ChatML Jinja as a string, or outside of any {{ }}."""
-    start = r"<\|im_start\|>system(?:\\n|\n)"
-    if string := re.search(rf"(['\"]){start}((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>", jinja, re.DOTALL):
+def _default_system(jinja: str, before: str, after: str) -> str | None:
+    """The system text that stands between two patterns in a string of the Jinja, or outside of any {{ }}."""
+    if string := re.search(rf"(['\"]){before}((?:\\.|(?!\1)[^\\])+?){after}", jinja, re.DOTALL):
         return string[2].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja reads a string
-    outside = re.search(rf"(?:^|[}}\n]){start}([^{{}}]+?)<\|im_end\|>", jinja)
+    outside = re.search(rf"(?:^|[}}\n]){before}([^{{}}]+?){after}", jinja)
     return outside[1] if outside else None
 
 

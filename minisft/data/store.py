@@ -60,16 +60,20 @@ class Report:
 
 
 class Store:
-    """The documents of one file, opened from its folder."""
+    """The documents of one file, opened from its folder. Raises UserError for a folder that lost some of its bytes."""
 
     def __init__(self, folder: Path):
-        self.offsets = np.load(folder / "offsets.npy")
-        self.targets = np.load(folder / "targets.npy")
-        self.lines = np.load(folder / "lines.npy")
-        self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-        if len(self):  # an empty file cannot be mapped
-            self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
-            self.trained = np.memmap(folder / "trained.bin", dtype=np.uint8, mode="r")
+        try:
+            self.offsets = np.load(folder / "offsets.npy")
+            self.targets = np.load(folder / "targets.npy")
+            self.lines = np.load(folder / "lines.npy")
+            self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+            if len(self):  # an empty file cannot be mapped
+                size = int(self.offsets[-1])
+                self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r", shape=size)
+                self.trained = np.memmap(folder / "trained.bin", dtype=np.uint8, mode="r", shape=size)
+        except (FileNotFoundError, EOFError, ValueError, TypeError) as error:
+            raise UserError(f"{folder}: damaged ({error}); delete the folder, and it is made again") from None
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -206,8 +210,8 @@ def _fit(store: Store, report: Report, seq_len: int, overlong: str) -> tuple[Arr
     long = np.flatnonzero(lengths > seq_len)
     if len(long) and overlong == "error":
         raise UserError(f"{report.path}:{store.lines[long[0]]}: {lengths[long[0]]} tokens, but data.seq_len is "
-                        f"{seq_len} ({len(long)} conversations are too long, the longest has {lengths.max()}); raise data.seq_len, "
-                        'or pass data.overlong = "drop" or "truncate"')
+                        f"{seq_len} ({len(long)} conversations are too long, the longest has {lengths.max()}); raise "
+                        'data.seq_len, or pass data.overlong = "drop" or "truncate"')
     if overlong == "truncate":
         for i in long:
             start = store.offsets[i]

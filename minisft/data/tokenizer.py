@@ -73,8 +73,8 @@ class Tokenizer:
         eos = self.settings.get("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
         if not isinstance(eos, str) or eos not in self.control:
-            raise UserError(f"{self.file.with_name('tokenizer_config.json')}: eos_token is {eos!r}; the template ends a "
-                            f"text with it, and it must be a special token of {self.file.name}")
+            raise UserError(f"{self.file.with_name('tokenizer_config.json')}: eos_token is {eos!r}; the template ends "
+                            f"a text with it, and it must be a special token of {self.file.name}")
         return eos
 
     def encode(self, text: str) -> list[int]:

@@ -39,9 +39,14 @@ def main(argv: list[str]) -> int:
         train(configuration.load(argv))
         return 0
     except (UserError, NumericsError, OSError) as error:
-        if parallel.launched_rank()[0] == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
+        return report_error(error)
+
+
+def report_error(error: Exception) -> int:
+    """Print what went wrong, once however many processes run; returns the exit code."""
+    if parallel.launched_rank()[0] == 0:
+        print(f"error: {error}", file=sys.stderr)
+    return exit_code(error)
 
 
 def exit_code(error: Exception) -> int:

@@ -1,0 +1,124 @@
+"""The default job, `torchrun train.py`: what supervised fine-tuning is, in a few minutes on a CPU.
+
+    world.tsv -> articles about all countries  -> recipe demo-base: a base model that has read them
+              -> questions about half of them  -> recipe demo: the base model, fine-tuned to answer
+              -> the same questions about the other half -> what does the base say, what the tuned model?
+
+The tuned model answers questions about facts that it only ever saw as plain text: fine-tuning taught it to answer, and
+the knowledge was there before.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisft import config as configuration
+from minisft.config import Config
+from minisft.data.chat import Renderer, load_templates
+from minisft.data.formats import Turn
+from minisft.data.tokenizer import Tokenizer
+from minisft.demo import bpe, world
+from minisft.errors import UserError
+from minisft.evaluation.generate import generate
+from minisft.model.config import LlamaConfig
+from minisft.model.llama import Llama
+from minisft.training.parallel import launched_rank
+from minisft.training.trainer import report_error, train
+
+VOCABULARY = 2048
+ARTICLES_PER_COUNTRY = 40  # in each language
+QUESTIONS_PER_FACT = 2
+ASKED = 200  # held-out questions in the final score
+SHOWN = 6
+
+
+def main(argv: list[str]) -> int:
+    """Run both recipes and print what came of them; `argv` overrides keys of the second. Returns the exit code."""
+    try:
+        base, tuned = configuration.load(["demo-base"]), configuration.load(["demo", *argv])
+        write_world(Path(base.model.tokenizer), countries=None, seed=base.train.seed)
+        for config in (base, tuned):
+            done = (Path(config.run.dir) / "final").exists()
+            if done and (config is base or not argv):
+                say(f"{config.run.dir}: trained already; delete it to train again")
+            else:
+                train(config)
+        if launched_rank()[0] == 0:
+            print(compare(base, tuned, Path(base.model.tokenizer)))
+        return 0
+    except (UserError, ArithmeticError, OSError) as error:
+        return report_error(error)
+
+
+def say(text: str) -> None:
+    """Print once, however many processes run."""
+    if launched_rank()[0] == 0:
+        print(text, flush=True)
+
+
+def write_world(folder: Path, *, countries: int | None, seed: int) -> None:
+    """The files that the two recipes name. Every process writes the same bytes, each file in one rename."""
+    facts = world.load_world()[:countries]
+    asked, heldout = world.halves(facts, seed)
+    articles = world.articles(facts, per_country=ARTICLES_PER_COUNTRY, seed=seed)
+    files = {"articles": articles, "questions": world.questions(asked, per_fact=QUESTIONS_PER_FACT, seed=seed),
+             "heldout-questions": world.questions(heldout, per_fact=1, seed=seed)[:ASKED],
+             "heldout-articles": world.articles(heldout, per_country=1, seed=seed + 1)[:ASKED]}
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    bpe.train_tokenizer((row["text"] for row in articles), VOCABULARY, partial)
+    for name, rows in files.items():
+        world.write_jsonl(partial / f"{name}.jsonl", rows)
+    shape = LlamaConfig(vocab_size=Tokenizer(partial).vocab_size, hidden_size=128, intermediate_size=344,
+                        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+                        rope_theta=10_000.0, tie_word_embeddings=True, max_position_embeddings=512,
+                        initializer_range=0.04)
+    (partial / "config.json").write_text(json.dumps(shape.to_dict(dtype="float32"), indent=2))
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in partial.iterdir():
+        os.replace(file, folder / file.name)
+    partial.rmdir()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to the held-out questions."""
+
+    texts: list[str]
+    score: float
+
+
+def answers(folder: Path, rows: list[dict[str, str]]) -> Answers:
+    """Greedy answers of the model in `folder`, and the share that is exactly right."""
+    tokenizer = Tokenizer(folder)
+    renderer = Renderer(load_templates()["llama3"], tokenizer)
+    prompts = [renderer.prompt((Turn("user", row["prompt"]),)) for row in rows]
+    said = generate(Llama.from_pretrained(folder), prompts, max_new_tokens=24, stop_ids=renderer.stop_ids())
+    texts = [tokenizer.decode(ids) for ids in said]
+    return Answers(texts, world.exact_match(texts, [row["completion"] for row in rows]))
+
+
+def compare(base: Config, tuned: Config, folder: Path) -> str:
+    """The base model and the tuned one, asked about countries that fine-tuning never mentioned."""
+    rows = [json.loads(line) for line in (folder / "heldout-questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    before = answers(Path(base.run.dir) / "final", rows)
+    after = answers(Path(tuned.run.dir) / "final", rows)
+    lines = ["", "Countries that the fine-tuning never mentioned:"]
+    for row, base_text, tuned_text in list(zip(rows, before.texts, after.texts, strict=True))[:SHOWN]:
+        mark = "right" if tuned_text.strip() == row["completion"] else f"expected: {row['completion']}"
+        lines += [f"  {row['prompt']}", f"    base   {base_text.strip()!r}", f"    tuned  {tuned_text.strip()!r} ({mark})"]
+    text = [record for record in metrics(tuned) if record["kind"] == "eval" and record["name"] == "heldout-articles"]
+    lines += ["", f"exact answers to {len(rows)} held-out questions: base {before.score:.1%}, tuned {after.score:.1%}",
+              f"loss on plain text: base {text[0]['loss']:.3f}, tuned {text[-1]['loss']:.3f} nats a token"]
+    return "\n".join(lines)
+
+
+def metrics(config: Config) -> list[dict]:
+    """The records of a finished run."""
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

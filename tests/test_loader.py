@@ -1,0 +1,121 @@
+"""Batches: however many ranks and packs a pass, the same documents and targets reach a step.
+
+The oracle is a loop over each document by itself: token i + 1 is the target after token i where its mask says so.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisft.data.loader import IDLE, deal, micro_batch, steps
+from minisft.data.packing import Plan
+
+
+class Documents:
+    """A data set of made-up documents, each token different from every other in the set."""
+
+    def __init__(self, masks):
+        self.masks = [np.array([0, *mask], dtype=np.uint8) for mask in masks]
+        self.lengths = np.array([len(mask) for mask in self.masks])
+        self.targets = np.array([int(mask.sum()) for mask in self.masks])
+        starts = np.cumsum(self.lengths) - self.lengths
+        self.ids = [np.arange(s, s + n, dtype=np.uint32) for s, n in zip(starts, self.lengths, strict=True)]
+
+    def document(self, index):
+        return self.ids[index], self.masks[index]
+
+    def pairs(self, indices):
+        """(token, next token) for each trained token of these documents."""
+        return Counter((int(ids[i]), int(ids[i + 1])) for ids, mask in map(self.document, indices)
+                       for i in range(len(ids) - 1) if mask[i + 1])
+
+
+MASKS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=15), min_size=1, max_size=40)
+RANDOM = np.random.default_rng(0)
+DOCUMENTS = Documents([RANDOM.integers(0, 2, RANDOM.integers(1, 15)) for _ in range(83)])
+PLAN = Plan(DOCUMENTS.lengths, DOCUMENTS.targets, seq_len=16, packs_per_step=7, epochs=2)
+
+
+def streams(step):
+    return [b for b in step.micro_batches if b is not IDLE]
+
+
+def content(batches):
+    """All documents in some batches, as tuples of tokens, and all (token, target) pairs."""
+    documents, pairs = Counter(), Counter()
+    for batch in batches:
+        documents.update(tuple(part.tolist()) for part in torch.split(batch.tokens, batch.lengths))
+        pairs.update(zip(batch.tokens[batch.target_at].tolist(), batch.targets.tolist(), strict=True))
+    return documents, pairs
+
+
+def test_the_drawing_in_the_module():
+    documents = Documents([[0, 1, 1], [1, 1]])
+    batch = micro_batch(documents, [0, 1])
+    assert batch.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert batch.lengths == (4, 3)
+    assert batch.target_at.tolist() == [1, 2, 4, 5]
+    assert batch.targets.tolist() == [2, 3, 5, 6]
+    assert {batch.tokens.dtype, batch.targets.dtype, batch.target_at.dtype} == {torch.int64}
+
+
+@given(MASKS)
+@settings(max_examples=60, deadline=None)
+def test_targets_are_those_of_each_document_alone(masks):
+    documents = Documents(masks)
+    batch = micro_batch(documents, list(range(len(masks))))
+    assert content([batch])[1] == documents.pairs(range(len(masks)))
+    assert len(batch.targets) == documents.targets.sum()
+    owner = np.repeat(np.arange(len(masks)), documents.lengths)
+    after = batch.target_at.numpy()
+    assert np.array_equal(owner[after], owner[after + 1]), "a target lies in the next document"
+
+
+@pytest.mark.parametrize("micro_packs", [1, 2, 3, 50])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 11])
+def test_global_batches_do_not_depend_on_ranks_and_micro_packs(ranks, micro_packs):
+    runs = [list(steps(DOCUMENTS, PLAN, rank=rank, ranks=ranks, micro_packs=micro_packs)) for rank in range(ranks)]
+    assert {len(run) for run in runs} == {PLAN.total_steps}
+    for index, of_ranks in enumerate(zip(*runs, strict=True)):
+        packs = PLAN.documents(index)
+        planned = np.concatenate(packs).tolist()
+        documents, pairs = content([batch for step in of_ranks for batch in streams(step)])
+        assert documents == Counter(tuple(DOCUMENTS.ids[i].tolist()) for i in planned)
+        assert pairs == DOCUMENTS.pairs(planned)
+        most_packs = -(-len(packs) // ranks)
+        assert {len(step.micro_batches) for step in of_ranks} == {-(-most_packs // micro_packs)}
+        batches = [batch for step in of_ranks for batch in streams(step)]
+        assert all(len(batch.tokens) <= 16 * micro_packs for batch in batches)
+        for step in of_ranks:
+            assert (step.index, step.epoch) == (index, PLAN.place(index).epoch)
+            assert step.tokens == sum(len(batch.tokens) for batch in batches)
+            assert step.target_tokens == sum(len(batch.targets) for batch in batches)
+
+
+def test_a_rank_without_a_pack_idles_through_the_same_rounds():
+    plan = Plan(np.full(4, 16), np.full(4, 2), seq_len=16, packs_per_step=3, epochs=1)
+    documents = Documents([[0] * 13 + [1, 1]] * 4)
+    last = [list(steps(documents, plan, rank=rank, ranks=2, micro_packs=1))[-1] for rank in range(2)]
+    assert [len(streams(step)) for step in last] == [1, 0]
+    assert last[1].micro_batches == [IDLE]
+    assert (IDLE.tokens.tolist(), IDLE.lengths, len(IDLE.targets), len(IDLE.target_at)) == ([0], (1,), 0, 0)
+    assert [(step.tokens, step.target_tokens) for step in last] == [(16, 2)] * 2
+
+
+def test_packs_are_dealt_in_turn():
+    assert [deal([0, 1, 2, 3, 4], rank=rank, ranks=2) for rank in range(2)] == [[0, 2, 4], [1, 3]]
+
+
+@pytest.mark.parametrize("start", [0, 1, PLAN.steps_per_epoch - 1, PLAN.steps_per_epoch, PLAN.total_steps])
+def test_starting_late_is_skipping(start):
+    def plain(step):
+        batches = [(b.tokens.tolist(), b.lengths, b.targets.tolist(), b.target_at.tolist()) for b in step.micro_batches]
+        return step.index, step.epoch, step.tokens, step.target_tokens, batches
+
+    whole = [plain(step) for step in steps(DOCUMENTS, PLAN, rank=1, ranks=2, micro_packs=2)]
+    late = [plain(step) for step in steps(DOCUMENTS, PLAN, start=start, rank=1, ranks=2, micro_packs=2)]
+    assert late == whole[start:]

@@ -1,0 +1,140 @@
+"""The plan: every document once an epoch, nothing over capacity, and a pure function of lengths, seed and epoch.
+
+The oracle of the packer is best-fit decreasing by its definition: for each item a search through all packs.
+"""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisft.data.packing import WINDOW, Plan, best_fit_decreasing, pack_epoch
+
+
+def naive_best_fit_decreasing(lengths, capacity):
+    """The room left in each pack."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting, key=rooms.__getitem__)] -= length
+        else:
+            rooms.append(capacity - length)
+    return sorted(rooms)
+
+
+def realistic(count, seq_len=2048, seed=0):
+    """Lognormal lengths, as conversations have them: median 250, a long tail, none over `seq_len`."""
+    lengths = np.exp(np.random.default_rng(seed).normal(np.log(250), 0.9, count)).astype(np.int64) + 4
+    return lengths[lengths <= seq_len]
+
+
+def plan_of(lengths, **settings):
+    lengths = np.asarray(lengths)
+    return Plan(lengths, lengths // 2, **{"seq_len": 64, "packs_per_step": 3, "epochs": 2, **settings})
+
+
+@given(st.integers(1, 40), st.data())
+@settings(max_examples=150, deadline=None)
+def test_packs_are_those_of_best_fit_decreasing(capacity, data):
+    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
+    packs = best_fit_decreasing(np.array(lengths, dtype=np.int64), capacity)
+    assert sorted(item for pack in packs for item in pack) == list(range(len(lengths)))
+    rooms = [capacity - sum(lengths[item] for item in pack) for pack in packs]
+    assert sorted(rooms) == naive_best_fit_decreasing(lengths, capacity)
+
+
+def test_the_fullest_pack_with_room_is_chosen():
+    # 6 and 5 open packs with 4 and 5 left; 4 fills the first although the second would do; 3 goes into the second
+    assert best_fit_decreasing(np.array([3, 5, 4, 6]), 10) == [[3, 2], [1, 0]]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=80), st.integers(0, 2**32 - 1), st.integers(0, 5),
+       st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_every_document_once_an_epoch_and_no_pack_too_long(lengths, seed, epoch, shuffle):
+    lengths = np.array(lengths)
+    packed = pack_epoch(lengths, seq_len=64, seed=seed, epoch=epoch, shuffle=shuffle)
+    packs = [packed.pack(i) for i in range(len(packed))]
+    assert sorted(np.concatenate(packs)) == list(range(len(lengths)))
+    assert all(0 < lengths[pack].sum() <= 64 for pack in packs)
+    again = pack_epoch(lengths, seq_len=64, seed=seed, epoch=epoch, shuffle=shuffle)
+    assert [p.tolist() for p in packs] == [again.pack(i).tolist() for i in range(len(again))]
+
+
+def test_epochs_and_seeds_differ_and_windows_do_not_lose_documents():
+    lengths = realistic(2 * WINDOW + 100)
+    orders = {(seed, epoch): pack_epoch(lengths, seq_len=2048, seed=seed, epoch=epoch).documents
+              for seed, epoch in ((0, 0), (0, 1), (1, 0))}
+    for order in orders.values():
+        assert np.array_equal(np.sort(order), np.arange(len(lengths)))
+    assert not any(np.array_equal(orders[0, 0], orders[other]) for other in ((0, 1), (1, 0)))
+
+
+def test_shuffling_mixes_lengths_over_the_steps():
+    """Packs leave the packer longest documents first; a step must still be a sample of all of them."""
+    lengths = np.concatenate((np.full(500, 60), np.full(500, 10)))
+    plan = plan_of(lengths, packs_per_step=60, epochs=1)
+    long = [np.mean(lengths[np.concatenate(plan.documents(step))] == 60) for step in range(plan.total_steps - 1)]
+    assert min(long) > 0
+    assert max(long) < 1
+
+
+def test_unshuffled_packs_follow_the_file():
+    lengths = realistic(WINDOW + 500)
+    packed = pack_epoch(lengths, seq_len=2048, seed=0, epoch=0, shuffle=False)
+    packs = [packed.pack(i).tolist() for i in range(len(packed))]
+    assert all(pack == sorted(pack) for pack in packs)
+    assert packs == sorted(packs)
+    assert np.array_equal(packed.documents, pack_epoch(lengths, seq_len=2048, seed=5, epoch=3, shuffle=False).documents)
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=60), st.integers(1, 7), st.integers(1, 4),
+       st.none() | st.integers(1, 40))
+@settings(max_examples=80, deadline=None)
+def test_steps_walk_through_the_epochs(lengths, packs_per_step, epochs, max_steps):
+    plan = plan_of(lengths, packs_per_step=packs_per_step, epochs=epochs, max_steps=max_steps)
+    expected = []
+    for epoch in range(epochs):
+        packed = pack_epoch(np.array(lengths), seq_len=64, seed=0, epoch=epoch)
+        packs = [packed.pack(i).tolist() for i in range(len(packed))]
+        expected += [(epoch, packs[i : i + packs_per_step]) for i in range(0, len(packs), packs_per_step)]
+    first_epoch = sum(epoch == 0 for epoch, _ in expected)
+    expected = expected[:max_steps]
+    assert plan.total_steps == len(expected)
+    assert plan.steps_per_epoch == first_epoch
+    for step, (epoch, packs) in enumerate(expected):
+        assert [pack.tolist() for pack in plan.documents(step)] == packs
+        place = plan.place(step)
+        assert (place.epoch, place.last - place.first) == (epoch, len(packs))
+
+
+def test_the_last_step_of_an_epoch_is_short_and_present():
+    plan = plan_of([64] * 7, packs_per_step=3, epochs=2)
+    assert plan.total_steps == 6
+    assert [len(plan.documents(step)) for step in range(6)] == [3, 3, 1, 3, 3, 1]
+    for steps in ((0, 1, 2), (3, 4, 5)):
+        assert Counter(int(d) for s in steps for pack in plan.documents(s) for d in pack) == Counter(range(7))
+
+
+@pytest.mark.parametrize(("max_steps", "total"), [(1, 1), (3, 3), (4, 4), (6, 6), (7, 6), (None, 6)])
+def test_max_steps_ends_a_run_and_never_lengthens_it(max_steps, total):
+    assert plan_of([64] * 7, packs_per_step=3, epochs=2, max_steps=max_steps).total_steps == total
+
+
+def test_a_thousand_epochs_cost_nothing_where_max_steps_ends_the_run():
+    plan = plan_of(realistic(2000), seq_len=2048, packs_per_step=8, epochs=10**6, max_steps=50)
+    assert plan.total_steps == 50
+
+
+@pytest.mark.parametrize("seq_len", [2048, 4096])
+def test_packs_of_realistic_documents_are_full_and_made_quickly(seq_len):
+    lengths = realistic(100_000, seq_len)
+    start = time.perf_counter()
+    plan = Plan(lengths, lengths // 2, seq_len=seq_len, packs_per_step=32, epochs=1)
+    print(f"{len(lengths)} documents in {time.perf_counter() - start:.2f} s, {plan.fill():.3%} full")
+    assert plan.fill() == pytest.approx(lengths.sum() / (len(plan.epoch(0)) * seq_len))
+    assert plan.fill() > 0.99

@@ -1,0 +1,329 @@
+"""The store: what is written is what was rendered, once; and neither a kill nor bad input leaves half of it behind.
+
+The oracle for tokens and masks is the renderer applied to each conversation by itself.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracles.tiny_llama import write_tiny_llama
+
+from minisft.data import store as module
+from minisft.data.chat import Renderer, load_templates
+from minisft.data.formats import Conversation, read
+from minisft.data.store import Dataset, open_store
+from minisft.data.tokenizer import Tokenizer
+from minisft.errors import UserError
+
+CONVERSATIONS = Path(__file__).parent / "oracles" / "conversations.jsonl"
+TEMPLATES = load_templates()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def renderer(folder):
+    return Renderer(TEMPLATES["llama3"], Tokenizer(folder))
+
+
+@pytest.fixture
+def opened(tmp_path, renderer):
+    """Opens a file, or lines to be written to one, in a cache of the test's own."""
+    def open_(content=CONVERSATIONS, **settings):
+        path = content
+        if not isinstance(content, Path):
+            path = tmp_path / "data.jsonl"
+            path.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
+        return open_store(str(path), **{"name": "data", "format": "auto", "renderer": renderer,
+                                        "cache": tmp_path / "cache", "quiet": True, **settings})
+    return open_
+
+
+def qa(question="Hi", answer="Hello!"):
+    return json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+
+
+def folders(tmp_path):
+    """What lies in the cache, without the locks."""
+    return sorted(p.name for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock")
+
+
+# What is stored
+
+def test_documents_come_back_as_rendered(opened, renderer, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 5)  # several batches, the last one short
+    store = opened()
+    conversations = list(read(CONVERSATIONS))
+    assert len(store) == len(conversations) == 32
+    dataset = Dataset([store], seq_len=10_000)
+    for i, conversation in enumerate(conversations):
+        ids, trained = renderer.encode([renderer.pieces(conversation)])[0]
+        found_ids, found_trained = dataset.document(i)
+        assert (found_ids.tolist(), found_trained.tolist()) == (ids, [int(t) for t in trained])
+        assert (dataset.lengths[i], dataset.targets[i]) == (len(ids), sum(trained))
+        assert dataset.origin(i) == (str(CONVERSATIONS), conversation.line)
+    report = store.report
+    assert (report.read, report.kept, report.turns) == (32, 32, sum(len(c.turns) for c in conversations))
+    assert (report.tokens, report.target_tokens) == (dataset.lengths.sum(), dataset.targets.sum())
+    assert report.largest_id == max(dataset.document(i)[0].max() for i in range(32))
+
+
+def test_several_stores_are_numbered_through(opened, tmp_path):
+    first, second = opened(), opened([qa("a" * 50), qa()], name="other")
+    dataset = Dataset([first, second], seq_len=10_000)
+    assert len(dataset) == 34
+    assert [dataset.origin(i)[1] for i in (0, 31, 32, 33)] == [1, 32, 1, 2]
+    assert dataset.origin(33)[0] == str(tmp_path / "data.jsonl")
+    assert dataset.document(33)[0].tolist() == second.tokens[second.offsets[1]:].tolist()
+
+
+def test_what_is_left_out_is_counted_with_its_first_place(opened, tmp_path):
+    untrained = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]}
+    store = opened([qa(), qa(answer=" "), json.dumps(untrained), qa(question=""), qa(answer=""), qa()])
+    file = tmp_path / "data.jsonl"
+    assert (store.report.read, store.report.kept, len(store)) == (6, 2, 2)
+    assert store.report.skipped == {"no answer": 2, "nothing trained": 1, "blank turn": 1}
+    assert store.report.examples["no answer"].startswith(f"{file}:2: ")
+    assert store.report.examples["nothing trained"] == f"{file}:3"
+    assert store.lines.tolist() == [1, 6]
+
+
+# Found again
+
+def test_the_second_opening_does_not_tokenise(opened, monkeypatch):
+    first = opened()
+    monkeypatch.setattr(module, "read", lambda *a, **k: pytest.fail("the file was read again"))
+    second = opened()
+    assert np.array_equal(first.tokens, second.tokens)
+    assert first.report == second.report
+
+
+def test_everything_that_tokens_depend_on_makes_a_store_of_its_own(opened, folder, tmp_path):
+    def made(content=None, **settings):
+        opened(content or [qa()], **settings)
+        return len(folders(tmp_path))
+
+    other_tokenizer = write_tiny_llama(tmp_path / "other") / "tokenizer.json"
+    other_tokenizer.write_text(other_tokenizer.read_text() + "\n")
+    other_eos = write_tiny_llama(tmp_path / "eos") / "tokenizer_config.json"
+    other_eos.write_text('{"eos_token": "<|end_of_text|>"}')
+    tokenizer = Tokenizer(folder)
+    variants = [
+        {}, {"content": [qa("Hi!")]}, {"name": "x"}, {"format": "messages"}, {"skip_bad": True}, {"max_bad": 3},
+        {"oasst": "best"}, {"renderer": Renderer(TEMPLATES["llama3.1"], tokenizer)},
+        {"renderer": Renderer(TEMPLATES["llama3"], tokenizer, train_on="all")},
+        {"renderer": Renderer(TEMPLATES["llama3"], Tokenizer(tmp_path / "other"))},
+        {"renderer": Renderer(TEMPLATES["alpaca"], tokenizer)},
+        {"renderer": Renderer(TEMPLATES["alpaca"], Tokenizer(tmp_path / "eos"))},
+    ]
+    assert [made(**variant) for variant in variants] == list(range(1, len(variants) + 1))
+    assert [made(**variant) for variant in variants] == [len(variants)] * len(variants)
+
+
+def test_a_new_version_of_the_renderer_does_not_take_old_stores(opened, tmp_path, monkeypatch):
+    opened()
+    monkeypatch.setattr("minisft.data.chat.VERSION", -1)
+    opened()
+    assert len(folders(tmp_path)) == 2
+
+
+# Interrupted, raced, refused
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from minisft.data import store
+from minisft.data.chat import Renderer, load_templates
+from minisft.data.tokenizer import Tokenizer
+folder, file, cache, pause = sys.argv[1:]
+store.BATCH = 4
+encode, batches = Renderer.encode, []
+def slow(self, rendered):
+    batches.append(len(rendered))
+    time.sleep(float(pause))
+    return encode(self, rendered)
+Renderer.encode = slow
+renderer = Renderer(load_templates()["llama3"], Tokenizer(folder))
+made = store.open_store(file, name="data", format="auto", renderer=renderer, cache=Path(cache), quiet=True)
+print(len(batches), len(made), int(made.tokens.astype("int64").sum()))
+"""
+
+
+def child(folder, cache, pause):
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder), str(CONVERSATIONS), str(cache), str(pause)],
+                            cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+
+
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_store(folder, opened, tmp_path):
+    writer = child(folder, tmp_path / "cache", pause=1)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cache/*.partial/trained.bin")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    assert [Path(name).suffix for name in folders(tmp_path)] == [".partial"]
+    (next(tmp_path.glob("cache/*.partial")) / "left.over").touch()
+    assert len(opened()) == 32
+    (name,) = folders(tmp_path)
+    assert not name.endswith(".partial")
+    assert not (tmp_path / "cache" / name / "left.over").exists()
+
+
+def test_two_processes_at_once_make_one_store(folder, opened, tmp_path):
+    both = [child(folder, tmp_path / "cache", pause=0.2) for _ in range(2)]
+    said = sorted([int(word) for word in process.communicate(timeout=60)[0].split()] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(folders(tmp_path)) == 1
+    total = opened().tokens.astype(np.int64).sum()
+    assert said == [[0, 32, total], [8, 32, total]], "batches tokenised, documents, sum of the tokens"
+
+
+@pytest.mark.parametrize(("lines", "settings", "message"), [
+    ([qa(), "{"], {}, "data.jsonl:2: bad JSON: "),
+    ([qa(), '{"x": 1}'], {"format": "nope"}, "data.format: unknown format 'nope' (choices: auto, "),
+    (['{"x": 1}'], {}, "data.jsonl:1: no format matches"),
+    ([qa(), "{", "[1]", "}"], {"skip_bad": True, "max_bad": 2}, "data.jsonl: more than data.max_bad = 2 broken"),
+])
+def test_a_refused_file_leaves_nothing_behind(opened, tmp_path, lines, settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        opened(lines, **settings)
+    assert folders(tmp_path) == []
+
+
+def test_an_error_of_any_kind_leaves_nothing_behind(opened, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        opened()
+    assert folders(tmp_path) == []
+    monkeypatch.undo()
+    assert len(opened()) == 32
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "trained.bin", "offsets.npy", "targets.npy", "lines.npy",
+                                  "report.json"])
+@pytest.mark.parametrize("size", [None, 0, 8])
+def test_a_store_that_lost_bytes_is_not_trained_on(opened, tmp_path, name, size):
+    opened([qa()])
+    (file,) = tmp_path.glob(f"cache/*/{name}")
+    if size is None:
+        file.unlink()
+    else:
+        os.truncate(file, size)
+    message = rf"{re.escape(str(file.parent))}: damaged \(.+\); delete the folder, and it is made again"
+    with pytest.raises(UserError, match=message):
+        opened([qa()])
+
+
+def test_max_bad_counts_broken_records_of_every_kind(opened, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b"\n".join([qa().encode(), b"{", b'{"text": "\xff"}', b"3", qa().encode()]))
+    with pytest.raises(UserError, match=re.escape(f"more than data.max_bad = 2 broken records; the first: {file}:2: ")):
+        opened(file, skip_bad=True, max_bad=2)
+    store = opened(file, skip_bad=True, max_bad=3)
+    assert (store.report.read, store.report.kept) == (5, 2)
+    assert store.report.skipped == {"bad JSON": 2, "invalid UTF-8": 1}
+
+
+@pytest.mark.parametrize(("path", "reason"), [("missing.jsonl", "No such file or directory"), (".", "Is a directory")])
+def test_no_file(opened, tmp_path, path, reason):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / path}: {reason}; data.train and data.eval are files")):
+        opened(tmp_path / path)
+    assert not (tmp_path / "cache").exists()
+
+
+# Too long, or empty
+
+def answers(*counts):
+    """Conversations whose lengths differ by the answers': each digit x is a token of its own."""
+    return [qa("Hi", "x y" * count) for count in counts]
+
+
+def test_too_long_documents_are_dropped_and_counted(opened, tmp_path):
+    store = opened(answers(1, 100, 2, 50))
+    lengths, targets = np.diff(store.offsets), store.targets
+    dataset = Dataset([store], seq_len=int(lengths[3]) - 1)
+    assert dataset.lengths.tolist() == [lengths[0], lengths[2]]
+    assert [dataset.origin(i)[1] for i in range(2)] == [1, 3]
+    report = dataset.reports[0]
+    assert report.skipped == {"over length": 2}
+    assert report.examples == {"over length": f"{tmp_path / 'data.jsonl'}:2"}
+    assert (report.read, report.kept, report.truncated) == (4, 2, 0)
+    assert report.lost_target_tokens == targets[1] + targets[3]
+    assert store.report.skipped == {}, "the run's counts are not the store's"
+    assert len(Dataset([store], seq_len=int(lengths[3]))) == 3, "a document of exactly seq_len tokens fits"
+
+
+def test_truncation_keeps_the_first_tokens_and_invents_no_stop(opened, renderer):
+    store = opened([*answers(1, 100), qa("long " * 100, "z")])
+    lengths = np.diff(store.offsets)
+    seq_len = int(lengths[0]) + 5
+    dataset = Dataset([store], seq_len=seq_len, overlong="truncate")
+    assert dataset.lengths.tolist() == [lengths[0], seq_len]
+    ids, trained = dataset.document(1)
+    whole_ids, whole_trained = renderer.encode([renderer.pieces(list(read(store.report.path))[1])])[0]
+    assert (ids.tolist(), trained.tolist()) == (whole_ids[:seq_len], [int(t) for t in whole_trained[:seq_len]])
+    assert ids[-1] not in renderer.stop_ids()
+    assert dataset.targets[1] == sum(whole_trained[:seq_len])
+    report = dataset.reports[0]
+    assert (report.kept, report.truncated) == (2, 1)
+    assert report.skipped == {"answer beyond the length": 1}
+    assert report.examples["answer beyond the length"].endswith("data.jsonl:3")
+    assert report.lost_target_tokens == store.targets.sum() - dataset.targets.sum()
+    assert (report.tokens, report.target_tokens) == (dataset.lengths.sum(), dataset.targets.sum())
+
+
+def test_too_long_documents_may_be_an_error(opened, tmp_path):
+    store = opened(answers(1, 100, 50))
+    lengths = np.diff(store.offsets)
+    message = (f"{tmp_path / 'data.jsonl'}:2: {lengths[1]} tokens, but data.seq_len is 40 (2 conversations are too "
+               f'long, the longest has {lengths[1]}); raise data.seq_len, or pass data.overlong = "drop" or "truncate"')
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        Dataset([store], seq_len=40, overlong="error")
+    assert len(Dataset([store], seq_len=int(lengths[1]), overlong="error")) == 3
+
+
+def test_an_empty_file_is_a_store_but_no_data_set(opened, tmp_path):
+    store = opened([])
+    assert (len(store), store.report.read, store.report.kept) == (0, 0, 0)
+    file = tmp_path / "data.jsonl"
+    message = f"no conversation is left to train on:\n  {file}: 0 read; the file is empty"
+    with pytest.raises(UserError, match=re.escape(message)):
+        Dataset([store], seq_len=100)
+    assert len(Dataset([store, opened()], seq_len=1000)) == 32
+
+
+def test_a_data_set_without_documents_says_why(opened, tmp_path):
+    store = opened([*answers(100), qa(answer="")])
+    file = tmp_path / "data.jsonl"
+    message = (f"no conversation is left to train on:\n  {file}: 2 read; no answer: 1 (first: {file}:2: ''), "
+               f"over length: 1 (first: {file}:1)")
+    with pytest.raises(UserError, match=re.escape(message)):
+        Dataset([store], seq_len=20)
+
+
+def test_many_random_documents_survive_the_round_trip(opened, renderer, tmp_path):
+    random = np.random.default_rng(0)
+    lines = [qa("".join(map(chr, random.integers(32, 0x2FFF, 9))) + "?", "a" * int(random.integers(1, 40)))
+             for _ in range(module.BATCH + 100)]
+    store = opened(lines)
+    conversations = [c for c in read(tmp_path / "data.jsonl") if isinstance(c, Conversation)]
+    expected = renderer.encode([renderer.pieces(c) for c in conversations])
+    assert store.tokens.tolist() == [token for ids, _ in expected for token in ids]
+    assert store.trained.tolist() == [int(t) for _, trained in expected for t in trained]
+    assert store.offsets.tolist() == [0, *np.cumsum([len(ids) for ids, _ in expected]).tolist()]
