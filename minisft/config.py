@@ -12,40 +12,16 @@ them in, so that readers need no rule of their own; `to_toml` leaves them out ag
 of a saved configuration reaches the sources that had inherited it.
 """
 
-import difflib
-import json
-import operator
 import os
 import tomllib
-import unicodedata
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from itertools import chain, count
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from minisft.errors import UserError
-
-FORMATS = ("auto", "alpaca", "dolly", "sharegpt", "oasst", "messages", "prompt_completion", "text")
-BOUNDS = {"low": (">=", operator.ge), "above": (">", operator.gt),
-          "high": ("<=", operator.le), "below": ("<", operator.lt)}
-
-
-def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), **bounds: float) -> Any:
-    """One configuration key. `bounds` are low and high (inclusive), above and below (exclusive)."""
-    assert bounds.keys() <= BOUNDS.keys()
-    return field(default=default, metadata={"doc": doc, "choices": choices, "bounds": bounds})
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of data.train or data.eval."""
-    path: str = key(MISSING, "the file")
-    format: str = key("", "empty: data.format", choices=FORMATS)
-    template: str = key("", "empty: data.template")
-    weight: float = key(1.0, "how often its documents are seen, relative to the other sources", above=0)
-    name: str = key("", "name in reports; empty: the file's name without suffixes")
+from minisft.keys import FORMATS, Source, accepted, from_text, key, nearest, to_toml, typed
 
 
 @dataclass(frozen=True)
@@ -149,8 +125,8 @@ class Config:
         for section in fields(Config):
             lines += ["", f"[{section.name}]  # {section.type.__doc__}"]
             for spec in fields(section.type):
-                first, *rest = _toml(getattr(getattr(written, section.name), spec.name)).split("\n")
-                lines += [f"{spec.name} = {first}  # {spec.metadata['doc']} [{_accepted(spec)}]", *rest]
+                first, *rest = to_toml(getattr(getattr(written, section.name), spec.name)).split("\n")
+                lines += [f"{spec.name} = {first}  # {spec.metadata['doc']} [{accepted(spec)}]", *rest]
         return "\n".join(lines) + "\n"
 
 
@@ -195,7 +171,7 @@ def load(argv: list[str]) -> Config:
     origin, values, bad = {}, {section: {} for section in SECTIONS}, set()
     for where, name, value in (given or []) + overrides:
         section, _, leaf = name.partition(".")
-        values[section][leaf], found = _typed(where, value, KEYS[name])
+        values[section][leaf], found = typed(where, value, KEYS[name])
         origin[name] = where
         wrong += found
         if found:
@@ -227,8 +203,8 @@ def help_text() -> str:
     for section, cls in SECTIONS.items():
         lines += ["", f"{section}: {cls.__doc__}"]
         for spec in fields(cls):
-            default = _toml(spec.default).strip('[]"')
-            lines.append(f"{f'  --{section}.{spec.name} = {default}':<42}  {spec.metadata['doc']} [{_accepted(spec)}]")
+            default = to_toml(spec.default).strip('[]"')
+            lines.append(f"{f'  --{section}.{spec.name} = {default}':<42}  {spec.metadata['doc']} [{accepted(spec)}]")
     return "\n".join(lines)
 
 
@@ -256,13 +232,13 @@ def _command_line(argv: list[str]) -> tuple[str, list[tuple[str, str, Any]], lis
         if not has_value and left and not left[0].startswith("--"):
             has_value, text = "=", left.pop(0)
         if not option.startswith("--") or name not in KEYS:
-            wrong.append(f"{where}: unknown option{_nearest(name, KEYS, '--')}; --help lists them all")
+            wrong.append(f"{where}: unknown option{nearest(name, KEYS, '--')}; --help lists them all")
         elif not has_value:
-            wrong.append(f"{where}: the value is missing; expected {_accepted(KEYS[name])}")
+            wrong.append(f"{where}: the value is missing; expected {accepted(KEYS[name])}")
         elif name in given:
             wrong.append(f"{where}: given twice")
         else:
-            given[name] = (where, name, _from_text(text, KEYS[name].type))
+            given[name] = (where, name, from_text(text, KEYS[name].type))
     return "demo" if recipe is None else recipe, list(given.values()), wrong
 
 
@@ -287,97 +263,13 @@ def _recipe(recipe: str) -> tuple[str, list[tuple[str, str, Any]] | None, list[s
         elif section in SECTIONS:
             wrong.append(f"{label}: {section}: expected a section [{section}], got {content!r}")
         elif isinstance(content, dict):
-            near = _nearest(section, SECTIONS)
+            near = nearest(section, SECTIONS)
             wrong.append(f"{label}: {section}: unknown section{near}; sections are {', '.join(SECTIONS)}")
         else:
-            wrong.append(f"{label}: {section}: unknown key outside a section{_nearest(section, KEYS)}")
-    wrong += [f"{where}: unknown key{_nearest(name, KEYS)}; --help lists them all"
+            wrong.append(f"{label}: {section}: unknown key outside a section{nearest(section, KEYS)}")
+    wrong += [f"{where}: unknown key{nearest(name, KEYS)}; --help lists them all"
               for where, name, _ in given if name not in KEYS]
     return label, [entry for entry in given if entry[1] in KEYS], wrong
-
-
-def _nearest(name: str, names: Any, prefix: str = "") -> str:
-    """' (did you mean X?)', or nothing. The part after the dot counts as much as the whole: lr -> optim.lr."""
-    def likeness(other: str) -> float:
-        leaf, other_leaf = name.rpartition(".")[2], other.rpartition(".")[2]
-        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, other), (leaf, other_leaf)))
-    best = max(names, key=likeness)
-    return f" (did you mean {prefix}{best}?)" if likeness(best) > 1.2 else ""
-
-
-def _accepted(spec: Field) -> str:
-    """What a key accepts, in words: 'int >= 1 or none'."""
-    if spec.type == tuple[Source, ...]:
-        return "paths"
-    kinds = get_args(spec.type) or (spec.type,)
-    kind = f"{len(kinds)} floats" if get_origin(spec.type) is tuple else kinds[0].__name__
-    bounds = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in spec.metadata["bounds"].items())
-    kind = "true|false" if kind == "bool" else "|".join(spec.metadata["choices"]) or f"{kind} {bounds}".rstrip()
-    return kind + " or none" * (type(None) in kinds)
-
-
-def _from_text(text: str, kind: Any) -> Any:
-    """The value a recipe would hold for this text. Text that does not convert stays text, for `_typed` to refuse."""
-    if kind == tuple[Source, ...]:
-        return text.split(",") if text else []
-    if get_origin(kind) is tuple:
-        return [_from_text(part, float) for part in text.split(",")]
-    kind = get_args(kind)[0] if get_origin(kind) is UnionType else kind
-    if kind is bool:
-        return {"true": True, "false": False}.get(text, text)
-    try:
-        return kind(text)
-    except ValueError:
-        return text
-
-
-def _typed(where: str, value: Any, spec: Field) -> tuple[Any, list[str]]:
-    """-> the value as the type of its key, problems."""
-    if spec.type == tuple[Source, ...]:
-        items = value if isinstance(value, list) else [value]
-        sources = [_source(f"{where}[{index}]", item) for index, item in enumerate(items)]
-        return tuple(source for source, _ in sources), [problem for _, found in sources for problem in found]
-    kinds = get_args(spec.type) or (spec.type,)
-    if type(None) in kinds and value == "none":
-        return None, []
-    if get_origin(spec.type) is tuple:
-        fits = isinstance(value, list) and len(value) == len(kinds) and all(_fits(part, float, spec) for part in value)
-        typed = tuple(map(float, value)) if fits else None
-    else:
-        fits = _fits(value, kinds[0], spec)
-        typed = kinds[0](value) if fits else None
-    near = _nearest(value, spec.metadata["choices"]) if spec.metadata["choices"] and isinstance(value, str) else ""
-    return typed, [] if fits else [f"{where}: expected {_accepted(spec)}, got {value!r}{near}"]
-
-
-def _fits(value: Any, kind: type, spec: Field) -> bool:
-    """Whether one string, number or boolean is of its kind and within the choices or bounds of its key."""
-    if kind is str:
-        # No path or name needs a control character; lone surrogates are file names that no UTF-8 file could record.
-        clean = isinstance(value, str) and not any(unicodedata.category(char) in ("Cc", "Cs") for char in value)
-        return clean and (not spec.metadata["choices"] or value in (*spec.metadata["choices"], spec.default))
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    if not isinstance(value, (int, float) if kind is float else int) or not abs(value) < 2**63:     # nan, inf, no int64
-        return False
-    return all(BOUNDS[name][1](value, bound) for name, bound in spec.metadata["bounds"].items())
-
-
-def _source(where: str, item: Any) -> tuple[Source | None, list[str]]:
-    """-> one source from a path or a table, problems."""
-    table = {"path": item} if isinstance(item, str) else item
-    if not isinstance(table, dict):
-        return None, [f"{where}: expected a path or a table, got {item!r}"]
-    specs, values, wrong = {spec.name: spec for spec in fields(Source)}, {}, []
-    for name, value in table.items():
-        if name in specs:
-            values[name], found = _typed(f"{where}.{name}", value, specs[name])
-            wrong += found
-        else:
-            wrong.append(f"{where}.{name}: unknown key{_nearest(name, specs)}; a source has {', '.join(specs)}")
-    if "path" not in table:
-        wrong.append(f"{where}: path is missing")
-    return (None if wrong else Source(**values)), wrong
 
 
 def _default_cache() -> str:
@@ -425,18 +317,3 @@ def _without_inherited(config: Config) -> Config:
         config, model=replace(model, tokenizer=own(model.tokenizer, model.path)),
         data=replace(data, train=stripped(data.train), eval=stripped(data.eval),
                      cache=own(data.cache, _default_cache())))
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML. Sources stand one a line, with the keys that differ from the default."""
-    if isinstance(value, Source):
-        items = [(spec, getattr(value, spec.name)) for spec in fields(Source)]
-        return "{" + ", ".join(f"{spec.name} = {_toml(own)}" for spec, own in items if own != spec.default) + "}"
-    if isinstance(value, tuple) and value and isinstance(value[0], Source):
-        return "\n".join(["[", *(f"    {_toml(source)}," for source in value), "]"])
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    if value is None:
-        return '"none"'
-    # JSON's strings, numbers and booleans are TOML's; shortest-form floats read back exactly.
-    return json.dumps(value, ensure_ascii=False)

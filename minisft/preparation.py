@@ -6,6 +6,8 @@ Everything here happens before a process group exists, so that no collective tim
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from minisft.config import Config, Source
 from minisft.data.chat import Renderer, Template, load_templates, recognize
 from minisft.data.packing import Plan
@@ -42,7 +44,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     train = dataset(config.data.train)
     plan = Plan(train.lengths, train.targets, seq_len=config.data.seq_len, packs_per_step=config.batch.packs,
                 epochs=config.train.epochs, max_steps=config.train.max_steps, seed=config.train.seed,
-                shuffle=config.data.shuffle)
+                shuffle=config.data.shuffle, weights=np.array([s.weight for s in config.data.train])[train.store_of])
     evals = {source.name: dataset((source,)) for source in config.data.eval}
     return Prepared(tokenizer, renderers[config.data.template], train, plan, evals)
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.data.packing import WINDOW, Plan, best_fit_decreasing, pack_epoch
+from minisft.errors import UserError
 
 
 def naive_best_fit_decreasing(lengths, capacity):
@@ -138,3 +139,25 @@ def test_packs_of_realistic_documents_are_full_and_made_quickly(seq_len):
     print(f"{len(lengths)} documents in {time.perf_counter() - start:.2f} s, {plan.fill():.3%} full")
     assert plan.fill() == pytest.approx(lengths.sum() / (len(plan.epoch(0)) * seq_len))
     assert plan.fill() > 0.99
+
+
+def test_weights_repeat_and_sample_documents() -> None:
+    """Weight 2 comes twice, 0.5 in every other epoch on average, and always from the same draw for the same epoch."""
+    lengths = np.full(2000, 10)
+    weights = np.repeat([2.0, 0.5, 1.0, 1.25], 500)
+    plan = Plan(lengths, lengths, seq_len=100, packs_per_step=4, epochs=2, weights=weights)
+    times = np.bincount(plan.epoch(0).documents, minlength=2000).reshape(4, 500)
+    assert (times[0] == 2).all()
+    assert (times[2] == 1).all()
+    assert set(times[1]) == {0, 1}
+    assert set(times[3]) == {1, 2}
+    assert times[1].mean() == pytest.approx(0.5, abs=0.08)
+    assert times[3].mean() == pytest.approx(1.25, abs=0.08)
+    again = Plan(lengths, lengths, seq_len=100, packs_per_step=4, epochs=2, weights=weights)
+    assert np.array_equal(again.epoch(1).documents, plan.epoch(1).documents)
+    assert not np.array_equal(np.bincount(plan.epoch(1).documents, minlength=2000).reshape(4, 500), times)
+
+
+def test_weights_that_leave_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match=r"weights of the sources in data\.train are too small"):
+        Plan(np.array([5]), np.array([5]), seq_len=10, packs_per_step=1, epochs=1, weights=np.array([1e-9]))

@@ -143,8 +143,8 @@ def test_the_final_folder_is_transformers(base, tmp_path):
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     stop = theirs.generation_config.eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in stop
-    answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt):]
-    answer = [token for token in answer.tolist() if token not in stop]
+    answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    answer = [token for token in answer[0, len(prompt) :].tolist() if token not in stop]
     assert generate(ours, [prompt], max_new_tokens=20, stop_ids=set(stop)) == [answer]
 
 

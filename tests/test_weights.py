@@ -264,7 +264,8 @@ def test_a_tensor_that_the_index_omits_is_missing(sharded: Path) -> None:
 
 
 def test_a_single_file_beside_an_index_that_does_not_list_it_is_ambiguous(sharded: Path) -> None:
-    weights.save(random_model(), random_model().config, sharded)  # transformers would read this one, an index reader the other
+    # transformers would read the single file, an index reader the other
+    weights.save(random_model(), random_model().config, sharded)
     assert "one of the two is out of date; delete it" in refusal(Llama.from_pretrained, sharded)
 
 

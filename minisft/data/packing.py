@@ -17,6 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from minisft.errors import UserError
+
 WINDOW = 16_384  # documents: enough for packs over 99% full, few enough that a window is a random sample
 
 Array = np.ndarray
@@ -64,10 +66,18 @@ def best_fit_decreasing(lengths: Array, capacity: int) -> list[list[int]]:
     return packs
 
 
-def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: bool = True) -> Epoch:
-    """Pack all documents with lengths (n,), each at most `seq_len` tokens, for one epoch (counted from 0)."""
+def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: bool = True,
+               weights: Array | None = None) -> Epoch:
+    """Pack all documents with lengths (n,), each at most `seq_len` tokens, for one epoch (counted from 0).
+
+    A document of weight 2.3 (`weights` (n,), 1 without them) comes twice, and with a chance of 0.3 once more.
+    """
     random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    order = np.arange(len(lengths))
+    if weights is not None:
+        order = np.repeat(order, np.floor(weights + random.random(len(lengths))).astype(np.int64))
+    if shuffle:
+        order = random.permutation(order)
     packs: list[Array] = []
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
@@ -77,7 +87,7 @@ def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: 
     else:
         packs = sorted((np.sort(pack) for pack in packs), key=lambda pack: pack[0])
     sizes = [len(pack) for pack in packs]
-    return Epoch(np.concatenate(packs), np.concatenate(([0], np.cumsum(sizes))))
+    return Epoch(np.concatenate([order[:0], *packs]), np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))))
 
 
 @dataclass(frozen=True)
@@ -96,8 +106,8 @@ class Plan:
     """
 
     def __init__(self, lengths: Array, targets: Array, *, seq_len: int, packs_per_step: int, epochs: int,
-                 max_steps: int | None = None, seed: int = 0, shuffle: bool = True):
-        self.lengths, self.targets = lengths, targets
+                 max_steps: int | None = None, seed: int = 0, shuffle: bool = True, weights: Array | None = None):
+        self.lengths, self.targets, self.weights = lengths, targets, weights
         self.seq_len, self.packs_per_step = seq_len, packs_per_step
         self.seed, self.shuffle = seed, shuffle
         self._first_step = [0]  # of each epoch
@@ -105,11 +115,15 @@ class Plan:
             packs = len(self.epoch(len(self._first_step) - 1))
             self._first_step.append(self._first_step[-1] - (-packs // packs_per_step))
         self.total_steps = self._first_step[-1] if max_steps is None else min(max_steps, self._first_step[-1])
+        if not self.total_steps:
+            raise UserError(f"no document is left of {len(lengths)}: the weights of the sources in data.train are too "
+                            "small")
 
     @lru_cache(maxsize=2)  # noqa: B019 (a plan lives as long as its run)
     def epoch(self, epoch: int) -> Epoch:
         """The packs of epoch `epoch` (from 0)."""
-        return pack_epoch(self.lengths, seq_len=self.seq_len, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        return pack_epoch(self.lengths, seq_len=self.seq_len, seed=self.seed, epoch=epoch, shuffle=self.shuffle,
+                          weights=self.weights)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -130,4 +144,5 @@ class Plan:
 
     def fill(self) -> float:
         """Share of the first epoch's packs that is tokens."""
-        return float(self.lengths.sum() / (len(self.epoch(0)) * self.seq_len))
+        epoch = self.epoch(0)
+        return float(self.lengths[epoch.documents].sum() / (len(epoch) * self.seq_len))

@@ -29,7 +29,9 @@ class Tokenizer:
                             "tokenizer.model is not read: take the one of the Hugging Face folder)") from None
         try:
             self._backend = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises a bare Exception
+        except BaseException as error:  # the library raises a bare Exception, or panics with less than that
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise UserError(f"{self.file}: not a tokenizer.json ({error})") from None
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._backend.encode_special_tokens = True

@@ -10,6 +10,7 @@ the knowledge was there before.
 
 import json
 import os
+import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from minisft.model.llama import Llama
 from minisft.training.parallel import launched_rank
 from minisft.training.trainer import report_error, train
 
+COUNTRIES = 96  # of the 190 in world.tsv: as many as a small model learns in two minutes on two cores
 VOCABULARY = 2048
 ARTICLES_PER_COUNTRY = 40  # in each language
 QUESTIONS_PER_FACT = 2
@@ -37,19 +39,31 @@ SHOWN = 6
 def main(argv: list[str]) -> int:
     """Run both recipes and print what came of them; `argv` overrides keys of the second. Returns the exit code."""
     try:
-        base, tuned = configuration.load(["demo-base"]), configuration.load(["demo", *argv])
-        write_world(Path(base.model.tokenizer), countries=None, seed=base.train.seed)
-        for config in (base, tuned):
-            done = (Path(config.run.dir) / "final").exists()
-            if done and (config is base or not argv):
-                say(f"{config.run.dir}: trained already; delete it to train again")
-            else:
-                train(config)
+        tuned = configuration.load(["demo", *argv])
+        base = configuration.load(["demo-base", "--train.seed", str(tuned.train.seed)])
+        if trained(base):
+            kept = configuration.load([f"{base.run.dir}/config.toml"])
+            if kept != base:
+                raise UserError(f"{base.run.dir}: a base model of other settings (seed {kept.train.seed}); delete it, "
+                                "or run the demo in another folder")
+            say(f"{base.run.dir}: the base model is there already")
+        else:
+            write_world(Path(base.model.tokenizer), countries=COUNTRIES, seed=base.train.seed)
+            train(base)
+        if trained(tuned) and not argv:
+            say(f"{tuned.run.dir}: trained already; delete it to train again")
+        else:
+            train(tuned)
         if launched_rank()[0] == 0:
             print(compare(base, tuned, Path(base.model.tokenizer)))
         return 0
     except (UserError, ArithmeticError, OSError) as error:
         return report_error(error)
+
+
+def trained(config: Config) -> bool:
+    """Whether the run has been finished before."""
+    return (Path(config.run.dir) / "final").exists()
 
 
 def say(text: str) -> None:
@@ -58,9 +72,9 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def write_world(folder: Path, *, countries: int | None, seed: int) -> None:
+def write_world(folder: Path, *, countries: int, seed: int) -> None:
     """The files that the two recipes name. Every process writes the same bytes, each file in one rename."""
-    facts = world.load_world()[:countries]
+    facts = random.Random(seed).sample(world.load_world(), countries)
     asked, heldout = world.halves(facts, seed)
     articles = world.articles(facts, per_country=ARTICLES_PER_COUNTRY, seed=seed)
     files = {"articles": articles, "questions": world.questions(asked, per_fact=QUESTIONS_PER_FACT, seed=seed),
@@ -107,7 +121,8 @@ def compare(base: Config, tuned: Config, folder: Path) -> str:
     lines = ["", "Countries that the fine-tuning never mentioned:"]
     for row, base_text, tuned_text in list(zip(rows, before.texts, after.texts, strict=True))[:SHOWN]:
         mark = "right" if tuned_text.strip() == row["completion"] else f"expected: {row['completion']}"
-        lines += [f"  {row['prompt']}", f"    base   {base_text.strip()!r}", f"    tuned  {tuned_text.strip()!r} ({mark})"]
+        lines += [f"  {row['prompt']}", f"    base   {base_text.strip()!r}",
+                  f"    tuned  {tuned_text.strip()!r} ({mark})"]
     text = [record for record in metrics(tuned) if record["kind"] == "eval" and record["name"] == "heldout-articles"]
     lines += ["", f"exact answers to {len(rows)} held-out questions: base {before.score:.1%}, tuned {after.score:.1%}",
               f"loss on plain text: base {text[0]['loss']:.3f}, tuned {text[-1]['loss']:.3f} nats a token"]

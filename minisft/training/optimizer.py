@@ -1,29 +1,67 @@
-"""AdamW and the learning rate of each step.
+"""AdamW on this rank's part of the parameters, and the learning rate of each step.
 
 AdamW (Loshchilov and Hutter 2019) on fp32 master weights: at a learning rate of 2e-5 most updates are smaller than the
 distance between two neighbouring bf16 numbers, and would be lost if the weights were kept in bf16. Matrices may decay;
 norms and biases do not.
+
+The update is element by element, so each rank applies it to the rows it holds and no rank needs the others' rows. Only
+the gradient's norm is about the whole: one number is summed over the ranks.
 """
 
 import math
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 
-def build_optimizer(model: nn.Module, *, weight_decay: float, betas: tuple[float, float],
-                    eps: float) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters of `model` that require gradients; `set_lr` gives it the learning rate."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` in the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+class Optimizer:
+    """Fused AdamW over the rows that this rank holds of each trained parameter of `model`.
+
+    Plain tensors that share the parameters' memory: the fused kernels take all of them at once, where sharded tensors
+    are dispatched one by one. `mesh` is the mesh that the parameters are sharded over.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None, *, weight_decay: float = 0.0,
+                 betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8):
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.rows = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
+        # HSDP copies hold the same rows, which must not be counted twice.
+        self._shard_group = mesh.get_group("shard") if mesh else None
+        groups = [{"params": [p for p in self.rows.values() if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in self.rows.values() if p.dim() < 2], "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale the gradient to a Euclidean norm of at most `largest` (0: leave it); returns the norm it had.
+
+        The norm is that of all parameters on all ranks; the host does not wait for it.
+        """
+        for name, parameter in self.parameters.items():
+            self.rows[name].grad = None if parameter.grad is None else local(parameter.grad)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.rows.values() if p.grad is not None])
+        if self._shard_group:
+            norm = norm**2
+            dist.all_reduce(norm, group=self._shard_group)
+            norm = norm.sqrt()
+        if largest:
+            torch.nn.utils.clip_grads_with_norm_(self.rows.values(), largest, norm)
+        return norm
+
+    def step(self, lr: float) -> None:
+        """Update the parameters with learning rate `lr`, and drop the gradients. `clip` comes first."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        for name, parameter in self.parameters.items():
+            self.rows[name].grad = parameter.grad = None
 
 
 def learning_rate(step: int, *, total_steps: int, peak: float, schedule: str = "cosine", warmup_steps: int = 0,

@@ -15,10 +15,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from minisft.errors import UserError
 from minisft.model.config import LlamaConfig
@@ -106,15 +104,3 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     """The sum of `value` over all ranks, in place."""
     dist.all_reduce(value)
     return value
-
-
-def clip(model: nn.Module, largest: float) -> torch.Tensor:
-    """Scale the gradient to a Euclidean norm of at most `largest` (0: leave it); returns the norm it had.
-
-    The norm is that of all parameters on all ranks; nothing waits for it.
-    """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if largest:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

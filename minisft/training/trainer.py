@@ -29,7 +29,7 @@ from minisft.training import parallel
 from minisft.training.export import export
 from minisft.training.loss import linear_cross_entropy
 from minisft.training.metrics import MetricsLog, memory_gib, write_status
-from minisft.training.optimizer import build_optimizer, learning_rate, set_lr
+from minisft.training.optimizer import Optimizer, learning_rate
 from minisft.training.parallel import World
 
 
@@ -113,7 +113,7 @@ def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights
 def run_steps(config: Config, prepared: Prepared, model: nn.Module, world: World) -> None:
     """Every step of the plan, with its evaluations."""
     plan, optim = prepared.plan, config.optim
-    optimizer = build_optimizer(model, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
+    optimizer = Optimizer(model, world.mesh, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
     log = MetricsLog(Path(config.run.dir) / "metrics.jsonl") if world.leads else None
     bar = tqdm(total=plan.total_steps, desc="train", unit=" steps", disable=not world.leads)
     evaluate(config, prepared, model, world, log, step=0)
@@ -124,13 +124,11 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, world: World
             micro_loss = forward(model, batch, step.target_tokens, config, world)
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = parallel.clip(model, optim.clip_norm)
+        grad_norm = optimizer.clip(optim.clip_norm)
         lr = learning_rate(step.index, total_steps=plan.total_steps, peak=optim.lr, schedule=optim.schedule,
                            warmup_steps=optim.warmup_steps, min_ratio=optim.min_lr_ratio,
                            decay_fraction=optim.decay_fraction)
-        set_lr(optimizer, lr)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(lr)
         parallel.all_sum(loss)
 
         number = step.index + 1
