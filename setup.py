@@ -16,7 +16,7 @@ setup(
     package_data={"minisft": ["recipes/*.toml", "data/*.toml", "demo/*.tsv"]},
     install_requires=["torch>=2.13,<2.14", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "ruff>=0.12"],
+        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "llama-models==0.3.*", "ruff>=0.12"],
         "bench": ["trl==1.16.*", "transformers>=5"],
     },
     entry_points={"console_scripts": ["minisft = minisft.__main__:main"]},
