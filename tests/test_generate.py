@@ -13,7 +13,8 @@ from minisft.model.llama import Llama
 def expected(folder, prompt, count):
     transformers = pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None,
+                         pad_token_id=0)
     return out[0, len(prompt) :].tolist()
 
 
