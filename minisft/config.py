@@ -67,6 +67,7 @@ class Train:
     epochs: int = key(3, "passes over the training data", low=1)
     max_steps: int | None = key(None, "stop after this many steps", low=1)
     seed: int = key(0, "seed of the weights and of the order of the data", low=0, high=2**32 - 1)
+    max_skipped: int = key(10, "steps in a row that may be NaN or infinite before the run fails", low=0)
     precision: str = key("bf16", "arithmetic of the network; master weights are always fp32", choices=("bf16", "fp32"))
 
 
@@ -87,10 +88,21 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """Saving the run, and going on from what was saved."""
+    every: int = key(200, "steps between checkpoints; 0: only when asked to stop", low=0)
+    keep: int = key(2, "newest checkpoints that are kept; 0: all", low=0)
+    export_every: int = key(0, "steps between Hugging Face folders along the way; 0: only the final one", low=0)
+    resume: str = key("auto", "auto: from the newest intact checkpoint; never; or a checkpoint's folder")
+    allow_change: bool = key(False, "resume although data, batch, seed or model are not what they were")
+
+
+@dataclass(frozen=True)
 class Parallel:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks a parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model", low=1)
+    timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0)
     activation_checkpointing: str = key("none", "full: recompute layers in the backward pass", choices=("none", "full"))
 
 
@@ -114,6 +126,7 @@ class Config:
     batch: Batch = Batch()
     train: Train = Train()
     optim: Optim = Optim()
+    checkpoint: Checkpoint = Checkpoint()
     parallel: Parallel = Parallel()
     eval: Eval = Eval()
     run: Run = Run()

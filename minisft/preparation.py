@@ -26,6 +26,11 @@ class Prepared:
     plan: Plan
     evals: dict[str, Dataset]
 
+    def origins(self, step: int) -> list[str]:
+        """File and line of every document of `step` (from 0), on all ranks."""
+        documents = np.concatenate(self.plan.documents(step))
+        return ["{}:{}".format(*self.train.origin(int(i))) for i in documents]
+
 
 def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input."""

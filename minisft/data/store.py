@@ -63,6 +63,7 @@ class Store:
     """The documents of one file, opened from its folder. Raises UserError for a folder that lost some of its bytes."""
 
     def __init__(self, folder: Path):
+        self.key = folder.name
         try:
             self.offsets = np.load(folder / "offsets.npy")
             self.targets = np.load(folder / "targets.npy")

@@ -49,11 +49,12 @@ def main(argv: list[str]) -> int:
             say(f"{base.run.dir}: the base model is there already")
         else:
             write_world(Path(base.model.tokenizer), countries=COUNTRIES, seed=base.train.seed)
-            train(base)
+            if code := train(base):
+                return code
         if trained(tuned) and not argv:
             say(f"{tuned.run.dir}: trained already; delete it to train again")
-        else:
-            train(tuned)
+        elif code := train(tuned):
+            return code
         if launched_rank()[0] == 0:
             print(compare(base, tuned, Path(base.model.tokenizer)))
         return 0

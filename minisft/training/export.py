@@ -23,6 +23,7 @@ def export(model: nn.Module, config: LlamaConfig, renderer: Renderer, folder: Pa
     partial = folder.with_name(folder.name + ".tmp")
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of steps that are taken again after a resume
     weights.save(model, config, partial, dtype=dtype)
     if not leads:
         return

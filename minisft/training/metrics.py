@@ -1,44 +1,115 @@
-"""What a run writes about itself while it runs: `metrics.jsonl` and `status.json`.
+"""What a run tells about itself while it runs.
 
-Figures that live on the device are read one step late: by then they are ready, and reading them does not make the
-host wait for the step that the device is working on.
+Figures that live on the device are read one step late. By then they are ready, and reading them does not make the host
+wait for the step that the device is working on. All ranks read the same figures in the same step, so what they decide
+from them (to stop, to give up) they decide together, without another word.
 """
 
 import json
-import os
+import math
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minisft.errors import NumericsError
+
+SPIKE, PATIENCE, MEMORY = 2.0, 5, 0.95  # warn where the loss is over twice its running mean for five steps
 
 
-class MetricsLog:
-    """Appends one JSON object a line. A record's tensors are read when the next record comes, or at `flush`."""
+class Later:
+    """Numbers on the device, on their way to the host."""
 
-    def __init__(self, file: Path):
-        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-        self._waiting: dict[str, Any] | None = None
+    def __init__(self, figures: Tensor):
+        self._event = torch.cuda.Event() if figures.is_cuda else None
+        if self._event:
+            self._host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+            self._host.copy_(figures, non_blocking=True)
+            self._event.record()
+        else:
+            self._host = figures.clone()
 
-    def write(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        """Take a record; returns the one before it, now complete and on its way to the file."""
-        done = self.flush()
-        self._waiting = record
-        return done
+    def read(self) -> list[float]:
+        """The numbers; waits until they have arrived, and for nothing that was queued after them."""
+        if self._event:
+            self._event.synchronize()
+        return self._host.tolist()
 
-    def flush(self) -> dict[str, Any] | None:
-        """Write the record that is still waiting, if any."""
-        done, self._waiting = self._waiting, None
-        if done:
-            done = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in done.items()}
-            self._file.write(json.dumps(done) + "\n")
+
+class Monitor:
+    """Follows a run: its log (on the leading rank), its bar, bad steps, spikes, and the wish to stop."""
+
+    def __init__(self, log: Path | None, *, start: int, total: int, max_skipped: int,
+                 documents: Callable[[int], list[str]]):
+        self._file = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115 (open as long as the run)
+        self._bar = tqdm(total=total, initial=start, desc="train", unit=" steps", disable=log is None)
+        self._max_skipped, self._documents = max_skipped, documents
+        self._waiting: tuple[dict[str, Any], Later] | None = None
+        self._skipped_in_a_row = self._spikes = 0
+        self._mean: float | None = None
+        self.stop = False  # some rank was asked to stop
+
+    def step(self, record: dict[str, Any], loss: Tensor, grad_norm: Tensor, asked: Tensor) -> None:
+        """Take the record of a step and its figures, and settle the step before."""
+        self.settle()
+        self._waiting = record, Later(torch.stack((loss, grad_norm, asked)))
+
+    def settle(self) -> None:
+        """Log the step whose figures are still on their way. Raises NumericsError after too many skipped in a row."""
+        if self._waiting is None:
+            return
+        (record, later), self._waiting = self._waiting, None
+        loss, grad_norm, asked = later.read()
+        self.stop = self.stop or asked > 0
+        skipped = not math.isfinite(grad_norm)  # as the optimiser saw it
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        figures: dict[str, Any] = {name: value if math.isfinite(value) else None  # JSON has no NaN
+                                   for name, value in (("loss", loss), ("grad_norm", grad_norm))}
+        if skipped:
+            figures |= {"skipped": True, "documents": self._documents(record["step"] - 1)}
+            self.say(f"step {record['step']}: the loss or the gradient is not finite (loss {loss}, norm {grad_norm}); "
+                     f"the step is skipped. Its documents: {figures['documents']}")
+        else:
+            self._watch(record["step"], loss)
+        self.write({**record, **figures})
+        self._bar.set_postfix(loss=f"{loss:.4f}", tokens_per_second=f"{record['tokens_per_second']:,.0f}")
+        self._bar.update()
+        if self._skipped_in_a_row > self._max_skipped:
+            raise NumericsError(f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite, "
+                                f"the last at step {record['step']}; train.max_skipped allows {self._max_skipped}. "
+                                "Lower optim.lr, or look at the documents that metrics.jsonl names")
+
+    def _watch(self, step: int, loss: float) -> None:
+        self._spikes = self._spikes + 1 if self._mean is not None and loss > SPIKE * self._mean else 0
+        if self._spikes == PATIENCE:
+            self.say(f"step {step}: the loss has been over twice its running mean of {self._mean:.4f} for {PATIENCE} "
+                     "steps; optim.lr may be too high")
+        if self._spikes == 0:
+            self._mean = loss if self._mean is None else MEMORY * self._mean + (1 - MEMORY) * loss
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record to the log."""
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        return done
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar, once however many processes run."""
+        if self._file:
+            tqdm.write(text)
 
     def close(self) -> None:
-        """Write what is waiting and close the file."""
-        self.flush()
-        self._file.close()
+        """Settle the last step, close bar and log."""
+        try:
+            self.settle()
+        finally:
+            self._bar.close()
+            if self._file:
+                self._file.close()
 
 
 def memory_gib(device: torch.device) -> float:
@@ -46,10 +117,3 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
-def write_status(folder: Path, *, state: str, step: int = 0, exit_code: int | None = None, error: str = "") -> None:
-    """Replace `status.json`; torchrun hides a process's exit code, so it is kept here."""
-    partial = folder / "status.json.tmp"
-    partial.write_text(json.dumps({"state": state, "exit_code": exit_code, "step": step, "error": error}))
-    os.replace(partial, folder / "status.json")

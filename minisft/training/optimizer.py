@@ -14,12 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
+from minisft.model.weights import local_rows
 
-def local(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
@@ -32,12 +30,27 @@ class Optimizer:
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None, *, weight_decay: float = 0.0,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.rows = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
+        self.rows = {name: nn.Parameter(local_rows(p.detach())[0]) for name, p in self.parameters.items()}
         # HSDP copies hold the same rows, which must not be counted twice.
         self._shard_group = mesh.get_group("shard") if mesh else None
         groups = [{"params": [p for p in self.rows.values() if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in self.rows.values() if p.dim() < 2], "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+        self.prepare(0)
+
+    def prepare(self, steps: float) -> None:
+        """Zero moments, as after `steps` steps; a checkpoint then fills them."""
+        for rows in self.rows.values():
+            self.adamw.state[rows] = {"step": torch.tensor(float(steps), device=rows.device),
+                                      **{moment: torch.zeros_like(rows) for moment in MOMENTS}}
+
+    def moments(self, moment: str) -> dict[str, Tensor]:
+        """This rank's rows of the first ("exp_avg") or second ("exp_avg_sq") moment, by parameter."""
+        return {name: self.adamw.state[rows][moment] for name, rows in self.rows.items()}
+
+    def steps(self) -> float:
+        """The steps that were taken, without those skipped; reading it waits for the device."""
+        return float(next(iter(self.adamw.state.values()))["step"])
 
     def clip(self, largest: float) -> Tensor:
         """Scale the gradient to a Euclidean norm of at most `largest` (0: leave it); returns the norm it had.
@@ -45,7 +58,7 @@ class Optimizer:
         The norm is that of all parameters on all ranks; the host does not wait for it.
         """
         for name, parameter in self.parameters.items():
-            self.rows[name].grad = None if parameter.grad is None else local(parameter.grad)
+            self.rows[name].grad = None if parameter.grad is None else local_rows(parameter.grad)[0]
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.rows.values() if p.grad is not None])
         if self._shard_group:
             norm = norm**2
@@ -53,10 +66,15 @@ class Optimizer:
             norm = norm.sqrt()
         if largest:
             torch.nn.utils.clip_grads_with_norm_(self.rows.values(), largest, norm)
+        self.adamw.found_inf = (~norm.isfinite()).float()  # the fused kernel then leaves everything as it is
         return norm
 
     def step(self, lr: float) -> None:
-        """Update the parameters with learning rate `lr`, and drop the gradients. `clip` comes first."""
+        """Update the parameters with learning rate `lr`, and drop the gradients. `clip` comes first.
+
+        Where the gradient's norm is not finite, no parameter and no moment is touched on any rank, and the host need
+        not know.
+        """
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

@@ -39,6 +39,17 @@ class World:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
 
+    @property
+    def shards(self) -> int:
+        """The number of parts that a parameter is divided into."""
+        return self.mesh["shard"].size()
+
+    @property
+    def writes_shard(self) -> int | None:
+        """The part that this rank writes into a checkpoint; None for the copies that HSDP keeps."""
+        copy = self.mesh.ndim == 2 and self.mesh.get_local_rank("replicate") > 0
+        return None if copy else self.mesh.get_local_rank("shard")
+
 
 def launched_rank() -> tuple[int, int]:
     """Rank and number of ranks as torchrun says; (0, 1) without it. Needs no process group."""

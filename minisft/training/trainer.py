@@ -6,18 +6,18 @@
     -> held-out losses -> a Hugging Face folder
 """
 
+import faulthandler
 import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minisft import config as configuration
 from minisft.config import Config
 from minisft.data.loader import MicroBatch, steps
-from minisft.errors import EXIT_IO, EXIT_NUMERICS, EXIT_USAGE, NumericsError, UserError
+from minisft.errors import EXIT_IO, EXIT_NUMERICS, EXIT_PREEMPTED, EXIT_USAGE, NumericsError, UserError
 from minisft.evaluation.heldout import heldout_loss
 from minisft.model import weights
 from minisft.model.attention import Documents
@@ -25,26 +25,31 @@ from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder
 from minisft.preparation import Prepared, describe, prepare
-from minisft.training import parallel
+from minisft.training import parallel, resume
+from minisft.training.checkpoint import Saver
 from minisft.training.export import export
 from minisft.training.loss import linear_cross_entropy
-from minisft.training.metrics import MetricsLog, memory_gib, write_status
+from minisft.training.metrics import Monitor, memory_gib
 from minisft.training.optimizer import Optimizer, learning_rate
 from minisft.training.parallel import World
+from minisft.training.preemption import Preemption
+from minisft.training.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code. Errors a person can mend are one message, once."""
     try:
-        train(configuration.load(argv))
-        return 0
+        return train(configuration.load(argv))
     except (UserError, NumericsError, OSError) as error:
         return report_error(error)
 
 
 def report_error(error: Exception) -> int:
     """Print what went wrong, once however many processes run; returns the exit code."""
-    if parallel.launched_rank()[0] == 0:
+    rank, _ = parallel.launched_rank()
+    if isinstance(error, OSError):  # may be one rank's alone; the ranks agree on all others before they raise them
+        print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
+    elif rank == 0:
         print(f"error: {error}", file=sys.stderr)
     return exit_code(error)
 
@@ -55,40 +60,62 @@ def exit_code(error: Exception) -> int:
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), 1)
 
 
-def train(config: Config) -> None:
-    """One run, from the data to `final/` in the run folder."""
+def train(config: Config) -> int:
+    """One run, from the data to `final/` in the run folder. Returns 0, or 75 where it was asked to stop and saved."""
     leads = parallel.launched_rank()[0] == 0
-    folder = Path(config.run.dir)
-    if (folder / "final").exists():
-        raise UserError(f"{folder}: holds a finished run; choose another folder with run.dir, or delete it")
     parallel.check_split(config.batch.packs, shard=config.parallel.shard, replicate=config.parallel.replicate)
     prepared = prepare(config, quiet=not leads)
-    model_config, checkpoint = open_model(config, prepared)
-    if leads:
-        print(describe(prepared), flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        write_status(folder, state="running")
-    world = parallel.start(replicate=config.parallel.replicate)
+    model_config, pretrained = open_model(config, prepared)
+    folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never") if leads else None
     try:
+        if folder:
+            print(describe(prepared), flush=True)
+            (folder.path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+            folder.status("running")
+        world = parallel.start(replicate=config.parallel.replicate)
         model = parallel.build_model(model_config, world, precision=config.train.precision,
                                      recompute=config.parallel.activation_checkpointing == "full")
-        if checkpoint:
-            weights.load(model, checkpoint)
+        optimizer = Optimizer(model, world.mesh, weight_decay=config.optim.weight_decay, betas=config.optim.betas,
+                              eps=config.optim.eps)
+        fingerprint = identity(config, prepared, model_config)
+        saved = resume.find(Path(config.run.dir), world, fingerprint, wanted=config.checkpoint.resume,
+                            allow_change=config.checkpoint.allow_change)
+        if saved:
+            saved.restore(optimizer, world)
+        elif pretrained:
+            weights.load(model, pretrained)
         else:
             weights.initialize(model, std=model_config.initializer_range, seed=config.train.seed)
-        run_steps(config, prepared, model, world)
-        export(model, model_config, prepared.renderer, folder / "final", leads=leads,
-               dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-        if leads:
-            write_status(folder, state="done", step=prepared.plan.total_steps, exit_code=0)
+        start = saved.step if saved else 0
+        if folder:
+            folder.rewind_log(start)
+        done = run_steps(config, prepared, model, optimizer, world, start=start, fingerprint=fingerprint)
+        finished = done == prepared.plan.total_steps
+        if finished:
+            export_as(Path(config.run.dir) / "final", config, prepared, model, world)
+        if folder:
+            code = 0 if finished else EXIT_PREEMPTED
+            folder.status("done" if finished else "preempted", step=done, exit_code=code)
+        return 0 if finished else EXIT_PREEMPTED
     except Exception as error:
-        if leads:
-            write_status(folder, state="failed", exit_code=exit_code(error), error=str(error))
+        if folder:
+            folder.status("failed", exit_code=exit_code(error), error=str(error))
         raise
     finally:
+        faulthandler.cancel_dump_traceback_later()
         parallel.stop()
+        if folder:
+            folder.close()
+
+
+def identity(config: Config, prepared: Prepared, model_config: LlamaConfig) -> dict:
+    """What must be the same when a run goes on, or its batches would be others."""
+    return {"data": [store.key for store in prepared.train.stores], "weights": [s.weight for s in config.data.train],
+            "data.seq_len": config.data.seq_len, "data.overlong": config.data.overlong,
+            "data.shuffle": config.data.shuffle, "data.train_on": config.data.train_on,
+            "template": prepared.renderer.template.name, "tokenizer": prepared.tokenizer.sha256,
+            "batch.packs": config.batch.packs, "train.seed": config.train.seed,
+            "train.precision": config.train.precision, "model": model_config.to_dict(dtype="float32")}
 
 
 def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights.Checkpoint | None]:
@@ -110,43 +137,71 @@ def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights
     return model_config, checkpoint
 
 
-def run_steps(config: Config, prepared: Prepared, model: nn.Module, world: World) -> None:
-    """Every step of the plan, with its evaluations."""
-    plan, optim = prepared.plan, config.optim
-    optimizer = Optimizer(model, world.mesh, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
-    log = MetricsLog(Path(config.run.dir) / "metrics.jsonl") if world.leads else None
-    bar = tqdm(total=plan.total_steps, desc="train", unit=" steps", disable=not world.leads)
-    evaluate(config, prepared, model, world, log, step=0)
-    started = time.perf_counter()
-    for step in steps(prepared.train, plan, rank=world.rank, ranks=world.ranks, micro_packs=config.batch.micro_packs):
-        loss = torch.zeros((), device=world.device)
-        for batch in step.micro_batches:
-            micro_loss = forward(model, batch, step.target_tokens, config, world)
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        grad_norm = optimizer.clip(optim.clip_norm)
-        lr = learning_rate(step.index, total_steps=plan.total_steps, peak=optim.lr, schedule=optim.schedule,
-                           warmup_steps=optim.warmup_steps, min_ratio=optim.min_lr_ratio,
-                           decay_fraction=optim.decay_fraction)
-        optimizer.step(lr)
-        parallel.all_sum(loss)
+def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: Optimizer, world: World, *, start: int,
+              fingerprint: dict) -> int:
+    """Steps `start`, `start` + 1, ... of the plan, with their evaluations and checkpoints; returns the steps done."""
+    plan, optim, folder = prepared.plan, config.optim, Path(config.run.dir)
+    saver = Saver(folder / "checkpoints", world, keep=config.checkpoint.keep)
+    monitor = Monitor(folder / "metrics.jsonl" if world.leads else None, start=start, total=plan.total_steps,
+                      max_skipped=config.train.max_skipped, documents=prepared.origins)
+    preemption = Preemption()
+    number = start
+    try:
+        if start == 0:
+            evaluate(config, prepared, model, world, monitor, step=0)
+        started = time.perf_counter()
+        for step in steps(prepared.train, plan, start=start, rank=world.rank, ranks=world.ranks,
+                          micro_packs=config.batch.micro_packs):
+            faulthandler.dump_traceback_later(config.parallel.timeout, exit=True)
+            shared = torch.zeros(2, device=world.device)  # loss, wish to stop: summed over the ranks
+            for batch in step.micro_batches:
+                loss = forward(model, batch, step.target_tokens, config, world)
+                loss.backward()
+                shared[0] += loss.detach()
+            grad_norm = optimizer.clip(optim.clip_norm)
+            lr = learning_rate(step.index, total_steps=plan.total_steps, peak=optim.lr, schedule=optim.schedule,
+                               warmup_steps=optim.warmup_steps, min_ratio=optim.min_lr_ratio,
+                               decay_fraction=optim.decay_fraction)
+            optimizer.step(lr)
+            shared[1] += preemption.asked
+            parallel.all_sum(shared)
 
-        number = step.index + 1
-        if log:
+            number = step.index + 1
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            done = log.write({"kind": "train", "step": number, "epoch": step.epoch, "loss": loss, "lr": lr,
-                              "grad_norm": grad_norm, "tokens": step.tokens, "target_tokens": step.target_tokens,
-                              "seconds": seconds, "tokens_per_second": step.tokens / seconds,
-                              "memory_gib": memory_gib(world.device)})
-            if done and done["kind"] == "train":
-                bar.set_postfix(loss=f"{done['loss']:.4f}", tokens_per_second=f"{done['tokens_per_second']:,.0f}")
-            bar.update()
-        if number == plan.total_steps or (config.eval.every and number % config.eval.every == 0):
-            evaluate(config, prepared, model, world, log, step=number)
-            started = time.perf_counter()
-    bar.close()
-    if log:
-        log.close()
+            monitor.step({"kind": "train", "step": number, "epoch": step.epoch, "loss": None, "lr": lr,
+                          "grad_norm": None, "tokens": step.tokens, "target_tokens": step.target_tokens,
+                          "seconds": seconds, "tokens_per_second": step.tokens / seconds,
+                          "memory_gib": memory_gib(world.device)}, shared[0], grad_norm, shared[1])
+            last = number == plan.total_steps
+            if monitor.stop and not last:
+                break
+            if is_due(number, config.eval.every) or last:
+                monitor.settle()
+                evaluate(config, prepared, model, world, monitor, step=number)
+                started = time.perf_counter()
+            if is_due(number, config.checkpoint.export_every) and not last:
+                export_as(folder / "exports" / f"step-{number:06}", config, prepared, model, world)
+            if is_due(number, config.checkpoint.every):
+                saver.save(number, optimizer, {"adam_steps": optimizer.steps(), "fingerprint": fingerprint})
+        monitor.settle()
+        if number < plan.total_steps and not is_due(number, config.checkpoint.every):
+            saver.save(number, optimizer, {"adam_steps": optimizer.steps(), "fingerprint": fingerprint})
+        saver.finish()
+        return number
+    finally:
+        monitor.close()
+        preemption.close()
+
+
+def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, world: World) -> None:
+    """The model as it is now, as a Hugging Face folder in the precision it computes in."""
+    export(model, model.config, prepared.renderer, folder, leads=world.leads,
+           dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is done after `step`."""
+    return every > 0 and step % every == 0
 
 
 def forward(model: nn.Module, batch: MicroBatch, step_target_tokens: int, config: Config, world: World) -> Tensor:
@@ -160,12 +215,11 @@ def forward(model: nn.Module, batch: MicroBatch, step_target_tokens: int, config
     return model(batch.tokens.to(world.device), Documents.of_lengths(batch.lengths, device=world.device), loss)
 
 
-def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World, log: MetricsLog | None, *,
+def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World, monitor: Monitor, *,
              step: int) -> None:
     """The held-out loss of each data.eval source, into the log."""
     for name, dataset in prepared.evals.items():
         loss = heldout_loss(model, dataset, world, seq_len=config.data.seq_len, micro_packs=config.batch.micro_packs)
-        if log:
-            log.write({"kind": "eval", "step": step, "name": name, "loss": loss,
+        monitor.write({"kind": "eval", "step": step, "name": name, "loss": loss,
                        "target_tokens": int(dataset.targets.sum())})
-            tqdm.write(f"step {step}: held-out loss on {name}: {loss:.4f}", file=sys.stderr)
+        monitor.say(f"step {step}: held-out loss on {name}: {loss:.4f}")

@@ -1,0 +1,224 @@
+"""Checkpoints that no crash can spoil, and the way back from them.
+
+    checkpoints/step-000100.tmp/  shard-0.safetensors  shard-0.json  shard-1.safetensors ...   while it is written
+                step-000100/      the same, and manifest.json                                  in one rename, at the end
+
+Each rank writes the rows that it holds: fp32 weights, both moments of AdamW, the states of its random generators. The
+training step that saves stalls for a copy to the host's memory; the disk is left to a thread. When the digests of all
+shards are there, the leading rank writes the manifest, makes everything durable, and renames the folder. So a folder
+without `.tmp` is complete, whichever byte the process died at; older checkpoints go only after that.
+
+The formats are safetensors and JSON: no pickle is read. A flipped bit would be loaded silently by any tensor format,
+hence the digests. Another number of ranks reads the rows it needs from whichever shards hold them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minisft.errors import UserError
+from minisft.model.weights import local_rows
+from minisft.training.optimizer import MOMENTS, Optimizer
+from minisft.training.parallel import World
+
+Progress = dict[str, Any]  # what a run knows about where it is: JSON
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_durably(file: Path, content: dict) -> None:
+    """Write JSON so that it is either absent or whole, also after the power failed."""
+    partial = file.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as out:
+        out.write(json.dumps(content))
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(partial, file)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+class Saver:
+    """Saves checkpoints of a run into `folder`, in the background, and keeps the newest `keep` of them (0: all)."""
+
+    def __init__(self, folder: Path, world: World, *, keep: int = 0):
+        self.folder, self.world, self.keep = folder, world, keep
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        if world.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            for partial in folder.glob("step-*.tmp"):  # of a run that died while it saved
+                shutil.rmtree(partial)
+
+    def save(self, step: int, optimizer: Optimizer, progress: Progress) -> None:
+        """Copy this rank's state as of `step` finished steps, and begin to write it. All ranks call it.
+
+        Raises OSError where the disk has no room, or where the save before this one failed.
+        """
+        self.finish()
+        if self.world.writes_shard is None:  # a copy under HSDP: another rank holds the same rows
+            return
+        tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in _state(optimizer).items()}
+        tensors |= _generators(self.world.device)
+        needed = sum(tensor.nbytes for tensor in tensors.values()) * self.world.shards
+        self._check_room(needed)
+        partial = self.folder / f"step-{step:06}.tmp"
+        manifest = {"step": step, "shards": self.world.shards, "ranks": self.world.ranks,
+                    "rows": {name: p.shape[0] for name, p in optimizer.parameters.items()}, "progress": progress}
+        self._thread = threading.Thread(target=self._write, args=(partial, tensors, manifest), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until the save under way is on the disk. Raises OSError where it failed."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            raise self._error
+
+    def _check_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(f"{self.folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; the older "
+                          "checkpoints are intact, free some space and start again")
+
+    def _write(self, partial: Path, tensors: dict[str, Tensor], manifest: dict) -> None:
+        shard = self.world.writes_shard
+        try:
+            partial.mkdir(exist_ok=True)
+            file = partial / f"shard-{shard}.safetensors"
+            save_file(tensors, file)
+            _sync(file)
+            _write_durably(partial / f"shard-{shard}.json", {"bytes": file.stat().st_size, "sha256": _digest(file)})
+            if shard == 0:
+                self._commit(partial, manifest)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            self._error = OSError(f"{partial}: the checkpoint could not be written ({error}); this rank's part needs "
+                                  f"{size:,} bytes. The older checkpoints are intact")
+
+    def _commit(self, partial: Path, manifest: dict) -> None:
+        reports = [partial / f"shard-{shard}.json" for shard in range(self.world.shards)]
+        while not all(report.exists() for report in reports):  # a rank that fails ends the job, and this thread with it
+            time.sleep(0.02)
+        manifest["files"] = {report.with_suffix(".safetensors").name: json.loads(report.read_text())
+                             for report in reports}
+        _write_durably(partial / "manifest.json", _signed(manifest))
+        _sync(partial)
+        final = partial.with_suffix("")
+        replaced = self.folder / f"{final.name}-replaced.tmp"
+        if final.exists():  # a damaged one, that the run went back behind
+            os.rename(final, replaced)
+        os.rename(partial, final)
+        _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.keep:
+            for old in checkpoints(self.folder)[self.keep :]:
+                shutil.rmtree(old)
+
+
+def _state(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every tensor of a rank's state by name: its rows of the weights and of both moments."""
+    state = {f"weights/{name}": rows for name, rows in optimizer.rows.items()}
+    for moment in MOMENTS:
+        state |= {f"{moment}/{name}": tensor for name, tensor in optimizer.moments(moment).items()}
+    return state
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    states = {"random/cpu": torch.get_rng_state()}
+    return states | ({"random/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _signed(manifest: dict) -> dict:
+    content = json.dumps(manifest, sort_keys=True)
+    return {"sha256": hashlib.sha256(content.encode()).hexdigest(), "manifest": manifest}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first; those without a manifest are not among them."""
+    named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    complete = [path for path in named if (path / "manifest.json").exists()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+class SavedState:
+    """A checkpoint folder. Raises UserError, naming the file, where it is not as its manifest says."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        file = folder / "manifest.json"
+        try:
+            signed = json.loads(file.read_text(encoding="utf-8"))
+            self.manifest = signed["manifest"]
+            intact = signed == _signed(self.manifest)
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file; the folder is not a complete checkpoint") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            intact = False
+        if not intact:
+            raise UserError(f"{file}: damaged")
+        self.step, self.progress = int(self.manifest["step"]), self.manifest["progress"]
+
+    def verify(self, files: Callable[[list[str]], list[str]] = list) -> None:
+        """Hold sizes and digests of the files against the manifest; `files` selects those that this rank reads."""
+        for name in files(sorted(self.manifest["files"])):
+            file, expected = self.folder / name, self.manifest["files"][name]
+            if not file.exists():
+                raise UserError(f"{file}: missing")
+            if file.stat().st_size != expected["bytes"]:
+                raise UserError(f"{file}: {file.stat().st_size:,} bytes, {expected['bytes']:,} were written")
+            if _digest(file) != expected["sha256"]:
+                raise UserError(f"{file}: damaged (its sha256 is not the one that was written)")
+
+    @torch.no_grad()
+    def restore(self, optimizer: Optimizer, world: World) -> None:
+        """Fill weights, moments and, at the same number of ranks, the random generators."""
+        shards = [safe_open(self.folder / f"shard-{i}.safetensors", framework="pt")
+                  for i in range(self.manifest["shards"])]
+        optimizer.prepare(self.progress["adam_steps"])
+        for key, target in _state(optimizer).items():
+            name = key.partition("/")[2]
+            _, start = local_rows(optimizer.parameters[name])
+            if len(target):
+                target.copy_(_rows(shards, key, start, start + len(target)))
+        if self.manifest["ranks"] == world.ranks and world.writes_shard is not None:
+            mine = shards[world.writes_shard]
+            torch.set_rng_state(mine.get_tensor("random/cpu"))
+            if world.device.type == "cuda":
+                torch.cuda.set_rng_state(mine.get_tensor("random/cuda"), world.device)
+
+
+def _rows(shards: list, key: str, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a tensor whose rows are divided over `shards`."""
+    parts, first = [], 0
+    for shard in shards:
+        part = shard.get_slice(key)
+        last = first + part.get_shape()[0]
+        if first < stop and last > start:
+            parts.append(part[max(start - first, 0) : stop - first])
+        first = last
+    return torch.cat(parts)

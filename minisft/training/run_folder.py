@@ -1,0 +1,62 @@
+"""The folder of a run: who owns it, what state the run is in, what is in its log.
+
+    config.toml  metrics.jsonl  status.json  checkpoints/step-000100/  final/  .lock
+
+One run at a time owns a folder, by a lock that the kernel lets go of when the owner dies. A folder that holds something
+else, or a run that is finished, is never written over.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from minisft.errors import UserError
+from minisft.training.checkpoint import checkpoints
+
+
+class RunFolder:
+    """Owned from construction until `close`, by the leading rank.
+
+    Raises UserError where the folder is another run's or holds something else, OSError where it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool):
+        self.path = path
+        if path.exists() and not (path / "config.toml").exists() and any(f.name != ".lock" for f in path.iterdir()):
+            raise UserError(f"{path}: holds files that are not a run's; choose another folder with run.dir")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise UserError(f"{path}: in use by {holder}; wait for it, or choose another folder with run.dir") from None
+        if (path / "final").exists():
+            raise UserError(f"{path}: holds a finished run; choose another folder with run.dir, or delete it")
+        if fresh and checkpoints(path / "checkpoints"):
+            raise UserError(f"{path}: holds checkpoints, and checkpoint.resume is \"never\"; choose another folder "
+                            "with run.dir, or delete them")
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        self._lock.flush()
+
+    def status(self, state: str, *, step: int = 0, exit_code: int | None = None, error: str = "") -> None:
+        """Replace `status.json`; torchrun hides a process's exit code, so it is kept here."""
+        partial = self.path / "status.json.tmp"
+        partial.write_text(json.dumps({"state": state, "exit_code": exit_code, "step": step, "error": error}))
+        os.replace(partial, self.path / "status.json")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the records of `metrics.jsonl` that come after `step`: those steps are taken again."""
+        file, partial = self.path / "metrics.jsonl", self.path / "metrics.jsonl.tmp"
+        if not file.exists():
+            return
+        with open(file, encoding="utf-8") as old, open(partial, "w", encoding="utf-8") as new:
+            new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
+        os.replace(partial, file)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.close()

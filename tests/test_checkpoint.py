@@ -1,0 +1,199 @@
+"""A checkpoint is whole or it is not there, and what is in it is what was saved."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from minisft.errors import UserError
+from minisft.training import parallel, resume
+from minisft.training.checkpoint import SavedState, Saver, checkpoints
+from minisft.training.optimizer import Optimizer
+
+
+@pytest.fixture(scope="module")
+def world():
+    world = parallel.start()
+    yield world
+    parallel.stop()
+
+
+def trained_optimizer(world, seed=0, steps=3):
+    """An optimiser with moments that are not zero."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3, bias=False))
+    optimizer = Optimizer(model, world.mesh)
+    for _ in range(steps):
+        model(torch.randn(4, 6)).square().sum().backward()
+        optimizer.clip(1.0)
+        optimizer.step(0.1)
+    return optimizer
+
+
+def state(optimizer):
+    moments = [tensor for moment in ("exp_avg", "exp_avg_sq") for tensor in optimizer.moments(moment).values()]
+    return [tensor.detach().clone() for tensor in (*optimizer.rows.values(), *moments)]
+
+
+def save(folder, world, step=3, keep=0, optimizer=None):
+    optimizer = optimizer or trained_optimizer(world)
+    saver = Saver(folder, world, keep=keep)
+    saver.save(step, optimizer, {"adam_steps": optimizer.steps(), "fingerprint": {"data": "a"}})
+    saver.finish()
+    return optimizer
+
+
+def test_what_comes_back_is_what_was_saved(tmp_path, world):
+    optimizer = save(tmp_path, world)
+    before, draws = state(optimizer), torch.rand(3)
+    other = trained_optimizer(world, seed=1, steps=7)
+    save_time_state = SavedState(tmp_path / "step-000003")
+    save_time_state.verify()
+    save_time_state.restore(other, world)
+    assert all(torch.equal(a, b) for a, b in zip(state(other), before, strict=True))
+    assert other.steps() == 3
+    assert torch.equal(torch.rand(3), draws)  # the generator goes on where it was
+
+
+def test_training_goes_on_after_saving_while_the_disk_is_slow(tmp_path, world, monkeypatch):
+    """The copy is taken at once: what training does afterwards does not reach the file."""
+    from minisft.training import checkpoint
+
+    original = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: (time.sleep(0.5), original(*args)))
+    optimizer = trained_optimizer(world)
+    before, saver, started = state(optimizer), Saver(tmp_path, world), time.perf_counter()
+    saver.save(3, optimizer, {"adam_steps": 3.0, "fingerprint": {}})
+    assert time.perf_counter() - started < 0.4
+    with torch.no_grad():
+        for rows in optimizer.rows.values():
+            rows.zero_()
+    saver.finish()
+    other = trained_optimizer(world, seed=1)
+    SavedState(tmp_path / "step-000003").restore(other, world)
+    assert all(torch.equal(a, b) for a, b in zip(state(other), before, strict=True))
+
+
+def test_old_ones_go_only_after_the_new_one_is_there(tmp_path, world):
+    for step in (2, 4, 10):
+        save(tmp_path, world, step=step, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000004"]
+
+
+def test_leftovers_of_a_crash_are_removed_and_never_taken(tmp_path, world):
+    save(tmp_path, world)
+    shutil.copytree(tmp_path / "step-000003", tmp_path / "step-000004.tmp")
+    shutil.copytree(tmp_path / "step-000003", tmp_path / "step-000005")
+    (tmp_path / "step-000005" / "manifest.json").unlink()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000003"]
+    Saver(tmp_path, world)
+    assert not (tmp_path / "step-000004.tmp").exists()
+
+
+def flip(file, position):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-0.safetensors"])
+def test_a_flipped_bit_or_a_lost_byte_anywhere_is_an_error_that_names_the_file(tmp_path, world, name):
+    save(tmp_path, world)
+    folder = tmp_path / "step-000003"
+    good = (folder / name).read_bytes()
+    for position in random.Random(0).sample(range(len(good)), 60):
+        flip(folder / name, position)
+        with pytest.raises(UserError, match=name):
+            SavedState(folder).verify()
+        (folder / name).write_bytes(good[:position])
+        with pytest.raises(UserError, match=name):
+            SavedState(folder).verify()
+        (folder / name).write_bytes(good)
+    SavedState(folder).verify()
+
+
+def test_auto_falls_back_and_says_so_and_a_named_one_fails(tmp_path, world, capsys):
+    for step in (2, 4, 6):
+        save(tmp_path / "checkpoints", world, step=step)
+    flip(tmp_path / "checkpoints" / "step-000006" / "shard-0.safetensors", -1)
+    (tmp_path / "checkpoints" / "step-000004" / "shard-0.safetensors").unlink()
+    assert resume.find(tmp_path, world, {"data": "a"}).step == 2
+    said = capsys.readouterr().out
+    assert "passed over" in said
+    assert "step-000006/shard-0.safetensors: damaged" in said
+    assert "step-000004/shard-0.safetensors: missing" in said
+    assert "going on from" in said
+    with pytest.raises(UserError, match=r"step-000006/shard-0\.safetensors: damaged"):
+        resume.find(tmp_path, world, {"data": "a"}, wanted=str(tmp_path / "checkpoints" / "step-000006"))
+    assert resume.find(tmp_path, world, {"data": "a"}, wanted="never") is None
+    assert resume.find(tmp_path / "empty", world, {"data": "a"}) is None
+
+
+def test_other_settings_are_refused_with_the_differences(tmp_path, world):
+    save(tmp_path / "checkpoints", world)
+    with pytest.raises(UserError, match="data: was 'a', is 'b'"):
+        resume.find(tmp_path, world, {"data": "b"})
+    assert resume.find(tmp_path, world, {"data": "b"}, allow_change=True).step == 3
+
+
+def test_a_disk_without_room_is_named_and_older_checkpoints_stay(tmp_path, world, monkeypatch):
+    save(tmp_path, world)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(OSError, match=r"a checkpoint needs [\d,]+ bytes and 100 are free"):
+        save(tmp_path, world, step=6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_that_fills_up_while_saving(tmp_path, world, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {disk} 2>/dev/null"):
+        pytest.skip("no small file system can be mounted here")
+    try:
+        save(disk, world)
+        (disk / "ballast").write_bytes(bytes(64 * 1024 - 16 * 1024))
+        monkeypatch.setattr(Saver, "_check_room", lambda self, needed: None)
+        big = Optimizer(torch.nn.Linear(100, 100), world.mesh)
+        with pytest.raises(OSError, match=r"step-000006\.tmp: the checkpoint could not be written .* bytes"):
+            save(disk, world, step=6, optimizer=big)
+        assert sorted(path.name for path in disk.iterdir()) == ["ballast", "step-000003"]
+        SavedState(disk / "step-000003").verify()
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_killed_at_any_moment_of_a_save_the_newest_is_whole(tmp_path, world):
+    """SIGKILL at 24 random moments: what is listed is intact, and nothing that was there is lost."""
+    rng, landed = random.Random(0), set()
+    for attempt in range(24):
+        folder = tmp_path / str(attempt)
+        save(folder, world, step=1)
+        child = os.fork()
+        if child == 0:
+            optimizer = trained_optimizer(world)
+            saver = Saver(folder, world, keep=1)
+            for step in range(2, 500):
+                saver.save(step, optimizer, {"adam_steps": 3.0, "fingerprint": {}})
+            os._exit(0)
+        time.sleep(0.05 + 0.1 * rng.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found = checkpoints(folder)
+        assert found
+        SavedState(found[0]).verify()
+        landed.add(SavedState(found[0]).step)
+    assert len(landed) > 5  # the moments were different ones
+
+
+def test_nothing_that_could_run_code_is_in_a_checkpoint(tmp_path, world):
+    save(tmp_path, world)
+    folder = tmp_path / "step-000003"
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "shard-0.json", "shard-0.safetensors"]
+    assert json.loads((folder / "manifest.json").read_text())["manifest"]["step"] == 3
