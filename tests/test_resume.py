@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ class Death(BaseException):
     """Not an Exception: nothing in the program gets to tidy up after it."""
 
 
-def die_in_step(monkeypatch, step, micro_batches=4):
-    """Let the process die in the middle of `step` (from 1)."""
+def run_until_death(monkeypatch, argv, *, step, micro_batches=4):
+    """Start a run and let it die in the middle of `step` (from 1)."""
     calls, forward = 0, trainer.forward
 
     def dying(*args):
@@ -45,7 +46,10 @@ def die_in_step(monkeypatch, step, micro_batches=4):
             raise Death
         return forward(*args)
 
-    monkeypatch.setattr(trainer, "forward", dying)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "forward", dying)
+        with pytest.raises(Death):
+            main(argv)
 
 
 def same(folder, uninterrupted):
@@ -58,9 +62,7 @@ def same(folder, uninterrupted):
 @pytest.mark.parametrize("step", [2, 4, 6])  # before the first checkpoint; after an epoch's boundary; in its middle
 def test_the_log_and_the_weights_are_those_of_an_uninterrupted_run(base, tmp_path, uninterrupted, monkeypatch, step):
     # 11 packs: steps of 4, 4 and 3 micro-batches
-    with monkeypatch.context() as patch, pytest.raises(Death):
-        die_in_step(patch, step)
-        main(options(base, tmp_path, **SMALL))
+    run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=step)
     train(base, tmp_path, **SMALL)
     same(tmp_path, uninterrupted)
 
@@ -68,9 +70,7 @@ def test_the_log_and_the_weights_are_those_of_an_uninterrupted_run(base, tmp_pat
 def test_accumulation_and_evaluation_do_not_disturb_it(base, tmp_path, uninterrupted, monkeypatch):
     settings = {**SMALL, "batch__micro_packs": 3, "eval__every": 2, "data__eval": HERE / "oracles/conversations.jsonl"}
     whole = train(base, tmp_path / "whole", **settings), final_weights(tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Death):
-        die_in_step(patch, 5, micro_batches=2)
-        main(options(base, tmp_path / "died", **settings))
+    run_until_death(monkeypatch, options(base, tmp_path / "died", **settings), step=5, micro_batches=2)
     train(base, tmp_path / "died", **settings)
     same(tmp_path / "died", whole)
     assert log(tmp_path / "died", "eval") == log(tmp_path / "whole", "eval")
@@ -98,8 +98,8 @@ def workers(process):
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            environment = open(f"/proc/{pid}/environ").read().split("\0")
-            parent = int(open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[1])
+            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         except OSError:
             continue
         ranks = [entry.removeprefix("RANK=") for entry in environment if entry.startswith("RANK=")]
@@ -155,9 +155,7 @@ def test_another_number_of_ranks_keeps_the_global_batches(base, tmp_path):
     ({"batch__packs": 5}, "batch.packs: was 4, is 5"), ({"data__train_on": "all"}, "data.train_on: was 'assistant'"),
 ])
 def test_changed_settings_are_refused(base, tmp_path, monkeypatch, capsys, change, named):
-    with monkeypatch.context() as patch, pytest.raises(Death):
-        die_in_step(patch, 4)
-        main(options(base, tmp_path, **SMALL))
+    run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=4)
     assert main(options(base, tmp_path, **{**SMALL, **change})) == 2
     printed = capsys.readouterr().err
     assert named in printed
@@ -186,9 +184,7 @@ def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, monkeypatch):
     assert "holds files that are not a run's" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
     (tmp_path / "run" / "thesis.tex").unlink()
-    with monkeypatch.context() as patch, pytest.raises(Death):
-        die_in_step(patch, 4)
-        main(options(base, tmp_path, **SMALL))
+    run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=4)
     assert main(options(base, tmp_path, **SMALL, checkpoint__resume="never")) == 2
     assert 'holds checkpoints, and checkpoint.resume is "never"' in capsys.readouterr().err
 
