@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from minisft.data.chat import Renderer
@@ -25,18 +26,22 @@ def export(model: nn.Module, config: LlamaConfig, renderer: Renderer, folder: Pa
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)  # of steps that are taken again after a resume
     weights.save(model, config, partial, dtype=dtype)
-    if not leads:
-        return
+    if leads:
+        _write_companions(partial, config, renderer)
+        for file in partial.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        os.rename(partial, folder)
+    dist.barrier()  # no rank goes on to read a folder that is not there yet
+
+
+def _write_companions(partial: Path, config: LlamaConfig, renderer: Renderer) -> None:
     tokenizer = renderer.tokenizer
     shutil.copyfile(tokenizer.file, partial / "tokenizer.json")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings, "chat_template": renderer.jinja()}
     _write_json(partial / "tokenizer_config.json", settings)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(renderer.stop_ids())}
     _write_json(partial / "generation_config.json", generation)
-    for file in partial.iterdir():
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
-    os.rename(partial, folder)
 
 
 def _write_json(file: Path, content: dict) -> None:

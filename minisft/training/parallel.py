@@ -22,7 +22,7 @@ from minisft.errors import UserError
 from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)  # the longest wait is for the leading rank to write the model
 
 
 @dataclass(frozen=True)
