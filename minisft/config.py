@@ -49,6 +49,7 @@ class Data:
     overlong: str = key("drop", "what becomes of a document longer than seq_len", choices=("drop", "truncate", "error"))
     shuffle: bool = key(True, "shuffle the documents, anew in every epoch")
     oasst: str = key("all", "conversations taken from an OASST tree", choices=("all", "best"))
+    dedup: bool = key(False, "leave out exact repetitions of a document")
     skip_bad: bool = key(False, "skip malformed records instead of stopping at them")
     max_bad: int = key(100, "with skip_bad: stop after more malformed records than this", low=0)
     cache: str = key("", "folder of tokenised data; empty: minisft in $XDG_CACHE_HOME or ~/.cache")

@@ -44,7 +44,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
         stores = [open_store(s.path, name=s.name, format=s.format, renderer=renderers[s.template],
                              cache=Path(config.data.cache), skip_bad=config.data.skip_bad, max_bad=config.data.max_bad,
                              oasst=config.data.oasst, quiet=quiet) for s in wanted]
-        return Dataset(stores, seq_len=config.data.seq_len, overlong=config.data.overlong)
+        return Dataset(stores, seq_len=config.data.seq_len, overlong=config.data.overlong, dedup=config.data.dedup)
 
     train = dataset(config.data.train)
     plan = Plan(train.lengths, train.targets, seq_len=config.data.seq_len, packs_per_step=config.batch.packs,
@@ -78,6 +78,8 @@ def describe(prepared: Prepared) -> str:
                          f"{report.target_tokens:>13,}{share:>8.1%}")
             lines += [f"    left out, {reason}: {count:,} (first: {report.examples[reason]})"
                       for reason, count in report.skipped.items()]
+            if report.duplicates and "duplicate" not in report.skipped:
+                lines.append(f"    exact duplicates: {report.duplicates:,} (kept; data.dedup leaves them out)")
             if report.truncated:
                 lines.append(f"    cut to {prepared.plan.seq_len:,} tokens: {report.truncated:,}")
             if report.lost_target_tokens:

@@ -327,3 +327,17 @@ def test_many_random_documents_survive_the_round_trip(opened, renderer, tmp_path
     assert store.tokens.tolist() == [token for ids, _ in expected for token in ids]
     assert store.trained.tolist() == [int(t) for _, trained in expected for t in trained]
     assert store.offsets.tolist() == [0, *np.cumsum([len(ids) for ids, _ in expected]).tolist()]
+
+
+def test_exact_duplicates_are_counted_and_left_out_on_demand(opened):
+    """Across files too; the first of them stays."""
+    first = opened([qa("a"), qa("b"), qa("a"), qa("a", "another answer")])
+    second = opened([qa("c"), qa("b"), qa("c")], name="other")
+    kept = Dataset([first, second], seq_len=1000)
+    assert [report.duplicates for report in kept.reports] == [1, 2]
+    assert len(kept) == 7
+    deduplicated = Dataset([first, second], seq_len=1000, dedup=True)
+    assert [deduplicated.origin(i)[1] for i in range(4)] == [1, 2, 4, 1]
+    assert len(deduplicated) == 4
+    assert [report.skipped["duplicate"] for report in deduplicated.reports] == [1, 2]
+    assert all(report.lost_target_tokens == 0 for report in deduplicated.reports)

@@ -30,7 +30,7 @@ from minisft.data.formats import Conversation, Turn
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
-VERSION = 2  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
+VERSION = 3  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
 
 TRAIN_ON = ("assistant", "last_assistant", "all")
 

@@ -5,6 +5,7 @@
                   offsets.npy   (documents + 1,) int64
                   targets.npy   (documents,) int64: trained tokens of each
                   lines.npy     (documents,) int64: where each came from
+                  hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
                   report.json   what was read, kept, and left out for which reason
 
 The key is a hash of everything that the tokens depend on: the file's bytes, how it is read, the tokenizer, the
@@ -49,6 +50,7 @@ class Report:
     target_tokens: int = 0
     largest_id: int = 0  # to be held against the model's vocabulary
     truncated: int = 0
+    duplicates: int = 0  # documents that are exactly another one before them, here or in an earlier source
     lost_target_tokens: int = 0  # trained tokens of documents that were too long
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> conversations
     examples: dict[str, str] = field(default_factory=dict)  # reason -> where it was first met
@@ -68,6 +70,7 @@ class Store:
             self.offsets = np.load(folder / "offsets.npy")
             self.targets = np.load(folder / "targets.npy")
             self.lines = np.load(folder / "lines.npy")
+            self.hashes = np.load(folder / "hashes.npy")
             self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
             if len(self):  # an empty file cannot be mapped
                 size = int(self.offsets[-1])
@@ -125,7 +128,7 @@ def _only_process(lock: Path) -> Iterator[None]:
 
 def _write(folder: Path, conversations: Iterator[Conversation | Skipped], renderer: Renderer, report: Report,
            max_bad: int) -> None:
-    offsets, targets, lines = [0], [], []
+    offsets, targets, lines, hashes = [0], [], [], []
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as trained_file:
         while batch := list(islice(conversations, BATCH)):
             kept = [item for item in batch if isinstance(item, Conversation)]
@@ -142,8 +145,10 @@ def _write(folder: Path, conversations: Iterator[Conversation | Skipped], render
                 if not any(trained):
                     report.skip("nothing trained", f"{conversation.source}:{conversation.line}")
                     continue
-                tokens_file.write(np.array(ids, dtype=np.uint32).tobytes())
-                trained_file.write(np.array(trained, dtype=np.uint8).tobytes())
+                tokens, mask = np.array(ids, dtype=np.uint32).tobytes(), np.array(trained, dtype=np.uint8).tobytes()
+                tokens_file.write(tokens)
+                trained_file.write(mask)
+                hashes.append(int.from_bytes(hashlib.blake2b(tokens + mask, digest_size=8).digest(), "little"))
                 offsets.append(offsets[-1] + len(ids))
                 targets.append(sum(trained))
                 lines.append(conversation.line)
@@ -155,6 +160,7 @@ def _write(folder: Path, conversations: Iterator[Conversation | Skipped], render
     np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
     np.save(folder / "targets.npy", np.array(targets, dtype=np.int64))
     np.save(folder / "lines.npy", np.array(lines, dtype=np.int64))
+    np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
     (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
 
 
@@ -164,13 +170,15 @@ OVERLONG = ("drop", "truncate", "error")
 class Dataset:
     """The documents of several stores that fit a run: numbered through, none over `seq_len` tokens.
 
-    Raises UserError where a document is too long and `overlong` is "error", or where nothing is left to train on.
+    Exact repetitions, of an earlier document of any of the stores, are counted, and left out with `dedup`. Raises
+    UserError where a document is too long and `overlong` is "error", or where nothing is left to train on.
     """
 
-    def __init__(self, stores: list[Store], *, seq_len: int, overlong: str = "drop"):
+    def __init__(self, stores: list[Store], *, seq_len: int, overlong: str = "drop", dedup: bool = False):
         self.stores = stores
         self.reports = [Report(**asdict(store.report)) for store in stores]
-        fitting = [_fit(store, report, seq_len, overlong) for store, report in zip(stores, self.reports, strict=True)]
+        fitting = [_fit(store, report, repeated, seq_len, overlong, dedup)
+                   for store, report, repeated in zip(stores, self.reports, _repeated(stores), strict=True)]
         self.store_of = np.concatenate([np.full(len(kept), i) for i, (kept, _, _) in enumerate(fitting)])  # (n,)
         self.index_in_store = np.concatenate([kept for kept, _, _ in fitting])  # (n,)
         self.lengths = np.concatenate([lengths for _, lengths, _ in fitting])  # (n,)
@@ -205,10 +213,24 @@ class Dataset:
 Array = np.ndarray
 
 
-def _fit(store: Store, report: Report, seq_len: int, overlong: str) -> tuple[Array, Array, Array]:
+def _repeated(stores: list[Store]) -> list[Array]:
+    """For each store (documents,) booleans: whether the same document came before, in it or in an earlier store."""
+    hashes = np.concatenate([store.hashes for store in stores])
+    repeated = np.ones(len(hashes), dtype=bool)
+    repeated[np.unique(hashes, return_index=True)[1]] = False
+    return np.split(repeated, np.cumsum([len(store) for store in stores])[:-1])
+
+
+def _fit(store: Store, report: Report, repeated: Array, seq_len: int, overlong: str,
+         dedup: bool) -> tuple[Array, Array, Array]:
     """Indices, lengths and trained tokens of the documents of `store` that a run keeps; `report` is updated."""
     lengths, targets = np.diff(store.offsets), store.targets.copy()
-    long = np.flatnonzero(lengths > seq_len)
+    report.duplicates = int(repeated.sum())
+    wanted = ~repeated if dedup else np.ones(len(store), dtype=bool)
+    if dedup and report.duplicates:
+        report.skip("duplicate", f"{report.path}:{store.lines[np.argmax(repeated)]}", report.duplicates)
+    all_targets = int(targets[wanted].sum())
+    long = np.flatnonzero(wanted & (lengths > seq_len))
     if len(long) and overlong == "error":
         raise UserError(f"{report.path}:{store.lines[long[0]]}: {lengths[long[0]]} tokens, but data.seq_len is "
                         f"{seq_len} ({len(long)} conversations are too long, the longest has {lengths.max()}); raise "
@@ -222,9 +244,9 @@ def _fit(store: Store, report: Report, seq_len: int, overlong: str) -> tuple[Arr
         report.skip("over length", f"{report.path}:{store.lines[long[0]]}", len(long))
     elif len(untrained):
         report.skip("answer beyond the length", f"{report.path}:{store.lines[untrained[0]]}", len(untrained))
-    kept = np.flatnonzero((lengths <= seq_len) & (targets > 0))
+    kept = np.flatnonzero(wanted & (lengths <= seq_len) & (targets > 0))
     report.kept = len(kept)
     report.truncated = len(long) - len(untrained) if overlong == "truncate" else 0
     report.tokens, report.target_tokens = int(lengths[kept].sum()), int(targets[kept].sum())
-    report.lost_target_tokens = store.report.target_tokens - report.target_tokens
+    report.lost_target_tokens = all_targets - report.target_tokens
     return kept, lengths[kept], targets[kept]

@@ -112,7 +112,7 @@ def identity(config: Config, prepared: Prepared, model_config: LlamaConfig) -> d
     """What must be the same when a run goes on, or its batches would be others."""
     return {"data": [store.key for store in prepared.train.stores], "weights": [s.weight for s in config.data.train],
             "data.seq_len": config.data.seq_len, "data.overlong": config.data.overlong,
-            "data.shuffle": config.data.shuffle, "data.train_on": config.data.train_on,
+            "data.dedup": config.data.dedup, "data.shuffle": config.data.shuffle, "data.train_on": config.data.train_on,
             "template": prepared.renderer.template.name, "tokenizer": prepared.tokenizer.sha256,
             "batch.packs": config.batch.packs, "train.seed": config.train.seed,
             "train.precision": config.train.precision, "model": model_config.to_dict(dtype="float32")}
