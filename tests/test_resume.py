@@ -179,11 +179,11 @@ def test_a_folder_has_one_run_at_a_time(base, tmp_path):
 
 def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, monkeypatch):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    (tmp_path / "run" / "config.toml").write_text("precious")
     assert main(options(base, tmp_path, **SMALL)) == 2
-    assert "holds files that are not a run's" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
-    (tmp_path / "run" / "thesis.tex").unlink()
+    assert "holds config.toml, but not of a run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.toml").read_text() == "precious"
+    (tmp_path / "run" / "config.toml").unlink()
     run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=4)
     assert main(options(base, tmp_path, **SMALL, checkpoint__resume="never")) == 2
     assert 'holds checkpoints, and checkpoint.resume is "never"' in capsys.readouterr().err

@@ -15,6 +15,9 @@ from minisft.errors import UserError
 from minisft.training.checkpoint import checkpoints
 
 
+OURS = ("config.toml", "metrics.jsonl", "checkpoints", "final")  # what a run would write over
+
+
 class RunFolder:
     """Owned from construction until `close`, by the leading rank.
 
@@ -23,8 +26,9 @@ class RunFolder:
 
     def __init__(self, path: Path, *, fresh: bool):
         self.path = path
-        if path.exists() and not (path / "config.toml").exists() and any(f.name != ".lock" for f in path.iterdir()):
-            raise UserError(f"{path}: holds files that are not a run's; choose another folder with run.dir")
+        foreign = [name for name in OURS if (path / name).exists()]
+        if foreign and not (path / "status.json").exists():
+            raise UserError(f"{path}: holds {', '.join(foreign)}, but not of a run; choose another folder with run.dir")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
         try:
