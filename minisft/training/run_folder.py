@@ -14,7 +14,6 @@ from pathlib import Path
 from minisft.errors import UserError
 from minisft.training.checkpoint import checkpoints
 
-
 OURS = ("config.toml", "metrics.jsonl", "checkpoints", "final")  # what a run would write over
 
 
