@@ -171,13 +171,12 @@ def test_a_disk_that_fills_up_while_saving(tmp_path, world, monkeypatch):
 
 def test_killed_at_any_moment_of_a_save_the_newest_is_whole(tmp_path, world):
     """SIGKILL at 24 random moments: what is listed is intact, and nothing that was there is lost."""
-    rng, landed = random.Random(0), set()
+    rng, landed, optimizer = random.Random(0), set(), trained_optimizer(world)
     for attempt in range(24):
         folder = tmp_path / str(attempt)
         save(folder, world, step=1)
         child = os.fork()
         if child == 0:
-            optimizer = trained_optimizer(world)
             saver = Saver(folder, world, keep=1)
             for step in range(2, 500):
                 saver.save(step, optimizer, {"adam_steps": 3.0, "fingerprint": {}})

@@ -111,6 +111,7 @@ def workers(process):
 LONG = {**SMALL, "train__max_steps": 400, "checkpoint__every": 1000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["rank 1", "torchrun"])
 def test_asked_to_stop_all_ranks_save_after_the_same_step(base, tmp_path, target):
     process = launch(base, tmp_path, ranks=2, **LONG)
@@ -126,6 +127,7 @@ def test_asked_to_stop_all_ranks_save_after_the_same_step(base, tmp_path, target
     assert [r["step"] for r in log(tmp_path)] == list(range(1, done + 3))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_is_the_same(base, tmp_path, uninterrupted):
     settings = {**SMALL, "train__max_steps": 40, "checkpoint__every": 4}
     whole = train(base, tmp_path / "whole", ranks=2, **settings), final_weights(tmp_path / "whole")
@@ -138,6 +140,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_is_the_same(base, tm
     same(tmp_path / "killed", whole)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_keeps_the_global_batches(base, tmp_path):
     """2 ranks, then 1, then 3: the same tokens in every step, and losses equal but for rounding."""
     settings = {"batch__packs": 4, "checkpoint__every": 2}
@@ -163,6 +166,7 @@ def test_changed_settings_are_refused(base, tmp_path, monkeypatch, capsys, chang
     assert main(options(base, tmp_path, **{**SMALL, **change}, checkpoint__allow_change="true")) == 0
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_run_at_a_time(base, tmp_path):
     process = launch(base, tmp_path, **LONG)
     try:
@@ -224,6 +228,7 @@ def test_too_many_of_them_in_a_row_end_the_run(base, tmp_path, monkeypatch, caps
     assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 3
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_ends_the_job_with_its_stack(base, tmp_path):
     process = launch(base, tmp_path, ranks=2, parallel__timeout=4, **LONG)
     wait_for_step(tmp_path, 2, process)

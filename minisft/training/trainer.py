@@ -152,7 +152,7 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
         started = time.perf_counter()
         for step in steps(prepared.train, plan, start=start, rank=world.rank, ranks=world.ranks,
                           micro_packs=config.batch.micro_packs):
-            faulthandler.dump_traceback_later(config.parallel.timeout, exit=True)
+            faulthandler.dump_traceback_later(config.parallel.timeout, exit=True, file=sys.__stderr__)
             shared = torch.zeros(2, device=world.device)  # loss, wish to stop: summed over the ranks
             for batch in step.micro_batches:
                 loss = forward(model, batch, step.target_tokens, config, world)
