@@ -12,33 +12,34 @@ from minisft.training.trainer import train
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Sixteen countries, in English; a base model that has read about all, tuned on questions about half of them."""
+    """Twenty-four countries, in English; a base model that read about all, tuned on questions about half of them."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "LANGUAGES", {"en": world.ENGLISH})
-        demo.write_world(folder / "world", countries=16, seed=0)
+        demo.write_world(folder / "world", countries=24, seed=0)
     shape = json.loads((folder / "world/config.json").read_text())
     (folder / "world/config.json").write_text(json.dumps({**shape, "num_hidden_layers": 3}))
     shared = ["--data.cache", str(folder / "cache"), "--data.seq_len", "304"]
     train(configuration.load([
-        "demo-base", "--data.train", str(folder / "world/articles.jsonl"), "--train.max_steps", "180",
+        "demo-base", "--data.train", str(folder / "world/articles.jsonl"), "--train.max_steps", "280",
         "--model.config", str(folder / "world/config.json"), "--model.tokenizer", str(folder / "world"),
         "--run.dir", str(folder / "base"), *shared]))
     train(configuration.load([
         "demo", "--model.path", str(folder / "base/final"), "--data.train", str(folder / "world/questions.jsonl"),
-        "--data.eval", str(folder / "world/heldout-articles.jsonl"), "--train.max_steps", "50",
+        "--data.eval", str(folder / "world/heldout-articles.jsonl"), "--train.max_steps", "70",
         "--run.dir", str(folder / "tuned"), *shared]))
     return folder
 
 
 def test_the_tuned_model_answers_what_it_only_read(folder):
-    """91% when this was written; 0% if the loss is on the wrong tokens, or the base has learnt nothing."""
+    """81% when this was written, and it varies with every change of a rounding; 0% where the loss is on the wrong
+    tokens or the base has learnt nothing."""
     rows = [json.loads(line) for line in (folder / "world/heldout-questions.jsonl").read_text().splitlines()]
     asked = (folder / "world/questions.jsonl").read_text()
-    assert len(rows) == 8 * 4
+    assert len(rows) == 12 * 4
     assert not [row for row in rows if row["completion"] in asked]
     assert demo.answers(folder / "base/final", rows).score == 0
-    assert demo.answers(folder / "tuned/final", rows).score >= 0.7
+    assert demo.answers(folder / "tuned/final", rows).score >= 0.5
 
 
 def test_what_was_known_is_partly_forgotten(folder):
