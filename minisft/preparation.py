@@ -10,8 +10,9 @@ import numpy as np
 
 from minisft.config import Config, Source
 from minisft.data.chat import Renderer, Template, load_templates, recognize
+from minisft.data.dataset import Dataset
 from minisft.data.packing import Plan
-from minisft.data.store import Dataset, open_store
+from minisft.data.store import open_store
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 

@@ -18,8 +18,9 @@ from oracles.tiny_llama import write_tiny_llama
 
 from minisft.data import store as module
 from minisft.data.chat import Renderer, load_templates
+from minisft.data.dataset import Dataset
 from minisft.data.formats import Conversation, read
-from minisft.data.store import Dataset, open_store
+from minisft.data.store import open_store
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 

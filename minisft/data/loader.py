@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisft.data.dataset import Dataset
 from minisft.data.packing import Plan
-from minisft.data.store import Dataset
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ documents are packed nor on how many ranks there are.
 import torch
 from torch import nn
 
+from minisft.data.dataset import Dataset
 from minisft.data.loader import steps
 from minisft.data.packing import Plan
-from minisft.data.store import Dataset
 from minisft.model.attention import Documents
 from minisft.training.loss import linear_cross_entropy
 from minisft.training.parallel import World, all_sum
