@@ -6,6 +6,7 @@
                   targets.npy   (documents,) int64: trained tokens of each
                   lines.npy     (documents,) int64: where each came from
                   hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
+                  loose.npy     (documents,) uint64: of the letters and digits alone, equal for near-exact duplicates
                   report.json   what was read, kept, and left out for which reason
 
 The key is a hash of everything that the tokens depend on: the file's bytes, how it is read, the tokenizer, the
@@ -49,6 +50,8 @@ class Report:
     tokens: int = 0
     target_tokens: int = 0
     largest_id: int = 0  # to be held against the model's vocabulary
+    words: int = 0  # of the texts, between white space
+    content_tokens: int = 0  # of the same texts
     truncated: int = 0
     duplicates: int = 0  # documents that are exactly another one before them, here or in an earlier source
     lost_target_tokens: int = 0  # trained tokens of documents that were too long
@@ -71,6 +74,7 @@ class Store:
             self.targets = np.load(folder / "targets.npy")
             self.lines = np.load(folder / "lines.npy")
             self.hashes = np.load(folder / "hashes.npy")
+            self.loose = np.load(folder / "loose.npy")
             self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
             if len(self):  # an empty file cannot be mapped
                 size = int(self.offsets[-1])
@@ -128,7 +132,7 @@ def _only_process(lock: Path) -> Iterator[None]:
 
 def _write(folder: Path, conversations: Iterator[Conversation | Skipped], renderer: Renderer, report: Report,
            max_bad: int) -> None:
-    offsets, targets, lines, hashes = [0], [], [], []
+    offsets, targets, lines, hashes, loose = [0], [], [], [], []
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as trained_file:
         while batch := list(islice(conversations, BATCH)):
             kept = [item for item in batch if isinstance(item, Conversation)]
@@ -149,6 +153,11 @@ def _write(folder: Path, conversations: Iterator[Conversation | Skipped], render
                 tokens_file.write(tokens)
                 trained_file.write(mask)
                 hashes.append(int.from_bytes(hashlib.blake2b(tokens + mask, digest_size=8).digest(), "little"))
+                texts = [text for turn in conversation.turns for text in (turn.content, turn.context) if text]
+                bare = "".join(filter(str.isalnum, " ".join(texts).casefold()))
+                loose.append(int.from_bytes(hashlib.blake2b(bare.encode(), digest_size=8).digest(), "little"))
+                report.words += sum(len(text.split()) for text in texts)
+                report.content_tokens += sum(map(len, renderer.tokenizer.encode_batch(texts)))
                 offsets.append(offsets[-1] + len(ids))
                 targets.append(sum(trained))
                 lines.append(conversation.line)
@@ -161,4 +170,5 @@ def _write(folder: Path, conversations: Iterator[Conversation | Skipped], render
     np.save(folder / "targets.npy", np.array(targets, dtype=np.int64))
     np.save(folder / "lines.npy", np.array(lines, dtype=np.int64))
     np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
+    np.save(folder / "loose.npy", np.array(loose, dtype=np.uint64))
     (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
