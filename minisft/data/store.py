@@ -4,6 +4,8 @@
                   trained.bin   uint8, 1 where the token is trained
                   offsets.npy   (documents + 1,) int64
                   targets.npy   (documents,) int64: trained tokens of each
+                  turns.npy     (documents,) int64: turns of each
+                  largest.npy   (documents,) int64: the largest token id of each
                   lines.npy     (documents,) int64: where each came from
                   hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
                   loose.npy     (documents,) uint64: of the letters and digits alone, equal for near-exact duplicates
@@ -72,6 +74,8 @@ class Store:
         try:
             self.offsets = np.load(folder / "offsets.npy")
             self.targets = np.load(folder / "targets.npy")
+            self.turns = np.load(folder / "turns.npy")
+            self.largest = np.load(folder / "largest.npy")
             self.lines = np.load(folder / "lines.npy")
             self.hashes = np.load(folder / "hashes.npy")
             self.loose = np.load(folder / "loose.npy")
@@ -132,7 +136,7 @@ def _only_process(lock: Path) -> Iterator[None]:
 
 def _write(folder: Path, conversations: Iterator[Conversation | Skipped], renderer: Renderer, report: Report,
            max_bad: int) -> None:
-    offsets, targets, lines, hashes, loose = [0], [], [], [], []
+    offsets, targets, turns, largest, lines, hashes, loose = [0], [], [], [], [], [], []
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as trained_file:
         while batch := list(islice(conversations, BATCH)):
             kept = [item for item in batch if isinstance(item, Conversation)]
@@ -160,14 +164,18 @@ def _write(folder: Path, conversations: Iterator[Conversation | Skipped], render
                 report.content_tokens += sum(map(len, renderer.tokenizer.encode_batch(texts)))
                 offsets.append(offsets[-1] + len(ids))
                 targets.append(sum(trained))
+                turns.append(len(conversation.turns))
+                largest.append(max(ids))
                 lines.append(conversation.line)
                 report.kept += 1
-                report.turns += len(conversation.turns)
+                report.turns += turns[-1]
                 report.tokens += len(ids)
-                report.largest_id = max(report.largest_id, max(ids))
+                report.largest_id = max(report.largest_id, largest[-1])
                 report.target_tokens += targets[-1]
     np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
     np.save(folder / "targets.npy", np.array(targets, dtype=np.int64))
+    np.save(folder / "turns.npy", np.array(turns, dtype=np.int64))
+    np.save(folder / "largest.npy", np.array(largest, dtype=np.int64))
     np.save(folder / "lines.npy", np.array(lines, dtype=np.int64))
     np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
     np.save(folder / "loose.npy", np.array(loose, dtype=np.uint64))
