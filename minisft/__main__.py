@@ -8,12 +8,12 @@ Every key of a recipe is an option as well, such as --data.train a.jsonl; `pytho
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from minisft import config as configuration
+from minisft.data_report import describe, figures
 from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
-from minisft.preparation import Prepared, describe, prepare
+from minisft.preparation import Prepared, prepare
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,22 +41,13 @@ def main(argv: list[str] | None = None) -> int:
 def run_prepare(options: argparse.Namespace, recipe: list[str]) -> None:
     """The data of a recipe, as training would see them."""
     prepared = prepare(configuration.load(recipe))
+    found = figures(prepared)
     if options.dump:
         dump(prepared, options.dump)
     if options.json:
-        options.json.write_text(json.dumps(report(prepared), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(describe(prepared))
-
-
-def report(prepared: Prepared) -> dict:
-    """The figures of `describe`, for a program."""
-    plan = prepared.plan
-    return {"template": prepared.renderer.template.name,
-            "train": [asdict(r) for r in prepared.train.reports],
-            "eval": [asdict(r) for dataset in prepared.evals.values() for r in dataset.reports],
-            "documents": len(prepared.train), "tokens": int(prepared.train.lengths.sum()),
-            "target_tokens": int(prepared.train.targets.sum()), "seq_len": plan.seq_len, "packs": len(plan.epoch(0)),
-            "packing_efficiency": plan.fill(), "steps_per_epoch": plan.steps_per_epoch, "total_steps": plan.total_steps}
+        options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    encoding = sys.stdout.encoding or "utf-8"  # one that has no bars shows question marks
+    print(describe(found).encode(encoding, "replace").decode(encoding))
 
 
 def dump(prepared: Prepared, file: Path) -> None:

@@ -41,6 +41,11 @@ class Data:
     """From files to packs of tokens."""
     train: tuple[Source, ...] = key((), "files to train on")
     eval: tuple[Source, ...] = key((), "held-out files")
+    eval_fraction: float = key(0.0, "share of the training documents held out for evaluation, chosen by their text",
+                               low=0, below=1)
+    replay: tuple[Source, ...] = key((), "general text (or chats) mixed in against forgetting")
+    replay_ratio: float = key(0.05, "share of an epoch's tokens that is data.replay, repeated or sampled to that end",
+                              above=0, below=1)
     format: str = key("auto", "how the files are laid out", choices=FORMATS)
     template: str = key("", "chat template; empty: the one the model folder tells")
     templates: str = key("", "TOML file with templates of your own")
@@ -49,7 +54,8 @@ class Data:
     overlong: str = key("drop", "what becomes of a document longer than seq_len", choices=("drop", "truncate", "error"))
     shuffle: bool = key(True, "shuffle the documents, anew in every epoch")
     oasst: str = key("all", "conversations taken from an OASST tree", choices=("all", "best"))
-    dedup: bool = key(False, "leave out exact repetitions of a document")
+    dedup: str = key("none", "repetitions left out; near: also if case, spaces or punctuation differ; true: exact",
+                     choices=("none", "exact", "near"), true="exact", false="none")
     skip_bad: bool = key(False, "skip malformed records instead of stopping at them")
     max_bad: int = key(100, "with skip_bad: stop after more malformed records than this", low=0)
     cache: str = key("", "folder of tokenised data; empty: minisft in $XDG_CACHE_HOME or ~/.cache")
@@ -148,6 +154,11 @@ SECTIONS = {section.name: section.type for section in fields(Config)}
 KEYS = {f"{section}.{spec.name}": spec for section, cls in SECTIONS.items() for spec in fields(cls)}
 
 
+def heldout_name(source: Source) -> str:
+    """The name under which the held-out part of a training source is evaluated."""
+    return f"heldout-{source.name}"
+
+
 def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
     """What is wrong between keys that are each fine alone: (the keys involved, the one to blame first; message)."""
     model, data, batch = config.model, config.data, config.batch
@@ -160,12 +171,16 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
          "model.init is random, which needs a config.json or the name of a preset"),
         (batch.micro_packs > batch.packs, ("batch.micro_packs", "batch.packs"),
          f"{batch.micro_packs} packs per forward pass, but batch.packs is only {batch.packs} per step"),
-        (config.eval.every > 0 and not data.eval, ("eval.every", "data.eval"),
+        (config.eval.every > 0 and not data.eval and not data.eval_fraction, ("eval.every", "data.eval"),
          f"evaluation every {config.eval.every} steps, but data.eval names no file"),
+        (data.replay_ratio != Data.replay_ratio and not data.replay, ("data.replay_ratio", "data.replay"),
+         f"{data.replay_ratio:g} of the tokens should be replayed text, but data.replay names no file"),
     ]
-    for name, sources in (("data.train", data.train), ("data.eval", data.eval)):
-        names = [source.name for source in sources]
-        twice = sorted({n for n in names if names.count(n) > 1})
+    held_out = [replace(source, name=heldout_name(source)) for source in data.train if data.eval_fraction]
+    for name, sources, others in (("data.train", data.train, ()), ("data.eval", data.eval, held_out),
+                                  ("data.replay", data.replay, data.train)):
+        names, taken = [source.name for source in sources], [source.name for source in others]
+        twice = sorted({n for n in names if (names + taken).count(n) > 1})
         checks.append((any(not source.path for source in sources), (name,), "a path is empty"))
         checks.append((bool(twice), (name,), f"several sources are named {', '.join(twice)}; names must differ"))
     return [(keys, message) for wrong, keys, message in checks if wrong]
@@ -308,11 +323,13 @@ def _with_inherited(config: Config, *, run_name: str) -> Config:
         return _named(tuple(replace(source, format=source.format or data.format,
                                     template=source.template or data.template) for source in sources))
 
+    trained = filled(data.train + data.replay)  # together, so that their names differ
     return replace(
         config,
         model=replace(model, init=model.init or ("pretrained" if model.path else ""),
                       tokenizer=model.tokenizer or model.path),
-        data=replace(data, train=filled(data.train), eval=filled(data.eval), cache=data.cache or _default_cache()),
+        data=replace(data, train=trained[: len(data.train)], replay=trained[len(data.train) :], eval=filled(data.eval),
+                     cache=data.cache or _default_cache()),
         run=replace(config.run, dir=config.run.dir or f"runs/{run_name}"))
 
 
@@ -329,5 +346,5 @@ def _without_inherited(config: Config) -> Config:
 
     return replace(
         config, model=replace(model, tokenizer=own(model.tokenizer, model.path)),
-        data=replace(data, train=stripped(data.train), eval=stripped(data.eval),
+        data=replace(data, train=stripped(data.train), replay=stripped(data.replay), eval=stripped(data.eval),
                      cache=own(data.cache, _default_cache())))

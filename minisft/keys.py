@@ -17,19 +17,24 @@ BOUNDS = {"low": (">=", operator.ge), "above": (">", operator.gt),
           "high": ("<=", operator.le), "below": ("<", operator.lt)}
 
 
-def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), **bounds: float) -> Any:
-    """One configuration key. `bounds` are low and high (inclusive), above and below (exclusive)."""
+def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), true: str = "", false: str = "",
+        **bounds: float) -> Any:
+    """One configuration key. `bounds` are low and high (inclusive), above and below (exclusive).
+
+    `true` and `false` are the choices that a boolean stands for, if any.
+    """
     assert bounds.keys() <= BOUNDS.keys()
-    return field(default=default, metadata={"doc": doc, "choices": choices, "bounds": bounds})
+    booleans = {"True": true, "False": false} if true else {}
+    return field(default=default, metadata={"doc": doc, "choices": choices, "bounds": bounds, "booleans": booleans})
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of data.train or data.eval."""
+    """One file of data.train, data.eval or data.replay."""
     path: str = key(MISSING, "the file")
     format: str = key("", "empty: data.format", choices=FORMATS)
     template: str = key("", "empty: data.template")
-    weight: float = key(1.0, "how often its documents are seen, relative to the other sources", above=0)
+    weight: float = key(1.0, "passes over it in an epoch; a part of one is drawn anew each time", above=0)
     name: str = key("", "name in reports; empty: the file's name without suffixes")
 
 
@@ -54,6 +59,7 @@ def typed(where: str, value: Any, spec: Field) -> tuple[Any, list[str]]:
         items = value if isinstance(value, list) else [value]
         sources = [_source(f"{where}[{index}]", item) for index, item in enumerate(items)]
         return tuple(source for source, _ in sources), [problem for _, found in sources for problem in found]
+    value = spec.metadata["booleans"].get(str(value).capitalize(), value)
     kinds = get_args(spec.type) or (spec.type,)
     if type(None) in kinds and value == "none":
         return None, []

@@ -8,22 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-from minisft.config import Config, Source
+from minisft.config import Config, Source, heldout_name
+from minisft.data import mixing
 from minisft.data.chat import Renderer, Template, load_templates, recognize
 from minisft.data.dataset import Dataset
 from minisft.data.packing import Plan
-from minisft.data.store import open_store
+from minisft.data.store import Store, open_store
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.model.config import PRESETS, LlamaConfig, read_config
 
 
 @dataclass(frozen=True)
 class Prepared:
     """The data of a run."""
 
+    config: Config
+    network: LlamaConfig | None  # None: there is no config.json to read
     tokenizer: Tokenizer
     renderer: Renderer  # of data.template: how the trained model is talked to
-    train: Dataset
+    train: Dataset  # data.train, then data.replay
+    weights: tuple[float, ...]  # of each source in it: passes over its tokens in an epoch
     plan: Plan
     evals: dict[str, Dataset]
 
@@ -32,27 +37,88 @@ class Prepared:
         documents = np.concatenate(self.plan.documents(step))
         return ["{}:{}".format(*self.train.origin(int(i))) for i in documents]
 
+    def shares(self, step: int) -> dict[str, dict[str, int]]:
+        """{"sources": trained tokens of `step` (from 0) by their source, on all ranks}; nothing where there is one."""
+        if len(self.weights) == 1:
+            return {}
+        counts = self.train.per_source(self.train.targets, np.concatenate(self.plan.documents(step)))
+        return {"sources": {report.name: int(n) for report, n in zip(self.train.reports, counts, strict=True)}}
+
 
 def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input."""
+    data = config.data
     tokenizer = Tokenizer(config.model.tokenizer)
-    templates = load_templates(config.data.templates or None)
-    sources = (*config.data.train, *config.data.eval)
-    renderers = {name: Renderer(_template(name, templates, tokenizer), tokenizer, train_on=config.data.train_on)
-                 for name in {config.data.template, *(source.template for source in sources)}}
+    templates = load_templates(data.templates or None)
+    sources = (*data.train, *data.replay)
+    renderers = {name: Renderer(_template(name, templates, tokenizer), tokenizer, train_on=data.train_on)
+                 for name in {data.template, *(source.template for source in (*sources, *data.eval))}}
 
-    def dataset(wanted: tuple[Source, ...]) -> Dataset:
-        stores = [open_store(s.path, name=s.name, format=s.format, renderer=renderers[s.template],
-                             cache=Path(config.data.cache), skip_bad=config.data.skip_bad, max_bad=config.data.max_bad,
-                             oasst=config.data.oasst, quiet=quiet) for s in wanted]
-        return Dataset(stores, seq_len=config.data.seq_len, overlong=config.data.overlong, dedup=config.data.dedup)
+    def store(source: Source) -> Store:
+        return open_store(source.path, name=source.name, format=source.format, renderer=renderers[source.template],
+                          cache=Path(data.cache), skip_bad=data.skip_bad, max_bad=data.max_bad, oasst=data.oasst,
+                          quiet=quiet)
 
-    train = dataset(config.data.train)
-    plan = Plan(train.lengths, train.targets, seq_len=config.data.seq_len, packs_per_step=config.batch.packs,
+    fitting = {"seq_len": data.seq_len, "overlong": data.overlong, "dedup": data.dedup}
+    stores = [store(source) for source in sources]
+    held_out = [mixing.held_out(s.loose, data.eval_fraction if i < len(data.train) else 0)
+                for i, s in enumerate(stores)]
+    train = Dataset(stores, held_out=held_out, **fitting)
+    evals = {source.name: Dataset([store(source)], **fitting) for source in data.eval}
+    if data.eval_fraction:
+        evals |= _held_out(config, stores, held_out, fitting)
+    weights = _weights(config, train)
+    plan = Plan(train.lengths, train.targets, seq_len=data.seq_len, packs_per_step=config.batch.packs,
                 epochs=config.train.epochs, max_steps=config.train.max_steps, seed=config.train.seed,
-                shuffle=config.data.shuffle, weights=np.array([s.weight for s in config.data.train])[train.store_of])
-    evals = {source.name: dataset((source,)) for source in config.data.eval}
-    return Prepared(tokenizer, renderers[config.data.template], train, plan, evals)
+                shuffle=data.shuffle, weights=weights[train.store_of])
+    for name, dataset in evals.items():
+        dataset.reports[0].name = name
+        dataset.reports[0].also_trained = int(np.isin(dataset.loose(), train.loose()).sum())
+    network = _network(config)
+    prepared = Prepared(config, network, tokenizer, renderers[data.template], train, tuple(weights.tolist()), plan,
+                        evals)
+    if network:
+        check_vocabulary(prepared, network)
+    return prepared
+
+
+def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
+    """Raises UserError where a token id is past the vocabulary of the model."""
+    for dataset in (prepared.train, *prepared.evals.values()):
+        for report in dataset.reports:
+            if report.largest_id >= network.vocab_size:
+                raise UserError(f"{report.path}: token id {report.largest_id} is past the model's vocabulary of "
+                                f"{network.vocab_size}; {prepared.tokenizer.file} belongs to another model")
+
+
+def _held_out(config: Config, stores: list[Store], held_out: list[np.ndarray], fitting: dict) -> dict[str, Dataset]:
+    """The held-out part of each source in data.train, for those that have one."""
+    parts = {heldout_name(source): Dataset([stores[i]], held_out=[held_out[i]], only_held_out=True, **fitting)
+             for i, source in enumerate(config.data.train)}
+    if not any(map(len, parts.values())):
+        raise UserError(f"data.eval_fraction: {config.data.eval_fraction:g} of {sum(map(len, held_out)):,} documents "
+                        "holds out none that fits; raise it")
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def _weights(config: Config, train: Dataset) -> np.ndarray:
+    """(sources,) passes over each source in an epoch. Raises UserError where data.train or data.replay has nothing."""
+    given = np.array([source.weight for source in (*config.data.train, *config.data.replay)])
+    replayed = np.arange(len(given)) >= len(config.data.train)
+    tokens = train.per_source(train.lengths)
+    for name, part in (("data.train", ~replayed), ("data.replay", replayed)):
+        if part.any() and not tokens[part].sum():
+            raise UserError(f"{name}: no conversation is left to train on:{train.reasons()}")
+    return mixing.replay_weights(tokens, given, replayed, config.data.replay_ratio)
+
+
+def _network(config: Config) -> LlamaConfig | None:
+    is_random = config.model.init == "random"
+    if is_random and config.model.config in PRESETS:
+        return PRESETS[config.model.config]
+    path = Path(config.model.config if is_random else config.model.path)
+    file = path / "config.json" if path.is_dir() else path
+    return read_config(file) if file.is_file() else None
 
 
 def _template(name: str, templates: dict[str, Template], tokenizer: Tokenizer) -> Template:
@@ -67,27 +133,3 @@ def _template(name: str, templates: dict[str, Template], tokenizer: Tokenizer) -
         raise UserError(f"{tokenizer.file.parent}: does not say which chat template the model uses; {choices}")
     name, default_system = known
     return replace(templates[name], default_system=default_system)
-
-
-def describe(prepared: Prepared) -> str:
-    """The report for a person: what was read, kept and left out, and what a run will consist of."""
-    lines = [f"{'source':<24}{'read':>9}{'kept':>9}{'turns':>9}{'tokens':>13}{'trained':>13}{'share':>8}"]
-    for dataset in (prepared.train, *prepared.evals.values()):
-        for report in dataset.reports:
-            share = report.target_tokens / max(report.tokens, 1)
-            lines.append(f"{report.name:<24}{report.read:>9,}{report.kept:>9,}{report.turns:>9,}{report.tokens:>13,}"
-                         f"{report.target_tokens:>13,}{share:>8.1%}")
-            lines += [f"    left out, {reason}: {count:,} (first: {report.examples[reason]})"
-                      for reason, count in report.skipped.items()]
-            if report.duplicates and "duplicate" not in report.skipped:
-                lines.append(f"    exact duplicates: {report.duplicates:,} (kept; data.dedup leaves them out)")
-            if report.truncated:
-                lines.append(f"    cut to {prepared.plan.seq_len:,} tokens: {report.truncated:,}")
-            if report.lost_target_tokens:
-                lines.append(f"    trained tokens lost to the length limit: {report.lost_target_tokens:,}")
-    plan = prepared.plan
-    name, packs = prepared.renderer.template.name, len(plan.epoch(0))
-    lines.append(f"template {name}; {packs:,} packs of {plan.seq_len:,} "
-                 f"tokens, {plan.fill():.2%} full; {plan.steps_per_epoch:,} steps an epoch, "
-                 f"{plan.total_steps:,} in all")
-    return "\n".join(lines)

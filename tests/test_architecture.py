@@ -12,10 +12,12 @@ PACKAGE = ROOT / "minisft"
 
 # What each room must not know. `errors` is below all; config's readers are at the top.
 FORBIDDEN = {
-    "data": ("model", "training", "evaluation", "config", "preparation", "demo"),
-    "model": ("data", "training", "evaluation", "config", "preparation", "demo"),
+    "data": ("model", "training", "evaluation", "config", "preparation", "data_report", "demo"),
+    "model": ("data", "training", "evaluation", "config", "preparation", "data_report", "demo"),
     "training": ("demo", "__main__"),
-    "evaluation": ("config", "preparation", "demo", "__main__"),
+    "evaluation": ("config", "preparation", "data_report", "demo", "__main__"),
+    "preparation.py": ("training", "evaluation", "data_report", "demo"),
+    "data_report.py": ("training", "evaluation", "config", "demo"),
     "errors.py": ("data", "model", "training", "evaluation", "config", "preparation", "demo"),
     "config.py": ("data", "model", "training", "evaluation", "preparation", "demo"),
 }

@@ -337,7 +337,7 @@ def test_exact_duplicates_are_counted_and_left_out_on_demand(opened):
     kept = Dataset([first, second], seq_len=1000)
     assert [report.duplicates for report in kept.reports] == [1, 2]
     assert len(kept) == 7
-    deduplicated = Dataset([first, second], seq_len=1000, dedup=True)
+    deduplicated = Dataset([first, second], seq_len=1000, dedup="exact")
     assert [deduplicated.origin(i)[1] for i in range(4)] == [1, 2, 4, 1]
     assert len(deduplicated) == 4
     assert [report.skipped["duplicate"] for report in deduplicated.reports] == [1, 2]

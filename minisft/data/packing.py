@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from minisft.data.mixing import copies
 from minisft.errors import UserError
 
 WINDOW = 16_384  # documents: enough for packs over 99% full, few enough that a window is a random sample
@@ -70,12 +71,12 @@ def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: 
                weights: Array | None = None) -> Epoch:
     """Pack all documents with lengths (n,), each at most `seq_len` tokens, for one epoch (counted from 0).
 
-    A document of weight 2.3 (`weights` (n,), 1 without them) comes twice, and with a chance of 0.3 once more.
+    A document of weight 2.3 (`weights` (n,), 1 without them) comes twice, and by a draw once more (mixing.py).
     """
     random = np.random.default_rng((seed, epoch))
     order = np.arange(len(lengths))
     if weights is not None:
-        order = np.repeat(order, np.floor(weights + random.random(len(lengths))).astype(np.int64))
+        order = np.repeat(order, copies(weights, lengths, random))
     if shuffle:
         order = random.permutation(order)
     packs: list[Array] = []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minisft import config as configuration
 from minisft.config import Config
 from minisft.data.loader import MicroBatch, steps
+from minisft.data_report import describe, figures
 from minisft.errors import EXIT_IO, EXIT_NUMERICS, EXIT_PREEMPTED, EXIT_USAGE, NumericsError, UserError
 from minisft.evaluation.heldout import heldout_loss
 from minisft.model import weights
@@ -24,7 +25,7 @@ from minisft.model.attention import Documents
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder
-from minisft.preparation import Prepared, describe, prepare
+from minisft.preparation import Prepared, check_vocabulary, prepare
 from minisft.training import parallel, resume
 from minisft.training.checkpoint import Saver
 from minisft.training.export import export
@@ -69,7 +70,7 @@ def train(config: Config) -> int:
     folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never") if leads else None
     try:
         if folder:
-            print(describe(prepared), flush=True)
+            print(describe(figures(prepared), short=True), flush=True)
             (folder.path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
             folder.status("running")
         world = parallel.start(replicate=config.parallel.replicate)
@@ -110,7 +111,9 @@ def train(config: Config) -> int:
 
 def identity(config: Config, prepared: Prepared, model_config: LlamaConfig) -> dict:
     """What must be the same when a run goes on, or its batches would be others."""
-    return {"data": [store.key for store in prepared.train.stores], "weights": [s.weight for s in config.data.train],
+    return {"data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
+            "data.replay": [source.path for source in config.data.replay],
+            "data.replay_ratio": config.data.replay_ratio, "data.eval_fraction": config.data.eval_fraction,
             "data.seq_len": config.data.seq_len, "data.overlong": config.data.overlong,
             "data.dedup": config.data.dedup, "data.shuffle": config.data.shuffle, "data.train_on": config.data.train_on,
             "template": prepared.renderer.template.name, "tokenizer": prepared.tokenizer.sha256,
@@ -129,11 +132,7 @@ def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights
         model_config = checkpoint.config if is_meta else read_config(config.model.path)
         with torch.device("meta"):
             weights.check(Llama(model_config), checkpoint)
-    for dataset in (prepared.train, *prepared.evals.values()):
-        for report in dataset.reports:
-            if report.largest_id >= model_config.vocab_size:
-                raise UserError(f"{report.path}: token id {report.largest_id} is past the model's vocabulary of "
-                                f"{model_config.vocab_size}; {prepared.tokenizer.file} belongs to another model")
+    check_vocabulary(prepared, model_config)
     return model_config, checkpoint
 
 
@@ -171,7 +170,8 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
             monitor.step({"kind": "train", "step": number, "epoch": step.epoch, "loss": None, "lr": lr,
                           "grad_norm": None, "tokens": step.tokens, "target_tokens": step.target_tokens,
                           "seconds": seconds, "tokens_per_second": step.tokens / seconds,
-                          "memory_gib": memory_gib(world.device)}, shared[0], grad_norm, shared[1])
+                          "memory_gib": memory_gib(world.device), **prepared.shares(step.index)},
+                         shared[0], grad_norm, shared[1])
             last = number == plan.total_steps
             if monitor.stop and not last:
                 break

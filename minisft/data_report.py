@@ -1,0 +1,202 @@
+"""The report on a run's data: what was read and left out, how it is mixed and packed, and what training on it takes.
+
+    Prepared -> figures (a dict of plain numbers: --json) -> lines of text, aligned, for 80 to 120 columns
+
+All that is printed is among the figures, under plain names. Counts of tokens are of the documents kept; what an epoch
+holds is said of the first one, since where a part of a source is drawn, the draw is another in each epoch.
+"""
+
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+
+from minisft.data.dataset import Dataset
+from minisft.model.flops import training_flops
+from minisft.preparation import Prepared
+
+CHECKS = ("one beginning-of-text token a document", "trained answers end in a trained stop token",
+          "no control token from content", "something trained in every document", "token ids in the vocabulary")
+BAR, EIGHTHS = 36, " ▏▎▍▌▋▊▉"
+
+# ---- the figures -----------------------------------------------------------------------------------------------------
+
+
+def figures(prepared: Prepared) -> dict:
+    """Every figure of the report. Lists of sources are in the order of the configuration."""
+    config, train, plan = prepared.config, prepared.train, prepared.plan
+    epoch = plan.epoch(0)
+    seen = np.bincount(epoch.documents, minlength=len(train))
+    sources, first = _sources(train), len(config.data.train)
+    for source, weight, mixed in zip(sources, prepared.weights, _mixed(train, seen), strict=True):
+        source |= {"weight": weight, "epoch": mixed}
+    step_starts = epoch.offsets[:-1][:: plan.packs_per_step]
+    step_targets = np.add.reduceat(train.targets[epoch.documents], step_starts)[: plan.total_steps]
+    recompute = config.parallel.activation_checkpointing == "full"
+    flops = prepared.network and training_flops(prepared.network, train.lengths[epoch.documents],
+                                                train.targets[epoch.documents], recompute=recompute)
+    epoch_tokens = sum(source["epoch"]["tokens"] for source in sources)
+    return {
+        "template": prepared.renderer.template.name, "seq_len": plan.seq_len, "overlong": config.data.overlong,
+        "dedup": config.data.dedup, "eval_fraction": config.data.eval_fraction,
+        "train": sources[:first], "replay": sources[first:],
+        "eval": [source for dataset in prepared.evals.values() for source in _sources(dataset)],
+        "documents": len(train), "tokens": int(train.lengths.sum()), "target_tokens": int(train.targets.sum()),
+        "lengths": histogram(train.lengths, train.too_long, plan.seq_len),
+        "epoch_documents": len(epoch.documents), "epoch_tokens": epoch_tokens,
+        "epoch_target_tokens": sum(source["epoch"]["target_tokens"] for source in sources),
+        "replay_ratio": config.data.replay_ratio if sources[first:] else 0.0,
+        "replay_share": sum(source["epoch"]["tokens"] for source in sources[first:]) / epoch_tokens,
+        "packs": len(epoch), "packs_per_step": plan.packs_per_step, "packing_efficiency": plan.fill(),
+        "steps_per_epoch": plan.steps_per_epoch, "total_steps": plan.total_steps,
+        "target_tokens_per_step": {"mean": float(step_targets.mean()), "least": int(step_targets.min()),
+                                   "most": int(step_targets.max())},
+        "recompute": recompute, "flops_per_epoch": flops,
+        "flops": flops and round(flops * plan.total_steps / plan.steps_per_epoch), "checks": list(CHECKS)}
+
+
+def _sources(dataset: Dataset) -> list[dict]:
+    return [{**asdict(report), "target_share": report.target_tokens / max(report.tokens, 1),
+             "tokens_per_word": report.content_tokens / report.words if report.words else None}
+            for report in dataset.reports]
+
+
+def _mixed(train: Dataset, seen: np.ndarray) -> list[dict]:
+    """What each source has in an epoch in which document i comes `seen[i]` times."""
+    counts = {"documents": seen, "different_documents": seen > 0, "tokens": seen * train.lengths,
+              "target_tokens": seen * train.targets}
+    totals = {name: train.per_source(each) for name, each in counts.items()}
+    return [{**{name: int(total[i]) for name, total in totals.items()},
+             "token_share": float(totals["tokens"][i] / totals["tokens"].sum()),
+             "target_share": float(totals["target_tokens"][i] / totals["target_tokens"].sum())}
+            for i in range(len(train.stores))]
+
+
+def histogram(lengths: np.ndarray, too_long: np.ndarray, seq_len: int) -> list[dict]:
+    """Documents by their length, in buckets that end at the powers of two and at `seq_len`."""
+    last = max(seq_len, int(too_long.max(initial=0)))
+    edges = sorted({seq_len, *(2**i for i in range((last - 1).bit_length() + 1))})
+    counts = [np.bincount(np.searchsorted(edges, some), minlength=len(edges)) for some in (lengths, too_long)]
+    return [{"from": low + 1, "to": high, "kept": int(kept), "too_long": int(long)}
+            for low, high, kept, long in zip([0, *edges], edges, *counts, strict=False)]
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+def describe(found: dict, *, short: bool = False) -> str:
+    """The report of `figures` for a person; `short` leaves out the mixture and the lengths."""
+    columns = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
+    lines = _table(_source_rows(found), columns)
+    mixed = [*found["train"], *found["replay"]]
+    if not short and (len(mixed) > 1 or mixed[0]["weight"] != 1):
+        lines += ["", *_table(_mixture_rows(mixed, found), columns)]
+    if not short:
+        lines += ["", *_length_lines(found)]
+    return "\n".join([*lines, "", *_plan_lines(found)])
+
+
+def _source_rows(found: dict) -> list[list[str] | str]:
+    """The table's rows, and notes between them."""
+    rows: list[list[str] | str] = [["source", "read", "kept", "turns", "tokens", "trained", "share", "longest",
+                                    "median", "tok/word"]]
+    for kind, heading in (("train", ""), ("replay", "replayed:"), ("eval", "evaluated:")):
+        rows += [heading] if heading and found[kind] else []
+        for source in found[kind]:
+            rows.append([source["name"], *(_count(source[name]) for name in
+                                           ("read", "kept", "turns", "tokens", "target_tokens")),
+                         f"{source['target_share']:.1%}", _count(source["longest"]), _count(round(source["median"])),
+                         f"{source['tokens_per_word']:.2f}" if source["words"] else "-"])
+            rows += [f"    {note}" for note in _notes(source, found)]
+    return rows
+
+
+def _notes(source: dict, found: dict) -> list[str]:
+    """What a person should know about a source besides its counts."""
+    notes = [f"{'left out, ' * (reason != 'held out')}{reason}: {count:,} (first: {source['examples'][reason]})"
+             for reason, count in source["skipped"].items()]
+    for name, what, reasons in (("duplicates", "exact duplicates", ("exact", "near")),
+                                ("near_duplicates", "near-exact duplicates", ("near",))):
+        if source[name] and found["dedup"] not in reasons:
+            notes.append(f"{what}: {source[name]:,} (kept; data.dedup = {reasons[0]} leaves them out)")
+    if source["truncated"]:
+        notes.append(f"cut to {found['seq_len']:,} tokens: {source['truncated']:,}")
+    if source["lost_target_tokens"]:
+        notes.append(f"trained tokens lost to the length limit: {source['lost_target_tokens']:,}")
+    if source["also_trained"]:
+        notes.append(f"also in the training data, exactly or nearly: {source['also_trained']:,}")
+    return notes
+
+
+def _mixture_rows(mixed: list[dict], found: dict) -> list[list[str] | str]:
+    rows: list[list[str] | str] = [["in epoch 1", "weight", "documents", "tokens", "share", "trained", "share"]]
+    for source in mixed:
+        epoch, weight = source["epoch"], f"{source['weight']:.4g}"
+        rows.append([source["name"], weight, _count(epoch["documents"]), _count(epoch["tokens"]),
+                     f"{epoch['token_share']:.1%}", _count(epoch["target_tokens"]), f"{epoch['target_share']:.1%}"])
+        times, part = divmod(source["weight"], 1)
+        kept, drawn = source["kept"], epoch["documents"] - int(times) * source["kept"]
+        if times == 0:
+            rows.append(f"    weight {weight}: {drawn:,} of {kept:,} documents in epoch 1, drawn anew each epoch")
+        elif source["weight"] != 1:
+            more = f", and {drawn:,} of them once more, drawn anew each epoch" if part else ""
+            rows.append(f"    weight {weight}: each of {kept:,} documents {int(times):,} times{more}")
+    if found["replay"]:
+        rows.append(f"replay is {found['replay_share']:.2%} of the tokens (data.replay_ratio = "
+                    f"{found['replay_ratio']:g})")
+    return rows
+
+
+def _length_lines(found: dict) -> list[str]:
+    """A bar for each bucket of lengths, and a line at seq_len."""
+    buckets = found["lengths"]
+    while len(buckets) > 1 and not buckets[0]["kept"] + buckets[0]["too_long"]:
+        buckets = buckets[1:]
+    most = max(bucket["kept"] + bucket["too_long"] for bucket in buckets)
+    fate = "cut" if found["overlong"] == "truncate" else "left out"
+    lines = ["documents by their tokens"]
+    for bucket in buckets:
+        over = bucket["from"] > found["seq_len"]
+        count = bucket["too_long" if over else "kept"]
+        eighths = -(-count * BAR * 8 // most)
+        bar = "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+        lines.append(f"{bucket['from']:>9,} - {bucket['to']:<9,}{count:>10,}  {bar}{f'  {fate}' * over}")
+        if bucket["to"] == found["seq_len"]:
+            lines.append(f"{'-' * 12} data.seq_len = {found['seq_len']:,} {'-' * BAR}"[: 33 + BAR])
+    return lines
+
+
+def _plan_lines(found: dict) -> list[str]:
+    step = found["target_tokens_per_step"]
+    if found["flops"] is None:
+        compute = "not estimated, for want of a config.json"
+    else:
+        how = "with full recomputation" if found["recompute"] else "without recomputation"
+        compute = f"about {found['flops']:.3g} FLOPs in matrix products, {how}"
+    return [f"packs    {found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
+            f"template {found['template']}",
+            f"steps    {found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all, of "
+            f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} to "
+            f"{step['most']:,})",
+            f"compute  {compute}",
+            f"checks   held: {', '.join(found['checks'][:2])},", f"         {', '.join(found['checks'][2:])}"]
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 10_000_000 else f"{number / 1e6:,.1f}M"
+
+
+def _table(rows: list[list[str] | str], columns: int) -> list[str]:
+    """Rows in aligned columns, the first to the left and cut where the line would be too long; notes as they are."""
+    widths = [max(map(len, cells)) for cells in zip(*(row for row in rows if not isinstance(row, str)), strict=True)]
+    gap = 2 if sum(widths) + 2 * len(widths) <= columns else 1
+    widths[0] = min(widths[0], max(8, columns - sum(widths[1:]) - gap * len(widths[1:])))
+    lines = []
+    for row in rows:
+        if isinstance(row, str):
+            lines.append(row)
+            continue
+        name = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 1] + "…"
+        cells = [f"{cell:>{gap + width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(f"{name:<{widths[0]}}" + "".join(cells))
+    return lines
