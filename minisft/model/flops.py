@@ -1,8 +1,9 @@
 """The arithmetic of training, counted from the shape of the network: multiplications and additions of matrix products.
 
 A matrix of P numbers costs 2 P for each token of the forward pass and 4 P of the backward pass (once for the gradient
-of its input, once for its own): 6 P a token, 8 P where the blocks are computed again (Kaplan et al. 2020, section 2.1).
-As this engine computes it, the head works on trained tokens only and never twice, and a token attends to the earlier
+of its input, once for its own): 6 P a token (Kaplan et al. 2020, section 2.1). Where the blocks are computed again in
+the backward pass it is 8 P, but for the last matrix of each: nothing needs its product, so torch stops before it. As
+this engine computes it, the head works on trained tokens only and never twice, and a token attends to the earlier
 tokens of its own document, so attention grows with the squares of the documents' lengths, not of the packs'. Embedding,
 norms, rotation and softmax are no matrix products and do not count; nor does what flash attention computes twice.
 """
@@ -21,5 +22,5 @@ def training_flops(config: LlamaConfig, lengths: np.ndarray, targets: np.ndarray
     tokens, trained = int(lengths.sum()), int(targets.sum())
     pairs = int((lengths * (lengths + 1)).sum()) // 2  # of a token and one that it attends to
     forward = 2 * block * tokens + 2 * 2 * heads * pairs  # scores and weighted values, 2 E for each pair and head
-    passes = 4 if recompute else 3
-    return config.num_hidden_layers * forward * passes + 6 * head * trained
+    again = forward - 2 * config.hidden_size * config.intermediate_size * tokens if recompute else 0
+    return config.num_hidden_layers * (3 * forward + again) + 6 * head * trained
