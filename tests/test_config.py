@@ -109,6 +109,23 @@ def test_source_names_are_made_unique_and_respect_given_ones(recipe):
     assert [source.name for source in config.data.eval] == ["a"]
 
 
+def test_replayed_sources_inherit_like_the_trained_ones_and_have_names_of_their_own(recipe):
+    text = '[model]\npath = "m"\n[data]\ntrain = "a.jsonl"\nreplay = ["a.txt", {path = "b", weight = 2}]\n'
+    config = load([recipe(text), "--data.template", "llama3"])
+    assert config.data.replay == (Source("a.txt", format="auto", template="llama3", name="a-2"),
+                                  Source("b", format="auto", template="llama3", name="b", weight=2.0))
+    assert config.data.replay_ratio == 0.05
+    assert_round_trip(config)
+    assert load([recipe(), "--data.eval_fraction", "0.1", "--eval.every", "5"]).eval.every == 5
+
+
+@pytest.mark.parametrize(("text", "meaning"), [("true", "exact"), ("false", "none"), ("'exact'", "exact"),
+                                               ("'near'", "near"), ("'true'", "exact")])
+def test_a_boolean_for_repetitions_means_exact_ones(recipe, text, meaning):
+    assert load([recipe(f"{MINIMAL}dedup = {text}\n")]).data.dedup == meaning
+    assert load([recipe(), "--data.dedup", text.strip("'")]).data.dedup == meaning
+
+
 def test_shipped_recipes_are_found_by_name_and_none_means_demo(recipe, tmp_path, monkeypatch):
     shipped = {name: tmp_path / "shipped" / f"{name}.toml" for name in ("demo", "other")}
     (tmp_path / "shipped").mkdir()
@@ -230,6 +247,17 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
      "batch.micro_packs: 4 packs per forward pass, but batch.packs is only 2 per step"),
     ("[batch]\nmicro_packs = 64", "batch.micro_packs: 64 packs per forward pass, but batch.packs is only 32 per step"),
     ("[eval]\nevery = 5", "eval.every: evaluation every 5 steps, but data.eval names no file"),
+    ("[data]\nreplay_ratio = 0.2",
+     "data.replay_ratio: 0.2 of the tokens should be replayed text, but data.replay names no file"),
+    ("[data]\nreplay = 'r'\nreplay_ratio = 1", "data.replay_ratio: expected float > 0 and < 1, got 1"),
+    ("[data]\neval_fraction = 1.0", "data.eval_fraction: expected float >= 0 and < 1, got 1.0"),
+    ("[data]\nreplay = ['']", "data.replay: a path is empty"),
+    ("[data]\nreplay = [{path = 'r', name = 'n'}, {path = 's', name = 'n'}]",
+     "data.replay: several sources are named n; names must differ"),
+    ("[data]\neval = {path = 'e', name = 'heldout-a'}\neval_fraction = 0.1",
+     "data.eval: several sources are named heldout-a; names must differ"),
+    ("[data]\ndedup = 'nearly'", "data.dedup: expected none|exact|near, got 'nearly' (did you mean near?)"),
+    ("[data]\ndedup = 1", "data.dedup: expected none|exact|near, got 1"),
     ("[data]\neval = 3", "data.eval[0]: expected a path or a table, got 3"),
     ("[data]\neval = ['']", "data.eval: a path is empty"),
     ("[[data.eval]]\nweight = 1", "data.eval[0]: path is missing"),

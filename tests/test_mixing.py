@@ -1,0 +1,290 @@
+"""What an epoch is made of: weights, replay, the held-out split and repetitions, counted over what a run really sees.
+
+The oracle goes through the plan document by document, with the texts that were written into the files.
+"""
+
+import json
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles.tiny_llama import write_tiny_llama
+from small_runs import log, train
+
+from minisft import config as configuration
+from minisft.data.mixing import copies, held_out, replay_weights
+from minisft.errors import UserError
+from minisft.preparation import prepare
+from minisft.training.trainer import identity
+
+WORDS = "the sea is on a bir dağ göl ev and then he sang kırmızı yeşil in rain".split()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def sentence(dice):
+    return " ".join(dice.choices(WORDS, k=dice.randint(2, 40)))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tiny):
+    """A current directory with a model, three files and a recipe; no two texts are the same."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "model")
+    dice = random.Random(1)
+    for name, count in (("a", 200), ("b", 120)):
+        rows = [{"prompt": f"{name} {i}: {sentence(dice)}", "completion": sentence(dice)} for i in range(count)]
+        write(f"{name}.jsonl", rows)
+    write("general.jsonl", [{"text": f"{i}: {sentence(dice)}"} for i in range(90)])
+    Path("r.toml").write_text('[model]\npath = "model"\n[data]\ntrain = ["a.jsonl", "b.jsonl"]\ntemplate = "llama3"\n'
+                              'seq_len = 600\ncache = "cache"\n[batch]\npacks = 3\n')
+    return tmp_path
+
+
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def prepared(*argv):
+    return prepare(configuration.load(["r.toml", *argv]), quiet=True)
+
+
+def epochs(data):
+    """For each epoch the (file, line, tokens, trained tokens) of all its documents, as the steps bring them."""
+    found = {}
+    for step in range(data.plan.total_steps):
+        for i in np.concatenate(data.plan.documents(step)).tolist():
+            ids, trained = data.train.document(i)
+            found.setdefault(data.plan.place(step).epoch, []).append((*data.train.origin(i), len(ids), sum(trained)))
+    return list(found.values())
+
+
+def tokens(documents, *files):
+    return sum(length for file, _, length, _ in documents if not files or file in files)
+
+
+# Weights
+
+@given(st.lists(st.tuples(st.floats(0.01, 4), st.lists(st.integers(1, 500), min_size=1, max_size=40)),
+                min_size=1, max_size=4, unique_by=lambda source: source[0]), st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None)
+def test_a_source_has_its_weight_in_tokens_to_within_one_document(sources, seed):
+    lengths = np.concatenate([own for _, own in sources])
+    weights = np.concatenate([np.full(len(own), weight) for weight, own in sources])
+    times = copies(weights, lengths, np.random.default_rng(seed))
+    start = 0
+    for weight, own in sources:
+        mine, start = times[start : start + len(own)].tolist(), start + len(own)
+        assert set(mine) <= {int(weight), int(weight) + 1}, "whole passes come for every document"
+        seen = sum(n * length for n, length in zip(mine, own, strict=True))
+        assert abs(seen - weight * sum(own)) <= max(own) + 1e-6 * sum(own)
+
+
+def test_draws_are_right_on_average_even_for_a_single_document():
+    draws = [copies(np.array([0.3, 1.25, 1.25]), np.array([100, 7, 500]), np.random.default_rng(seed)).tolist()
+             for seed in range(4000)]
+    first, *others = np.array(draws).T
+    assert set(first.tolist()) == {0, 1}
+    assert first.mean() == pytest.approx(0.3, abs=0.03)
+    assert np.mean(7 * others[0] + 500 * others[1]) == pytest.approx(1.25 * 507, rel=0.03)
+
+
+def test_weights_in_a_run_are_drawn_anew_each_epoch_and_the_same_for_the_same_seed(here):
+    recipe = Path("r.toml").read_text()
+    Path("r.toml").write_text(recipe.replace('["a.jsonl", "b.jsonl"]',
+                                             '[{path = "a.jsonl", weight = 0.5}, {path = "b.jsonl", weight = 2.25}]'))
+    seen = epochs(prepared())
+    assert len(seen) == 3
+    whole = {file: tokens(documents, file) for documents in epochs(prepared("--data.train", "a.jsonl,b.jsonl"))
+             for file in ("a.jsonl", "b.jsonl")}
+    for documents in seen:
+        longest = max(length for _, _, length, _ in documents)
+        assert abs(tokens(documents, "a.jsonl") - 0.5 * whole["a.jsonl"]) <= longest
+        assert abs(tokens(documents, "b.jsonl") - 2.25 * whole["b.jsonl"]) <= longest
+        times = Counter((file, line) for file, line, _, _ in documents)
+        assert {n for (file, _), n in times.items() if file == "a.jsonl"} == {1}
+        assert {n for (file, _), n in times.items() if file == "b.jsonl"} == {2, 3}
+    drawn = [{line for file, line, _, _ in documents if file == "a.jsonl"} for documents in seen]
+    assert drawn[0] != drawn[1] != drawn[2]
+    assert epochs(prepared()) == seen
+    assert epochs(prepared("--train.seed", "1")) != seen
+
+
+# Replay
+
+@given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(0.01, 100), st.booleans()), min_size=2, max_size=6),
+       st.floats(0.001, 0.999))
+@settings(max_examples=100, deadline=None)
+def test_replay_weights_give_the_ratio_and_keep_the_rest(sources, ratio):
+    sources[0], sources[1] = (*sources[0][:2], False), (*sources[1][:2], True)
+    counts, given_weights, replayed = map(np.array, zip(*sources, strict=True))
+    found = replay_weights(counts, given_weights, replayed, ratio)
+    seen = counts * found
+    assert seen[replayed].sum() / seen.sum() == pytest.approx(ratio)
+    assert (found[~replayed] == given_weights[~replayed]).all()
+    factors = found[replayed] / given_weights[replayed]
+    assert factors == pytest.approx(factors[0])
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.1, 0.45, 0.9])  # a part of the general text; from 0.3 on it repeats
+def test_replay_has_its_share_of_the_tokens_in_every_epoch(here, ratio):
+    data = prepared("--data.replay", "general.jsonl", "--data.replay_ratio", str(ratio))
+    plain = epochs(prepared())
+    seen = epochs(data)
+    assert len(seen) == 3
+    for documents, without in zip(seen, plain, strict=True):
+        assert tokens(documents, "general.jsonl") / tokens(documents) == pytest.approx(ratio, abs=0.01)
+        rest = Counter(document for document in documents if document[0] != "general.jsonl")
+        assert rest == Counter(without), "replay takes nothing from the training data"
+        assert all(trained == length - 1 for file, _, length, trained in documents if file == "general.jsonl")
+    replayed = [Counter(line for file, line, *_ in documents if file == "general.jsonl") for documents in seen]
+    assert replayed[0] != replayed[1] != replayed[2]
+
+
+def test_plain_text_is_replayed_with_the_first_and_last_token_of_its_template(here):
+    data = prepared("--data.replay", "general.jsonl")
+    texts = [json.loads(line)["text"] for line in Path("general.jsonl").read_text(encoding="utf-8").splitlines()]
+    for i in range(len(data.train)):
+        file, line = data.train.origin(i)
+        if file == "general.jsonl":
+            ids, trained = data.train.document(i)
+            assert (ids[0], ids[-1], trained.tolist()) == (309, 310, [0] + [1] * (len(ids) - 1))
+            assert data.tokenizer.decode(ids[1:-1].tolist()) == texts[line - 1]
+
+
+# The held-out split
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50), st.floats(0, 0.999), st.floats(0, 0.999))
+def test_a_larger_fraction_holds_out_the_same_and_more(hashes, one, other):
+    small, large = (held_out(np.array(hashes, dtype=np.uint64), f) for f in sorted((one, other)))
+    assert not (small & ~large).any()
+    assert not held_out(np.array(hashes, dtype=np.uint64), 0).any()
+
+
+def sides(data):
+    """Lines of each file on the training side, and those held out."""
+    trained, held = {}, {}
+    for side, datasets in ((trained, [data.train]), (held, data.evals.values())):
+        for dataset in datasets:
+            for i in range(len(dataset)):
+                file, line = dataset.origin(i)
+                side.setdefault(file, set()).add(line)
+    return trained, held
+
+
+def test_the_split_is_whole_and_knows_neither_seed_nor_order_nor_other_files(here):
+    data = prepared("--data.eval_fraction", "0.2")
+    trained, held = sides(data)
+    assert list(data.evals) == ["heldout-a", "heldout-b"]
+    for file, count in (("a.jsonl", 200), ("b.jsonl", 120)):
+        assert trained[file] | held[file] == set(range(1, count + 1))
+        assert not trained[file] & held[file]
+        assert 0.1 * count < len(held[file]) < 0.3 * count
+    assert all(dataset.reports[0].also_trained == 0 for dataset in data.evals.values())
+
+    lines = Path("a.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("a.jsonl").write_text("".join(reversed(lines)), encoding="utf-8")
+    other = prepared("--data.eval_fraction", "0.2", "--data.train", "general.jsonl,b.jsonl,a.jsonl",
+                     "--train.seed", "9", "--data.dedup", "near")
+    again = sides(other)[1]
+    assert {201 - line for line in again["a.jsonl"]} == held["a.jsonl"]
+    assert again["b.jsonl"] == held["b.jsonl"]
+
+
+def test_near_copies_never_lie_on_both_sides(here):
+    dice = random.Random(2)
+    rows = [{"prompt": f"{i} {sentence(dice)}", "completion": sentence(dice)} for i in range(60)]
+    write("a.jsonl", rows)
+    write("b.jsonl", [{"prompt": row["prompt"].replace("the", "THE"),
+                       "completion": row["completion"].replace(" ", ",  ") + "!"} for row in rows])
+    data = prepared("--data.eval_fraction", "0.3")
+    trained, held = sides(data)
+    assert held["a.jsonl"] == held["b.jsonl"]
+    assert trained["a.jsonl"] == trained["b.jsonl"]
+    assert len(held["a.jsonl"]) > 5
+    assert [r.near_duplicates for r in data.train.reports] == [0, len(trained["b.jsonl"])]
+    assert len(sides(prepared("--data.dedup", "near"))[0]) == 1
+
+
+def test_replay_is_never_held_out_and_copies_in_eval_files_are_counted(here):
+    shutil.copy("b.jsonl", "e.jsonl")
+    data = prepared("--data.replay", "general.jsonl", "--data.eval_fraction", "0.5", "--data.eval", "e.jsonl")
+    trained, _ = sides(data)
+    assert trained["general.jsonl"] == set(range(1, 91))
+    assert data.evals["e"].reports[0].also_trained == len(trained["b.jsonl"])
+
+
+# Repetitions
+
+def test_repetitions_are_counted_and_left_out_as_asked(here):
+    answers = ["Yes, it is.", "Yes, it is.", "YES it is!", "No.", "yes it is", "no"]
+    write("a.jsonl", [{"prompt": "Is it?", "completion": answer} for answer in answers])
+    expected = {"none": [1, 2, 3, 4, 5, 6], "exact": [1, 3, 4, 5, 6], "near": [1, 4]}
+    for dedup, kept in {**expected, "true": expected["exact"], "false": expected["none"]}.items():
+        data = prepared("--data.train", "a.jsonl", "--data.dedup", dedup)
+        assert sorted(data.train.origin(i)[1] for i in range(len(data.train))) == kept
+        report = data.train.reports[0]
+        assert (report.duplicates, report.near_duplicates) == (1, 3)
+        assert report.read == report.kept + sum(report.skipped.values())
+
+
+# What is refused
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--data.eval_fraction", "1e-9"], "data.eval_fraction: 1e-09 of 320 documents holds out none that fits; raise it"),
+    (["--data.replay", "long.jsonl"],
+     "data.replay: no conversation is left to train on:\n  a.jsonl: 200 read"),
+    (["--data.train", "long.jsonl", "--data.replay", "general.jsonl"],
+     "data.train: no conversation is left to train on:\n  long.jsonl: 1 read; over length: 1 (first: long.jsonl:1)"),
+])
+def test_a_mixture_that_cannot_be(here, argv, message):
+    write("long.jsonl", [{"text": "sea " * 900}])
+    with pytest.raises(UserError) as caught:
+        prepared(*argv)
+    assert message in str(caught.value)
+
+
+# In a run
+
+def test_the_log_has_the_trained_tokens_of_each_source(tiny, here):
+    settings = {"data__train": "b.jsonl", "data__replay": "general.jsonl", "data__replay_ratio": 0.2,
+                "data__eval_fraction": 0.1, "train__max_steps": 4, "batch__packs": 12, "data__seq_len": 600}
+    records = train(tiny, here, **settings)
+    data = prepare(configuration.load([f"{here}/run/config.toml"]), quiet=True)
+    names = {"b.jsonl": "b", "general.jsonl": "general"}
+    assert len(records) == 4
+    assert len({record["epoch"] for record in records}) > 1
+    for record in records:
+        counted = dict.fromkeys(names.values(), 0)
+        for i in np.concatenate(data.plan.documents(record["step"] - 1)).tolist():
+            counted[names[data.train.origin(i)[0]]] += int(data.train.document(i)[1].sum())
+        assert record["sources"] == counted
+        assert sum(counted.values()) == record["target_tokens"]
+    assert {record["name"] for record in log(here, "eval")} == {"heldout-b"}
+    assert data.shares(0) == {"sources": records[0]["sources"]}
+    assert prepared("--data.train", "a.jsonl").shares(0) == {}
+
+
+def test_a_run_is_only_itself_with_the_same_mixture(here):
+    def fingerprint(*argv, replay="general.jsonl"):
+        data = prepared("--data.replay", replay, *argv)
+        return identity(data.config, data, data.network)
+
+    def changed(*argv, **replay):
+        found = fingerprint(*argv, **replay)
+        return {key for key in {*found, *first} if found[key] != first[key]}
+
+    first = fingerprint()
+    assert changed("--eval.every", "5", "--data.eval", "b.jsonl") == set()
+    assert changed("--data.replay_ratio", "0.06") == {"data.replay_ratio", "weights"}
+    assert changed(replay="") == {"data", "data.replay", "weights"}
+    assert "data.eval_fraction" in changed("--data.eval_fraction", "0.01")
+    assert "data.dedup" in changed("--data.dedup", "near")
