@@ -7,6 +7,7 @@ holds is said of the first one, since where a part of a source is drawn, the dra
 """
 
 import shutil
+import textwrap
 from dataclasses import asdict
 
 import numpy as np
@@ -93,7 +94,10 @@ def describe(found: dict, *, short: bool = False) -> str:
         lines += ["", *_table(_mixture_rows(mixed, found), columns)]
     if not short:
         lines += ["", *_length_lines(found)]
-    return "\n".join([*lines, "", *_plan_lines(found)])
+    lines.append("")
+    for title, text in _plan_lines(found).items():
+        lines += textwrap.wrap(text, columns, initial_indent=f"{title:<9}", subsequent_indent=" " * 9)
+    return "\n".join(lines)
 
 
 def _source_rows(found: dict) -> list[list[str] | str]:
@@ -139,8 +143,9 @@ def _mixture_rows(mixed: list[dict], found: dict) -> list[list[str] | str]:
         if times == 0:
             rows.append(f"    weight {weight}: {drawn:,} of {kept:,} documents in epoch 1, drawn anew each epoch")
         elif source["weight"] != 1:
-            more = f", and {drawn:,} of them once more, drawn anew each epoch" if part else ""
-            rows.append(f"    weight {weight}: each of {kept:,} documents {int(times):,} times{more}")
+            often = {1: "once", 2: "twice"}.get(times, f"{int(times):,} times")
+            more = f", and {drawn:,} again, drawn anew each epoch" if part else ""
+            rows.append(f"    weight {weight}: all {kept:,} documents {often}{more}")
     if found["replay"]:
         rows.append(f"replay is {found['replay_share']:.2%} of the tokens (data.replay_ratio = "
                     f"{found['replay_ratio']:g})")
@@ -160,26 +165,25 @@ def _length_lines(found: dict) -> list[str]:
         count = bucket["too_long" if over else "kept"]
         eighths = -(-count * BAR * 8 // most)
         bar = "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
-        lines.append(f"{bucket['from']:>9,} - {bucket['to']:<9,}{count:>10,}  {bar}{f'  {fate}' * over}")
+        lines.append(f"{bucket['from']:>9,} - {bucket['to']:<9,}{count:>10,}  {bar}{f'  {fate}' * over}".rstrip())
         if bucket["to"] == found["seq_len"]:
             lines.append(f"{'-' * 12} data.seq_len = {found['seq_len']:,} {'-' * BAR}"[: 33 + BAR])
     return lines
 
 
-def _plan_lines(found: dict) -> list[str]:
+def _plan_lines(found: dict) -> dict[str, str]:
     step = found["target_tokens_per_step"]
     if found["flops"] is None:
         compute = "not estimated, for want of a config.json"
     else:
         how = "with full recomputation" if found["recompute"] else "without recomputation"
         compute = f"about {found['flops']:.3g} FLOPs in matrix products, {how}"
-    return [f"packs    {found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
-            f"template {found['template']}",
-            f"steps    {found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all, of "
-            f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} to "
-            f"{step['most']:,})",
-            f"compute  {compute}",
-            f"checks   held: {', '.join(found['checks'][:2])},", f"         {', '.join(found['checks'][2:])}"]
+    return {"packs": f"{found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
+                     f"template {found['template']}",
+            "steps": f"{found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all, of "
+                     f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} "
+                     f"to {step['most']:,})",
+            "compute": compute, "checks": f"held: {', '.join(found['checks'])}"}
 
 
 def _count(number: int) -> str:

@@ -22,7 +22,7 @@ from minisft.errors import UserError
 from minisft.preparation import prepare
 from minisft.training.trainer import identity
 
-WORDS = "the sea is on a bir dağ göl ev and then he sang kırmızı yeşil in rain".split()
+WORDS = ["the", "sea", "is", "on", "a", "bir", "dağ", "göl", "ev", "and", "then", "kırmızı", "yeşil", "in", "rain"]
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from oracles.tiny_llama import write_tiny_llama
 
 from minisft.__main__ import main
 from minisft.data.chat import load_templates
+from minisft.data_report import describe
 
 ORACLES = Path(__file__).parent / "oracles"
 DOCUMENTS = json.loads((ORACLES / "trl_curve.json").read_text(encoding="utf-8"))["documents"]
@@ -30,6 +33,7 @@ def here(tmp_path, monkeypatch, tiny):
     """A current directory with a model, the oracle's conversations and a recipe."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("COLUMNS", "100")
     shutil.copytree(tiny, "model")
     shutil.copy(ORACLES / "conversations.jsonl", "chats.jsonl")
     Path("r.toml").write_text('[model]\npath = "model"\n[data]\ntrain = "chats.jsonl"\ntemplate = "llama3"\n'
@@ -71,12 +75,20 @@ def test_the_command_reports_dumps_and_writes_json(here):
     assert report["total_steps"] == 2 * report["steps_per_epoch"]
     assert (report["train"][0]["read"], report["train"][0]["kept"], report["train"][0]["skipped"]) == (32, 32, {})
 
-    head, chats, last = done.stdout.splitlines()
-    assert head.split() == ["source", "read", "kept", "turns", "tokens", "trained", "share"]
+    head, chats, *rest = done.stdout.splitlines()
+    assert head.split() == ["source", "read", "kept", "turns", "tokens", "trained", "share", "longest", "median",
+                            "tok/word"]
+    lengths = [len(document["ids"]) for document in DOCUMENTS]
+    per_word = report["train"][0]["content_tokens"] / report["train"][0]["words"]
     assert chats.split() == ["chats", "32", "32", f"{report['train'][0]['turns']}", f"{tokens:,}", f"{targets:,}",
-                             f"{targets / tokens:.1%}"]
-    assert last == (f"template llama3; {report['packs']} packs of 512 tokens, {report['packing_efficiency']:.2%} full; "
-                    f"{report['steps_per_epoch']} steps an epoch, {report['total_steps']} in all")
+                             f"{targets / tokens:.1%}", str(max(lengths)), str(round(statistics.median(lengths))),
+                             f"{per_word:.2f}"]
+    assert rest[-6] == (f"packs    {report['packs']} of 512 tokens, {report['packing_efficiency']:.2%} full, "
+                        "template llama3")
+    assert rest[-5].startswith(f"steps    {report['steps_per_epoch']} an epoch, {report['total_steps']} in all, of 2 "
+                               f"packs; {targets / report['steps_per_epoch']:,.0f} trained tokens each (")
+    assert rest[-4].startswith("compute  about ")
+    assert rest[-3].startswith("checks   held: one beginning-of-text token a document, ")
 
 
 def test_a_user_error_leaves_the_program_with_2_and_one_message(here):
@@ -122,6 +134,146 @@ def test_everything_left_out_is_named(here, capsys):
     assert "cut to 512 tokens: 1" in capsys.readouterr().out
 
 
+def chats_of(counts):
+    """Conversations whose answers have so many sentences."""
+    return "".join(GOOD.replace("Hello!", f"Hello {i}. " + "It is on. " * n) for i, n in enumerate(counts))
+
+
+@pytest.fixture
+def mixture(here):
+    """A recipe with two sources, replayed text, a held-out part and a held-out file, some of it too long."""
+    Path("long.jsonl").write_text(chats_of([1, 3, 9, 20, 2, 150, 4, 80, 7] * 9 + [200]))
+    Path("text.jsonl").write_text("".join(f'{{"text": "{i} the end of it"}}\n' for i in range(50)))
+    Path("r.toml").write_text('[model]\npath = "model"\n[data]\ntemplate = "llama3"\ncache = "cache"\nseq_len = 300\n'
+                              'eval_fraction = 0.2\nreplay = "text.jsonl"\nreplay_ratio = 0.1\neval = "chats.jsonl"\n'
+                              'train = ["chats.jsonl", {path = "long.jsonl", weight = 2.5}]\n[batch]\npacks = 2\n')
+    assert main(["prepare", "r.toml", "--dump", "d.jsonl", "--json", "j.json"]) == 0
+    dumped = [json.loads(line) for line in Path("d.jsonl").read_text(encoding="utf-8").splitlines()]
+    return dumped, json.loads(Path("j.json").read_text(encoding="utf-8"))
+
+
+def test_the_figures_of_a_source_are_those_of_the_documents_in_the_dump(mixture):
+    dumped, report = mixture
+    assert [source["name"] for source in report["train"] + report["replay"]] == ["chats", "long", "text"]
+    for source in report["train"] + report["replay"]:
+        documents = [document for document in dumped if document["source"] == source["path"]]
+        records = [json.loads(line) for line in Path(source["path"]).read_text(encoding="utf-8").splitlines()]
+        lengths = [len(document["ids"]) for document in documents]
+        assert (source["read"], source["kept"]) == (len(records), len(documents))
+        assert source["read"] == source["kept"] + sum(source["skipped"].values())
+        assert source["turns"] == sum(len(records[d["line"] - 1].get("messages", "1")) for d in documents)
+        assert (source["tokens"], source["longest"]) == (sum(lengths), max(lengths))
+        assert source["median"] == statistics.median(lengths)
+        assert source["target_tokens"] == sum(sum(document["trained"]) for document in documents)
+        assert source["target_share"] == pytest.approx(source["target_tokens"] / source["tokens"])
+        assert source["largest_id"] == max(max(document["ids"]) for document in documents)
+    assert (report["documents"], report["tokens"]) == (len(dumped), sum(len(d["ids"]) for d in dumped))
+    held = {source["name"]: source["read"] for source in report["eval"]}
+    assert held == {"chats": 32, **{f"heldout-{s['name']}": s["skipped"]["held out"] for s in report["train"]}}
+    assert report["train"][1]["skipped"]["over length"] > 10
+
+
+def test_the_bars_count_the_documents_of_each_length(mixture, capsys):
+    dumped, report = mixture
+    assert [bucket["to"] for bucket in report["lengths"]] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 512, 1024, 2048][
+        : len(report["lengths"])]
+    lengths = Counter(len(document["ids"]) for document in dumped)
+    for bucket in report["lengths"]:
+        assert bucket["kept"] == sum(n for length, n in lengths.items() if bucket["from"] <= length <= bucket["to"])
+    assert sum(bucket["kept"] for bucket in report["lengths"]) == len(dumped)
+    too_long = {bucket["from"]: bucket["too_long"] for bucket in report["lengths"] if bucket["too_long"]}
+    assert min(too_long) > 300
+    assert sum(too_long.values()) == sum(source["skipped"]["over length"] for source in report["train"])
+
+    assert main(["prepare", "r.toml"]) == 0
+    out = capsys.readouterr().out
+    most = max(max(bucket["kept"], bucket["too_long"]) for bucket in report["lengths"])
+    bars = {int(low.replace(",", "")): (int(n.replace(",", "")), len(bar)) for low, n, bar in
+            re.findall(r"^ +([\d,]+) - [\d,]+ +([\d,]+)  ([█▏▎▍▌▋▊▉]*)", out, re.MULTILINE)}
+    for bucket in report["lengths"]:
+        count = bucket["kept"] + bucket["too_long"]
+        if bucket["from"] in bars:
+            assert bars[bucket["from"]] == (count, -(-36 * count // most))
+        else:
+            assert count == 0
+    assert out.index("data.seq_len = 300") < out.index(f"{min(too_long):,} - ")
+
+
+def test_the_mixture_is_stated_exactly(mixture, capsys):
+    _, report = mixture
+    trained = sum(source["epoch"]["target_tokens"] for source in report["train"] + report["replay"])
+    for source in report["train"] + report["replay"]:
+        assert source["epoch"]["target_share"] == pytest.approx(source["epoch"]["target_tokens"] / trained)
+    assert (report["epoch_target_tokens"], report["replay_ratio"]) == (trained, 0.1)
+    assert report["replay_share"] == pytest.approx(0.1, abs=0.01)
+    assert report["target_tokens_per_step"]["mean"] == pytest.approx(trained / report["steps_per_epoch"])
+    assert report["packing_efficiency"] == pytest.approx(report["epoch_tokens"] / (report["packs"] * 300))
+
+    chats, long, text = report["train"] + report["replay"]
+    assert main(["prepare", "r.toml", "--data.eval_fraction", "0.2"]) == 0
+    out = capsys.readouterr().out
+    assert chats["epoch"]["documents"] == chats["kept"]
+    more = long["epoch"]["documents"] - 2 * long["kept"]
+    assert 0 < more < long["kept"] == long["epoch"]["different_documents"]
+    assert f"    weight 2.5: all {long['kept']} documents twice, and {more} again, drawn anew each epoch\n" in out
+    assert 2 < text["weight"] < 3
+    assert f"    weight {text['weight']:.4g}: all 50 documents twice, and " in out
+    assert f"\nreplay is {report['replay_share']:.2%} of the tokens (data.replay_ratio = 0.1)\n" in out
+    assert "    also in the training data, exactly or nearly: " in out
+    assert main(["prepare", "r.toml", "--data.train", "long.jsonl", "--data.replay_ratio", "0.01"]) == 0
+    assert re.search(r"    weight 0\.\d+: \d+ of 50 documents in epoch 1, drawn anew each epoch\n",
+                     capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_columns_are_aligned_and_fit_however_large_the_figures(mixture, columns, monkeypatch):
+    _, report = mixture
+    report["train"][0] |= {"name": "a-name-that-somebody-made-much-too-long", "read": 51_760, "tokens": 123_456_789,
+                           "target_tokens": 10_000_000}
+    monkeypatch.setenv("COLUMNS", str(columns))
+    first, *rest = describe(report).split("\n\n")
+    table = [line for line in first.splitlines() if not line.startswith("    ") and not line.endswith(":")]
+    assert len(table) == 7
+    assert len({len(line) for line in table}) == 1
+    assert len(table[0]) <= columns
+    assert {len(line.split()) for line in table} == {10}
+    assert table[1].split()[1:6:2] == ["51,760", f"{report['train'][0]['turns']}", "10.0M"]
+    assert "123.5M" in table[1]
+    # no column runs into its neighbour: the blanks between them stand under each other
+    blank = [all(line[i] == " " for line in table) for i in range(len(table[0]))]
+    assert sum(b and not a for a, b in zip([False, *blank], blank, strict=False)) == 9
+    assert all(len(line) <= columns for part in rest for line in part.splitlines())
+
+
+def test_the_compute_is_estimated_where_the_network_is_known(here, capsys):
+    assert main(["prepare", "r.toml", "--json", "j.json"]) == 0
+    plain = json.loads(Path("j.json").read_text())
+    assert plain["flops"] == pytest.approx(3 * plain["flops_per_epoch"])
+    assert f"about {plain['flops']:.3g} FLOPs in matrix products, without recomputation" in capsys.readouterr().out
+    assert main(["prepare", "r.toml", "--json", "j.json", "--parallel.activation_checkpointing", "full"]) == 0
+    assert 1.1 < json.loads(Path("j.json").read_text())["flops"] / plain["flops"] < 4 / 3
+    assert "with full recomputation" in capsys.readouterr().out
+    Path("model/config.json").unlink()
+    assert main(["prepare", "r.toml", "--json", "j.json"]) == 0
+    assert json.loads(Path("j.json").read_text())["flops"] is None
+    assert "compute  not estimated, for want of a config.json" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_another_model_is_found_out(here, capsys):
+    shape = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(shape | {"vocab_size": 318}))
+    assert ("chats.jsonl: token id 318 is past the model's vocabulary of 318; model/tokenizer.json belongs to another "
+            "model") in refused(capsys)
+
+
+def test_a_terminal_without_bars_gets_question_marks(here):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "minisft", "prepare", "r.toml"], env=environment, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0
+    assert "????" in done.stdout
+
+
 def test_each_file_has_its_own_template_and_format(here, capsys):
     Path("a.json").write_text('[{"instruction": "Add.", "input": "1 2", "output": "3"}]')
     Path("r.toml").write_text('[model]\npath = "model"\n[data]\ntemplate = "llama3"\ncache = "cache"\n'
@@ -139,7 +291,7 @@ def test_a_template_is_recognised_from_the_models_folder(here, capsys):
              "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
     Path("model/chat_template.jinja").write_text(jinja)
     assert main(["prepare", "r.toml", "--data.template", "", "--dump", "d.jsonl"]) == 0
-    assert "template llama3; " in capsys.readouterr().out
+    assert ", template llama3\n" in capsys.readouterr().out
     assert json.loads(Path("d.jsonl").read_text().splitlines()[7])["ids"] == DOCUMENTS[7]["ids"]
 
 
