@@ -16,8 +16,9 @@ from minisft.data.dataset import Dataset
 from minisft.model.flops import training_flops
 from minisft.preparation import Prepared
 
-CHECKS = ("one beginning-of-text token a document", "trained answers end in a trained stop token",
-          "no control token from content", "something trained in every document", "token ids in the vocabulary")
+CHECKS = ("one beginning-of-text token a document where the template has one",
+          "trained answers end in a trained stop token", "no control token from content",
+          "something trained in every document", "token ids in the vocabulary")
 BAR, EIGHTHS = 36, " ▏▎▍▌▋▊▉"
 
 # ---- the figures -----------------------------------------------------------------------------------------------------

@@ -252,6 +252,14 @@ def test_a_mixture_that_cannot_be(here, argv, message):
     assert message in str(caught.value)
 
 
+def test_a_first_epoch_without_documents_is_refused(here):
+    write("one.jsonl", [{"prompt": "Is it?", "completion": "Yes."}])
+    recipe = Path("r.toml").read_text().replace('["a.jsonl", "b.jsonl"]', '{path = "one.jsonl", weight = 0.01}')
+    Path("r.toml").write_text(recipe)
+    with pytest.raises(UserError, match="no document comes in the first epoch: the weights"):
+        prepared("--train.epochs", "500")
+
+
 # In a run
 
 def test_the_log_has_the_trained_tokens_of_each_source(tiny, here):

@@ -88,7 +88,7 @@ def test_the_command_reports_dumps_and_writes_json(here):
     assert rest[-5].startswith(f"steps    {report['steps_per_epoch']} an epoch, {report['total_steps']} in all, of 2 "
                                f"packs; {targets / report['steps_per_epoch']:,.0f} trained tokens each (")
     assert rest[-4].startswith("compute  about ")
-    assert rest[-3].startswith("checks   held: one beginning-of-text token a document, ")
+    assert rest[-3].startswith("checks   held: one beginning-of-text token a document where ")
 
 
 def test_a_user_error_leaves_the_program_with_2_and_one_message(here):
