@@ -56,8 +56,8 @@ def qa(question="Hi", answer="Hello!"):
 
 
 def folders(tmp_path):
-    """What lies in the cache, without the locks."""
-    return sorted(p.name for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock")
+    """The folders in the cache, finished or not."""
+    return sorted(p.name for p in (tmp_path / "cache").iterdir() if p.is_dir())
 
 
 # What is stored
@@ -149,12 +149,12 @@ from minisft.data.chat import Renderer, load_templates
 from minisft.data.tokenizer import Tokenizer
 folder, file, cache, pause = sys.argv[1:]
 store.BATCH = 4
-encode, batches = Renderer.encode, []
-def slow(self, rendered):
-    batches.append(len(rendered))
+encode, batches = store.encode, []
+def slow(rendered, renderer):
+    batches.append(rendered)
     time.sleep(float(pause))
-    return encode(self, rendered)
-Renderer.encode = slow
+    return encode(rendered, renderer)
+store.encode = slow
 renderer = Renderer(load_templates()["llama3"], Tokenizer(folder))
 made = store.open_store(file, name="data", format="auto", renderer=renderer, cache=Path(cache), quiet=True)
 print(len(batches), len(made), int(made.tokens.astype("int64").sum()))

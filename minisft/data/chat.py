@@ -22,6 +22,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -163,13 +164,16 @@ def _default_system(jinja: str, before: str, after: str) -> str | None:
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
     merged: list[Piece] = []
+    last = None  # the piece before, where it is text that may grow
     for piece in pieces:
-        last = merged[-1] if merged else None
-        alone = piece.control or piece.answer or last is None or last.control or last.answer
-        if not alone and last.trained == piece.trained:
-            merged[-1] = Piece(last.text + piece.text, False, piece.trained)
+        if piece.control or piece.answer:
+            merged.append(piece)
+            last = None
+        elif last is not None and last.trained == piece.trained:
+            merged[-1] = last = Piece(last.text + piece.text, False, piece.trained)
         else:
             merged.append(piece)
+            last = piece
     return merged
 
 
@@ -181,6 +185,7 @@ class Renderer:
 
     def __init__(self, template: Template, tokenizer: Tokenizer, *, train_on: str = "assistant"):
         self.template, self.tokenizer, self.train_on = template, tokenizer, train_on
+        self._marker = cache(lambda marker, trained: tuple(self._marked(marker, trained)))  # every turn asks again
         names = sorted(tokenizer.control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         for field in ("begin", "system", "user", "assistant", "document_end"):
@@ -254,7 +259,7 @@ class Renderer:
             yield from self._marker(after, answer or context)
             yield from self._marker("".join(rest), context)
 
-    def _marker(self, marker: str, trained: bool) -> Iterator[Piece]:
+    def _marked(self, marker: str, trained: bool) -> Iterator[Piece]:
         """The template's own text: `<|eot_id|>\\n` -> control `<|eot_id|>`, text `\\n`."""
         marker, end = self._fill(marker), 0
         for match in self._control.finditer(marker):

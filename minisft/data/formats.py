@@ -46,6 +46,7 @@ MESSAGES_ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "ipython"), TOOL),
 }
+WEIGHTS = ("weight", "loss_weight", "train")  # of a turn: 0 or 1
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
@@ -230,7 +231,9 @@ def _joined(content: Any) -> Any:
 
 
 def _trained(item: dict) -> bool:
-    given = {key: item[key] for key in ("weight", "loss_weight", "train") if item.get(key) is not None}
+    if item.keys().isdisjoint(WEIGHTS):  # most often
+        return True
+    given = {key: item[key] for key in WEIGHTS if item.get(key) is not None}
     known = all(isinstance(weight, (int, float)) and weight in (0, 1) for weight in given.values())
     if not known or len(set(given.values())) > 1:
         raise _Skip("bad weight", given)

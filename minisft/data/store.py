@@ -8,13 +8,16 @@
                   largest.npy   (documents,) int64: the largest token id of each
                   lines.npy     (documents,) int64: where each came from
                   hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
-                  loose.npy     (documents,) uint64: of the letters and digits alone, equal for near-exact duplicates
-                  report.json   what was read, kept, and left out for which reason
+                  loose.npy     (documents,) uint64: of letters and digits alone, equal for near-exact duplicates
+                  report.json   what was read, kept, and left out for which reason; the sizes of the files above
 
 The key is a hash of everything that the tokens depend on: the file's bytes, how it is read, the tokenizer, the
 template, which tokens are trained, the version of the renderer. A folder appears under its name in one rename, so one
 that exists is complete; of several processes that want it, one makes it and the others wait. `seq_len` is not part of
 it: what is too long is decided when a run opens the data (dataset.py).
+
+The file is read and rendered in one thread while the batch before is tokenised; the tokenizer brings its own threads.
+Batches are bounded by characters, so that the memory needed does not grow with the file but for 56 bytes a document.
 """
 
 import fcntl
@@ -23,19 +26,26 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from minisft.data.chat import Renderer
+from minisft.data.checks import Laws
+from minisft.data.digest import content_digest, file_state
+from minisft.data.encoding import Documents, Rendered, encode, loose_hash, render
 from minisft.data.formats import Conversation, Skipped, read
 from minisft.errors import UserError
 
+LAYOUT = 3  # of these files: raise it when they change, so that old folders are not opened
 BATCH = 1024  # conversations that are tokenised together
+BATCH_CHARACTERS = 1 << 22  # or fewer, where they are long
+ARRAYS = ("offsets", "targets", "turns", "largest", "lines", "hashes", "loose")
 BROKEN = ("bad JSON", "invalid UTF-8")  # reasons that count against max_bad: the record itself, not what it says
 
 
@@ -49,11 +59,11 @@ class Report:
     read: int = 0
     kept: int = 0
     turns: int = 0
+    words: int = 0  # separated by white space, in the pieces of text that hold contents
+    content_tokens: int = 0  # of the same pieces; per word they tell what a language costs
     tokens: int = 0
     target_tokens: int = 0
     largest_id: int = 0  # to be held against the model's vocabulary
-    words: int = 0  # of the texts, between white space
-    content_tokens: int = 0  # of the same texts
     truncated: int = 0
     duplicates: int = 0  # documents that are exactly another one before them, here or in an earlier source
     lost_target_tokens: int = 0  # trained tokens of documents that were too long
@@ -72,19 +82,18 @@ class Store:
     def __init__(self, folder: Path):
         self.key = folder.name
         try:
-            self.offsets = np.load(folder / "offsets.npy")
-            self.targets = np.load(folder / "targets.npy")
-            self.turns = np.load(folder / "turns.npy")
-            self.largest = np.load(folder / "largest.npy")
-            self.lines = np.load(folder / "lines.npy")
-            self.hashes = np.load(folder / "hashes.npy")
-            self.loose = np.load(folder / "loose.npy")
-            self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+            saved = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            self.report = Report(**saved["report"])
+            for name, size in saved["sizes"].items():
+                if (found := (folder / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {found:,} of {size:,} bytes")
+            self.offsets, self.targets, self.turns, self.largest, self.lines, self.hashes, self.loose = (
+                np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
             if len(self):  # an empty file cannot be mapped
                 size = int(self.offsets[-1])
                 self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r", shape=size)
                 self.trained = np.memmap(folder / "trained.bin", dtype=np.uint8, mode="r", shape=size)
-        except (FileNotFoundError, EOFError, ValueError, TypeError) as error:
+        except (FileNotFoundError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise UserError(f"{folder}: damaged ({error}); delete the folder, and it is made again") from None
 
     def __len__(self) -> int:
@@ -95,9 +104,13 @@ def open_store(path: str, *, name: str, format: str, renderer: Renderer, cache: 
                max_bad: int = 100, oasst: str = "all", quiet: bool = False) -> Store:
     """The tokenised documents of file `path`; tokenised now if that has not been done before.
 
-    Raises UserError for a file that cannot be read, or that has more than `max_bad` broken records with `skip_bad`.
+    Raises UserError for a file that cannot be read, that has more than `max_bad` broken records with `skip_bad`, or
+    whose tokens break a law (checks.py).
     """
-    key = _key(path, (name, path, format, skip_bad, max_bad, oasst, renderer.fingerprint()))
+    state = file_state(path)
+    settings = [LAYOUT, content_digest(path, cache), name, path, format, skip_bad, max_bad, oasst,
+                renderer.fingerprint()]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / key
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -110,21 +123,12 @@ def open_store(path: str, *, name: str, format: str, renderer: Renderer, cache: 
                     conversations = read(path, format=format, skip_bad=skip_bad, oasst=oasst)
                     bar = tqdm(conversations, desc=f"tokenise {name}", unit=" conversations", disable=quiet or None)
                     _write(partial, iter(bar), renderer, Report(name, path, renderer.template.name), max_bad)
+                    if file_state(path) != state:  # its tokens would be found under the key of what it was before
+                        raise UserError(f"{path}: changed while it was read; start again when it is complete")
                     os.rename(partial, folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
     return Store(folder)
-
-
-def _key(path: str, settings: tuple) -> str:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; data.train and data.eval are files") from None
-    return digest.hexdigest()[:32]
 
 
 @contextmanager
@@ -134,49 +138,98 @@ def _only_process(lock: Path) -> Iterator[None]:
         yield
 
 
+@dataclass
+class Batch:
+    """Records that are tokenised together, in the file's order."""
+
+    rendered: Rendered
+    loose: list[int]
+    skipped: list[Skipped]
+
+
 def _write(folder: Path, conversations: Iterator[Conversation | Skipped], renderer: Renderer, report: Report,
            max_bad: int) -> None:
-    offsets, targets, turns, largest, lines, hashes, loose = [0], [], [], [], [], [], []
+    laws, end = Laws(renderer), 0
+    chunks: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as trained_file:
-        while batch := list(islice(conversations, BATCH)):
-            kept = [item for item in batch if isinstance(item, Conversation)]
-            for item in batch:
-                if isinstance(item, Skipped):
-                    report.skip(item.reason, f"{item.source}:{item.line}: {item.detail}")
-            report.read += len(batch)
-            broken = [reason for reason in report.skipped if reason in BROKEN]
-            if sum(report.skipped[reason] for reason in broken) > max_bad:
-                raise UserError(f"{report.path}: more than data.max_bad = {max_bad} broken records; the first: "
-                                f"{report.examples[broken[0]]}")
-            rendered = [renderer.pieces(conversation) for conversation in kept]
-            for conversation, (ids, trained) in zip(kept, renderer.encode(rendered), strict=True):
-                if not any(trained):
-                    report.skip("nothing trained", f"{conversation.source}:{conversation.line}")
-                    continue
-                tokens, mask = np.array(ids, dtype=np.uint32).tobytes(), np.array(trained, dtype=np.uint8).tobytes()
-                tokens_file.write(tokens)
-                trained_file.write(mask)
-                hashes.append(int.from_bytes(hashlib.blake2b(tokens + mask, digest_size=8).digest(), "little"))
-                texts = [text for turn in conversation.turns for text in (turn.content, turn.context) if text]
-                bare = "".join(filter(str.isalnum, " ".join(texts).casefold()))
-                loose.append(int.from_bytes(hashlib.blake2b(bare.encode(), digest_size=8).digest(), "little"))
-                report.words += sum(len(text.split()) for text in texts)
-                report.content_tokens += sum(map(len, renderer.tokenizer.encode_batch(texts)))
-                offsets.append(offsets[-1] + len(ids))
-                targets.append(sum(trained))
-                turns.append(len(conversation.turns))
-                largest.append(max(ids))
-                lines.append(conversation.line)
-                report.kept += 1
-                report.turns += turns[-1]
-                report.tokens += len(ids)
-                report.largest_id = max(report.largest_id, largest[-1])
-                report.target_tokens += targets[-1]
-    np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
-    np.save(folder / "targets.npy", np.array(targets, dtype=np.int64))
-    np.save(folder / "turns.npy", np.array(turns, dtype=np.int64))
-    np.save(folder / "largest.npy", np.array(largest, dtype=np.int64))
-    np.save(folder / "lines.npy", np.array(lines, dtype=np.int64))
-    np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
-    np.save(folder / "loose.npy", np.array(loose, dtype=np.uint64))
-    (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
+        for batch in _ahead(_batches(conversations, renderer)):
+            _count_skipped(report, batch.skipped, max_bad)
+            report.read += len(batch.rendered.conversations) + len(batch.skipped)
+            documents = encode(batch.rendered, renderer)
+            learnable = documents.targets() > 0
+            for i in np.flatnonzero(~learnable):
+                where = batch.rendered.conversations[i]
+                report.skip("nothing trained", f"{where.source}:{where.line}")
+            documents = documents.only(learnable)
+            kept = [batch.rendered.conversations[i] for i in np.flatnonzero(learnable)]
+            laws.check(documents, kept)
+            tokens, trained = documents.ids.tobytes(), documents.trained.tobytes()
+            tokens_file.write(tokens)
+            trained_file.write(trained)
+            chunks["offsets"].append(end + documents.offsets[:-1])
+            chunks["targets"].append(documents.targets())
+            chunks["turns"].append(np.array([len(conversation.turns) for conversation in kept], dtype=np.int64))
+            if kept:  # reduceat needs a document
+                chunks["largest"].append(np.maximum.reduceat(documents.ids, documents.offsets[:-1]))
+            chunks["lines"].append(np.array([conversation.line for conversation in kept], dtype=np.int64))
+            chunks["hashes"].append(_hashes(tokens, trained, documents.offsets))
+            chunks["loose"].append(np.array(batch.loose, dtype=np.uint64)[learnable])
+            end += len(documents.ids)
+            _count_kept(report, documents, kept)
+    chunks["offsets"].append(np.array([end]))
+    for name, arrays in chunks.items():
+        dtype = np.uint64 if name in ("hashes", "loose") else np.int64
+        np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype))
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    (folder / "report.json").write_text(json.dumps({"report": asdict(report), "sizes": sizes}, ensure_ascii=False),
+                                        encoding="utf-8")
+
+
+def _batches(items: Iterator[Conversation | Skipped], renderer: Renderer) -> Iterator[Batch]:
+    conversations, skipped, characters = [], [], 0
+    for item in items:
+        if isinstance(item, Conversation):
+            conversations.append(item)
+            characters += sum([len(turn.content) + len(turn.context) for turn in item.turns])
+        else:
+            skipped.append(item)
+        if len(conversations) + len(skipped) >= BATCH or characters > BATCH_CHARACTERS:
+            yield Batch(render(conversations, renderer), [loose_hash(c) for c in conversations], skipped)
+            conversations, skipped, characters = [], [], 0
+    if conversations or skipped:
+        yield Batch(render(conversations, renderer), [loose_hash(c) for c in conversations], skipped)
+
+
+def _ahead(items: Iterator[Batch]) -> Iterator[Batch]:
+    """The same items; the next is made in a thread while the caller works on this one."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
+
+
+def _hashes(tokens: bytes, trained: bytes, offsets: np.ndarray) -> np.ndarray:
+    ends = offsets.tolist()
+    digests = [hashlib.blake2b(tokens[4 * start : 4 * stop] + trained[start:stop], digest_size=8).digest()
+               for start, stop in pairwise(ends)]
+    return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+def _count_skipped(report: Report, skipped: list[Skipped], max_bad: int) -> None:
+    for item in skipped:
+        report.skip(item.reason, f"{item.source}:{item.line}: {item.detail}")
+    broken = [reason for reason in report.skipped if reason in BROKEN]
+    if sum(report.skipped[reason] for reason in broken) > max_bad:
+        raise UserError(f"{report.path}: more than data.max_bad = {max_bad} broken records; the first: "
+                        f"{report.examples[broken[0]]}")
+
+
+def _count_kept(report: Report, documents: Documents, kept: list[Conversation]) -> None:
+    report.kept += len(kept)
+    report.turns += sum([len(conversation.turns) for conversation in kept])
+    report.words += int(documents.words.sum())
+    report.content_tokens += int(documents.content_tokens.sum())
+    report.tokens += len(documents.ids)
+    report.target_tokens += int(documents.trained.sum())
+    report.largest_id = max(report.largest_id, int(documents.ids.max(initial=0)))
