@@ -1,9 +1,11 @@
 """The plan: every document once an epoch, nothing over capacity, and a pure function of lengths, seed and epoch.
 
-The oracle of the packer is best-fit decreasing by its definition: for each item a search through all packs.
+The oracle of the packer is best-fit decreasing by its definition: for each item a search through all packs. The oracle
+of the mix is an order without packing: shuffled documents, cut into steps by their tokens.
 """
 
 import time
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.data.packing import WINDOW, Plan, best_fit_decreasing, pack_epoch
+from minisft.data.packing import LOOSE, WINDOW, Plan, best_fit_decreasing, bundles, pack_documents, pack_epoch
 from minisft.errors import UserError
 
 
@@ -27,10 +29,14 @@ def naive_best_fit_decreasing(lengths, capacity):
     return sorted(rooms)
 
 
-def realistic(count, seq_len=2048, seed=0):
-    """Lognormal lengths, as conversations have them: median 250, a long tail, none over `seq_len`."""
-    lengths = np.exp(np.random.default_rng(seed).normal(np.log(250), 0.9, count)).astype(np.int64) + 4
+def realistic(count, seq_len=2048, seed=0, median=250, sigma=0.9):
+    """Lognormal lengths, as conversations have them: a long tail, none over `seq_len`."""
+    lengths = np.exp(np.random.default_rng(seed).normal(np.log(median), sigma, count)).astype(np.int64) + 4
     return lengths[lengths <= seq_len]
+
+
+# (median, sigma): one-line exchanges, instructions, conversations of many turns
+KINDS = pytest.mark.parametrize(("median", "sigma"), [(55, 0.4), (150, 0.85), (1000, 1.1)])
 
 
 def plan_of(lengths, **settings):
@@ -43,14 +49,89 @@ def plan_of(lengths, **settings):
 def test_packs_are_those_of_best_fit_decreasing(capacity, data):
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
     packs = best_fit_decreasing(np.array(lengths, dtype=np.int64), capacity)
-    assert sorted(item for pack in packs for item in pack) == list(range(len(lengths)))
-    rooms = [capacity - sum(lengths[item] for item in pack) for pack in packs]
-    assert sorted(rooms) == naive_best_fit_decreasing(lengths, capacity)
+    assert len(packs) == len(lengths)
+    assert set(packs) == set(range(len(set(packs))))
+    assert sorted(capacity - np.bincount(packs, weights=lengths)) == naive_best_fit_decreasing(lengths, capacity)
 
 
 def test_the_fullest_pack_with_room_is_chosen():
     # 6 and 5 open packs with 4 and 5 left; 4 fills the first although the second would do; 3 goes into the second
-    assert best_fit_decreasing(np.array([3, 5, 4, 6]), 10) == [[3, 2], [1, 0]]
+    assert best_fit_decreasing(np.array([3, 5, 4, 6]), 10).tolist() == [1, 1, 0, 0]
+
+
+def test_items_of_one_length_are_placed_together():
+    # 6 and 6 open packs with 4 left each; seven items of 2 fill both, and the other three go into a third
+    assert best_fit_decreasing(np.array([2, 6, 2, 2, 6, 2, 2, 2, 2]), 10).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=100), st.integers(0, 30))
+@settings(max_examples=100, deadline=None)
+def test_bundles_are_those_between_two_marks(lengths, size):
+    expected, end, first_behind = [], 0, {}
+    for document, length in enumerate(lengths):
+        if length >= size:
+            expected.append(document)
+            continue
+        start, end = end, end + length
+        single = end < LOOSE * sum(lengths)
+        expected.append(document if single else first_behind.setdefault(start // size, document))
+    item = bundles(np.array(lengths), size)
+    assert item.tolist() == expected
+    assert all(sum(n for n, i in zip(lengths, expected, strict=True) if i == first) < 2 * size
+               for first in first_behind.values())
+
+
+@given(st.integers(1, 64), st.data())
+@settings(max_examples=100, deadline=None)
+def test_bundles_never_cost_a_small_set_a_pack(capacity, data):
+    lengths = np.array(data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=80)))
+    packs = pack_documents(lengths, capacity)
+    loads = np.bincount(packs, weights=lengths)
+    assert (loads > 0).all()
+    assert loads.max() <= capacity
+    assert len(loads) <= len(naive_best_fit_decreasing(lengths.tolist(), capacity))
+
+
+@pytest.mark.parametrize("length", [1, 130, 257, 700, 2048])
+def test_documents_of_one_length_fill_packs_as_well_as_they_can(length):
+    packs = pack_documents(np.full(5000, length), 2048)
+    assert len(set(packs)) == -(-5000 // (2048 // length))
+
+
+@KINDS
+def test_steps_mix_documents_as_an_unpacked_order_does(median, sigma):
+    """The spread over steps of the share of the tokens that are in shorter documents."""
+    seq_len, packs_per_step = 8192, 32
+    lengths = realistic(150_000 if median < 1000 else 60_000, seq_len, median=median, sigma=sigma)
+    ordered = np.sort(lengths)
+    typical = ordered[np.searchsorted(np.cumsum(ordered), ordered.sum() / 2)]
+
+    def spread(step):
+        short = np.bincount(step, weights=lengths * (lengths < typical)) / np.bincount(step, weights=lengths)
+        return short[:-1].std()
+
+    random = np.random.default_rng(1)
+    unpacked, order = np.empty(len(lengths), dtype=np.int64), random.permutation(len(lengths))
+    unpacked[order] = (np.cumsum(lengths[order]) - 1) // (seq_len * packs_per_step)
+    packs = best_fit_decreasing(lengths, seq_len)
+    plain = random.permutation(packs.max() + 1)[packs] // packs_per_step
+    plan = plan_of(lengths, seq_len=seq_len, packs_per_step=packs_per_step, epochs=1)
+    planned = np.empty_like(unpacked)
+    for step in range(plan.total_steps):
+        planned[np.concatenate(plan.documents(step))] = step
+    print(f"unpacked {spread(unpacked):.4f}, best fit alone {spread(plain):.4f}, plan {spread(planned):.4f}")
+    if median < 1000:
+        assert spread(planned) < spread(plain) / 2
+    assert spread(planned) < 3 * spread(unpacked)
+
+
+@KINDS
+@pytest.mark.parametrize("seq_len", [2048, 4096, 8192])
+def test_packs_are_as_full_as_those_of_the_definition(median, sigma, seq_len):
+    lengths = realistic(4000 if median < 1000 else 1500, seq_len, median=median, sigma=sigma)
+    plan = plan_of(lengths, seq_len=seq_len, epochs=1)
+    naive = lengths.sum() / (seq_len * len(naive_best_fit_decreasing(lengths.tolist(), seq_len)))
+    assert plan.fill() >= naive - 0.001
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=80), st.integers(0, 2**32 - 1), st.integers(0, 5),
@@ -90,6 +171,7 @@ def test_unshuffled_packs_follow_the_file():
     packs = [packed.pack(i).tolist() for i in range(len(packed))]
     assert all(pack == sorted(pack) for pack in packs)
     assert packs == sorted(packs)
+    assert max(pack[-1] - pack[0] for pack in packs) < WINDOW
     assert np.array_equal(packed.documents, pack_epoch(lengths, seq_len=2048, seed=5, epoch=3, shuffle=False).documents)
 
 
@@ -131,14 +213,26 @@ def test_a_thousand_epochs_cost_nothing_where_max_steps_ends_the_run():
     assert plan.total_steps == 50
 
 
-@pytest.mark.parametrize("seq_len", [2048, 4096])
-def test_packs_of_realistic_documents_are_full_and_made_quickly(seq_len):
-    lengths = realistic(100_000, seq_len)
+@KINDS
+def test_a_million_documents_are_packed_fully_and_quickly(median, sigma):
+    lengths = np.resize(realistic(1_000_000, 8192, median=median, sigma=sigma), 1_000_000)
     start = time.perf_counter()
-    plan = Plan(lengths, lengths // 2, seq_len=seq_len, packs_per_step=32, epochs=1)
-    print(f"{len(lengths)} documents in {time.perf_counter() - start:.2f} s, {plan.fill():.3%} full")
-    assert plan.fill() == pytest.approx(lengths.sum() / (len(plan.epoch(0)) * seq_len))
-    assert plan.fill() > 0.99
+    plan = Plan(lengths, lengths // 2, seq_len=8192, packs_per_step=32, epochs=1)
+    seconds = time.perf_counter() - start
+    print(f"{len(lengths)} documents in {seconds:.2f} s, {plan.fill():.3%} full")
+    assert seconds < 5
+    assert plan.fill() == pytest.approx(lengths.sum() / (len(plan.epoch(0)) * 8192))
+    assert plan.fill() > 0.995
+
+
+def test_packing_needs_arrays_only():
+    lengths = realistic(100_000, 8192)
+    tracemalloc.start()
+    pack_epoch(lengths, seq_len=8192, seed=0, epoch=0)
+    peak = tracemalloc.get_traced_memory()[1] / len(lengths)
+    tracemalloc.stop()
+    print(f"{peak:.0f} bytes a document")
+    assert peak < 150
 
 
 def test_weights_repeat_and_sample_documents() -> None:

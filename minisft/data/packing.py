@@ -1,14 +1,20 @@
 """The plan: which document lies in which pack of which step, known before training starts.
 
-    documents, shuffled -> windows -> packs of at most seq_len tokens, shuffled -> steps of batch.packs packs
+    documents, shuffled -> bundles of short ones -> packs of at most seq_len tokens, shuffled -> steps of batch.packs
 
 The plan is a pure function of the documents' lengths, the seed and the epoch. So every rank knows, without a word to
 the others, how many steps there are, what each holds, and how many tokens it trains on; and the place in a run is a
 single number, the step.
 
 Packing is best-fit decreasing: the longest document first, each into the fullest pack that still has room (Johnson
-1974). It runs inside windows of shuffled documents, since packing everything at once would put documents of one length
-into one step.
+1974). What it does to an item depends on the item's length alone, so it runs on the histogram of lengths, and documents
+of one length that find packs with equal room are placed together: a million documents take thousands of moves.
+
+By itself it makes packs of documents of one length, and a step of few packs is then a poor sample of the data. Packing
+within windows of shuffled documents does not change that. So short documents are first tied, as they come, into
+bundles, which are packed like long documents. Measured over steps of 32 packs of 8192, documents of a median of 150
+tokens: the share of tokens in the shorter documents has a standard deviation of 2.0% in an unpacked order, 8.8% with
+best-fit decreasing alone, and 3.0% with bundles, in packs that are 99.9% full in both cases.
 """
 
 from collections import defaultdict
@@ -20,7 +26,10 @@ import numpy as np
 from minisft.data.mixing import copies
 from minisft.errors import UserError
 
-WINDOW = 16_384  # documents: enough for packs over 99% full, few enough that a window is a random sample
+WINDOW = 16_384  # documents packed together where packs follow the file, so that a pack's documents are near each other
+BUNDLES = (4, 8, 16)  # a document shorter than capacity / 4 is bundled; the others where those fill too badly
+LOOSE = 0.08  # share of all tokens in short documents that stay single, to fill the gaps that bundles leave
+SLACK = 0.0005  # more packs than without bundles that are borne for the better mix
 
 Array = np.ndarray
 
@@ -40,38 +49,92 @@ class Epoch:
         return self.documents[self.offsets[index] : self.offsets[index + 1]]
 
 
-def best_fit_decreasing(lengths: Array, capacity: int) -> list[list[int]]:
-    """Distribute items of `lengths` (each at most `capacity`) over packs; returns the items of each pack.
+def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
+    """(n,) the pack, from 0, of each item of `lengths`, which are 1 to `capacity`."""
+    order = np.argsort(-lengths, kind="stable")
+    first, packs, each = _moves(np.bincount(lengths, minlength=capacity + 1), capacity).T
+    items = packs * each
+    nth = np.arange(len(lengths)) - np.repeat(np.cumsum(items) - items, items)  # of its move
+    pack = np.empty(len(lengths), dtype=np.int64)
+    pack[order] = np.repeat(first, items) + nth // np.repeat(each, items)
+    return pack
 
-    Room is looked up in one integer whose bit r says that some pack has r tokens left, so an item costs a shift and a
-    lowest set bit, not a search.
+
+def _moves(counts: Array, capacity: int) -> Array:
+    """(moves, 3) of (first, packs, each): packs `first`, `first` + 1, ... `first` + `packs` - 1 get `each` items more.
+
+    The moves take the items longest first; `counts` (capacity + 1,) says how many there are of each length. A pack that
+    took an item and has room for another of that length is the fullest that has, so it goes on until it is full:
+    7 items of 3, and 2 packs with 10 left -> (first, 2, 3), and one item for other packs.
+
+    Room is looked up in one integer whose bit r says that some pack has r tokens left. A length meets each group of
+    equal packs once and leaves it less room than the length, so moves grow with the number of lengths, not of items.
     """
-    packs: list[list[int]] = []
-    with_room: defaultdict[int, list[int]] = defaultdict(list)  # tokens left -> packs
-    rooms = 0
-    for item in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[item])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            pack = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
-            packs[pack].append(item)
-        else:
-            room, pack = capacity, len(packs)
-            packs.append([item])
-        left = room - length
-        with_room[left].append(pack)
-        rooms |= 1 << left
-    return packs
+    moves: list[tuple[int, int, int]] = []
+    with_room: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # tokens left -> (first pack, packs)
+    rooms, opened = 0, 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        items = int(counts[length])
+        while items:
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                first, packs = with_room[room].pop()
+                if not with_room[room]:
+                    rooms ^= 1 << room
+            else:
+                room, first, packs = capacity, opened, -(-items // (capacity // length))
+                opened += packs
+            each = min(room // length, items)
+            used = min(items // each, packs)
+            moves.append((first, used, each))
+            items -= used * each
+            for left, start, number in ((room - each * length, first, used), (room, first + used, packs - used)):
+                if number:
+                    with_room[left].append((start, number))
+                    rooms |= 1 << left
+    return np.array(moves, dtype=np.int64).reshape(-1, 3)
+
+
+def bundles(lengths: Array, size: int) -> Array:
+    """(n,) for each document the first of its bundle; a single one is its own.
+
+    Documents shorter than `size` lie one after another on a line with a mark every `size` tokens; those that start
+    between the same two marks are a bundle, so it is shorter than 2 * `size`. The first LOOSE of them stay single.
+    """
+    item = np.arange(len(lengths))
+    short = np.flatnonzero(lengths < size)
+    ends = np.cumsum(lengths[short])
+    loose = np.searchsorted(ends, LOOSE * lengths.sum())
+    short, starts = short[loose:], (ends - lengths[short])[loose:]
+    _, first, count = np.unique(starts // max(size, 1), return_index=True, return_counts=True)
+    item[short] = np.repeat(short[first], count)
+    return item
+
+
+def pack_documents(lengths: Array, capacity: int) -> Array:
+    """(n,) the pack, from 0, of each document; at most SLACK more packs than best-fit decreasing needs.
+
+    The documents' order decides only which ones share a bundle, and which of equal length goes where.
+    """
+    plain = best_fit_decreasing(lengths, capacity)
+    for parts in BUNDLES:
+        item = bundles(lengths, capacity // parts)
+        totals = np.bincount(item, weights=lengths, minlength=len(lengths)).astype(np.int64)
+        items = np.flatnonzero(totals)
+        packs = best_fit_decreasing(totals[items], capacity)
+        if packs.max(initial=-1) <= plain.max(initial=-1) * (1 + SLACK):
+            totals[items] = packs
+            return totals[item]
+    return plain
 
 
 def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: bool = True,
                weights: Array | None = None) -> Epoch:
-    """Pack all documents with lengths (n,), each at most `seq_len` tokens, for one epoch (counted from 0).
+    """Pack all documents with lengths (n,), each 1 to `seq_len` tokens, for one epoch (counted from 0).
 
-    A document of weight 2.3 (`weights` (n,), 1 without them) comes twice, and by a draw once more (mixing.py).
+    A document of weight 2.3 (`weights` (n,), 1 without them) comes twice, and by a draw once more (mixing.py). Without
+    `shuffle`, packs follow each other as their first documents do, and the documents of one are within a window.
     """
     random = np.random.default_rng((seed, epoch))
     order = np.arange(len(lengths))
@@ -79,16 +142,18 @@ def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: 
         order = np.repeat(order, copies(weights, lengths, random))
     if shuffle:
         order = random.permutation(order)
-    packs: list[Array] = []
-    for start in range(0, len(order), WINDOW):
-        window = order[start : start + WINDOW]
-        packs += [window[items] for items in best_fit_decreasing(lengths[window], seq_len)]
-    if shuffle:
-        packs = [packs[i] for i in random.permutation(len(packs))]
+        pack = pack_documents(lengths[order], seq_len)
+        pack = random.permutation(pack.max(initial=-1) + 1)[pack]
     else:
-        packs = sorted((np.sort(pack) for pack in packs), key=lambda pack: pack[0])
-    sizes = [len(pack) for pack in packs]
-    return Epoch(np.concatenate([order[:0], *packs]), np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))))
+        pack, packs = np.zeros(len(order), dtype=np.int64), 0
+        for start in range(0, len(order), WINDOW):
+            window = pack_documents(lengths[order[start : start + WINDOW]], seq_len)
+            pack[start : start + WINDOW] = packs + window
+            packs += int(window.max()) + 1
+        _, first = np.unique(pack, return_index=True)
+        pack = np.argsort(np.argsort(first))[pack]
+    by_pack = np.argsort(pack, kind="stable")
+    return Epoch(order[by_pack], np.concatenate(([0], np.cumsum(np.bincount(pack), dtype=np.int64))))
 
 
 @dataclass(frozen=True)
@@ -120,7 +185,7 @@ class Plan:
             raise UserError(f"no document is left of {len(lengths)}: the weights of the sources in data.train are too "
                             "small")
 
-    @lru_cache(maxsize=2)  # noqa: B019 (a plan lives as long as its run)
+    @lru_cache(maxsize=3)  # noqa: B019 (a plan lives as long as its run)
     def epoch(self, epoch: int) -> Epoch:
         """The packs of epoch `epoch` (from 0)."""
         return pack_epoch(self.lengths, seq_len=self.seq_len, seed=self.seed, epoch=epoch, shuffle=self.shuffle,
