@@ -14,7 +14,7 @@ sides.
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, zip_longest
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def spans(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> list[Sp
 def whole_characters(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], str]]:
     """The smallest runs of `ids` that hold whole characters, with their text; joined, it is the text of `ids`."""
     run: list[int] = []
-    for token, after in zip(ids, [*ids[1:], None], strict=True):
+    for token, after in zip_longest(ids, ids[1:]):
         run.append(token)
         text = tokenizer.decode(run)
         # U+FFFD is a character in pieces, or one of the data: then the next token does not change it.
