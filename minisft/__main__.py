@@ -1,7 +1,7 @@
 """The `minisft` command: everything around a training run.
 
     minisft prepare RECIPE [--section.key value ...] [--dump FILE] [--json FILE]
-    minisft show RECIPE [--section.key value ...] [--index N | --longest | --random [SEED] | --pack N] [--html FILE]
+    minisft show RECIPE [--section.key value ...] [--index N | --longest | --random [SEED] | --pack N | --step N] ...
 
 Every key of a recipe is an option as well, such as --data.train a.jsonl; `python train.py --help` lists them all.
 """

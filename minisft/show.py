@@ -1,6 +1,6 @@
 """Documents as the model sees them: every token, and which of them are trained.
 
-    ⟨── document 17 · chats.jsonl:18 · 14 tokens, 3 trained (21.4%) ──⟩
+    ⟨── document 17 · chats.jsonl:18 · 26 tokens, 6 trained (23.1%) ──⟩
     ⟨<|begin_of_text|>⟩⟨<|start_header_id|>⟩user⟨<|end_header_id|>⟩↵
     ↵
     What does <|eot_id|> do?⟨<|eot_id|>⟩⟨<|start_header_id|>⟩assistant⟨<|end_header_id|>⟩↵
@@ -86,7 +86,7 @@ def choose(prepared: Prepared, *, source: str | None = None, index: int | None =
     if len(wished) > 1:
         raise UserError(f"{' and '.join(wished)}: each of them chooses documents; give one")
     if source is not None and wishes["--pack or --step"]:
-        raise UserError(f"--source {source}: a pack holds documents of all sources; leave out --source, --pack, --step")
+        raise UserError(f"--source {source}: a pack holds documents of all sources; leave out --source")
     if wishes["--pack or --step"]:
         return _packs(prepared, pack, step)
     if source is None and not wished:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from oracles.tiny_llama import VOCAB_SIZE, tiny_tokenizer, write_tiny_llama
 
@@ -128,6 +128,10 @@ def test_what_steers_a_terminal_is_shown_by_number(prepared):
         assert left <= {"\n", "\t", " ", "\u200d"}
 
 
+def test_emoji_of_several_characters_stay_whole(prepared):
+    assert "\n👨\u200d👩\u200d👧 ❤\ufe0f İıŞşĞğ⟨<|eot_id|>⟩" in shown(prepared, 35)
+
+
 def test_headings_cannot_be_faked(prepared):
     [view] = choose(prepared, source="attacks")
     text = as_text([view], color=False)
@@ -176,6 +180,7 @@ def test_runs_put_together_are_the_text(ids):
 
 
 @given(st.text())
+@example("a\ufffdb\ufffd\ufffd🙂ş\ufffd")
 def test_runs_of_a_text_end_where_characters_do_and_nowhere_else(text):
     backend = tiny_tokenizer()
     ids = backend.encode(text, add_special_tokens=False).ids
@@ -255,7 +260,25 @@ def test_what_there_is_not(prepared, wish, message):
     assert str(refusal.value).startswith(message)
 
 
+def test_the_last_step_is_the_last(prepared):
+    last = prepared.plan.total_steps
+    assert choose(prepared, step=last)
+    with pytest.raises(UserError, match=f"--step {last + 1}: the steps of the run are 1 to {last}$"):
+        choose(prepared, step=last + 1)
+
+
 # On the terminal
+
+@pytest.mark.parametrize(("argv", "wish"), [
+    ([], {}), (["--index", "3"], {"index": 3}), (["--longest"], {"longest": True}), (["--random"], {"random": 0}),
+    (["--random", "5"], {"random": 5}), (["--pack", "1"], {"pack": 1}), (["--step", "2"], {"step": 2}),
+    (["--source", "attacks", "--random"], {"source": "attacks", "random": 0}),
+    (["--index", "3", "--ids", "--train.epochs", "1"], {"index": 3}),
+])
+def test_every_option_arrives(prepared, capsys, argv, wish):
+    assert main(["show", "r.toml", *argv]) == 0
+    assert capsys.readouterr().out == as_text(choose(prepared, **wish), color=False, ids="--ids" in argv) + "\n"
+
 
 def command(*argv, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
@@ -323,7 +346,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.attributes, self.documents, self.headings, self.text = [], [], [], [], ""
+        self.open, self.attributes, self.documents, self.headings = [], [], [], []
         self.feed(text)
         assert self.open == []
 
@@ -333,6 +356,8 @@ class Page(html.parser.HTMLParser):
             self.open.append(tag)
         if tag == "pre":
             self.documents.append({"text": "", "marked": "", "ids": []})
+        if tag == "h2":
+            self.headings.append("")
         if tag == "span":
             self.documents[-1]["ids"] += map(int, dict(attrs)["data-id"].split())
 
@@ -347,7 +372,7 @@ class Page(html.parser.HTMLParser):
             self.documents[-1]["text"] += data
             self.documents[-1]["marked"] += data if "mark" in self.open else ""
         if "h2" in self.open:
-            self.headings.append(data)
+            self.headings[-1] += data
 
     def values(self, name, tag=None):
         return [value for where, key, value in self.attributes if key == name and tag in (None, where)]
@@ -387,6 +412,17 @@ def test_the_page_runs_nothing_and_loads_nothing(prepared):
     targets = page.values("id", "h2")
     assert len(set(targets)) == len(targets)
     assert page.values("href") == [f"#{target}" for target in targets], "each triangle leads to its document"
+
+
+def test_names_of_files_are_escaped_too(here):
+    name = """<img src=x onerror="alert(1)">&amp;'"""
+    Path(f"{name}.jsonl").write_text(conversation("Hi", "Hello!"))
+    prepared = prepare(configuration.load(["r.toml", "--data.train", f"{name}.jsonl"]), quiet=True)
+    text = show_html.page(choose(prepared, source=name))
+    page = Page(text)
+    assert "<img" not in text
+    assert page.headings[0].startswith(f"document 0 · {name}.jsonl:1 · ")
+    assert text.count("&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;amp;&#x27;") == 4, "title, h1, h2, triangle"
 
 
 def test_the_attention_is_to_scale(prepared):
