@@ -1,6 +1,7 @@
 """The `minisft` command: everything around a training run.
 
     minisft prepare RECIPE [--section.key value ...] [--dump FILE] [--json FILE]
+    minisft show RECIPE [--section.key value ...] [--index N | --longest | --random [SEED] | --pack N | --step N] ...
 
 Every key of a recipe is an option as well, such as --data.train a.jsonl; `python train.py --help` lists them all.
 """
@@ -14,6 +15,8 @@ from minisft import config as configuration
 from minisft.data_report import describe, figures
 from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
 from minisft.preparation import Prepared, prepare
+from minisft.show import choose, print_views
+from minisft.show_html import check_writable, write_page
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
                          help="write each document's token ids and mask, one JSON a line")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
     command.set_defaults(run=run_prepare)
+    add_show(commands)
     options, recipe = parser.parse_known_args(argv)
     try:
         options.run(options, recipe)
@@ -48,6 +52,37 @@ def run_prepare(options: argparse.Namespace, recipe: list[str]) -> None:
         options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     encoding = sys.stdout.encoding or "utf-8"  # one that has no bars shows question marks
     print(describe(found).encode(encoding, "replace").decode(encoding))
+
+
+def add_show(commands: "argparse._SubParsersAction") -> None:
+    """The options of `minisft show`."""
+    command = commands.add_parser(
+        "show", help="show documents as the model sees them: every token, and which are trained",
+        usage="minisft show RECIPE [--section.key value ...] [options]", epilog=__doc__.rpartition("\n\n")[2],
+        allow_abbrev=False)
+    command.add_argument("--index", type=int, metavar="N", help="document N, from 0")
+    command.add_argument("--longest", action="store_true", help="the longest document")
+    command.add_argument("--random", type=int, nargs="?", const=0, metavar="SEED", help="a few documents at random")
+    command.add_argument("--source", metavar="NAME", help="among the documents of one source of data.train, data.eval")
+    command.add_argument("--pack", type=int, metavar="N", help="pack N, from 0, of the first epoch or of --step")
+    command.add_argument("--step", type=int, metavar="N", help="the packs of step N, from 1 as in metrics.jsonl")
+    command.add_argument("--ids", action="store_true", help="one token a line, with its position and id")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows a whole pack")
+    command.set_defaults(run=run_show)
+
+
+def run_show(options: argparse.Namespace, recipe: list[str]) -> None:
+    """Documents of a recipe, on the terminal or as a page."""
+    if options.html:
+        check_writable(options.html)
+    views = choose(prepare(configuration.load(recipe)), source=options.source, index=options.index,
+                   longest=options.longest, random=options.random, pack=options.pack, step=options.step,
+                   whole=bool(options.html))
+    if options.html:
+        write_page(options.html, views)
+        print(options.html, *(view.heading for view in views), sep="\n  ")
+    else:
+        print_views(views, ids=options.ids)
 
 
 def dump(prepared: Prepared, file: Path) -> None:
