@@ -13,8 +13,8 @@ of one length that find packs with equal room are placed together: a million doc
 By itself it makes packs of documents of one length, and a step of few packs is then a poor sample of the data. Packing
 within windows of shuffled documents does not change that. So short documents are first tied, as they come, into
 bundles, which are packed like long documents. Measured over steps of 32 packs of 8192, documents of a median of 150
-tokens: the share of tokens in the shorter documents has a standard deviation of 2.0% in an unpacked order, 8.8% with
-best-fit decreasing alone, and 3.0% with bundles, in packs that are 99.9% full in both cases.
+tokens: the share of tokens in the shorter documents has a standard deviation of 2.2% in an unpacked order, 8.8% with
+best-fit decreasing alone, and 3.6% with bundles, in packs that are 99.9% full in both cases.
 """
 
 from collections import defaultdict
@@ -50,7 +50,8 @@ class Epoch:
 
 def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
     """(n,) the pack, from 0, of each item of `lengths`, which are 1 to `capacity`."""
-    order = np.argsort(-lengths, kind="stable")
+    # NumPy sorts 16 bits by radix, several times faster.
+    order = np.argsort((capacity - lengths).astype(np.uint16 if capacity < 2**16 else np.int64), kind="stable")
     first, packs, each = _moves(np.bincount(lengths, minlength=capacity + 1), capacity).T
     items = packs * each
     nth = np.arange(len(lengths)) - np.repeat(np.cumsum(items) - items, items)  # of its move
@@ -116,16 +117,16 @@ def pack_documents(lengths: Array, capacity: int) -> Array:
 
     The documents' order decides only which ones share a bundle, and which of equal length goes where.
     """
-    plain = best_fit_decreasing(lengths, capacity)
+    least = _moves(np.bincount(lengths, minlength=capacity + 1), capacity)[:, :2].sum(axis=1).max(initial=0)
     for parts in BUNDLES:
         item = bundles(lengths, capacity // parts)
         totals = np.bincount(item, weights=lengths, minlength=len(lengths)).astype(np.int64)
         items = np.flatnonzero(totals)
         packs = best_fit_decreasing(totals[items], capacity)
-        if packs.max(initial=-1) <= plain.max(initial=-1) * (1 + SLACK):
+        if packs.max(initial=-1) + 1 <= least * (1 + SLACK):
             totals[items] = packs
             return totals[item]
-    return plain
+    return best_fit_decreasing(lengths, capacity)
 
 
 def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: bool = True,
