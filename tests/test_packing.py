@@ -216,9 +216,9 @@ def test_a_thousand_epochs_cost_nothing_where_max_steps_ends_the_run():
 @KINDS
 def test_a_million_documents_are_packed_fully_and_quickly(median, sigma):
     lengths = np.resize(realistic(1_000_000, 8192, median=median, sigma=sigma), 1_000_000)
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock: other processes may share the machine
     plan = Plan(lengths, lengths // 2, seq_len=8192, packs_per_step=32, epochs=1)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     print(f"{len(lengths)} documents in {seconds:.2f} s, {plan.fill():.3%} full")
     assert seconds < 5
     assert plan.fill() == pytest.approx(lengths.sum() / (len(plan.epoch(0)) * 8192))

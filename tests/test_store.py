@@ -3,6 +3,7 @@
 The oracle for tokens and masks is the renderer applied to each conversation by itself.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -19,7 +20,8 @@ from oracles.tiny_llama import write_tiny_llama
 from minisft.data import store as module
 from minisft.data.chat import Renderer, load_templates
 from minisft.data.dataset import Dataset
-from minisft.data.formats import Conversation, read
+from minisft.data.encoding import loose_hash
+from minisft.data.formats import Conversation, Turn, read
 from minisft.data.store import open_store
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
@@ -139,6 +141,135 @@ def test_a_new_version_of_the_renderer_does_not_take_old_stores(opened, tmp_path
     assert len(folders(tmp_path)) == 2
 
 
+def test_batches_and_threads_leave_no_trace(opened, tmp_path, monkeypatch):
+    """The same files, byte for byte, however the work is cut."""
+    made = []
+    for cut, (batch, characters) in enumerate([(1024, 1 << 22), (1, 1 << 22), (7, 1 << 22), (1024, 500)]):
+        monkeypatch.setattr(module, "BATCH", batch)
+        monkeypatch.setattr(module, "BATCH_CHARACTERS", characters)
+        store = opened(cache=tmp_path / f"cache{cut}")
+        made.append({file.name: file.read_bytes() for file in (tmp_path / f"cache{cut}" / store.key).iterdir()})
+    assert len(made[0]) == 8
+    assert all(other == made[0] for other in made)
+
+
+def counted_digests(monkeypatch):
+    """A list that grows with each file that is hashed."""
+    hashed, file_digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or file_digest(file, name))
+    return hashed
+
+
+def aged(monkeypatch, seconds=10):
+    """As if all that has been written until now were older."""
+    monkeypatch.setattr("minisft.data.digest.time.time_ns", lambda now=time.time_ns: now() + seconds * 10**9)
+
+
+def test_an_unchanged_file_is_hashed_once(opened, tmp_path, monkeypatch):
+    file = tmp_path / "data.jsonl"
+    file.write_text(qa() + "\n")
+    aged(monkeypatch)
+    hashed = counted_digests(monkeypatch)
+    keys = {opened(file).key for _ in range(3)}
+    assert (len(keys), hashed) == (1, [str(file)])
+    file.rename(tmp_path / "other.jsonl")
+    opened(tmp_path / "other.jsonl")
+    (note,) = tmp_path.glob("cache/*.digest")
+    note.write_text("{")
+    opened(tmp_path / "other.jsonl")
+    assert len(hashed) <= 3, "a rename may set ctime; a note that cannot be read is made again"
+
+
+def test_a_file_that_changed_in_secret_is_noticed(opened, tmp_path, monkeypatch):
+    """Same size, same modification time: only ctime tells, and no program can set it."""
+    file = tmp_path / "data.jsonl"
+    file.write_text(qa(answer="yes") + "\n")
+    aged(monkeypatch)
+    before, key = file.stat(), opened(file).key
+    time.sleep(0.02)  # a tick of the file system's clock
+    file.write_text(qa(answer="not") + "\n")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    changed = opened(file)
+    assert changed.key != key
+    assert len(folders(tmp_path)) == 2
+
+
+def test_a_file_changed_just_before_is_not_remembered(opened, tmp_path, monkeypatch):
+    """Within one tick of its clock a file could change again and keep its times."""
+    hashed = counted_digests(monkeypatch)
+    file = tmp_path / "data.jsonl"
+    file.write_text(qa() + "\n")
+    opened(file)
+    opened(file)
+    assert hashed == [str(file)] * 2
+    assert list(tmp_path.glob("cache/*.digest")) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(opened, tmp_path, monkeypatch):
+    file = tmp_path / "data.jsonl"
+    file.write_text(qa() + "\n")
+
+    def reading(*args, **settings):
+        yield from read(*args, **settings)
+        with file.open("a") as more:
+            more.write(qa("more"))
+    monkeypatch.setattr(module, "read", reading)
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: changed while it was read; start again when it is"):
+        opened(file)
+    assert folders(tmp_path) == []
+
+
+def test_an_old_layout_is_not_opened(opened, tmp_path, monkeypatch):
+    opened()
+    monkeypatch.setattr(module, "LAYOUT", module.LAYOUT + 1)
+    opened()
+    assert len(folders(tmp_path)) == 2
+
+
+# What is known of each document, and of all
+
+def test_near_exact_duplicates_have_one_loose_hash(opened):
+    same = [qa("Istanbul'un nüfusu?", "On beş milyon."), qa("İSTANBUL’UN  NÜFUSU", "on beş\nMİLYON!"),
+            qa("ıstanbulun nüfusu", "_On-beş_ \u201cmilyon\u201d"), qa("Istanbul'un", "nüfusu? On beş milyon.")]
+    other = [qa("Istanbul'un nüfusu?", "On altı milyon."), qa("?", "!"), qa("!", "?"), qa("1", "2"), qa("1", "3"),
+             qa("Istanbul'un nufusu?", "On beş milyon.")]
+    store = opened(same + other)
+    assert len(store) == 10
+    assert store.loose.dtype == np.uint64
+    assert len(set(store.loose[:4].tolist())) == 1
+    assert len(set(store.loose.tolist())) == 7
+    assert len(set(store.hashes.tolist())) == 10
+
+
+def test_the_loose_hash_sees_what_an_independent_folding_sees():
+    """Any text: equal hashes exactly where casefolded letters and digits are equal."""
+    def folded(text):
+        kept = "".join(c for c in text.casefold() if c.isalnum()).replace("ı", "i")
+        return kept or text
+
+    random = np.random.default_rng(0)
+    letters = "aA1_ \u00a0.İiIıĞğéÉß’—中😀"
+    texts = ["".join(random.choice(list(letters), random.integers(1, 5))) for _ in range(3000)]
+    by_fold, by_hash = {}, {}
+    for text in texts:
+        found = loose_hash(Conversation((Turn("text", text),), "", 0))
+        by_fold.setdefault(folded(text), set()).add(found)
+        by_hash.setdefault(found, set()).add(folded(text))
+    assert len(by_fold) > 400
+    assert all(len(hashes) == 1 for hashes in by_fold.values())
+    assert all(len(folds) == 1 for folds in by_hash.values())
+
+
+def test_words_and_their_tokens_are_counted(opened, renderer):
+    """llama3 puts one token, the blank line after a header, into the piece of a question."""
+    store = opened([qa("Kaç yaşındasın sen?", "On  yedi\n")] * 2 + [qa("Why?", "Because it is so.")])
+    texts = ["\n\nKaç yaşındasın sen?", "On  yedi"] * 2 + ["\n\nWhy?", "Because it is so."]
+    assert store.report.words == sum(len(text.split()) for text in texts) == 15
+    assert store.report.content_tokens == sum(len(renderer.tokenizer.encode(text)) for text in texts)
+
+
 # Interrupted, raced, refused
 
 CHILD = """
@@ -217,7 +348,7 @@ def test_an_error_of_any_kind_leaves_nothing_behind(opened, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "trained.bin", "offsets.npy", "targets.npy", "lines.npy",
-                                  "report.json"])
+                                  "hashes.npy", "loose.npy", "report.json"])
 @pytest.mark.parametrize("size", [None, 0, 8])
 def test_a_store_that_lost_bytes_is_not_trained_on(opened, tmp_path, name, size):
     opened([qa()])

@@ -64,15 +64,15 @@ class Laws:
                          "no trained token in the document", "this is a fault of minisft, please report it")
 
     def _nothing_smuggled(self, documents: Documents, conversations: list[Conversation]) -> None:
-        places = np.flatnonzero(self.is_control[documents.ids])
-        expected = np.repeat(np.arange(len(conversations)), documents.control_counts)
-        owner = np.searchsorted(documents.offsets, places, side="right") - 1
-        shorter = min(len(places), len(expected))
-        differ = (owner[:shorter] != expected[:shorter]) | (documents.ids[places[:shorter]]
-                                                            != documents.controls[:shorter])
-        if differ.any() or len(places) != len(expected):
-            first = int(np.argmax(differ)) if differ.any() else shorter
-            place = int(places[first]) if first < len(places) else int(documents.offsets[expected[first]])
+        expected = np.zeros(len(documents.ids), dtype=bool)
+        expected[documents.places] = True
+        wrong = self.is_control[documents.ids] != expected
+        wrong[documents.places] |= documents.ids[documents.places] != documents.controls
+        if wrong.any():
+            place = int(np.argmax(wrong))
+            if expected[place]:
+                self._breach(documents, conversations, place, "not the control token that the template put there",
+                             "this is a fault of minisft, please report it")
             self._breach(documents, conversations, place, "a control token that the template did not put there",
                          "text of a conversation must not become one; see special and normalized among the added "
                          f"tokens of {self.tokenizer.file}")

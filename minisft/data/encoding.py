@@ -43,7 +43,7 @@ class Documents:
     trained: Array  # (T,) bool
     offsets: Array  # (D + 1,) int64: where each begins and the last ends
     controls: Array  # (C,) uint32: the control tokens that the template gave, in order
-    control_counts: Array  # (D,) int64: how many of them each document has
+    places: Array  # (C,) int64: where they stand among the T
     words: Array  # (D,) int64: words in the text pieces that hold contents
     content_tokens: Array  # (D,) int64: tokens of the same pieces
 
@@ -56,9 +56,10 @@ class Documents:
         if wanted.all():
             return self
         lengths = np.diff(self.offsets)
-        tokens, controls = np.repeat(wanted, lengths), np.repeat(wanted, self.control_counts)
+        tokens = np.repeat(wanted, lengths)
+        controls, before = tokens[self.places], _offsets(tokens)
         return Documents(self.ids[tokens], self.trained[tokens], _offsets(lengths[wanted]), self.controls[controls],
-                         self.control_counts[wanted], self.words[wanted], self.content_tokens[wanted])
+                         before[self.places[controls]], self.words[wanted], self.content_tokens[wanted])
 
 
 def render(conversations: list[Conversation], renderer: Renderer) -> Rendered:
@@ -98,8 +99,9 @@ def encode(rendered: Rendered, renderer: Renderer) -> Documents:
     words = np.array([len(text.split()) if holds else 0 for (text, _, _), holds in zip(distinct, content, strict=True)],
                      dtype=np.int64)
     in_document = partial(_sums, offsets=piece_offsets)
-    return Documents(ids, trained, offsets, controls=table_ids[table_starts[codes[control[codes]]]],
-                     control_counts=in_document(control[codes]), words=in_document(words[codes]),
+    is_control = control[codes]  # (P,)
+    return Documents(ids, trained, offsets, controls=table_ids[table_starts[codes[is_control]]],
+                     places=(ends - lengths)[is_control], words=in_document(words[codes]),
                      content_tokens=in_document(np.where(content, table_lengths, 0)[codes]))
 
 

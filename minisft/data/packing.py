@@ -2,19 +2,16 @@
 
     documents, shuffled -> bundles of short ones -> packs of at most seq_len tokens, shuffled -> steps of batch.packs
 
-The plan is a pure function of the documents' lengths, the seed and the epoch. So every rank knows, without a word to
-the others, how many steps there are, what each holds, and how many tokens it trains on; and the place in a run is a
-single number, the step.
+The plan is a pure function of the documents' lengths, the seed and the epoch, so every rank knows, without a word to
+the others, what each step holds and how many tokens it trains on; and the place in a run is one number, the step.
 
 Packing is best-fit decreasing: the longest document first, each into the fullest pack that still has room (Johnson
-1974). What it does to an item depends on the item's length alone, so it runs on the histogram of lengths, and documents
-of one length that find packs with equal room are placed together: a million documents take thousands of moves.
+1974). It sees lengths only, so it runs on their histogram, and documents of one length are placed together.
 
-By itself it makes packs of documents of one length, and a step of few packs is then a poor sample of the data. Packing
-within windows of shuffled documents does not change that. So short documents are first tied, as they come, into
-bundles, which are packed like long documents. Measured over steps of 32 packs of 8192, documents of a median of 150
-tokens: the share of tokens in the shorter documents has a standard deviation of 2.0% in an unpacked order, 8.8% with
-best-fit decreasing alone, and 3.0% with bundles, in packs that are 99.9% full in both cases.
+By itself it makes packs of documents of one length, also within windows of shuffled documents, and a step of few packs
+is then a poor sample. So short documents are first tied, as they come, into bundles, which are packed like long ones.
+Measured over steps of 32 packs of 8192 with documents of a median of 150 tokens: the share of tokens in the shorter
+documents has a standard deviation of 2.2% in an unpacked order, 8.8% with best-fit decreasing alone, 3.6% with bundles.
 """
 
 from collections import defaultdict
@@ -51,7 +48,8 @@ class Epoch:
 
 def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
     """(n,) the pack, from 0, of each item of `lengths`, which are 1 to `capacity`."""
-    order = np.argsort(-lengths, kind="stable")
+    # NumPy sorts 16 bits by radix, several times faster.
+    order = np.argsort((capacity - lengths).astype(np.uint16 if capacity < 2**16 else np.int64), kind="stable")
     first, packs, each = _moves(np.bincount(lengths, minlength=capacity + 1), capacity).T
     items = packs * each
     nth = np.arange(len(lengths)) - np.repeat(np.cumsum(items) - items, items)  # of its move
@@ -117,16 +115,16 @@ def pack_documents(lengths: Array, capacity: int) -> Array:
 
     The documents' order decides only which ones share a bundle, and which of equal length goes where.
     """
-    plain = best_fit_decreasing(lengths, capacity)
+    least = _moves(np.bincount(lengths, minlength=capacity + 1), capacity)[:, :2].sum(axis=1).max(initial=0)
     for parts in BUNDLES:
         item = bundles(lengths, capacity // parts)
         totals = np.bincount(item, weights=lengths, minlength=len(lengths)).astype(np.int64)
         items = np.flatnonzero(totals)
         packs = best_fit_decreasing(totals[items], capacity)
-        if packs.max(initial=-1) <= plain.max(initial=-1) * (1 + SLACK):
+        if packs.max(initial=-1) + 1 <= least * (1 + SLACK):
             totals[items] = packs
             return totals[item]
-    return plain
+    return best_fit_decreasing(lengths, capacity)
 
 
 def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: bool = True,
@@ -185,6 +183,7 @@ class Plan:
             raise UserError(f"no document is left of {len(lengths)}: the weights of the sources in data.train are too "
                             "small")
 
+    # Three: the steps are counted by packing every epoch, and a run of that many need not pack them again.
     @lru_cache(maxsize=3)  # noqa: B019 (a plan lives as long as its run)
     def epoch(self, epoch: int) -> Epoch:
         """The packs of epoch `epoch` (from 0)."""
@@ -193,7 +192,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of the first epoch; later ones may differ by a step, since they pack other windows."""
+        """Steps of the first epoch; later ones may differ by a step, since they tie other bundles."""
         return self._first_step[1]
 
     def place(self, step: int) -> Place:
