@@ -3,7 +3,8 @@
 A weight is a number of passes over a source in each epoch, counted in tokens: with 2.3 every document comes twice, and
 then documents drawn at random until 30% of the source's tokens have come once more. The draw is made anew in each
 epoch, from the epoch's own random numbers. Independent draws for each document would be simpler, but of 300 documents
-with weight 0.1 they take 30 +- 5; here the tokens are right to within one document, and exact on average.
+with weight 0.1 they take 30 +- 5; here the last document is chosen by its length, so that the tokens are right to
+within a few, never further off than one document, and exact on average.
 
 Replay is general text mixed in so that the model keeps what it knew (Robins 1995, "Catastrophic forgetting, rehearsal
 and pseudorehearsal"): its sources' weights are scaled until their tokens are the wanted share of all tokens.
@@ -26,9 +27,16 @@ def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array
         group = np.flatnonzero(part == share)
         group = group[np.argsort(chance[group])]
         ends = np.cumsum(lengths[group])
-        # The document that crosses the line comes with the chance that makes the tokens exact on average.
-        crossing = ends - lengths[group] + random.random() * lengths[group]
-        times[group[crossing < share * ends[-1]]] += 1
+        fitting = int(np.searchsorted(ends, share * ends[-1], side="right"))
+        times[group[:fitting]] += 1
+        rest, left = share * ends[-1] - ends[:fitting].max(initial=0), group[fitting:]
+        # One more: the next longer or the next shorter (or none) than what is missing, by the chance that makes the
+        # tokens exact on average.
+        sizes = lengths[left]
+        shorter = sizes[sizes <= rest].max(initial=0)
+        longer = sizes[sizes > rest].min(initial=np.iinfo(np.int64).max)
+        last = longer if random.random() * (longer - shorter) < rest - shorter else shorter
+        times[left[sizes == last][:1]] += 1
     return times
 
 
