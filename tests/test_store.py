@@ -149,7 +149,7 @@ def test_batches_and_threads_leave_no_trace(opened, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "BATCH_CHARACTERS", characters)
         store = opened(cache=tmp_path / f"cache{cut}")
         made.append({file.name: file.read_bytes() for file in (tmp_path / f"cache{cut}" / store.key).iterdir()})
-    assert len(made[0]) == 8
+    assert len(made[0]) == 10
     assert all(other == made[0] for other in made)
 
 
