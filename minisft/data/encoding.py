@@ -44,8 +44,8 @@ class Documents:
     offsets: Array  # (D + 1,) int64: where each begins and the last ends
     controls: Array  # (C,) uint32: the control tokens that the template gave, in order
     places: Array  # (C,) int64: where they stand among the T
-    words: Array  # (D,) int64: words in the text pieces that hold contents
-    content_tokens: Array  # (D,) int64: tokens of the same pieces
+    words: Array  # (D,) int64: words of the contents, as white space separates them
+    content_tokens: Array  # (D,) int64: their tokens
 
     def targets(self) -> Array:
         """(D,) int64: trained tokens of each document."""
@@ -94,23 +94,42 @@ def encode(rendered: Rendered, renderer: Renderer) -> Documents:
     trained[offsets[:-1][np.diff(offsets) > 0]] = False
 
     control = np.array([control for _, control, _ in distinct], dtype=bool)
-    own = template_texts(renderer)
-    content = np.array([not c and (answer or text not in own) for text, c, answer in distinct], dtype=bool)  # (V,)
-    words = np.array([len(text.split()) if holds else 0 for (text, _, _), holds in zip(distinct, content, strict=True)],
-                     dtype=np.int64)
+    words, content_tokens = _contents(distinct, table_lengths, renderer)  # (V,), (V,)
     in_document = partial(_sums, offsets=piece_offsets)
     is_control = control[codes]  # (P,)
     return Documents(ids, trained, offsets, controls=table_ids[table_starts[codes[is_control]]],
                      places=(ends - lengths)[is_control], words=in_document(words[codes]),
-                     content_tokens=in_document(np.where(content, table_lengths, 0)[codes]))
+                     content_tokens=in_document(content_tokens[codes]))
 
 
-def template_texts(renderer: Renderer) -> set[str]:
-    """The text pieces that a rendered conversation has whatever is said in it, such as `user`."""
-    mark = "\N{REPLACEMENT CHARACTER}"
-    return {piece.text for context in ("", mark)
-            for piece in renderer.pieces(Conversation((Turn("user", mark, context), Turn("assistant", mark)), "", 0))
-            if not piece.control and mark not in piece.text}
+def _contents(distinct: list[tuple[str, bool, bool]], lengths: Array, renderer: Renderer) -> tuple[Array, Array]:
+    """Words and tokens of each distinct piece, less what the template itself put there."""
+    own, frames = _template_texts(renderer)
+    costs = [len(renderer.tokenizer.encode(before)) + len(renderer.tokenizer.encode(after)) for before, after in frames]
+    words, tokens = np.zeros(len(distinct), dtype=np.int64), np.zeros(len(distinct), dtype=np.int64)
+    for i, (text, control, answer) in enumerate(distinct):
+        if answer:
+            words[i], tokens[i] = len(text.split()), lengths[i]
+        elif not control and text not in own:
+            (before, after), cost = next((frame, cost) for frame, cost in zip(frames, costs, strict=True)
+                                         if text.startswith(frame[0]) and text.endswith(frame[1]))
+            words[i] = len(text[len(before) : len(text) - len(after)].split())
+            tokens[i] = max(lengths[i] - cost, 0)
+    return words, tokens
+
+
+def _template_texts(renderer: Renderer) -> tuple[set[str], list[tuple[str, str]]]:
+    """The text pieces that are the template's own, such as `user`; and what it puts around contents, longest first."""
+    mark, own, frames = "\N{REPLACEMENT CHARACTER}", set(), {("", "")}
+    for context in ("", mark):
+        talk = (Turn("user", mark, context), Turn("assistant", mark)) * 2
+        for turns in (talk, (Turn("system", mark), *talk)):
+            for piece in renderer.pieces(Conversation(turns, "", 0)):
+                if mark in piece.text:
+                    frames.add((piece.text.partition(mark)[0], piece.text.rpartition(mark)[2]))
+                elif not piece.control:
+                    own.add(piece.text)
+    return own, sorted(frames, key=lambda frame: (-len("".join(frame)), frame))
 
 
 _PLAIN = bytes(range(256)).lower()

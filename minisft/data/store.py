@@ -59,8 +59,8 @@ class Report:
     read: int = 0
     kept: int = 0
     turns: int = 0
-    words: int = 0  # separated by white space, in the pieces of text that hold contents
-    content_tokens: int = 0  # of the same pieces; per word they tell what a language costs
+    words: int = 0  # of the contents, as white space separates them
+    content_tokens: int = 0  # of the contents, without the template's own; per word they tell what a language costs
     tokens: int = 0
     target_tokens: int = 0
     largest_id: int = 0  # to be held against the model's vocabulary
