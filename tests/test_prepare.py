@@ -12,7 +12,7 @@ import pytest
 from oracles.tiny_llama import write_tiny_llama
 
 from minisft.__main__ import main
-from minisft.data.chat import load_templates
+from minisft.data.templates import load_templates
 
 ORACLES = Path(__file__).parent / "oracles"
 DOCUMENTS = json.loads((ORACLES / "trl_curve.json").read_text(encoding="utf-8"))["documents"]

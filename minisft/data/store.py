@@ -130,7 +130,7 @@ def _write(folder: Path, conversations: Iterator[Conversation | Skipped], render
            max_bad: int) -> None:
     offsets, targets, lines, hashes = [0], [], [], []
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as trained_file:
-        while batch := list(islice(conversations, BATCH)):
+        while batch := [renderer.renderable(item) for item in islice(conversations, BATCH)]:
             kept = [item for item in batch if isinstance(item, Conversation)]
             for item in batch:
                 if isinstance(item, Skipped):
