@@ -256,7 +256,8 @@ def test_a_first_answer_without_a_question_is_dropped_and_noted(one):
         found = one(messages((S, "s"), (A, first), (U, "a"), (A, "b")))
         assert turns(found) == [(S, "s"), (U, "a"), (A, "b")]
         assert found.notes == ("leading assistant turn dropped",)
-    talk = [{"from": role, "value": text} for role, text in (("gpt", "x"), ("human", "a"), ("gpt", "b"), ("human", "c"))]
+    talk = [("gpt", "x"), ("human", "a"), ("gpt", "b"), ("human", "c")]
+    talk = [{"from": role, "value": text} for role, text in talk]
     found = one({"conversations": talk})
     assert turns(found) == [(U, "a"), (A, "b")]
     assert found.notes == ("end without an answer cut", "leading assistant turn dropped")

@@ -109,7 +109,7 @@ class Renderer:
             reason, names = "an argument of a built-in tool is not text", [c.tool for c in calls if _words(c) is None]
         else:
             return found
-        return Skipped(reason, SHORT.repr(names), found.source, found.line)
+        return Skipped(reason, SHORT.repr(names)[:200], found.source, found.line)
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """The rendered conversation; text between two control tokens is one piece, but for answers and their masks.

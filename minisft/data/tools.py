@@ -13,6 +13,8 @@ from typing import Any
 
 from minisft.data.records import Skip
 
+MAX_DEPTH = 64
+
 
 def definitions(record: dict) -> tuple[dict, ...]:
     """What the record says of the tools that may be called. An empty list is none."""
@@ -27,7 +29,7 @@ def definitions(record: dict) -> tuple[dict, ...]:
 
 
 def builtin(record: dict) -> tuple[str, ...]:
-    """Names of the tools that the model knows by itself: Llama-3.1's are brave_search, wolfram_alpha, code_interpreter."""
+    """Names of the tools that the model knows by itself, as brave_search, wolfram_alpha, code_interpreter."""
     names = record.get("builtin_tools") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise Skip("bad tools", names)
@@ -46,6 +48,7 @@ def call(value: Any) -> tuple[str, str]:
     arguments = _parsed(found.get("arguments"), "bad tool call") if isinstance(name, str) and name.strip() else None
     if not isinstance(arguments, dict):
         raise Skip("bad tool call", value)
+    _text(name, "bad tool call")
     return name, _text(arguments, "bad tool call")
 
 
@@ -63,10 +66,20 @@ def _parsed(value: Any, reason: str) -> Any:
 
 def _text(value: Any, reason: str) -> str:
     """JSON as Python and transformers write it. Inside a string JSON may hold what the file itself must not."""
+    if _deep(value):
+        raise Skip(reason, value)
     try:
-        json.dumps(value, indent=4)  # nesting that only the plain writer could follow would break the template's
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")  # half of a surrogate pair: no tokenizer could encode it
-    except (ValueError, RecursionError):
+    except ValueError:
         raise Skip(reason, value) from None
     return text
+
+
+def _deep(value: Any) -> bool:
+    """Nested so deep that writing it, which is recursive, could end in an overflow of Python's stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for item in level if isinstance(item, dict | list)
+                 for inner in (item.values() if isinstance(item, dict) else item)]
+    return bool(level)
