@@ -26,8 +26,9 @@ from minisft.errors import UserError
 
 CONTROL = ("<|begin_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>", "<|im_end|>", "<|im_start|>",
            "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|end_of_text|>")
-STRANGE = (*CONTROL, "{bos}", "{eos}", "{content}", "{context}", "{name}", "{arguments}", "{{ 1 }}", "\\1", "\x00",
-           "\u2028", "\x85", "\ufeff", "\u200d", "e\u0301", "\U0001f642", "ğİı", "\n\n", "\r", " ", "\x1c", "\"", "'")
+STRANGE = (*CONTROL, "{bos}", "{eos}", "{content}", "{context}", "{name}", "{arguments}", "{{ 1 }}", "\\1", "\\ud800",
+           "\x00", "\u2028", "\x85", "\ufeff", "\u200d", "e\u0301", "\U0001f642", "ğİı", "\n\n", "\r", " ",
+           "\x1c", "\"", "'")
 
 
 # ---- the oracles -----------------------------------------------------------------------------------------------------
@@ -110,15 +111,15 @@ def said(record):
         if not isinstance(value, dict):
             continue
         stack += value.values()
-        role = value.get("from", value.get("role"))
+        roles = [role for role in (value.get("from"), value.get("role")) if isinstance(role, str)]
         texts = [value.get(key) for key in ("output", "response", "completion")]
         if isinstance(value.get("history"), list):
             texts += [pair[1] for pair in value["history"] if isinstance(pair, list) and len(pair) == 2]
-        if role in ("gpt", "assistant", "chatgpt", "bing", "bard"):
+        if {"gpt", "assistant", "chatgpt", "bing", "bard"}.intersection(roles):
             texts += [value.get(key) for key in ("content", "value", "text")]
             for calls in (value.get("tool_calls"), value.get("function_call")):
                 found |= written_calls(calls)
-        elif role in ("function_call", "tool_call"):
+        if {"function_call", "tool_call"}.intersection(roles):
             found |= written_calls(value.get("value")) | written_calls(value.get("content"))
         for text in texts:
             if isinstance(text, list):
@@ -186,10 +187,9 @@ def hold(renderer, results, raw):
                         groupby([part for part in expected if part[0]], key=lambda part: part[2])]
         if renderer.train_on != "all" and found.line in raw:
             words = said(raw[found.line])
-            for mask, text in runs:
-                for stop in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>"):
-                    text = text.removesuffix(stop) if mask and tokenizer.control.get(stop) in ids else text
-                assert not mask or text.removeprefix("<|python_tag|>") in words
+            for mask, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
+                text = tokenizer.decode([token for token, _ in run if token not in control])
+                assert not mask or text in words, f"{found} from {raw[found.line]}"
             compared += 1
     return len(fit), compared
 
@@ -293,7 +293,7 @@ def other_records(draw):
 
 
 @given(st.lists(records_of_talk() | other_records(), min_size=1, max_size=3), st.booleans(), st.integers(0, 2))
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_record(renderers, tmp_path_factory, records, skip_bad, which):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     content = "\n".join(map(json.dumps, records)).encode()
@@ -319,7 +319,8 @@ FIXTURES = [
           system="Kısa yaz."),
      talk(("gpt", "Welcome."), ("human", "Hello?"), ("gpt", "Yes?"), ("human", "Nothing."))],
     [talk(("human", "Weather?"), ("function_call", CALL), ("observation", '{"t": -7}'), ("gpt", "Cold."),
-          ("human", "Thanks"), ("gpt", "Welcome."), tools='[{"name": "hava", "parameters": {"a": {"b": []}}}]')],
+          ("human", "Thanks"), ("gpt", "Welcome."), ("human", "Again!"), ("function_call", CALL),
+          tools='[{"name": "hava", "parameters": {"a": {"b": []}}}]')],
     [{"messages": [{"role": "system", "content": "Be brief."},
                    {"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]},
                    {"role": "assistant", "content": "4", "weight": 0}, {"role": "user", "content": "Sure?"},

@@ -147,6 +147,7 @@ import sys, time
 from pathlib import Path
 from minisft.data import store
 from minisft.data.chat import Renderer
+from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 folder, file, cache, pause = sys.argv[1:]
 store.BATCH = 4

@@ -26,7 +26,7 @@ from itertools import chain
 from minisft.data.formats import Conversation, Skipped, Turn
 from minisft.data.jinja import written
 from minisft.data.records import SHORT
-from minisft.data.templates import BUILTIN, Template
+from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
@@ -76,7 +76,7 @@ class Renderer:
         self.tokenizer, self.train_on = tokenizer, train_on
         names = sorted(tokenizer.control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        for field in ("begin", "system", "user", "assistant", "document_end", "call", "result", "tools_user"):
+        for field in ("begin", "system", "user", "assistant", "document_end", *TOOLS, "tools_system"):
             if unknown := self._unknown(getattr(template, field)):
                 raise UserError(f"template {template.name}: {field} has {unknown[0]}, which is not a special token of "
                                 f"{tokenizer.file}; choose a template that fits the tokenizer, or add the token")
@@ -90,9 +90,9 @@ class Renderer:
 
     def fingerprint(self) -> list:
         """Everything that token ids and masks depend on, besides the conversation."""
-        template = {name: self._fill(v) if isinstance(v, str) else v for name, v in asdict(self.template).items()}
-        ends = [self._fill("".join(marker)) for marker in (self.template.user, self.template.assistant)]
-        return [VERSION, self.tokenizer.sha256, self.train_on, template, ends]
+        template = {name: self._fill(v) if isinstance(v, str) else list(map(self._fill, v)) if isinstance(v, tuple) else v
+                    for name, v in asdict(self.template).items()}
+        return [VERSION, self.tokenizer.sha256, self.train_on, template]
 
     def renderable(self, found: Conversation | Skipped) -> Conversation | Skipped:
         """`found` as it is, or `Skipped` where it has tools that the template does not know."""
@@ -116,6 +116,7 @@ class Renderer:
 
         Only for what is `renderable`.
         """
+        assert self.renderable(conversation) is conversation, "the template does not know this conversation's tools"
         return _merged(self._rendered(conversation))
 
     def prompt(self, turns: tuple[Turn, ...]) -> list[int]:
