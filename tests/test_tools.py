@@ -230,6 +230,15 @@ def test_what_is_skipped(one, record, reason):
     assert found.reason == reason
 
 
+def test_nesting_that_could_overflow_the_stack_is_skipped(renderer, one):
+    for depth, deep in ((60, False), (70, True), (900, True)):
+        nested = json.loads('{"a": ' * depth + "1" + "}" * depth)
+        for record in (sharegpt(H, G, tools=[nested]), {"messages": [ASK, calling("f", nested)]}):
+            found = one(record)
+            assert isinstance(found, Skipped) == deep
+            assert deep or rendered(renderer, found)
+
+
 def test_text_beside_a_call_is_noted(one):
     found = one({"messages": [ASK, {**CALL, "content": "Let me see."}, RESULT, TELL]})
     assert found.notes == ("text beside a tool call dropped",)

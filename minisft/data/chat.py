@@ -90,8 +90,8 @@ class Renderer:
 
     def fingerprint(self) -> list:
         """Everything that token ids and masks depend on, besides the conversation."""
-        template = {name: self._fill(v) if isinstance(v, str) else list(map(self._fill, v)) if isinstance(v, tuple) else v
-                    for name, v in asdict(self.template).items()}
+        template = {name: self._fill(v) if isinstance(v, str) else v for name, v in asdict(self.template).items()}
+        template |= {name: list(map(self._fill, v)) for name, v in template.items() if isinstance(v, tuple)}
         return [VERSION, self.tokenizer.sha256, self.train_on, template]
 
     def renderable(self, found: Conversation | Skipped) -> Conversation | Skipped:
