@@ -120,6 +120,8 @@ def _notes(source: dict, found: dict) -> list[str]:
     """What a person should know about a source besides its counts."""
     notes = [f"{'left out, ' * (reason != 'held out')}{reason}: {count:,} (first: {source['examples'][reason]})"
              for reason, count in source["skipped"].items()]
+    notes += [f"changed, {note}: {count:,} (first: {source['examples'][note]})"
+              for note, count in source["changed"].items()]
     for name, what, reasons in (("duplicates", "exact duplicates", ("exact", "near")),
                                 ("near_duplicates", "near-exact duplicates", ("near",))):
         if source[name] and found["dedup"] not in reasons:

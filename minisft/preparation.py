@@ -10,10 +10,12 @@ import numpy as np
 
 from minisft.config import Config, Source, heldout_name
 from minisft.data import mixing
-from minisft.data.chat import Renderer, Template, load_templates, recognize
+from minisft.data.chat import Renderer
 from minisft.data.dataset import Dataset
+from minisft.data.jinja import recognize
 from minisft.data.packing import Plan
 from minisft.data.store import Store, open_store
+from minisft.data.templates import Template, load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.model.config import PRESETS, LlamaConfig, read_config

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from oracles.tiny_llama import tiny_tokenizer, write_tiny_llama
 from transformers import PreTrainedTokenizerFast
 
-from minisft.data.chat import TRAIN_ON, Renderer, load_templates, recognize
+from minisft.data.chat import TRAIN_ON, Renderer
 from minisft.data.formats import Conversation, Turn, read
+from minisft.data.jinja import recognize
+from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
@@ -284,6 +286,7 @@ def test_documents_encoded_together_are_those_encoded_alone(renderer):
 def test_generation_stops_at_the_trained_stop_token_and_at_the_end_of_a_text(renderer):
     name, control = renderer.template.name, renderer.tokenizer.control
     ends = {STOP[name], "<|end_of_text|>"} if name.startswith("llama3") else {STOP[name]}
+    ends |= {"<|eom_id|>"} if name == "llama3.1" else set()  # as Llama-3.1's own generation_config.json has it
     assert renderer.stop_ids() == {control[end] for end in ends}
 
 

@@ -5,6 +5,7 @@ The oracles are json.load for the array reader, a recursive walk for OASST's tre
 
 import gzip
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -210,8 +211,8 @@ def test_oasst_paths_equal_a_recursive_walk(write, shape):
         (messages(), "no turns"),
         (messages((S, " ")), "no turns"),
         (messages((U, "a")), "no assistant turn"),
-        (messages((A, "a"), (U, "b"), (A, "c")), "starts with the assistant"),
-        (messages((S, "s"), (A, "a")), "starts with the assistant"),
+        (messages((A, "a"), (A, "b"), (U, "c"), (A, "d")), "starts with the assistant"),
+        (messages((S, "s"), (A, "a"), (U, "b")), "starts with the assistant"),
         (messages((U, "a"), (U, "b"), (A, "c")), "neighbouring turns of one role"),
         (messages((U, "a"), (A, "b"), (A, "c")), "neighbouring turns of one role"),
         (messages((U, "a"), (S, "s"), (A, "b")), "system turn in the middle"),
@@ -227,12 +228,8 @@ def test_oasst_paths_equal_a_recursive_walk(write, shape):
         (messages((U, [{"type": "text", "text": 1}]), (A, "b")), "content is not text"),
         (messages(("critic", "a"), (A, "b")), "unknown role"),
         (messages((["user"], "a"), (A, "b")), "unknown role"),
-        (messages((U, "a"), ("tool", "b"), (A, "c")), "tool turn (not supported yet)"),
-        (messages((U, "a"), (A, "b"), tools=[{"name": "f"}]), "tools (not supported yet)"),
-        ({"messages": [{"role": A, "content": None, "tool_calls": [{}]}]}, "tool turn (not supported yet)"),
         ({"messages": "hi"}, "wrong fields"),
         ({"messages": ["hi"]}, "wrong fields"),
-        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "tool turn (not supported yet)"),
         ({"conversations": [{"from": "observer", "value": "a"}]}, "unknown role"),
         ({"instruction": "a", "output": None}, "no answer"),
         ({"instruction": "a", "output": "b", "input": 3}, "context is not text"),
@@ -248,15 +245,30 @@ def test_a_breach_of_a_rule_is_skipped_with_its_reason(one, record, expected):
 
 
 def test_a_blank_system_turn_is_dropped_and_what_follows_the_last_answer_is_cut(one):
-    assert turns(one(messages((S, "\n"), (U, "a"), (A, "b"), (U, "c")))) == [(U, "a"), (A, "b")]
-    assert turns(one(messages((U, "a"), (A, "b"), (U, ""), (S, "s")))) == [(U, "a"), (A, "b")]
+    for end in ([(U, "c")], [(U, ""), (S, "s")]):
+        found = one(messages((S, "\n"), (U, "a"), (A, "b"), *end))
+        assert turns(found) == [(U, "a"), (A, "b")]
+        assert found.notes == ("end without an answer cut",)
+    assert one(messages((S, "\n"), (U, "a"), (A, "b"))).notes == ()
+
+
+def test_a_first_answer_without_a_question_is_dropped_and_noted(one):
+    for first in ("Welcome!", "", None, 7):
+        found = one(messages((S, "s"), (A, first), (U, "a"), (A, "b")))
+        assert turns(found) == [(S, "s"), (U, "a"), (A, "b")]
+        assert found.notes == ("leading assistant turn dropped",)
+    talk = [("gpt", "x"), ("human", "a"), ("gpt", "b"), ("human", "c")]
+    talk = [{"from": role, "value": text} for role, text in talk]
+    found = one({"conversations": talk})
+    assert turns(found) == [(U, "a"), (A, "b")]
+    assert found.notes == ("end without an answer cut", "leading assistant turn dropped")
 
 
 def test_an_empty_list_of_tools_is_no_tools(one):
     talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     for tools in ("[]", "", [], None):
         assert turns(one({"conversations": talk, "tools": tools})) == [(U, "a"), (A, "b")]
-    assert reason(one({"conversations": talk, "tools": '[{"name": "f"}]'})) == "tools (not supported yet)"
+        assert one({"conversations": talk, "tools": tools}).tools == ()
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight", "train"])
@@ -500,8 +512,9 @@ def check(path, **options):
     for found in results:
         assert isinstance(found, Conversation | Skipped)
         if isinstance(found, Conversation):
-            roles = [turn.role for turn in found.turns]
-            assert roles == ["text"] or roles == [S][: roles[0] == S] + [U, A] * (len(roles) // 2)
+            roles = " ".join(turn.role for turn in found.turns)
+            turn = r"(user (call result )*assistant )"
+            assert roles == "text" or re.fullmatch(rf"(system )?{turn}*user (call result )*(assistant|call)", roles)
             assert all(turn.content.strip() for turn in found.turns)
 
 

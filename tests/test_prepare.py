@@ -14,7 +14,7 @@ import pytest
 from oracles.tiny_llama import write_tiny_llama
 
 from minisft.__main__ import main
-from minisft.data.chat import load_templates
+from minisft.data.templates import load_templates
 from minisft.data_report import describe
 
 ORACLES = Path(__file__).parent / "oracles"

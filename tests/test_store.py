@@ -18,11 +18,12 @@ import pytest
 from oracles.tiny_llama import write_tiny_llama
 
 from minisft.data import store as module
-from minisft.data.chat import Renderer, load_templates
+from minisft.data.chat import Renderer
 from minisft.data.dataset import Dataset
 from minisft.data.encoding import loose_hash
 from minisft.data.formats import Conversation, Turn, read
 from minisft.data.store import open_store
+from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
@@ -278,7 +279,8 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from minisft.data import store
-from minisft.data.chat import Renderer, load_templates
+from minisft.data.chat import Renderer
+from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 folder, file, cache, pause = sys.argv[1:]
 store.BATCH = 4

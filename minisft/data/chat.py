@@ -14,25 +14,26 @@ and searched for its answers afterwards, which is how masks drift in other progr
     text     Hello!                                <- trained: the model starts here when it generates, so does a piece
     control  <|eot_id|>                            <- trained: without it the model never learns to stop
 
-Templates are data (templates.toml): a model's own Jinja is a program from the network and is never executed. The
-matching Jinja is written instead, beside a trained model, for the programs that serve it.
+A call of a tool is an answer like any other and is trained; the definitions of tools and their results are not.
 """
 
+import json
 import re
-import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib import resources
 from itertools import chain
-from pathlib import Path
 
-from minisft.data.formats import Conversation, Turn
+from minisft.data.formats import Conversation, Skipped, Turn
+from minisft.data.jinja import written
+from minisft.data.records import SHORT
+from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
-VERSION = 3  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
+VERSION = 4  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
 
+ANSWERS = ("assistant", "call")  # what the model says
 TRAIN_ON = ("assistant", "last_assistant", "all")
 
 
@@ -46,120 +47,12 @@ class Piece:
     answer: bool = False  # the model's own text: tokenised alone, as it is generated, trained or not
 
 
-@dataclass(frozen=True)
-class Template:
-    """How conversations look to the model; see templates.toml for the meaning of the fields."""
-
-    name: str
-    system: tuple[str, str]
-    user: tuple[str, str]
-    assistant: tuple[str, str, str]
-    begin: str = ""
-    document_end: str = ""
-    trim: bool = False
-    system_prefix: str = ""
-    default_system: str | None = None
-    default_system_context: str | None = None
-    context: str = "{content}\n{context}"
-
-    def turns(self, conversation: Conversation) -> tuple[Turn, ...]:
-        """The turns as rendered: with the default system turn where one belongs."""
-        turns = conversation.turns
-        if turns[0].role == "system":
-            return turns
-        default = self.default_system
-        if turns[0].context and self.default_system_context is not None:
-            default = self.default_system_context
-        return turns if default is None else (Turn("system", default), *turns)
-
-    def content(self, turn: Turn) -> str:
-        """A turn's text, joined with its context."""
-        text = turn.content
-        if turn.context:
-            text = re.sub(r"\{(content|context)\}", lambda field: getattr(turn, field[1]), self.context)
-        text = text.strip() if self.trim else text
-        return self.system_prefix + text if turn.role == "system" else text
-
-    def stop(self) -> str:
-        """The text of the control token that ends an answer."""
-        return self.assistant[1]
-
-
-def load_templates(path: str | Path | None = None) -> dict[str, Template]:
-    """The shipped templates, and those of the TOML file `path`. Raises UserError for a file of another form."""
-    shipped = resources.files("minisft.data") / "templates.toml"
-    templates = _parse(shipped.read_text(encoding="utf-8"), "templates.toml")
-    if path:
-        try:
-            templates |= _parse(Path(path).read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: data.templates cannot be read: {error}") from None
-    return templates
-
-
-def _parse(text: str, file: str) -> dict[str, Template]:
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: not TOML: {error}") from None
-    known = {field.name: str(field.type) for field in fields(Template)}
-    templates = {}
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            raise UserError(f"{file}: {name}: expected a table [{name}] with the fields {', '.join(known)}")
-        values: dict = {"name": name}
-        for key, value in table.items():
-            where = f"{file}: [{name}] {key}"
-            if key not in known or key == "name":
-                raise UserError(f"{where}: unknown; the fields are {', '.join(k for k in known if k != 'name')}")
-            if known[key].startswith("tuple"):
-                sizes = (2, 3) if key == "assistant" else (2,)
-                strings = isinstance(value, list) and all(isinstance(v, str) for v in value)
-                if not strings or len(value) not in sizes:
-                    raise UserError(f"{where}: expected [before, after], two strings; found {value!r}")
-                value = (*value, "") if key == "assistant" and len(value) == 2 else tuple(value)
-            elif not isinstance(value, bool if key == "trim" else str):
-                kind = "true or false" if key == "trim" else "a string"
-                raise UserError(f"{where}: expected {kind}; found {value!r}")
-            values[key] = value
-        missing = [key for key in ("system", "user", "assistant") if key not in values]
-        if missing:
-            raise UserError(f"{file}: [{name}]: {', '.join(missing)} missing")
-        if not values["assistant"][1]:
-            raise UserError(f"{file}: [{name}] assistant: nothing ends the answer, so the model would never stop; "
-                            "give the stop token as the second item")
-        context = values.get("context", Template.context)
-        if "{content}" not in context or "{context}" not in context:
-            raise UserError(f"{file}: [{name}] context: {{content}} and {{context}} must both stand in it; "
-                            f"found {context!r}")
-        templates[name] = Template(**values)
-    return templates
-
-
-def recognize(jinja: object) -> tuple[str, str | None] | None:
-    """The template's name and default system text that a model's own Jinja stands for; None where it is unknown.
-
-    The Jinja is looked at, not executed. One that does more than our templates is unknown: it reasons, puts a system
-    text into a variable, does not trim as Llama-3 does, or begins ChatML with a token of its own.
-    """
-    if not isinstance(jinja, str) or re.search(r"<think>|set\s+\w*system\w*\s*=\s*(['\"])(?!\1)", jinja):
+def _words(call: Turn) -> str | None:
+    """The arguments of a call as a built-in tool takes them: `query="weather", unit="C"`. None unless all are text."""
+    arguments = json.loads(call.content)
+    if not all(isinstance(value, str) for value in arguments.values()):
         return None
-    header, line = r"<\|start_header_id\|>{}<\|end_header_id\|>(?:\\n|\n){{2}}", r"<\|im_start\|>{}(?:\\n|\n)"
-    if re.search(header.format("assistant"), jinja) and re.search(r"\|\s*trim", jinja):
-        if "Cutting Knowledge Date" in jinja:
-            return "llama3.1", ""
-        return "llama3", _default_system(jinja, header.format("system"), r"<\|eot_id\|>")
-    if re.search(line.format("assistant"), jinja) and "bos_token" not in jinja:
-        return "chatml", _default_system(jinja, line.format("system"), r"<\|im_end\|>")
-    return None
-
-
-def _default_system(jinja: str, before: str, after: str) -> str | None:
-    """The system text that stands between two patterns in a string of the Jinja, or outside of any {{ }}."""
-    if string := re.search(rf"(['\"]){before}((?:\\.|(?!\1)[^\\])+?){after}", jinja, re.DOTALL):
-        return string[2].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja reads a string
-    outside = re.search(rf"(?:^|[}}\n]){before}([^{{}}]+?){after}", jinja)
-    return outside[1] if outside else None
+    return ", ".join(f'{name}="{value}"' for name, value in arguments.items())
 
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
@@ -184,17 +77,17 @@ class Renderer:
     """
 
     def __init__(self, template: Template, tokenizer: Tokenizer, *, train_on: str = "assistant"):
-        self.template, self.tokenizer, self.train_on = template, tokenizer, train_on
+        self.tokenizer, self.train_on = tokenizer, train_on
         self._marker = cache(lambda marker, trained: tuple(self._marked(marker, trained)))  # every turn asks again
         names = sorted(tokenizer.control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        for field in ("begin", "system", "user", "assistant", "document_end"):
-            value = getattr(template, field)
-            marker = self._fill(value if isinstance(value, str) else "".join(value))
-            for name in re.findall(r"<\|[^|<>]+\|>", marker):
-                if name not in tokenizer.control:
-                    raise UserError(f"template {template.name}: {field} has {name}, which is not a special token of "
-                                    f"{tokenizer.file}; choose a template that fits the tokenizer, or add the token")
+        for field in ("begin", "system", "user", "assistant", "document_end", *TOOLS, "tools_system"):
+            if unknown := self._unknown(getattr(template, field)):
+                raise UserError(f"template {template.name}: {field} has {unknown[0]}, which is not a special token of "
+                                f"{tokenizer.file}; choose a template that fits the tokenizer, or add the token")
+        if any(self._unknown(getattr(template, field)) for field in BUILTIN):  # Llama-3.0 has no <|python_tag|>
+            template = replace(template, builtin_call="", builtin_stop="")
+        self.template = template
         if not self._control.search(stop := self._fill(template.stop())):
             raise UserError(f"template {template.name}: assistant ends with {stop!r}, in which there is no special "
                             f"token of {tokenizer.file}; the model would never stop")
@@ -203,11 +96,32 @@ class Renderer:
     def fingerprint(self) -> list:
         """Everything that token ids and masks depend on, besides the conversation."""
         template = {name: self._fill(v) if isinstance(v, str) else v for name, v in asdict(self.template).items()}
-        ends = [self._fill("".join(marker)) for marker in (self.template.user, self.template.assistant)]
-        return [VERSION, self.tokenizer.sha256, self.train_on, template, ends]
+        template |= {name: list(map(self._fill, v)) for name, v in template.items() if isinstance(v, tuple)}
+        return [VERSION, self.tokenizer.sha256, self.train_on, template]
+
+    def renderable(self, found: Conversation | Skipped) -> Conversation | Skipped:
+        """`found` as it is, or `Skipped` where it has tools that the template does not know."""
+        if isinstance(found, Skipped):
+            return found
+        name, builtin = self.template.name, found.builtin_tools
+        calls = [turn for turn in found.turns if turn.role == "call"]
+        names = [*found.tools, *builtin, *(call.tool for call in calls)]
+        if names and not self.template.call:
+            reason = f"tools, which template {name} does not know"
+        elif builtin and not self.template.builtin_call:
+            reason = f"built-in tools, which template {name} does not know"
+        elif any(_words(call) is None for call in calls if call.tool in builtin):
+            reason, names = "an argument of a built-in tool is not text", [c.tool for c in calls if _words(c) is None]
+        else:
+            return found
+        return Skipped(reason, SHORT.repr(names)[:200], found.source, found.line)
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
-        """The rendered conversation; text between two control tokens is one piece, but for answers and their masks."""
+        """The rendered conversation; text between two control tokens is one piece, but for answers and their masks.
+
+        Only for what is `renderable`.
+        """
+        assert self.renderable(conversation) is conversation, "the template does not know this conversation's tools"
         return _merged(self._rendered(conversation))
 
     def prompt(self, turns: tuple[Turn, ...]) -> list[int]:
@@ -218,7 +132,7 @@ class Renderer:
 
     def stop_ids(self) -> set[int]:
         """The tokens at which generation ends: the template's stop token and the end of a plain text."""
-        markers = (self.template.stop(), self.template.document_end)
+        markers = (self.template.stop(), self.template.builtin_stop, self.template.document_end)
         names = [name for marker in markers for name in self._control.findall(self._fill(marker))]
         return {self.tokenizer.control[name] for name in names}
 
@@ -248,16 +162,55 @@ class Renderer:
             yield from self._marker(template.document_end, True)
             return
         turns = template.turns(conversation)
-        last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+        last = max((i for i, turn in enumerate(turns) if turn.role in ANSWERS), default=-1)
+        first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), -1)
         for i, turn in enumerate(turns):
-            before, after, *rest = getattr(template, turn.role)
-            answer = turn.role == "assistant" and turn.trained and (self.train_on != "last_assistant" or i == last)
+            call = turn.role == "call"
+            before, after, *rest = getattr(template, "assistant" if call else turn.role)
+            if call and conversation.builtin_tools:
+                after = template.builtin_stop
+            own = turn.role in ANSWERS
+            answer = own and turn.trained and (self.train_on != "last_assistant" or i == last)
             context = everything and turn.trained
             yield from self._marker(before, context)
-            if text := template.content(turn):
-                yield Piece(text, False, answer or context, answer=turn.role == "assistant")
+            if turn.role == "system":
+                yield from self._environment(conversation, context)
+            if i == first_user:
+                yield from self._definitions(conversation, context)
+            if call:
+                yield from self._call(turn, conversation.builtin_tools, answer or context)
+            elif text := template.content(turn):
+                yield Piece(text, False, answer or context, answer=own)
             yield from self._marker(after, answer or context)
             yield from self._marker("".join(rest), context)
+
+    def _environment(self, conversation: Conversation, trained: bool) -> Iterator[Piece]:
+        """What the system turn says of tools."""
+        if conversation.tools or conversation.builtin_tools:
+            yield from self._marker(self.template.tools_system, trained)
+        if conversation.builtin_tools:
+            before, after = self.template.builtin_system
+            names = [name for name in conversation.builtin_tools if name != "code_interpreter"]  # it is `ipython`
+            yield from self._marker(before, trained)
+            yield Piece(", ".join(names), False, trained)
+            yield from self._marker(after, trained)
+
+    def _definitions(self, conversation: Conversation, trained: bool) -> Iterator[Piece]:
+        """The tools that may be called, before the first question."""
+        before, after = self.template.tools_user
+        if conversation.tools:
+            yield from self._marker(before, trained)
+        for tool in conversation.tools:
+            yield Piece(json.dumps(tool, ensure_ascii=False, indent=4), False, trained)
+            yield from self._marker(after, trained)
+
+    def _call(self, call: Turn, builtin_tools: tuple[str, ...], trained: bool) -> Iterator[Piece]:
+        """The format's own control tokens become tokens; what is filled in stays text."""
+        builtin = call.tool in builtin_tools
+        values = {"name": call.tool, "arguments": _words(call) if builtin else call.content}
+        for piece in self._marker(self.template.builtin_call if builtin else self.template.call, trained):
+            text = re.sub(r"\{(name|arguments)\}", lambda field: values[field[1]], piece.text)
+            yield piece if piece.control else Piece(text, False, trained, answer=True)
 
     def _marked(self, marker: str, trained: bool) -> Iterator[Piece]:
         """The template's own text: `<|eot_id|>\\n` -> control `<|eot_id|>`, text `\\n`."""
@@ -270,6 +223,11 @@ class Renderer:
         if end < len(marker):
             yield Piece(marker[end:], False, trained)
 
+    def _unknown(self, marker: str | tuple[str, ...]) -> list[str]:
+        """Names in the template's text that look like control tokens, and are none of the tokenizer's."""
+        names = re.findall(r"<\|[^|<>]+\|>", self._fill("".join(marker)))
+        return [name for name in names if name not in self.tokenizer.control]
+
     def _fill(self, marker: str) -> str:
         if "{bos}" in marker:
             marker = marker.replace("{bos}", self.tokenizer.bos)
@@ -277,24 +235,4 @@ class Renderer:
 
     def jinja(self) -> str:
         """The same template as the Jinja text that transformers, vLLM and others execute."""
-        template = self.template
-
-        def text(marker: str) -> str:
-            escaped = self._fill(marker).replace("\\", "\\\\").replace("'", "\\'")
-            escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")  # Jinja would read a bare \r as \n
-            return f"{{{{- '{escaped}' }}}}" if marker else ""
-
-        content = "message['content'] | trim" if template.trim else "message['content']"
-        lines = [text(template.begin)]
-        if template.default_system is not None:
-            default = template.content(Turn("system", template.default_system))
-            lines += ["{%- if messages[0]['role'] != 'system' %}",
-                      text(template.system[0] + default + template.system[1]), "{%- endif %}"]
-        lines += ["{%- for message in messages %}"]
-        for role, prefix in (("system", template.system_prefix), ("user", ""), ("assistant", "")):
-            before, *after = getattr(template, role)
-            lines += [f"{{%- {'if' if role == 'system' else 'elif'} message['role'] == '{role}' %}}",
-                      text(before + prefix) + f"{{{{- {content} }}}}" + text("".join(after))]
-        lines += ["{%- endif %}", "{%- endfor %}", "{%- if add_generation_prompt %}", text(template.assistant[0]),
-                  "{%- endif %}"]
-        return "".join(lines)
+        return written(self.template, self._fill)

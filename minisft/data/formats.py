@@ -7,18 +7,20 @@ one may match, and holds for the whole file. A record that is not JSON stops the
 an array without its end always stops it, because nobody knows what else is missing. Text is never normalised.
 
 The rules of a conversation, the same for every format: an optional system turn (dropped where blank), then user and
-assistant by turns, starting with the user. What follows the last assistant turn has no answer and is cut off; every
-other breach skips the whole record. A file is held in memory one record at a time (`.txt`: one document a file).
+assistant by turns, starting with the user; before it answers, the assistant may call tools, each call with its result.
+A first assistant turn that answers nothing is dropped, and what follows the last answer is cut off; both are noted.
+Every other breach skips the whole record. A file is held in memory one record at a time (`.txt`: one document a file).
 """
 
 import gzip
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from minisft.data.records import SHORT, SUFFIXES, BadRecord, document, records
+from minisft.data.records import SUFFIXES, BadRecord, Skip, document, records
+from minisft.data.tools import builtin, call, definitions, result
 from minisft.errors import UserError
 
 # The fields that tell a format; several groups are alternatives. A record may have more fields than these.
@@ -33,29 +35,34 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 FORMATS = tuple(FIELDS)
 
-TOOL = "tool"
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
     "system": "system",
-    **dict.fromkeys(("function_call", "observation", "tool", "function", "tool_call", "tool_response"), TOOL),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+    **dict.fromkeys(("observation", "tool", "function", "tool_response"), "result"),
 }
 MESSAGES_ROLES = {
     "user": "user",
     "assistant": "assistant",
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("tool", "function", "ipython"), TOOL),
+    **dict.fromkeys(("tool", "function", "ipython"), "result"),
 }
 WEIGHTS = ("weight", "loss_weight", "train")  # of a turn: 0 or 1
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+WITH_TOOLS = ("sharegpt", "messages", "prompt_completion")  # elsewhere a field "tools" means something else
+
+ANSWERS = ("assistant", "call")  # what the model says
+ANSWERED_BY = {"user": ANSWERS, "assistant": ("user",), "call": ("result",), "result": ANSWERS}
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    role: str  # "system" | "user" | "assistant" | "text" (a plain document, alone in its conversation)
-    content: str
-    context: str = ""  # Alpaca's `input`, Dolly's `context`: the template says how it joins the instruction
-    trained: bool = True  # False: this answer must not be trained on; only meaningful on assistant turns
+    role: str  # "system" | "user" | "assistant" | "call" | "result" | "text" (a document, alone in its conversation)
+    content: str  # of a call: its arguments, of a result: the result, both as JSON
+    context: str = ""  # Alpaca's `input`, Dolly's `context`: the template says how it joins; text beside a call
+    trained: bool = True  # False: this answer must not be trained on; only meaningful on assistant turns and calls
+    tool: str = ""  # the name of the function that a call calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,9 @@ class Conversation:
     turns: tuple[Turn, ...]
     source: str  # the path as the user gave it
     line: int  # of the record's first byte, from 1; an OASST tree or a seed task gives several on one line
+    tools: tuple[dict, ...] = ()  # definitions of the functions that may be called, as the record has them
+    builtin_tools: tuple[str, ...] = ()  # names of those that the model knows without a definition
+    notes: tuple[str, ...] = ()  # what was left out of the record, fixed phrases to be counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +83,6 @@ class Skipped:
     detail: str
     source: str
     line: int
-
-
-class _Skip(Exception):  # noqa: N818  (not an error: it carries a record's reason to the one place that counts it)
-    def __init__(self, reason: str, value: Any):
-        super().__init__(reason)
-        self.reason, self.detail = reason, SHORT.repr(value)[:200]
 
 
 def read(path, *, format: str = "auto", skip_bad: bool = False, oasst: str = "all") -> Iterator[Conversation | Skipped]:
@@ -134,13 +138,15 @@ def _detect(record: dict, source: str, line: int) -> str:
 def _conversations(record: dict, format: str, oasst: str, source: str, line: int) -> Iterator[Conversation | Skipped]:
     try:
         drafts = _drafts(record, format, oasst)
-    except _Skip as skip:
+        given = (definitions(record), builtin(record)) if format in WITH_TOOLS else ((), ())
+    except Skip as skip:
         yield Skipped(skip.reason, skip.detail, source, line)
         return
     for draft in drafts:  # each on its own: one bad instance of a task does not take the others with it
         try:
-            found = Conversation(_checked(draft), source, line)
-        except _Skip as skip:
+            turns, notes = _checked(draft)
+            found = Conversation(turns, source, line, *given, notes)
+        except Skip as skip:
             found = Skipped(skip.reason, skip.detail, source, line)
         yield found
 
@@ -148,7 +154,7 @@ def _conversations(record: dict, format: str, oasst: str, source: str, line: int
 def _drafts(record: dict, format: str, oasst: str) -> list[list[Turn]]:
     """The record's conversations as it states them: `_checked` has yet to look at their contents and order."""
     if not _has_fields(record, format):
-        raise _Skip("wrong fields", list(record))
+        raise Skip("wrong fields", list(record))
     match format:
         case "alpaca":
             return _alpaca(record)
@@ -157,14 +163,11 @@ def _drafts(record: dict, format: str, oasst: str) -> list[list[Turn]]:
             return [[user, Turn("assistant", record["response"])]]
         case "sharegpt":
             turns = _turns(record["conversations"], "from", "value", SHAREGPT_ROLES)
-            _refuse_tools(record)
             return [[Turn("system", record.get("system")), *turns]]
         case "oasst":
             return _oasst_paths(record["prompt"], best=oasst == "best")
         case "messages":
-            turns = _turns(record["messages"], "role", "content", MESSAGES_ROLES)
-            _refuse_tools(record)
-            return [turns]
+            return [_turns(record["messages"], "role", "content", MESSAGES_ROLES)]
         case "prompt_completion":
             return [_prompt_completion(record)]
         case "text":
@@ -174,12 +177,12 @@ def _drafts(record: dict, format: str, oasst: str) -> list[list[Turn]]:
 def _alpaca(record: dict) -> list[list[Turn]]:
     history = record.get("history") or []  # LLaMA-Factory's: [[instruction, output], ...]; its answers are trained
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise _Skip("wrong fields", history)
+        raise Skip("wrong fields", history)
     tasks = [record] if "output" in record else record["instances"]
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
-        raise _Skip("wrong fields", tasks)
+        raise Skip("wrong fields", tasks)
     if not tasks:
-        raise _Skip("no turns", tasks)
+        raise Skip("no turns", tasks)
     before = [Turn("system", record.get("system"))]
     for question, answer in history:
         before += [Turn("user", question), Turn("assistant", answer)]
@@ -197,28 +200,32 @@ def _prompt_completion(record: dict) -> list[Turn]:
         return [Turn("user", prompt), Turn("assistant", completion)]
     given = _turns(prompt, "role", "content", MESSAGES_ROLES)
     answer = _turns(completion, "role", "content", MESSAGES_ROLES)
-    _refuse_tools(record)
     if not answer:
-        raise _Skip("no answer", completion)
-    given = [Turn(turn.role, turn.content, trained=turn.trained and turn.role != "assistant") for turn in given]
-    return given + answer
+        raise Skip("no answer", completion)
+    return [replace(turn, trained=turn.trained and turn.role not in ANSWERS) for turn in given] + answer
 
 
 def _turns(items: Any, role_key: str, content_key: str, roles: dict[str, str]) -> list[Turn]:
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise _Skip("wrong fields", items)
+        raise Skip("wrong fields", items)
     turns = []
     for item in items:
-        role = _role(item.get(role_key), roles)
-        if role == TOOL or item.get("tool_calls") or item.get("function_call"):
-            raise _Skip("tool turn (not supported yet)", item)
-        turns.append(Turn(role, _joined(item.get(content_key)), trained=_trained(item)))
+        role, content, beside, tool = _role(item.get(role_key), roles), _joined(item.get(content_key)), "", ""
+        if role == "assistant" and (said := item.get("tool_calls") or item.get("function_call")):
+            if not isinstance(content, str | None):
+                raise Skip("answer is not text", content)
+            role, beside, content = "call", (content or "").strip(), said
+        if role == "call":
+            tool, content = call(content)
+        elif role == "result":
+            content = result(content)
+        turns.append(Turn(role, content, beside, _trained(item), tool))
     return turns
 
 
 def _role(name: Any, roles: dict[str, str]) -> str:
     if not isinstance(name, str) or name not in roles:
-        raise _Skip("unknown role", name)
+        raise Skip("unknown role", name)
     return roles[name]
 
 
@@ -236,22 +243,15 @@ def _trained(item: dict) -> bool:
     given = {key: item[key] for key in WEIGHTS if item.get(key) is not None}
     known = all(isinstance(weight, (int, float)) and weight in (0, 1) for weight in given.values())
     if not known or len(set(given.values())) > 1:
-        raise _Skip("bad weight", given)
+        raise Skip("bad weight", given)
     return all(given.values())
 
 
 def _context(record: dict, field: str) -> str:
     context = record.get(field)
     if not isinstance(context, str | None):
-        raise _Skip("context is not text", context)
+        raise Skip("context is not text", context)
     return context or ""
-
-
-def _refuse_tools(record: dict) -> None:
-    """An answer written in view of tool definitions would teach the model to imagine them."""
-    for tools in (record.get("tools"), record.get("functions")):
-        if tools and tools != "[]":
-            raise _Skip("tools (not supported yet)", tools)
 
 
 def _oasst_paths(root: Any, *, best: bool) -> list[list[Turn]]:
@@ -278,13 +278,13 @@ def _oasst_paths(root: Any, *, best: bool) -> list[list[Turn]]:
             path.append(Turn(_role(node.get("role"), OASST_ROLES), node.get("text")))
         paths.append(path[::-1])
     if not paths:
-        raise _Skip("no turns", root)
+        raise Skip("no turns", root)
     return paths
 
 
 def _live(replies: Any) -> list[dict]:
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise _Skip("wrong fields", replies)
+        raise Skip("wrong fields", replies)
     return [reply for reply in replies if not reply.get("deleted")]
 
 
@@ -296,29 +296,52 @@ def _rank(reply: dict) -> float:
 # ---- the rules of a conversation -------------------------------------------------------------------------------------
 
 
-def _checked(turns: list[Turn]) -> tuple[Turn, ...]:
-    turns = [turn for turn in turns if turn.role != "system" or not _blank(turn.content)]
+def _checked(turns: list[Turn]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """The turns that stay, and notes of what was cut."""
+    turns, notes = [turn for turn in turns if turn.role != "system" or not _blank(turn.content)], []
     if not turns:
-        raise _Skip("no turns", turns)
+        raise Skip("no turns", turns)
     if turns[0].role != "text":
         roles = [turn.role for turn in turns]
-        if "assistant" not in roles:
-            raise _Skip("no assistant turn", roles)
-        while roles[-1] != "assistant":
-            del turns[-1], roles[-1]
-        if "system" in roles[1:]:
-            raise _Skip("system turn in the middle", roles)
-        if roles[roles[0] == "system"] == "assistant":
-            raise _Skip("starts with the assistant", roles)
-        if any(role == following for role, following in pairwise(roles)):
-            raise _Skip("neighbouring turns of one role", roles)
+        if not any(role in ANSWERS for role in roles):
+            raise Skip("no assistant turn", roles)
+        end = 1 + max(i for i, role in enumerate(roles) if role in ANSWERS)
+        if turns[end:]:
+            notes.append("end without an answer cut")
+        del turns[end:], roles[end:]
+        first = int(roles[0] == "system")
+        if roles[first : first + 2] == ["assistant", "user"]:  # FastChat, too, drops what answers nothing
+            notes.append("leading assistant turn dropped")
+            del turns[first], roles[first]
+        _refuse_order(roles, roles[first:])
+        if any(turn.role == "call" and turn.context for turn in turns):
+            notes.append("text beside a tool call dropped")  # as Llama-3.1's own template does
     for turn in turns:
-        answer = turn.role == "assistant"
+        answer = turn.role in ANSWERS
         if _blank(turn.content):
-            raise _Skip("no answer" if answer else "blank turn", turn.content)
+            raise Skip("no answer" if answer else "blank turn", turn.content)
         if not isinstance(turn.content, str):
-            raise _Skip("answer is not text" if answer else "content is not text", turn.content)
-    return tuple(turns)
+            raise Skip("answer is not text" if answer else "content is not text", turn.content)
+    return tuple(turns), tuple(notes)
+
+
+def _refuse_order(roles: list[str], talk: list[str]) -> None:
+    """`talk`: the roles without a first system turn."""
+    if "system" in talk:
+        raise Skip("system turn in the middle", roles)
+    if not talk or talk[0] in ANSWERS:
+        raise Skip("starts with the assistant", roles)
+    if talk[0] == "result":
+        raise Skip("tool result without its call", roles)
+    for role, following in pairwise(talk):
+        if following in ANSWERED_BY[role]:
+            continue
+        if following == "result":
+            raise Skip("tool result without its call", roles)
+        if role == "result":
+            raise Skip("tool result without an answer", roles)
+        same = role != "call" or following == "call"
+        raise Skip("neighbouring turns of one role" if same else "tool call without its result", roles)
 
 
 def _blank(content: Any) -> bool:

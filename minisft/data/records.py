@@ -10,7 +10,7 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from minisft.errors import UserError
 
@@ -28,6 +28,12 @@ class BadRecord(Exception):  # noqa: N818  (raised to stop the run, or handed on
     def __init__(self, reason: str, detail: str, lines_down: int = 0):
         super().__init__(reason)
         self.reason, self.detail, self.lines_down = reason, detail, lines_down
+
+
+class Skip(Exception):  # noqa: N818  (not an error: it carries a record's reason to the one place that counts it)
+    def __init__(self, reason: str, value: Any):
+        super().__init__(reason)
+        self.reason, self.detail = reason, SHORT.repr(value)[:200]
 
 
 def document(file: IO[bytes], source: str, format: str) -> Iterator[tuple[int, dict]]:

@@ -42,7 +42,7 @@ from minisft.data.encoding import Documents, Rendered, encode, loose_hash, rende
 from minisft.data.formats import Conversation, Skipped, read
 from minisft.errors import UserError
 
-LAYOUT = 3  # of these files: raise it when they change, so that old folders are not opened
+LAYOUT = 4  # of these files: raise it when they change, so that old folders are not opened
 BATCH = 1024  # conversations that are tokenised together
 BATCH_CHARACTERS = 1 << 22  # or fewer, where they are long
 ARRAYS = ("offsets", "targets", "turns", "largest", "lines", "hashes", "loose")
@@ -67,13 +67,19 @@ class Report:
     truncated: int = 0
     duplicates: int = 0  # documents that are exactly another one before them, here or in an earlier source
     lost_target_tokens: int = 0  # trained tokens of documents that were too long
-    skipped: dict[str, int] = field(default_factory=dict)  # reason -> conversations
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> conversations left out
+    changed: dict[str, int] = field(default_factory=dict)  # what was done to a conversation -> conversations
     examples: dict[str, str] = field(default_factory=dict)  # reason -> where it was first met
 
     def skip(self, reason: str, where: str, count: int = 1) -> None:
         """Count conversations left out, and remember the first."""
         self.skipped[reason] = self.skipped.get(reason, 0) + count
         self.examples.setdefault(reason, where)
+
+    def change(self, note: str, where: str) -> None:
+        """Count a conversation that is kept, but not as it was, and remember the first."""
+        self.changed[note] = self.changed.get(note, 0) + 1
+        self.examples.setdefault(note, where)
 
 
 class Store:
@@ -187,7 +193,7 @@ def _write(folder: Path, conversations: Iterator[Conversation | Skipped], render
 
 def _batches(items: Iterator[Conversation | Skipped], renderer: Renderer) -> Iterator[Batch]:
     conversations, skipped, characters = [], [], 0
-    for item in items:
+    for item in map(renderer.renderable, items):
         if isinstance(item, Conversation):
             conversations.append(item)
             characters += sum([len(turn.content) + len(turn.context) for turn in item.turns])
@@ -226,6 +232,9 @@ def _count_skipped(report: Report, skipped: list[Skipped], max_bad: int) -> None
 
 
 def _count_kept(report: Report, documents: Documents, kept: list[Conversation]) -> None:
+    for conversation in kept:
+        for note in conversation.notes:
+            report.change(note, f"{conversation.source}:{conversation.line}")
     report.kept += len(kept)
     report.turns += sum([len(conversation.turns) for conversation in kept])
     report.words += int(documents.words.sum())

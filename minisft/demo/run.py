@@ -17,8 +17,9 @@ from pathlib import Path
 
 from minisft import config as configuration
 from minisft.config import Config
-from minisft.data.chat import Renderer, load_templates
+from minisft.data.chat import Renderer
 from minisft.data.formats import Turn
+from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.demo import bpe, world
 from minisft.errors import UserError

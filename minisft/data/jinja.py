@@ -1,0 +1,110 @@
+"""Jinja, the template language of other programs: looked at and written, never executed.
+
+A model's own Jinja is recognised where it stands for one of our templates. For the programs that serve a trained model
+(transformers, vLLM) the template is written as Jinja, which gives the token ids that the model was trained on.
+"""
+
+import re
+from collections.abc import Callable
+
+from minisft.data.formats import Turn
+from minisft.data.templates import Template
+
+
+def recognize(jinja: object) -> tuple[str, str | None] | None:
+    """The template's name and default system text that a model's own Jinja stands for; None where it is unknown.
+
+    The Jinja is looked at, not executed. One that does more than our templates is unknown: it reasons, puts a system
+    text into a variable, does not trim as Llama-3 does, or begins ChatML with a token of its own.
+    """
+    if not isinstance(jinja, str) or re.search(r"<think>|set\s+\w*system\w*\s*=\s*(['\"])(?!\1)", jinja):
+        return None
+    header, line = r"<\|start_header_id\|>{}<\|end_header_id\|>(?:\\n|\n){{2}}", r"<\|im_start\|>{}(?:\\n|\n)"
+    if re.search(header.format("assistant"), jinja) and re.search(r"\|\s*trim", jinja):
+        if "Cutting Knowledge Date" in jinja:
+            return "llama3.1", ""
+        return "llama3", _default_system(jinja, header.format("system"), r"<\|eot_id\|>")
+    if re.search(line.format("assistant"), jinja) and "bos_token" not in jinja:
+        return "chatml", _default_system(jinja, line.format("system"), r"<\|im_end\|>")
+    return None
+
+
+def _default_system(jinja: str, before: str, after: str) -> str | None:
+    """The system text that stands between two patterns in a string of the Jinja, or outside of any {{ }}."""
+    if string := re.search(rf"(['\"]){before}((?:\\.|(?!\1)[^\\])+?){after}", jinja, re.DOTALL):
+        return string[2].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja reads a string
+    outside = re.search(rf"(?:^|[}}\n]){before}([^{{}}]+?){after}", jinja)
+    return outside[1] if outside else None
+
+
+def written(template: Template, fill: Callable[[str], str]) -> str:
+    """The template as Jinja. `fill` puts the tokenizer's tokens for {bos} and {eos}.
+
+    It takes `messages`, `add_generation_prompt`, and what Llama-3.1's own takes for tools: `tools`, `builtin_tools`,
+    messages with `tool_calls`, and results of the role `tool` or `ipython`.
+    """
+    def text(marker: str) -> str:
+        escaped = fill(marker).replace("\\", "\\\\").replace("'", "\\'")
+        escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")  # Jinja would read a bare \r as \n
+        return f"{{{{- '{escaped}' }}}}" if marker else ""
+
+    content = "{{- message['content'] | trim }}" if template.trim else "{{- message['content'] }}"
+    system = text(template.system[0]) + _environment(template, text) + text(template.system_prefix)
+    answer, stop, after = map(text, template.assistant)
+    branches = {"message['role'] == 'system'": system + content + text(template.system[1])}
+    user = text(template.user[0])
+    if template.call:
+        branches["message['tool_calls']"] = answer + _call(template, text, stop) + after
+        branches["message['role'] in ['tool', 'ipython']"] = (
+            text(template.result[0]) + "{{- message['content'] | tojson }}" + text(template.result[1]))
+        first = "loop.first or loop.index0 == 1 and messages[0]['role'] == 'system'"
+        definition = text(template.tools_user[0]), "{{- tool | tojson(indent=4) }}" + text(template.tools_user[1])
+        user += _if(f"tools and ({first})", f"{definition[0]}{{%- for tool in tools %}}{definition[1]}{{%- endfor %}}")
+    branches["message['role'] == 'user'"] = user + content + text(template.user[1])
+    branches["message['role'] == 'assistant'"] = answer + content + stop + after
+    default = ""
+    if template.default_system is not None:
+        default = template.content(Turn("system", template.default_system)).removeprefix(template.system_prefix)
+        default = _if("messages[0]['role'] != 'system'", system + text(default) + text(template.system[1]))
+    jinja = (text(template.begin) + default + "{%- for message in messages %}" + _choice(branches) + "{%- endfor %}"
+             + _if("add_generation_prompt", answer))
+    return jinja.replace("' }}{{- '", "")  # two strings in a row are one; a quote inside of a string is \\'
+
+
+def _if(condition: str, then: str, otherwise: str = "") -> str:
+    return f"{{%- if {condition} %}}{then}" + ("{%- else %}" + otherwise if otherwise else "") + "{%- endif %}"
+
+
+def _choice(branches: dict[str, str]) -> str:
+    return "{%- " + "{%- el".join(f"if {condition} %}}{then}" for condition, then in branches.items()) + "{%- endif %}"
+
+
+def _environment(template: Template, text: Callable[[str], str]) -> str:
+    """What the system turn says of tools."""
+    environment = ""
+    if template.tools_system:
+        environment += _if("tools or builtin_tools", text(template.tools_system))
+    if template.builtin_call:
+        names = "{{- builtin_tools | reject('equalto', 'code_interpreter') | join(', ') }}"
+        before, after = map(text, template.builtin_system)
+        environment += _if("builtin_tools", before + names + after)
+    return environment
+
+
+def _call(template: Template, text: Callable[[str], str], stop: str) -> str:
+    """The one call of a message, and its stop token."""
+    def filled(format: str, arguments: str) -> str:
+        fields = {"name": "{{- call['name'] }}", "arguments": arguments}
+        parts = re.split(r"\{(name|arguments)\}", format)
+        return "".join(fields[part] if i % 2 else text(part) for i, part in enumerate(parts))
+
+    one = _if("message['tool_calls'] | length != 1", "{{- raise_exception('one tool call a message') }}")
+    one += "{%- set call = message['tool_calls'][0]['function'] %}"
+    given = _if("call['arguments'] is string", "{{- call['arguments'] }}", "{{- call['arguments'] | tojson }}")
+    said = filled(template.call, given)
+    if not template.builtin_call:
+        return one + said + stop
+    pairs = ("{%- for key, value in call['arguments'] | items %}{{- key + '=\"' + value + '\"' }}"
+             "{%- if not loop.last %}{{- ', ' }}{%- endif %}{%- endfor %}")
+    builtin = _if("builtin_tools and call['name'] in builtin_tools", filled(template.builtin_call, pairs), said)
+    return one + builtin + _if("builtin_tools", text(template.builtin_stop), stop)

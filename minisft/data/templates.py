@@ -1,0 +1,125 @@
+"""What a chat template is, and how it is read from TOML.
+
+Templates are data (templates.toml): what comes before and after the content of each role, and how tools are shown. A
+model's own Jinja is a program from the network and is never executed. A template that says nothing of tools does not
+know them, and a conversation with tools is then left out rather than rendered by guess.
+"""
+
+import re
+import tomllib
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+
+from minisft.data.formats import Conversation, Turn
+from minisft.errors import UserError
+
+TOOLS = ("call", "result", "tools_user")  # these belong together,
+BUILTIN = ("builtin_system", "builtin_call", "builtin_stop")  # and so do these
+PLACEHOLDERS = {"context": ("{content}", "{context}"), **dict.fromkeys(("call", "builtin_call"),
+                                                                       ("{name}", "{arguments}"))}
+
+
+@dataclass(frozen=True)
+class Template:
+    """How conversations look to the model; see templates.toml for the meaning of the fields."""
+
+    name: str
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: tuple[str, str, str]
+    begin: str = ""
+    document_end: str = ""
+    trim: bool = False
+    system_prefix: str = ""
+    default_system: str | None = None
+    default_system_context: str | None = None
+    context: str = "{content}\n{context}"
+    result: tuple[str, str] = ("", "")
+    call: str = ""
+    tools_system: str = ""
+    tools_user: tuple[str, str] = ("", "")
+    builtin_system: tuple[str, str] = ("", "")
+    builtin_call: str = ""
+    builtin_stop: str = ""
+
+    def turns(self, conversation: Conversation) -> tuple[Turn, ...]:
+        """The turns as rendered: with the default system turn where one belongs."""
+        turns = conversation.turns
+        if turns[0].role == "system":
+            return turns
+        default = self.default_system
+        if turns[0].context and self.default_system_context is not None:
+            default = self.default_system_context
+        return turns if default is None else (Turn("system", default), *turns)
+
+    def content(self, turn: Turn) -> str:
+        """A turn's text, joined with its context."""
+        text = turn.content
+        if turn.context:
+            text = re.sub(r"\{(content|context)\}", lambda field: getattr(turn, field[1]), self.context)
+        text = text.strip() if self.trim else text
+        return self.system_prefix + text if turn.role == "system" else text
+
+    def stop(self) -> str:
+        """The text of the control token that ends an answer."""
+        return self.assistant[1]
+
+
+def load_templates(path: str | Path | None = None) -> dict[str, Template]:
+    """The shipped templates, and those of the TOML file `path`. Raises UserError for a file of another form."""
+    shipped = resources.files("minisft.data") / "templates.toml"
+    templates = _parse(shipped.read_text(encoding="utf-8"), "templates.toml")
+    if path:
+        try:
+            templates |= _parse(Path(path).read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: data.templates cannot be read: {error}") from None
+    return templates
+
+
+def _parse(text: str, file: str) -> dict[str, Template]:
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not TOML: {error}") from None
+    known = {field.name: str(field.type) for field in fields(Template) if field.name != "name"}
+    templates = {}
+    for name, table in tables.items():
+        where = f"{file}: [{name}]"
+        if not isinstance(table, dict):
+            raise UserError(f"{file}: {name}: expected a table [{name}] with the fields {', '.join(known)}")
+        for key in table:
+            if key not in known:
+                raise UserError(f"{where} {key}: unknown; the fields are {', '.join(known)}")
+        values = {key: _value(f"{where} {key}", key, value, known[key]) for key, value in table.items()}
+        _refuse_what_is_missing(where, values)
+        templates[name] = Template(name=name, **values)
+    return templates
+
+
+def _value(where: str, key: str, value: object, kind: str) -> object:
+    if kind.startswith("tuple"):
+        sizes = (2, 3) if key == "assistant" else (2,)
+        if not (isinstance(value, list) and len(value) in sizes and all(isinstance(v, str) for v in value)):
+            raise UserError(f"{where}: expected [before, after], two strings; found {value!r}")
+        return (*value, "") if key == "assistant" and len(value) == 2 else tuple(value)
+    if not isinstance(value, bool if key == "trim" else str):
+        raise UserError(f"{where}: expected {'true or false' if key == 'trim' else 'a string'}; found {value!r}")
+    holders = PLACEHOLDERS.get(key, ())
+    if not all(holder in str(value) for holder in holders):
+        raise UserError(f"{where}: {' and '.join(holders)} must both stand in it; found {value!r}")
+    return value
+
+
+def _refuse_what_is_missing(where: str, values: dict) -> None:
+    groups = [("system", "user", "assistant")]
+    groups += [group for group in (TOOLS, BUILTIN) if any(key in values for key in group)]
+    groups += [TOOLS] if any(key in values for key in (*BUILTIN, "tools_system")) else []
+    if missing := [key for group in groups for key in group if key not in values]:
+        raise UserError(f"{where}: {', '.join(dict.fromkeys(missing))} missing")
+    if not values["assistant"][1]:
+        raise UserError(f"{where} assistant: nothing ends the answer, so the model would never stop; "
+                        "give the stop token as the second item")
+    if ("tools_system" in values or "builtin_system" in values) and "default_system" not in values:
+        raise UserError(f"{where}: default_system missing: tools are told of in the system turn, which must be there")
