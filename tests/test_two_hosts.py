@@ -93,7 +93,7 @@ class Hosts:
             time.sleep(0.02)
 
     def wait_for_step(self, folder, step):
-        self.wait(lambda: (folder / "run/metrics.jsonl").exists() and len(log(folder)) >= step, 60)
+        self.wait(lambda: (folder / "run/metrics.jsonl").exists() and len(log(folder)) >= step, 120)
 
     def wait_for_end(self, host, seconds):
         """The exit code of its torchrun, when no process is left there."""
@@ -149,14 +149,14 @@ def test_cut_off_for_good_both_hosts_end_and_a_new_start_goes_on(base, tmp_path,
     hosts.start(argv)
     hosts.wait_for_step(tmp_path, 10)
     hosts.plug("down")
-    assert hosts.wait_for_end("a", 20) != 0  # parallel.timeout, and a little
-    assert hosts.wait_for_end("b", 45) != 0  # the kernel's 25 s, too
+    assert hosts.wait_for_end("a", 30) != 0  # parallel.timeout, and a little
+    assert hosts.wait_for_end("b", 60) != 0  # the kernel's 25 s, too
     assert "Timeout (0:00:08)" in hosts.printed("a")
     assert "Timeout (0:00:08)" in hosts.printed("b")
     assert "going on from" not in hosts.printed("a")
     hosts.plug("up")
     hosts.start(argv)
-    assert [hosts.wait_for_end("a", 90), hosts.wait_for_end("b", 10)] == [0, 0], hosts.printed("a")
+    assert [hosts.wait_for_end("a", 180), hosts.wait_for_end("b", 30)] == [0, 0], hosts.printed("a")
     assert "going on from" in hosts.printed("a")
     assert_same(tmp_path, uninterrupted)
 
@@ -165,9 +165,9 @@ def test_cut_off_for_a_while_both_hosts_restart_and_the_run_is_the_same(base, tm
     hosts.start(options(base, tmp_path, **SETTINGS), restarts=3)
     hosts.wait_for_step(tmp_path, 10)
     hosts.plug("down")
-    time.sleep(12)  # longer than parallel.timeout, shorter than the kernel's and torchrun's patience
+    time.sleep(10)  # longer than parallel.timeout; the kernel sends again after 12.6 s, and not after 25
     hosts.plug("up")
-    assert [hosts.wait_for_end("a", 90), hosts.wait_for_end("b", 10)] == [0, 0], hosts.printed("a")
+    assert [hosts.wait_for_end("a", 180), hosts.wait_for_end("b", 30)] == [0, 0], hosts.printed("a")
     assert "going on from" in hosts.printed("a")
     assert_same(tmp_path, uninterrupted)
 
@@ -178,7 +178,7 @@ def test_a_dead_host_is_done_without(base, tmp_path, hosts, uninterrupted):
     hosts.wait_for_step(tmp_path, 10)
     hosts.kill("b")
     hosts.plug("down")
-    assert hosts.wait_for_end("a", 90) == 0, hosts.printed("a")
+    assert hosts.wait_for_end("a", 180) == 0, hosts.printed("a")
     assert "going on from" in hosts.printed("a")
     records, names = uninterrupted[0], ("step", "epoch", "tokens", "target_tokens", "lr")
     assert figures(log(tmp_path), *names) == figures(records, *names)
