@@ -28,9 +28,6 @@ RENDEZVOUS = "join_timeout=60,last_call_timeout=5,read_timeout=20,keep_alive_int
 # A torchrun that writes to a store out of reach waits for as long as the kernel sends the same bytes again; no timeout
 # of torch's ends that. The kernel's default, 15 times, is a quarter of an hour. 6 times: 25 s.
 TCP_RETRIES = 6
-# torchrun keeps one store for all of its restarts by default (torch 2.13), and a restarted rank may find the address
-# that its dead predecessor left there.
-NEW_STORE_EACH_RESTART = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def ip(*arguments):
@@ -74,7 +71,7 @@ class Hosts:
             torchrun.wait()
 
     def start(self, argv, *, nodes="2", restarts=0):
-        environment = {**os.environ, **NEW_STORE_EACH_RESTART, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
         for host, address in ADDRESS.items():
             command = ["ip", "netns", "exec", self.space[host], sys.executable, "-m", "torch.distributed.run",
                        "--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", str(restarts), "--rdzv-id", "run",
@@ -173,8 +170,9 @@ def test_cut_off_for_a_while_both_hosts_restart_and_the_run_is_the_same(base, tm
 
 
 def test_a_dead_host_is_done_without(base, tmp_path, hosts, uninterrupted):
-    """--nnodes 1:2: two ranks go on with the global batches of four; parallel.shard = 0 lets the shards follow."""
-    hosts.start(options(base, tmp_path, **SETTINGS), nodes="1:2", restarts=3)
+    """--nnodes 1:2: two ranks go on with the global batches of four, with one copy of the model instead of two."""
+    settings = {**SETTINGS, "parallel__shard": 2, "parallel__replicate": 0}
+    hosts.start(options(base, tmp_path, **settings), nodes="1:2", restarts=3)
     hosts.wait_for_step(tmp_path, 10)
     hosts.kill("b")
     hosts.plug("down")
