@@ -4,7 +4,9 @@
     raise   the rank fails with a bug in the forward pass
     disk    the rank's disk is full when it writes its part of the first checkpoint after the step
     hang    the rank never comes back from the forward pass
-    die     the rank is killed in the middle of the forward pass (not after a restart)
+    die     the rank is killed in the middle of the forward pass
+
+After a restart by torchrun nothing is planted.
 """
 
 import os
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
             raise RuntimeError("planted bug")
         if fault == "hang":
             time.sleep(3600)
-        if fault == "die" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return loss * float("nan") if fault == "nan" else loss
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
             raise OSError(28, "No space left on device")
         save_file(*args)
 
-    if launched_rank()[0] == rank:
+    if launched_rank()[0] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         trainer.steps, trainer.forward = watched, planted_forward
         if fault == "disk":
             checkpoint.save_file = full_disk

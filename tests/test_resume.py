@@ -1,12 +1,16 @@
 """A run that died goes on as if it had not: the same losses and the same weights, bit for bit."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 from oracles.tiny_llama import write_tiny_llama
+from safetensors.torch import load_file
 from small_runs import HERE, assert_same, final_weights, log, options, train
 
+from minisft.data.dataset import Dataset
 from minisft.training import trainer
 from minisft.training.trainer import main
 
@@ -126,3 +130,101 @@ def test_an_unwritable_run_folder_is_an_input_output_error(base, tmp_path, capsy
     (tmp_path / "file").write_text("")
     assert main(options(base, tmp_path, run__dir=tmp_path / "file" / "run")) == 4
     assert "file/run" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_log(base, tmp_path, uninterrupted):
+    records, weights = uninterrupted
+    again = train(base, tmp_path, **SMALL)
+    timing = {"seconds", "tokens_per_second", "memory_gib"}
+    assert [{k: v for k, v in r.items() if k not in timing} for r in again] == \
+           [{k: v for k, v in r.items() if k not in timing} for r in records]
+    assert all(torch.equal(weight, weights[name]) for name, weight in final_weights(tmp_path).items())
+
+
+def test_going_on_late_reads_no_more_than_beginning(base, tmp_path, monkeypatch):
+    """The work before the first forward pass after a resume is that of any step: nothing is replayed or skipped."""
+    fetched, first = [], {}
+    document = Dataset.document
+    monkeypatch.setattr(Dataset, "document", lambda self, i: fetched.append(i) or document(self, i))
+    steps = trainer.steps
+
+    def counted(dataset, plan, **options):
+        for step in steps(dataset, plan, **options):
+            first.setdefault(options["start"], (len(fetched), sum(map(len, plan.documents(step.index)))))
+            yield step
+
+    monkeypatch.setattr(trainer, "steps", counted)
+    run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=7)
+    fetched.clear()
+    assert main(options(base, tmp_path, **SMALL)) == 0
+    assert set(first) == {0, 6}
+    assert all(read == needed for read, needed in first.values())
+
+
+def test_models_along_the_way(base, tmp_path, monkeypatch):
+    """checkpoint.export_every: each is the model of its step, also where the step was taken twice."""
+    settings = {**SMALL, "checkpoint__export_every": 3}
+    run_until_death(monkeypatch, options(base, tmp_path, **settings), step=4)
+    train(base, tmp_path, **settings)
+    assert sorted(path.name for path in (tmp_path / "run/exports").iterdir()) == ["step-000003", "step-000006"]
+    train(base, tmp_path / "short", **{**SMALL, "train__max_steps": 3})
+    along = load_file(tmp_path / "run/exports/step-000003/model.safetensors")
+    assert all(torch.equal(weight, along[name]) for name, weight in final_weights(tmp_path / "short").items())
+
+
+def test_a_failed_run_says_how_far_it_came(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        plant_nan(patch, {3, 4})
+        assert main(options(base, tmp_path, **SMALL, train__max_skipped=1)) == 3
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 3, 4)
+    assert "2 steps in a row" in status["error"]
+
+
+def test_interrupted_before_the_first_step(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "prepare", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    assert main(options(base, tmp_path, **SMALL)) == 130
+    assert "interrupted before the first step; there is nothing to save" in capsys.readouterr().err
+
+
+def test_asked_to_stop_while_the_model_is_read(base, tmp_path, monkeypatch):
+    load = trainer.weights.load
+    monkeypatch.setattr(trainer.weights, "load", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or load(*args))
+    assert main(options(base, tmp_path, **SMALL)) == 75
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert 0 < status["step"] < 3
+    assert (tmp_path / f"run/checkpoints/step-00000{status['step']}/manifest.json").exists()
+
+
+@pytest.mark.parametrize("options_", ["ro", "size=4k", "size=600k"])
+def test_a_folder_that_cannot_hold_the_run_is_found_before_the_model_is_read(base, tmp_path, monkeypatch, capsys,
+                                                                             options_):
+    disk = tmp_path / "run"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o {options_} tmpfs {disk} 2>/dev/null"):
+        pytest.skip("no small file system can be mounted here")
+    monkeypatch.setattr(trainer.weights, "load", lambda *args: pytest.fail("the model was read"))
+    try:
+        assert main(options(base, tmp_path, **SMALL)) == 4
+        assert str(disk) in capsys.readouterr().err
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_every_step_of_a_checkpoint_is_in_the_log(base, tmp_path, monkeypatch, uninterrupted):
+    save = trainer.Saver.save
+
+    def dying(saver, step, *args):  # when the checkpoint is there and nothing else has happened since
+        save(saver, step, *args)
+        saver.finish()
+        assert [r["step"] for r in log(tmp_path)] == list(range(1, step + 1))
+        if step == 4:
+            raise Death
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Saver, "save", dying)
+        with pytest.raises(Death):
+            main(options(base, tmp_path, **SMALL))
+    train(base, tmp_path, **SMALL)
+    assert_same(tmp_path, uninterrupted)

@@ -67,6 +67,7 @@ class Saver:
 
     def __init__(self, folder: Path, world: World, *, keep: int = 0):
         self.folder, self.world, self.keep = folder, world, keep
+        self.step: int | None = None  # of the newest save
         self.error: OSError | None = None  # what became of the save under way, as soon as it is known
         self._thread: threading.Thread | None = None
         if world.leads:
@@ -90,6 +91,7 @@ class Saver:
         dist.barrier()  # whoever finds the folder gone from here on knows that a rank has failed
         manifest = {"step": step, "shards": self.world.shards, "ranks": self.world.ranks,
                     "rows": {name: p.shape[0] for name, p in optimizer.parameters.items()}, "progress": progress}
+        self.step = step
         self._thread = threading.Thread(target=self._write, args=(partial, tensors, manifest), daemon=True)
         self._thread.start()
 

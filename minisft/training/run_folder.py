@@ -42,12 +42,11 @@ class RunFolder:
             raise UserError(f"{path}: holds checkpoints, and checkpoint.resume is \"never\"; choose another folder "
                             "with run.dir, or delete them")
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        self._lock.flush()
+        self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
 
     def begin(self, effective_config: str) -> None:
         """Write `config.toml`, and say that the run is on."""
-        (self.path / "config.toml").write_text(effective_config, encoding="utf-8")
+        self._write("config.toml", effective_config)
         self.status("running")
 
     def check_room(self, needed: int) -> None:
@@ -56,10 +55,15 @@ class RunFolder:
 
     def status(self, state: str, *, exit_code: int | None = None, error: str = "") -> None:
         """Replace `status.json`; torchrun hides a process's exit code, so it is kept here."""
-        partial = self.path / "status.json.tmp"
         content = {"state": state, "exit_code": exit_code, "step": self.last_step(), "error": error}
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, self.path / "status.json")
+        self._write("status.json.tmp", json.dumps(content))
+        os.replace(self.path / "status.json.tmp", self.path / "status.json")
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            (self.path / name).write_text(text, encoding="utf-8")
+        except OSError as error:  # of a full disk, the library names no file
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from None
 
     def last_step(self) -> int:
         """The last step in `metrics.jsonl`; 0 without one."""

@@ -242,9 +242,10 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
             if saver.error:
                 raise saver.error
             if is_due(number, config.checkpoint.every):
+                monitor.settle()  # or this step would be in the checkpoint and not in the log
                 saver.save(number, optimizer, {"adam_steps": optimizer.steps(), "fingerprint": fingerprint})
         monitor.settle()
-        if number < plan.total_steps and not is_due(number, config.checkpoint.every):
+        if number < plan.total_steps and saver.step != number:
             saver.save(number, optimizer, {"adam_steps": optimizer.steps(), "fingerprint": fingerprint})
         saver.finish()
         return number
