@@ -294,7 +294,7 @@ def refused(bench: Bench) -> Iterator[Row]:
     row = Row("broken files of data or model: exit 2, naming the file")
     good = (TESTS / "oracles/conversations.jsonl").read_text(encoding="utf-8")
     broken = {"half.jsonl": good[: len(good) // 2].encode(), "array.json": ("[" + good.splitlines()[0] + ",").encode(),
-              "latin1.jsonl": good.replace("e", "é").encode("latin-1"), "empty.jsonl": b"",
+              "latin1.jsonl": good.encode().replace("ş".encode(), b"\xfe"), "empty.jsonl": b"",
               "nan.jsonl": b'{"prompt": NaN, "completion": "x"}\n', "deep.jsonl": b"[" * 100_000 + b"\n",
               "long.jsonl": b'{"prompt": ' + b"1" * 5000 + b"}\n"}
     for name, content in broken.items():
