@@ -213,7 +213,7 @@ def one_of_two(bench: Bench) -> Iterator[Row]:
         row.survived += process.returncode == 0 and [r["step"] for r in log(folder) if r.get("skipped")] == [5]
         weights.append(final_weights(folder))
     row.compared = 1
-    row.identical = all(weight.equal(weights[1][name]) for name, weight in weights[0].items())
+    row.identical = int(all(weight.equal(weights[1][name]) for name, weight in weights[0].items()))
     yield row
     row = Row("another number of ranks: 2, then 1, then 3")
     folder, whole = bench.new(), bench.whole()[0]

@@ -255,6 +255,7 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
 
 def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, world: World) -> None:
     """The model as it is now, as a Hugging Face folder in the precision it computes in."""
+    watch(config.parallel.timeout)
     export(model, model.config, prepared.renderer, folder, leads=world.leads,
            dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
 
@@ -279,6 +280,7 @@ def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World,
              step: int) -> None:
     """The held-out loss of each data.eval source, into the log."""
     for name, dataset in prepared.evals.items():
+        watch(config.parallel.timeout)
         loss = heldout_loss(model, dataset, world, seq_len=config.data.seq_len, micro_packs=config.batch.micro_packs)
         monitor.write({"kind": "eval", "step": step, "name": name, "loss": loss,
                        "target_tokens": int(dataset.targets.sum())})
