@@ -108,7 +108,7 @@ class Checkpoint:
 class Parallel:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks a parameter is sharded over; 0: all", low=0)
-    replicate: int = key(1, "HSDP: copies of the sharded model", low=1)
+    replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard leaves", low=0)
     timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0)
     activation_checkpointing: str = key("none", "full: recompute layers in the backward pass", choices=("none", "full"))
 

@@ -4,10 +4,12 @@ Everything else is a bug and keeps its traceback. `OSError` (a full disk, a fold
 of its own: the command line reports it with exit code 4.
 """
 
+EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_NUMERICS = 3
 EXIT_IO = 4
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130  # as shells have it for SIGINT
 
 
 class UserError(ValueError):

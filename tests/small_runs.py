@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from minisft.training.trainer import main
@@ -32,6 +34,10 @@ def log(folder, kind="train"):
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+
+
 def train(base, folder, *, ranks=1, **overrides):
     """Run train.py on `ranks` processes and return its log."""
     argv = options(base, folder, **overrides)
@@ -41,10 +47,50 @@ def train(base, folder, *, ranks=1, **overrides):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0",
                    "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(HERE.parent / "train.py"), *argv]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+                              env=environment())
         assert done.returncode == 0, done.stderr
     return log(folder)
 
 
 def final_weights(folder):
     return load_file(folder / "run" / "final" / "model.safetensors")
+
+
+def launch(base, folder, *, ranks=1, extra=(), program=(HERE.parent / "train.py",), **overrides):
+    """Start `program` (train.py, or planted.py with its fault) under torchrun with `extra` options."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "127.0.0.1:0", *extra, *map(str, program), *options(base, folder, **overrides)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=environment(), start_new_session=True)
+
+
+def wait_for_step(folder, step, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "run" / "metrics.jsonl").exists() and len(log(folder)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[0])
+
+
+def workers(process):
+    """The ranks of a torchrun, by their number."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        ranks = [entry.removeprefix("RANK=") for entry in environment if entry.startswith("RANK=")]
+        if parent == process.pid and ranks:
+            found[int(ranks[0])] = int(pid)
+    return found
+
+
+def assert_same(folder, uninterrupted):
+    """The log and the final weights are those of `uninterrupted`, a (log, weights), bit for bit."""
+    records, weights = uninterrupted
+    assert [(r["step"], r["epoch"], r["loss"], r["grad_norm"], r["lr"]) for r in log(folder)] == \
+           [(r["step"], r["epoch"], r["loss"], r["grad_norm"], r["lr"]) for r in records]
+    assert all(torch.equal(weight, weights[name]) for name, weight in final_weights(folder).items())

@@ -236,7 +236,7 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     ("[optim]\nschedule = 'cosin'",
      "optim.schedule: expected cosine|linear|constant|wsd, got 'cosin' (did you mean cosine?)"),
     ("[optim]\nmin_lr_ratio = 2", "optim.min_lr_ratio: expected float >= 0 and <= 1, got 2"),
-    ("[parallel]\nreplicate = 0", "parallel.replicate: expected int >= 1, got 0"),
+    ("[parallel]\nreplicate = -1", "parallel.replicate: expected int >= 0, got -1"),
     ("[run]\ndir = 3", "run.dir: expected str, got 3"),
     ('[run]\ndir = "a\\u0000b"', "run.dir: expected str, got 'a\\x00b'"),
     ("[run]\ndir.x = 3", "run.dir: expected str, got {'x': 3}"),

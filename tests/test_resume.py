@@ -2,18 +2,15 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from oracles.tiny_llama import write_tiny_llama
-from small_runs import HERE, final_weights, log, options, train
+from safetensors.torch import load_file
+from small_runs import HERE, assert_same, final_weights, log, options, train
 
+from minisft.data.dataset import Dataset
 from minisft.training import trainer
 from minisft.training.trainer import main
 
@@ -52,19 +49,12 @@ def run_until_death(monkeypatch, argv, *, step, micro_batches=4):
             main(argv)
 
 
-def same(folder, uninterrupted):
-    records, weights = uninterrupted
-    assert [(r["step"], r["epoch"], r["loss"], r["grad_norm"], r["lr"]) for r in log(folder)] == \
-           [(r["step"], r["epoch"], r["loss"], r["grad_norm"], r["lr"]) for r in records]
-    assert all(torch.equal(weight, weights[name]) for name, weight in final_weights(folder).items())
-
-
 @pytest.mark.parametrize("step", [2, 4, 6])  # before the first checkpoint; after an epoch's boundary; in its middle
 def test_the_log_and_the_weights_are_those_of_an_uninterrupted_run(base, tmp_path, uninterrupted, monkeypatch, step):
     # 11 packs: steps of 4, 4 and 3 micro-batches
     run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=step)
     train(base, tmp_path, **SMALL)
-    same(tmp_path, uninterrupted)
+    assert_same(tmp_path, uninterrupted)
 
 
 def test_accumulation_and_evaluation_do_not_disturb_it(base, tmp_path, uninterrupted, monkeypatch):
@@ -72,85 +62,8 @@ def test_accumulation_and_evaluation_do_not_disturb_it(base, tmp_path, uninterru
     whole = train(base, tmp_path / "whole", **settings), final_weights(tmp_path / "whole")
     run_until_death(monkeypatch, options(base, tmp_path / "died", **settings), step=5, micro_batches=2)
     train(base, tmp_path / "died", **settings)
-    same(tmp_path / "died", whole)
+    assert_same(tmp_path / "died", whole)
     assert log(tmp_path / "died", "eval") == log(tmp_path / "whole", "eval")
-
-
-def launch(base, folder, *, ranks=1, extra=(), **overrides):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "127.0.0.1:0", *extra, str(HERE.parent / "train.py"),
-               *options(base, folder, **overrides)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-
-
-def wait_for_step(folder, step, process, seconds=90):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "run" / "metrics.jsonl").exists() and len(log(folder)) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(process.communicate()[0])
-
-
-def workers(process):
-    """The ranks of a torchrun, by their number."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-        ranks = [entry.removeprefix("RANK=") for entry in environment if entry.startswith("RANK=")]
-        if parent == process.pid and ranks:
-            found[int(ranks[0])] = int(pid)
-    return found
-
-
-LONG = {**SMALL, "train__max_steps": 400, "checkpoint__every": 1000}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["rank 1", "torchrun"])
-def test_asked_to_stop_all_ranks_save_after_the_same_step(base, tmp_path, target):
-    process = launch(base, tmp_path, ranks=2, **LONG)
-    wait_for_step(tmp_path, 2, process)
-    os.kill(workers(process)[1] if target == "rank 1" else process.pid, signal.SIGTERM)
-    printed = process.communicate(timeout=60)[0]
-    status = json.loads((tmp_path / "run/status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("preempted", 75), printed
-    done = status["step"]
-    assert (tmp_path / f"run/checkpoints/step-{done:06}/manifest.json").exists()
-    assert log(tmp_path)[-1]["step"] == done
-    train(base, tmp_path, **{**LONG, "train__max_steps": done + 2})
-    assert [r["step"] for r in log(tmp_path)] == list(range(1, done + 3))
-
-
-@pytest.mark.slow
-def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_is_the_same(base, tmp_path, uninterrupted):
-    settings = {**SMALL, "train__max_steps": 40, "checkpoint__every": 4}
-    whole = train(base, tmp_path / "whole", ranks=2, **settings), final_weights(tmp_path / "whole")
-    process = launch(base, tmp_path / "killed", ranks=2, extra=["--max-restarts", "2"], **settings)
-    wait_for_step(tmp_path / "killed", 6, process)
-    os.kill(workers(process)[1], signal.SIGKILL)
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, printed
-    assert "going on from" in printed
-    same(tmp_path / "killed", whole)
-
-
-@pytest.mark.slow
-def test_another_number_of_ranks_keeps_the_global_batches(base, tmp_path):
-    """2 ranks, then 1, then 3: the same tokens in every step, and losses equal but for rounding."""
-    settings = {"batch__packs": 4, "checkpoint__every": 2}
-    whole = train(base, tmp_path / "whole", **settings, train__max_steps=8)
-    for ranks, stop in ((2, 4), (1, 6), (3, 8)):
-        records = train(base, tmp_path / "moved", ranks=ranks, **settings, train__max_steps=stop)
-        shutil.rmtree(tmp_path / "moved/run/final")
-    for key in ("step", "tokens", "target_tokens", "epoch"):
-        assert [r[key] for r in records] == [r[key] for r in whole]
-    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
 
 
 @pytest.mark.parametrize(("change", "named"), [
@@ -164,21 +77,6 @@ def test_changed_settings_are_refused(base, tmp_path, monkeypatch, capsys, chang
     assert named in printed
     assert "--checkpoint.allow_change" in printed
     assert main(options(base, tmp_path, **{**SMALL, **change}, checkpoint__allow_change="true")) == 0
-
-
-@pytest.mark.slow
-def test_a_folder_has_one_run_at_a_time(base, tmp_path):
-    process = launch(base, tmp_path, **LONG)
-    try:
-        wait_for_step(tmp_path, 1, process)
-        second = launch(base, tmp_path, **LONG)
-        printed = second.communicate(timeout=60)[0]
-        assert second.returncode != 0
-        assert f"{tmp_path / 'run'}: in use by process" in printed
-        assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "running"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, monkeypatch):
@@ -228,18 +126,105 @@ def test_too_many_of_them_in_a_row_end_the_run(base, tmp_path, monkeypatch, caps
     assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 3
 
 
-@pytest.mark.slow
-def test_a_hanging_rank_ends_the_job_with_its_stack(base, tmp_path):
-    process = launch(base, tmp_path, ranks=2, parallel__timeout=4, **LONG)
-    wait_for_step(tmp_path, 2, process)
-    os.kill(workers(process)[1], signal.SIGSTOP)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode != 0
-    assert "Timeout" in printed
-    assert "trainer.py" in printed
-
-
 def test_an_unwritable_run_folder_is_an_input_output_error(base, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(options(base, tmp_path, run__dir=tmp_path / "file" / "run")) == 4
     assert "file/run" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_log(base, tmp_path, uninterrupted):
+    records, weights = uninterrupted
+    again = train(base, tmp_path, **SMALL)
+    timing = {"seconds", "tokens_per_second", "memory_gib"}
+    assert [{k: v for k, v in r.items() if k not in timing} for r in again] == \
+           [{k: v for k, v in r.items() if k not in timing} for r in records]
+    assert all(torch.equal(weight, weights[name]) for name, weight in final_weights(tmp_path).items())
+
+
+def test_going_on_late_reads_no_more_than_beginning(base, tmp_path, monkeypatch):
+    """The work before the first forward pass after a resume is that of any step: nothing is replayed or skipped."""
+    fetched, first = [], {}
+    document = Dataset.document
+    monkeypatch.setattr(Dataset, "document", lambda self, i: fetched.append(i) or document(self, i))
+    steps = trainer.steps
+
+    def counted(dataset, plan, **options):
+        for step in steps(dataset, plan, **options):
+            first.setdefault(options["start"], (len(fetched), sum(map(len, plan.documents(step.index)))))
+            yield step
+
+    monkeypatch.setattr(trainer, "steps", counted)
+    run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=7)
+    fetched.clear()
+    assert main(options(base, tmp_path, **SMALL)) == 0
+    assert set(first) == {0, 6}
+    assert all(read == needed for read, needed in first.values())
+
+
+def test_models_along_the_way(base, tmp_path, monkeypatch):
+    """checkpoint.export_every: each is the model of its step, also where the step was taken twice."""
+    settings = {**SMALL, "checkpoint__export_every": 3}
+    run_until_death(monkeypatch, options(base, tmp_path, **settings), step=4)
+    train(base, tmp_path, **settings)
+    assert sorted(path.name for path in (tmp_path / "run/exports").iterdir()) == ["step-000003", "step-000006"]
+    train(base, tmp_path / "short", **{**SMALL, "train__max_steps": 3})
+    along = load_file(tmp_path / "run/exports/step-000003/model.safetensors")
+    assert all(torch.equal(weight, along[name]) for name, weight in final_weights(tmp_path / "short").items())
+
+
+def test_a_failed_run_says_how_far_it_came(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        plant_nan(patch, {3, 4})
+        assert main(options(base, tmp_path, **SMALL, train__max_skipped=1)) == 3
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 3, 4)
+    assert "2 steps in a row" in status["error"]
+
+
+def test_interrupted_before_the_first_step(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "prepare", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    assert main(options(base, tmp_path, **SMALL)) == 130
+    assert "interrupted before the first step; there is nothing to save" in capsys.readouterr().err
+
+
+def test_asked_to_stop_while_the_model_is_read(base, tmp_path, monkeypatch):
+    load = trainer.weights.load
+    monkeypatch.setattr(trainer.weights, "load", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or load(*args))
+    assert main(options(base, tmp_path, **SMALL)) == 75
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert 0 < status["step"] < 3
+    assert (tmp_path / f"run/checkpoints/step-00000{status['step']}/manifest.json").exists()
+
+
+@pytest.mark.parametrize("options_", ["ro", "size=4k", "size=600k"])
+def test_a_folder_that_cannot_hold_the_run_is_found_before_the_model_is_read(base, tmp_path, monkeypatch, capsys,
+                                                                             options_):
+    disk = tmp_path / "run"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o {options_} tmpfs {disk} 2>/dev/null"):
+        pytest.skip("no small file system can be mounted here")
+    monkeypatch.setattr(trainer.weights, "load", lambda *args: pytest.fail("the model was read"))
+    try:
+        assert main(options(base, tmp_path, **SMALL)) == 4
+        assert str(disk) in capsys.readouterr().err
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_every_step_of_a_checkpoint_is_in_the_log(base, tmp_path, monkeypatch, uninterrupted):
+    save = trainer.Saver.save
+
+    def dying(saver, step, *args):  # when the checkpoint is there and nothing else has happened since
+        save(saver, step, *args)
+        saver.finish()
+        assert [r["step"] for r in log(tmp_path)] == list(range(1, step + 1))
+        if step == 4:
+            raise Death
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Saver, "save", dying)
+        with pytest.raises(Death):
+            main(options(base, tmp_path, **SMALL))
+    train(base, tmp_path, **SMALL)
+    assert_same(tmp_path, uninterrupted)

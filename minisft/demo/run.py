@@ -27,7 +27,7 @@ from minisft.evaluation.generate import generate
 from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
 from minisft.training.parallel import launched_rank
-from minisft.training.trainer import report_error, train
+from minisft.training.trainer import guarded, train
 
 COUNTRIES = 96  # of the 190 in world.tsv: as many as a small model learns in two minutes on two cores
 VOCABULARY = 2048
@@ -39,28 +39,30 @@ SHOWN = 6
 
 def main(argv: list[str]) -> int:
     """Run both recipes and print what came of them; `argv` overrides keys of the second. Returns the exit code."""
-    try:
-        tuned = configuration.load(["demo", *argv])
-        base = configuration.load(["demo-base", "--train.seed", str(tuned.train.seed)])
-        if trained(base):
-            kept = configuration.load([f"{base.run.dir}/config.toml"])
-            if kept != base:
-                raise UserError(f"{base.run.dir}: a base model of other settings (seed {kept.train.seed}); delete it, "
-                                "or run the demo in another folder")
-            say(f"{base.run.dir}: the base model is there already")
-        else:
-            write_world(Path(base.model.tokenizer), countries=COUNTRIES, seed=base.train.seed)
-            if code := train(base):
-                return code
-        if trained(tuned) and not argv:
-            say(f"{tuned.run.dir}: trained already; delete it to train again")
-        elif code := train(tuned):
+    return guarded(lambda: demo(argv))
+
+
+def demo(argv: list[str]) -> int:
+    """What `main` does; bad input and full disks are raised."""
+    tuned = configuration.load(["demo", *argv])
+    base = configuration.load(["demo-base", "--train.seed", str(tuned.train.seed)])
+    if trained(base):
+        kept = configuration.load([f"{base.run.dir}/config.toml"])
+        if kept != base:
+            raise UserError(f"{base.run.dir}: a base model of other settings (seed {kept.train.seed}); delete it, "
+                            "or run the demo in another folder")
+        say(f"{base.run.dir}: the base model is there already")
+    else:
+        write_world(Path(base.model.tokenizer), countries=COUNTRIES, seed=base.train.seed)
+        if code := train(base):
             return code
-        if launched_rank()[0] == 0:
-            print(compare(base, tuned, Path(base.model.tokenizer)))
-        return 0
-    except (UserError, ArithmeticError, OSError) as error:
-        return report_error(error)
+    if trained(tuned) and not argv:
+        say(f"{tuned.run.dir}: trained already; delete it to train again")
+    elif code := train(tuned):
+        return code
+    if launched_rank()[0] == 0:
+        print(compare(base, tuned, Path(base.model.tokenizer)))
+    return 0
 
 
 def trained(config: Config) -> bool:

@@ -1,12 +1,13 @@
 """Checkpoints that no crash can spoil, and the way back from them.
 
-    checkpoints/step-000100.tmp/  shard-0.safetensors  shard-0.json  shard-1.safetensors ...   while it is written
-                step-000100/      the same, and manifest.json                                  in one rename, at the end
+    checkpoints/step-000100.tmp/  rank-0.safetensors  rank-0.json  rank-1.safetensors ...     while it is written
+                step-000100/      rank-0.safetensors  rank-1.safetensors ...  manifest.json   in one rename, at the end
 
-Each rank writes the rows that it holds: fp32 weights, both moments of AdamW, the states of its random generators. The
-training step that saves stalls for a copy to the host's memory; the disk is left to a thread. When the digests of all
-shards are there, the leading rank writes the manifest, makes everything durable, and renames the folder. So a folder
-without `.tmp` is complete, whichever byte the process died at; older checkpoints go only after that.
+Each rank writes the rows that it holds: fp32 weights, both moments of AdamW; and the states of its random generators.
+The copies that HSDP keeps write those alone. The training step that saves stalls for a copy to the host's memory; the
+disk is left to a thread. When the digests of all parts are there, the leading rank writes the manifest, makes
+everything durable, and renames the folder. So a folder without `.tmp` is complete, whichever byte the process died at;
+older checkpoints go only after that.
 
 The formats are safetensors and JSON: no pickle is read. A flipped bit would be loaded silently by any tensor format,
 hence the digests. Another number of ranks reads the rows it needs from whichever shards hold them.
@@ -24,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minisft.errors import UserError
+from minisft.errors import EXIT_IO, UserError
 from minisft.model.weights import local_rows
 from minisft.training.optimizer import MOMENTS, Optimizer
 from minisft.training.parallel import World
@@ -65,11 +67,12 @@ class Saver:
 
     def __init__(self, folder: Path, world: World, *, keep: int = 0):
         self.folder, self.world, self.keep = folder, world, keep
+        self.step: int | None = None  # of the newest save
+        self.error: OSError | None = None  # what became of the save under way, as soon as it is known
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
         if world.leads:
             folder.mkdir(parents=True, exist_ok=True)
-            for partial in folder.glob("step-*.tmp"):  # of a run that died while it saved
+            for partial in leftovers(folder):
                 shutil.rmtree(partial)
 
     def save(self, step: int, optimizer: Optimizer, progress: Progress) -> None:
@@ -78,15 +81,17 @@ class Saver:
         Raises OSError where the disk has no room, or where the save before this one failed.
         """
         self.finish()
-        if self.world.writes_shard is None:  # a copy under HSDP: another rank holds the same rows
-            return
-        tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in _state(optimizer).items()}
+        state = _state(optimizer) if self.world.writes_rows else {}
+        tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
         tensors |= _generators(self.world.device)
-        needed = sum(tensor.nbytes for tensor in tensors.values()) * self.world.shards
-        self._check_room(needed)
+        check_room(self.folder, sum(tensor.nbytes for tensor in tensors.values()) * self.world.shards)
         partial = self.folder / f"step-{step:06}.tmp"
+        if self.world.leads:
+            partial.mkdir()
+        dist.barrier()  # whoever finds the folder gone from here on knows that a rank has failed
         manifest = {"step": step, "shards": self.world.shards, "ranks": self.world.ranks,
                     "rows": {name: p.shape[0] for name, p in optimizer.parameters.items()}, "progress": progress}
+        self.step = step
         self._thread = threading.Thread(target=self._write, args=(partial, tensors, manifest), daemon=True)
         self._thread.start()
 
@@ -95,38 +100,35 @@ class Saver:
         if self._thread:
             self._thread.join()
             self._thread = None
-        if self._error:
-            raise self._error
-
-    def _check_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise OSError(f"{self.folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; the older "
-                          "checkpoints are intact, free some space and start again")
+        if self.error:
+            raise self.error
 
     def _write(self, partial: Path, tensors: dict[str, Tensor], manifest: dict) -> None:
-        shard = self.world.writes_shard
+        file = partial / f"rank-{self.world.rank}.safetensors"
         try:
-            partial.mkdir(exist_ok=True)
-            file = partial / f"shard-{shard}.safetensors"
             save_file(tensors, file)
             _sync(file)
-            _write_durably(partial / f"shard-{shard}.json", {"bytes": file.stat().st_size, "sha256": _digest(file)})
-            if shard == 0:
+            _write_durably(file.with_suffix(".json"), {"bytes": file.stat().st_size, "sha256": _digest(file)})
+            if self.world.leads:
                 self._commit(partial, manifest)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             size = sum(tensor.nbytes for tensor in tensors.values())
-            self._error = OSError(f"{partial}: the checkpoint could not be written ({error}); this rank's part needs "
-                                  f"{size:,} bytes. The older checkpoints are intact")
+            self.error = OSError(f"{partial}: the checkpoint could not be written ({error}); this rank's part needs "
+                                 f"{size:,} bytes. The older checkpoints are intact")
+            self.world.first_failure(EXIT_IO, str(self.error))  # before the others find the folder gone
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _commit(self, partial: Path, manifest: dict) -> None:
-        reports = [partial / f"shard-{shard}.json" for shard in range(self.world.shards)]
-        while not all(report.exists() for report in reports):  # a rank that fails ends the job, and this thread with it
+        reports = [partial / f"rank-{rank}.json" for rank in range(self.world.ranks)]
+        while not all(report.exists() for report in reports):
+            if not partial.exists():
+                raise OSError("another rank could not write its part")
             time.sleep(0.02)
         manifest["files"] = {report.with_suffix(".safetensors").name: json.loads(report.read_text())
                              for report in reports}
         _write_durably(partial / "manifest.json", _signed(manifest))
+        for report in reports:
+            report.unlink()
         _sync(partial)
         final = partial.with_suffix("")
         replaced = self.folder / f"{final.name}-replaced.tmp"
@@ -138,6 +140,14 @@ class Saver:
         if self.keep:
             for old in checkpoints(self.folder)[self.keep :]:
                 shutil.rmtree(old)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise OSError unless `needed` bytes are free where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; nothing that was there "
+                      "is lost, free some space and start again")
 
 
 def _state(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -159,14 +169,22 @@ def _signed(manifest: dict) -> dict:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first; those without a manifest are not among them."""
+    """The checkpoint folders of a run, newest first. Whether each is intact, its manifest tells."""
     named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    complete = [path for path in named if (path / "manifest.json").exists()]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What runs that died while they saved have left in `folder`."""
+    return sorted(folder.glob("step-*.tmp"))
+
+
+class IncompleteError(UserError):
+    """A folder without a manifest that could vouch for it."""
 
 
 class SavedState:
-    """A checkpoint folder. Raises UserError, naming the file, where it is not as its manifest says."""
+    """A checkpoint folder. Raises IncompleteError without a good manifest."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -176,15 +194,18 @@ class SavedState:
             self.manifest = signed["manifest"]
             intact = signed == _signed(self.manifest)
         except FileNotFoundError:
-            raise UserError(f"{file}: no such file; the folder is not a complete checkpoint") from None
+            raise IncompleteError(f"{file}: no such file; the folder is not a complete checkpoint") from None
         except (ValueError, KeyError, TypeError, RecursionError):
             intact = False
         if not intact:
-            raise UserError(f"{file}: damaged")
+            raise IncompleteError(f"{file}: damaged, or written in part")
         self.step, self.progress = int(self.manifest["step"]), self.manifest["progress"]
 
     def verify(self, files: Callable[[list[str]], list[str]] = list) -> None:
-        """Hold sizes and digests of the files against the manifest; `files` selects those that this rank reads."""
+        """Hold sizes and digests of the files against the manifest; `files` selects those that this rank reads.
+
+        Raises UserError naming the file that is not as it was written.
+        """
         for name in files(sorted(self.manifest["files"])):
             file, expected = self.folder / name, self.manifest["files"][name]
             if not file.exists():
@@ -197,7 +218,7 @@ class SavedState:
     @torch.no_grad()
     def restore(self, optimizer: Optimizer, world: World) -> None:
         """Fill weights, moments and, at the same number of ranks, the random generators."""
-        shards = [safe_open(self.folder / f"shard-{i}.safetensors", framework="pt")
+        shards = [safe_open(self.folder / f"rank-{i}.safetensors", framework="pt")
                   for i in range(self.manifest["shards"])]
         optimizer.prepare(self.progress["adam_steps"])
         for key, target in _state(optimizer).items():
@@ -205,11 +226,11 @@ class SavedState:
             _, start = local_rows(optimizer.parameters[name])
             if len(target):
                 target.copy_(_rows(shards, key, start, start + len(target)))
-        if self.manifest["ranks"] == world.ranks and world.writes_shard is not None:
-            mine = shards[world.writes_shard]
-            torch.set_rng_state(mine.get_tensor("random/cpu"))
-            if world.device.type == "cuda":
-                torch.cuda.set_rng_state(mine.get_tensor("random/cuda"), world.device)
+        if self.manifest["ranks"] == world.ranks:
+            with safe_open(self.folder / f"rank-{world.rank}.safetensors", framework="pt") as mine:
+                torch.set_rng_state(mine.get_tensor("random/cpu"))
+                if world.device.type == "cuda" and "random/cuda" in mine.keys():  # noqa: SIM118
+                    torch.cuda.set_rng_state(mine.get_tensor("random/cuda"), world.device)
 
 
 def _rows(shards: list, key: str, start: int, stop: int) -> Tensor:

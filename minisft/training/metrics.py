@@ -94,8 +94,11 @@ class Monitor:
     def write(self, record: dict[str, Any]) -> None:
         """Append a record to the log."""
         if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
+            except OSError as error:  # a full disk; the library names no file
+                raise OSError(error.errno, error.strerror, self._file.name) from None
 
     def say(self, text: str) -> None:
         """Print a line above the bar, once however many processes run."""

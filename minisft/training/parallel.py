@@ -9,7 +9,10 @@ part. One process is the same code with N = 1.
     shard  [0 1 2 3 4 5 6 7]              shard [0 1 2 3], copy on [4 5 6 7]
 """
 
+import json
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -33,6 +36,7 @@ class World:
     ranks: int
     device: torch.device
     mesh: DeviceMesh
+    store: dist.Store  # shared with the other ranks; outlives those that die
 
     @property
     def leads(self) -> bool:
@@ -45,10 +49,17 @@ class World:
         return self.mesh["shard"].size()
 
     @property
-    def writes_shard(self) -> int | None:
-        """The part that this rank writes into a checkpoint; None for the copies that HSDP keeps."""
-        copy = self.mesh.ndim == 2 and self.mesh.get_local_rank("replicate") > 0
-        return None if copy else self.mesh.get_local_rank("shard")
+    def writes_rows(self) -> bool:
+        """Whether this rank's rows go into a checkpoint: rank i holds part i, and ranks past them HSDP's copies."""
+        return self.rank < self.shards
+
+    def first_failure(self, code: int, text: str) -> dict:
+        """Tell the others why this rank fails; returns {rank, code, text} of the rank that failed first.
+
+        When one rank fails, the others fail for want of it. Only the first has something to say.
+        """
+        mine = json.dumps({"rank": self.rank, "code": code, "text": text})
+        return json.loads(self.store.compare_set("first failure", "", mine))
 
 
 def launched_rank() -> tuple[int, int]:
@@ -59,15 +70,21 @@ def launched_rank() -> tuple[int, int]:
 def check_split(packs_per_step: int, *, shard: int, replicate: int) -> None:
     """Raise UserError where the ranks cannot share a step, or do not form the asked mesh."""
     _, ranks = launched_rank()
+    replicate = copies(ranks, shard=shard, replicate=replicate)
     if packs_per_step < ranks:
         raise UserError(f"batch.packs = {packs_per_step} cannot be split over {ranks} ranks: some would never have "
                         f"work; raise batch.packs to at least {ranks}, or start fewer processes")
     if (shard and shard * replicate != ranks) or ranks % replicate:
         raise UserError(f"parallel.shard = {shard} times parallel.replicate = {replicate} is not the number of ranks, "
-                        f"{ranks}; parallel.shard = 0 takes all that parallel.replicate leaves")
+                        f"{ranks}; 0 for one of them takes all that the other leaves")
 
 
-def start(*, replicate: int = 1) -> World:
+def copies(ranks: int, *, shard: int, replicate: int) -> int:
+    """Copies of the model: `replicate`, and where that is 0 as many as shards of `shard` ranks leave room for."""
+    return replicate or max(ranks // (shard or ranks), 1)
+
+
+def start(*, shard: int = 0, replicate: int = 1) -> World:
     """Join the process group that torchrun prepared, or form one of a single process."""
     rank, ranks = launched_rank()
     device = torch.device("cpu")
@@ -75,12 +92,32 @@ def start(*, replicate: int = 1) -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=TIMEOUT)
+    store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0] if "RANK" in os.environ else dist.HashStore()
+    store = _fresh(store, rank, ranks)
+    dist.init_process_group(backend, rank=rank, world_size=ranks, store=store, timeout=TIMEOUT)
+    replicate = copies(ranks, shard=shard, replicate=replicate)
     mesh = init_device_mesh(device.type, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
-    return World(rank, ranks, device, mesh if replicate > 1 else mesh["shard"])
+    return World(rank, ranks, device, mesh if replicate > 1 else mesh["shard"], store)
+
+
+def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+    """A name space of `store` that belongs to these very processes.
+
+    torchrun's store outlives the processes that it restarts. Without this, a restarted rank may read the address of one
+    that is dead, and wait for it. So each rank leaves a name that nobody had before, and rank 0 answers every name with
+    its own until all have heard it.
+    """
+    name = uuid.uuid4().hex
+    store.set(f"rank {rank}", name)
+    if rank:
+        name = store.get(f"answer to {name}").decode()
+        store.add(f"{name} heard", 1)
+    else:
+        while store.add(f"{name} heard", 0) < ranks - 1:
+            for other in filter(lambda other: store.check([f"rank {other}"]), range(1, ranks)):
+                store.set(f"answer to {store.get(f'rank {other}').decode()}", name)
+            time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def stop() -> None:

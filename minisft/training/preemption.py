@@ -23,13 +23,17 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.asked:
-            print(f"{name} again: stopping at once", file=sys.stderr, flush=True)
+            _say(f"{name} again: stopping at once\n")
             os._exit(128 + number)
         self.asked = True
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{name}: stopping soon, and saving; once more to stop at once", file=sys.stderr, flush=True)
+            _say(f"{name}: stopping soon, and saving; once more to stop at once\n")
 
     def close(self) -> None:
         """Give the signals back to whoever handled them before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    os.write(sys.stderr.fileno(), text.encode())  # print could be in the middle of printing

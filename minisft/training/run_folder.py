@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from minisft.errors import UserError
-from minisft.training.checkpoint import checkpoints
+from minisft.training.checkpoint import check_room, checkpoints
 
 OURS = ("config.toml", "metrics.jsonl", "checkpoints", "final")  # what a run would write over
 
@@ -42,14 +42,36 @@ class RunFolder:
             raise UserError(f"{path}: holds checkpoints, and checkpoint.resume is \"never\"; choose another folder "
                             "with run.dir, or delete them")
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        self._lock.flush()
+        self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
 
-    def status(self, state: str, *, step: int = 0, exit_code: int | None = None, error: str = "") -> None:
+    def begin(self, effective_config: str) -> None:
+        """Write `config.toml`, and say that the run is on."""
+        self._write("config.toml", effective_config)
+        self.status("running")
+
+    def check_room(self, needed: int) -> None:
+        """Raise OSError unless `needed` bytes are free: better now than at the first checkpoint."""
+        check_room(self.path, needed)
+
+    def status(self, state: str, *, exit_code: int | None = None, error: str = "") -> None:
         """Replace `status.json`; torchrun hides a process's exit code, so it is kept here."""
-        partial = self.path / "status.json.tmp"
-        partial.write_text(json.dumps({"state": state, "exit_code": exit_code, "step": step, "error": error}))
-        os.replace(partial, self.path / "status.json")
+        content = {"state": state, "exit_code": exit_code, "step": self.last_step(), "error": error}
+        self._write("status.json.tmp", json.dumps(content))
+        os.replace(self.path / "status.json.tmp", self.path / "status.json")
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            (self.path / name).write_text(text, encoding="utf-8")
+        except OSError as error:  # of a full disk, the library names no file
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from None
+
+    def last_step(self) -> int:
+        """The last step in `metrics.jsonl`; 0 without one."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return 0
+        with open(file, encoding="utf-8") as log:
+            return max((json.loads(line)["step"] for line in log if line.endswith("\n")), default=0)
 
     def rewind_log(self, step: int) -> None:
         """Drop the records of `metrics.jsonl` that come after `step`: those steps are taken again."""

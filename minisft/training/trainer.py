@@ -9,6 +9,8 @@
 import faulthandler
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,9 +18,19 @@ from torch import Tensor, nn
 
 from minisft import config as configuration
 from minisft.config import Config
+from minisft.data import packing
 from minisft.data.loader import MicroBatch, steps
 from minisft.data_report import describe, figures
-from minisft.errors import EXIT_IO, EXIT_NUMERICS, EXIT_PREEMPTED, EXIT_USAGE, NumericsError, UserError
+from minisft.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_NUMERICS,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+    NumericsError,
+    UserError,
+)
 from minisft.evaluation.heldout import heldout_loss
 from minisft.model import weights
 from minisft.model.attention import Documents
@@ -38,27 +50,45 @@ from minisft.training.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> int:
-    """Train as the command line says; returns the exit code. Errors a person can mend are one message, once."""
-    try:
-        return train(configuration.load(argv))
-    except (UserError, NumericsError, OSError) as error:
-        return report_error(error)
+    """Train as the command line says; returns the exit code."""
+    return guarded(lambda: train(configuration.load(argv)))
 
 
-def report_error(error: Exception) -> int:
-    """Print what went wrong, once however many processes run; returns the exit code."""
+def guarded(run: Callable[[], int]) -> int:
+    """The exit code of `run`. Errors that a person can mend become one message, once however many processes run."""
     rank, _ = parallel.launched_rank()
-    if isinstance(error, OSError):  # may be one rank's alone; the ranks agree on all others before they raise them
-        print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
-    elif rank == 0:
-        print(f"error: {error}", file=sys.stderr)
-    return exit_code(error)
+    try:
+        return run()
+    except Reported as failure:
+        return failure.code
+    except (UserError, NumericsError, OSError) as error:
+        if rank == 0 or isinstance(error, OSError):  # bad input is the same on all ranks, a bad disk is not
+            say_error(error)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted before the first step; there is nothing to save", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+class Reported(Exception):  # noqa: N818 (not an error by itself)
+    """The run has failed, and why has been said: here, or by the rank that failed first."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
+def say_error(error: Exception) -> None:
+    """One message for a person."""
+    rank, _ = parallel.launched_rank()
+    print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
 
 
 def exit_code(error: Exception) -> int:
     """2 for what the user can mend, 3 for numerics, 4 for input and output, 1 for a bug."""
     kinds = {UserError: EXIT_USAGE, NumericsError: EXIT_NUMERICS, OSError: EXIT_IO}
-    return next((code for kind, code in kinds.items() if isinstance(error, kind)), 1)
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_BUG)
 
 
 def train(config: Config) -> int:
@@ -67,13 +97,16 @@ def train(config: Config) -> int:
     parallel.check_split(config.batch.packs, shard=config.parallel.shard, replicate=config.parallel.replicate)
     prepared = prepare(config, quiet=not leads)
     model_config, pretrained = open_model(config, prepared)
-    folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never") if leads else None
+    preemption = Preemption()
+    folder = world = None
     try:
-        if folder:
+        if leads:
             print(describe(figures(prepared), short=True), flush=True)
-            (folder.path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-            folder.status("running")
-        world = parallel.start(replicate=config.parallel.replicate)
+            folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never")
+            folder.begin(config.to_toml())
+            folder.check_room(room_needed(config, model_config))
+        world = parallel.start(shard=config.parallel.shard, replicate=config.parallel.replicate)
+        watch(config.parallel.timeout)
         model = parallel.build_model(model_config, world, precision=config.train.precision,
                                      recompute=config.parallel.activation_checkpointing == "full")
         optimizer = Optimizer(model, world.mesh, weight_decay=config.optim.weight_decay, betas=config.optim.betas,
@@ -90,28 +123,43 @@ def train(config: Config) -> int:
         start = saved.step if saved else 0
         if folder:
             folder.rewind_log(start)
-        done = run_steps(config, prepared, model, optimizer, world, start=start, fingerprint=fingerprint)
+        done = run_steps(config, prepared, model, optimizer, world, preemption, start=start, fingerprint=fingerprint)
         finished = done == prepared.plan.total_steps
         if finished:
             export_as(Path(config.run.dir) / "final", config, prepared, model, world)
         if folder:
-            code = 0 if finished else EXIT_PREEMPTED
-            folder.status("done" if finished else "preempted", step=done, exit_code=code)
+            folder.status("done" if finished else "preempted", exit_code=0 if finished else EXIT_PREEMPTED)
         return 0 if finished else EXIT_PREEMPTED
     except Exception as error:
-        if folder:
-            folder.status("failed", exit_code=exit_code(error), error=str(error))
+        fail(error, world, folder)
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
         parallel.stop()
+        preemption.close()
         if folder:
             folder.close()
+
+
+def fail(error: Exception, world: World | None, folder: RunFolder | None) -> None:
+    """Find out which rank failed first and keep its reason; raises Reported unless the error is this rank's own bug."""
+    rank, code = parallel.launched_rank()[0], exit_code(error)
+    text = str(error) or type(error).__name__
+    first = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
+    if folder:
+        with suppress(OSError):  # a full disk is perhaps what this is about
+            folder.status("failed", exit_code=first["code"], error=first["text"])
+    if first["rank"] != rank:
+        raise Reported(code) from None
+    if code != EXIT_BUG:
+        say_error(error)
+        raise Reported(code) from None
 
 
 def identity(config: Config, prepared: Prepared, model_config: LlamaConfig) -> dict:
     """What must be the same when a run goes on, or its batches would be others."""
     return {"data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
+            "packing": packing.VERSION,
             "data.replay": [source.path for source in config.data.replay],
             "data.replay_ratio": config.data.replay_ratio, "data.eval_fraction": config.data.eval_fraction,
             "data.seq_len": config.data.seq_len, "data.overlong": config.data.overlong,
@@ -136,14 +184,26 @@ def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights
     return model_config, checkpoint
 
 
-def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: Optimizer, world: World, *, start: int,
-              fingerprint: dict) -> int:
+def watch(seconds: float) -> None:
+    """End this process with the stacks of its threads unless it is called again within `seconds`."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+
+def room_needed(config: Config, model_config: LlamaConfig) -> int:
+    """Bytes on the disk without which a run cannot end well: a checkpoint, where there are any, and the final model."""
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in Llama(model_config).parameters())
+    final = 2 if config.train.precision == "bf16" else 4
+    return numbers * (final + (12 if config.checkpoint.every else 0))  # fp32 weights and two moments
+
+
+def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: Optimizer, world: World,
+              preemption: Preemption, *, start: int, fingerprint: dict) -> int:
     """Steps `start`, `start` + 1, ... of the plan, with their evaluations and checkpoints; returns the steps done."""
     plan, optim, folder = prepared.plan, config.optim, Path(config.run.dir)
     saver = Saver(folder / "checkpoints", world, keep=config.checkpoint.keep)
     monitor = Monitor(folder / "metrics.jsonl" if world.leads else None, start=start, total=plan.total_steps,
                       max_skipped=config.train.max_skipped, documents=prepared.origins)
-    preemption = Preemption()
     number = start
     try:
         if start == 0:
@@ -151,7 +211,7 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
         started = time.perf_counter()
         for step in steps(prepared.train, plan, start=start, rank=world.rank, ranks=world.ranks,
                           micro_packs=config.batch.micro_packs):
-            faulthandler.dump_traceback_later(config.parallel.timeout, exit=True, file=sys.__stderr__)
+            watch(config.parallel.timeout)
             shared = torch.zeros(2, device=world.device)  # loss, wish to stop: summed over the ranks
             for batch in step.micro_batches:
                 loss = forward(model, batch, step.target_tokens, config, world)
@@ -181,20 +241,23 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
                 started = time.perf_counter()
             if is_due(number, config.checkpoint.export_every) and not last:
                 export_as(folder / "exports" / f"step-{number:06}", config, prepared, model, world)
+            if saver.error:
+                raise saver.error
             if is_due(number, config.checkpoint.every):
+                monitor.settle()  # or this step would be in the checkpoint and not in the log
                 saver.save(number, optimizer, {"adam_steps": optimizer.steps(), "fingerprint": fingerprint})
         monitor.settle()
-        if number < plan.total_steps and not is_due(number, config.checkpoint.every):
+        if number < plan.total_steps and saver.step != number:
             saver.save(number, optimizer, {"adam_steps": optimizer.steps(), "fingerprint": fingerprint})
         saver.finish()
         return number
     finally:
         monitor.close()
-        preemption.close()
 
 
 def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, world: World) -> None:
     """The model as it is now, as a Hugging Face folder in the precision it computes in."""
+    watch(config.parallel.timeout)
     export(model, model.config, prepared.renderer, folder, leads=world.leads,
            dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
 
@@ -219,6 +282,7 @@ def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World,
              step: int) -> None:
     """The held-out loss of each data.eval source, into the log."""
     for name, dataset in prepared.evals.items():
+        watch(config.parallel.timeout)
         loss = heldout_loss(model, dataset, world, seq_len=config.data.seq_len, micro_packs=config.batch.micro_packs)
         monitor.write({"kind": "eval", "step": step, "name": name, "loss": loss,
                        "target_tokens": int(dataset.targets.sum())})

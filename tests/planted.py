@@ -1,0 +1,59 @@
+"""train.py with a fault planted in one rank: `planted.py FAULT RANK STEP [the arguments of train.py]`.
+
+    nan     the loss of the rank's first micro-batch of the step is not a number
+    raise   the rank fails with a bug in the forward pass
+    disk    the rank's disk is full when it writes its part of the first checkpoint after the step
+    hang    the rank never comes back from the forward pass
+    die     the rank is killed in the middle of the forward pass
+
+After a restart by torchrun nothing is planted.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from minisft.data.loader import steps
+from minisft.training import checkpoint, trainer
+from minisft.training.parallel import launched_rank
+
+
+def main(argv: list[str]) -> int:
+    fault, rank, at = argv[0], int(argv[1]), int(argv[2])
+    current, forward, save_file = 0, trainer.forward, checkpoint.save_file
+
+    def watched(*args, **kwargs):
+        nonlocal current
+        for step in steps(*args, **kwargs):
+            current = step.index + 1
+            yield step
+
+    def planted_forward(*args):
+        nonlocal current
+        loss = forward(*args)
+        if current != at or fault == "disk":
+            return loss
+        current = 0  # once a step
+        if fault == "raise":
+            raise RuntimeError("planted bug")
+        if fault == "hang":
+            time.sleep(3600)
+        if fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss * float("nan") if fault == "nan" else loss
+
+    def full_disk(*args):
+        if current >= at:
+            raise OSError(28, "No space left on device")
+        save_file(*args)
+
+    if launched_rank()[0] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        trainer.steps, trainer.forward = watched, planted_forward
+        if fault == "disk":
+            checkpoint.save_file = full_disk
+    return trainer.main(argv[3:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

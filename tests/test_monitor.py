@@ -1,0 +1,56 @@
+"""What a run says about itself: spikes, bad steps, a log that cannot be written."""
+
+import json
+
+import pytest
+import torch
+
+from minisft.errors import NumericsError
+from minisft.training.metrics import Monitor
+
+
+def follow(monitor, losses):
+    """Take steps of these losses; a gradient norm of NaN where the loss is."""
+    for step, loss in enumerate(losses, 1):
+        figures = torch.tensor(float(loss))
+        monitor.step({"kind": "train", "step": step, "tokens_per_second": 1.0}, figures, figures * 0 + 1,
+                     torch.tensor(0.0))
+    monitor.settle()
+
+
+def monitor(path, max_skipped=10):
+    return Monitor(path, start=0, total=100, max_skipped=max_skipped, documents=lambda step: [f"a.jsonl:{step}"])
+
+
+WARNING = "the loss has been over twice its running mean of 1.0000 for 5 steps"
+
+
+@pytest.mark.parametrize(("losses", "warned"), [
+    ([1.0] * 10 + [2.1] * 5, "step 15: "), ([1.0] * 10 + [2.1] * 4 + [1.0] + [2.1] * 4, None),
+    ([1.0] * 10 + [1.9] * 20, None), ([1.0] * 3 + [9.0] * 30, "step 8: "),
+])
+def test_a_loss_over_twice_its_mean_for_five_steps_warns_once(tmp_path, capsys, losses, warned):
+    follow(monitor(tmp_path / "log"), losses)
+    said = capsys.readouterr().out
+    assert said.count(WARNING) == (warned is not None)
+    assert (warned or "") in said
+
+
+def test_figures_come_one_step_late_and_none_is_lost(tmp_path):
+    follow(monitor(tmp_path / "log"), [3.0, 2.0, 1.0])
+    assert [json.loads(line)["loss"] for line in (tmp_path / "log").read_text().splitlines()] == [3.0, 2.0, 1.0]
+
+
+def test_a_bad_step_is_logged_as_json_with_its_documents(tmp_path, capsys):
+    follow(monitor(tmp_path / "log"), [3.0, float("inf"), 1.0])
+    record = json.loads((tmp_path / "log").read_text().splitlines()[1], parse_constant=lambda name: 1 / 0)
+    assert (record["loss"], record["skipped"], record["documents"]) == (None, True, ["a.jsonl:1"])
+    assert "step 2: the loss or the gradient is not finite" in capsys.readouterr().out
+    with pytest.raises(NumericsError, match="3 steps in a row"):
+        follow(monitor(tmp_path / "other", max_skipped=2), [1.0, *[float("nan")] * 3])
+
+
+def test_a_full_disk_under_the_log_is_named():
+    full = monitor("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        follow(full, [1.0])
