@@ -255,6 +255,23 @@ def test_text_stays_text_and_answers_are_tokenised_as_they_are_generated(rendere
                 assert ids[: len(whole)] == whole
 
 
+TURKISH = "İstanbul'un ışığı IĞDIR’da ılık; şiir ŞİİR, s\u0327 g\u0306 i\u0307 â a\u0302 Ⅻ ﬁ"
+
+
+def test_turkish_text_survives_from_the_file_to_the_tokens(tmp_path, tokenizer):
+    """No letter changes its case, its accents or its composition."""
+    file = tmp_path / "a.jsonl"
+    for ascii_only in (True, False):
+        record = {"prompt": TURKISH, "completion": TURKISH[::-1]}
+        file.write_text(json.dumps(record, ensure_ascii=ascii_only), encoding="utf-8")
+        [conversation] = read(file)
+        renderer = Renderer(load_templates()["llama3"], tokenizer)
+        [(ids, trained)] = renderer.encode([renderer.pieces(conversation)])
+        text = tokenizer.decode([int(token) for token in ids])
+        assert f"\n\n{TURKISH}<|eot_id|>" in text
+        assert trained_runs(renderer, ids, trained) == [TURKISH[::-1] + "<|eot_id|>"]
+
+
 @pytest.mark.parametrize("train_on", TRAIN_ON)
 def test_no_token_spans_the_beginning_of_an_answer(tokenizer, train_on):
     """The tokenizer would make one token of `a` and `n`, and of two newlines."""
