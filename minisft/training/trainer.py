@@ -7,10 +7,7 @@
 """
 
 import faulthandler
-import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,16 +18,7 @@ from minisft.config import Config
 from minisft.data import packing
 from minisft.data.loader import MicroBatch, steps
 from minisft.data_report import describe, figures
-from minisft.errors import (
-    EXIT_BUG,
-    EXIT_INTERRUPTED,
-    EXIT_IO,
-    EXIT_NUMERICS,
-    EXIT_PREEMPTED,
-    EXIT_USAGE,
-    NumericsError,
-    UserError,
-)
+from minisft.errors import EXIT_PREEMPTED
 from minisft.evaluation.heldout import heldout_loss
 from minisft.model import weights
 from minisft.model.attention import Documents
@@ -41,6 +29,7 @@ from minisft.preparation import Prepared, check_vocabulary, prepare
 from minisft.training import parallel, resume
 from minisft.training.checkpoint import Saver
 from minisft.training.export import export
+from minisft.training.failure import fail, guarded, watch
 from minisft.training.loss import linear_cross_entropy
 from minisft.training.metrics import Monitor, memory_gib
 from minisft.training.optimizer import Optimizer, learning_rate
@@ -52,43 +41,6 @@ from minisft.training.run_folder import RunFolder
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
     return guarded(lambda: train(configuration.load(argv)))
-
-
-def guarded(run: Callable[[], int]) -> int:
-    """The exit code of `run`. Errors that a person can mend become one message, once however many processes run."""
-    rank, _ = parallel.launched_rank()
-    try:
-        return run()
-    except Reported as failure:
-        return failure.code
-    except (UserError, NumericsError, OSError) as error:
-        if rank == 0 or isinstance(error, OSError):  # bad input is the same on all ranks, a bad disk is not
-            say_error(error)
-        return exit_code(error)
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("interrupted before the first step; there is nothing to save", file=sys.stderr)
-        return EXIT_INTERRUPTED
-
-
-class Reported(Exception):  # noqa: N818 (not an error by itself)
-    """The run has failed, and why has been said: here, or by the rank that failed first."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
-
-
-def say_error(error: Exception) -> None:
-    """One message for a person."""
-    rank, _ = parallel.launched_rank()
-    print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
-
-
-def exit_code(error: Exception) -> int:
-    """2 for what the user can mend, 3 for numerics, 4 for input and output, 1 for a bug."""
-    kinds = {UserError: EXIT_USAGE, NumericsError: EXIT_NUMERICS, OSError: EXIT_IO}
-    return next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_BUG)
 
 
 def train(config: Config) -> int:
@@ -141,21 +93,6 @@ def train(config: Config) -> int:
             folder.close()
 
 
-def fail(error: Exception, world: World | None, folder: RunFolder | None) -> None:
-    """Find out which rank failed first and keep its reason; raises Reported unless the error is this rank's own bug."""
-    rank, code = parallel.launched_rank()[0], exit_code(error)
-    text = str(error) or type(error).__name__
-    first = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
-    if folder:
-        with suppress(OSError):  # a full disk is perhaps what this is about
-            folder.status("failed", exit_code=first["code"], error=first["text"])
-    if first["rank"] != rank:
-        raise Reported(code) from None
-    if code != EXIT_BUG:
-        say_error(error)
-        raise Reported(code) from None
-
-
 def identity(config: Config, prepared: Prepared, model_config: LlamaConfig) -> dict:
     """What must be the same when a run goes on, or its batches would be others."""
     return {"data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
@@ -182,11 +119,6 @@ def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights
             weights.check(Llama(model_config), checkpoint)
     check_vocabulary(prepared, model_config)
     return model_config, checkpoint
-
-
-def watch(seconds: float) -> None:
-    """End this process with the stacks of its threads unless it is called again within `seconds`."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
 def room_needed(config: Config, model_config: LlamaConfig) -> int:

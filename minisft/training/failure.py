@@ -1,0 +1,81 @@
+"""How a run fails: every rank in bounded time, and one of them saying why.
+
+When one rank fails, the others fail for want of it, a moment later and with words that help nobody. So each asks the
+store that all ranks share who was first. The first one speaks, and the leading rank keeps its reason in `status.json`.
+A rank that hangs does not even fail: each is watched by a thread that ends it after `parallel.timeout`.
+"""
+
+import faulthandler
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from minisft.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_NUMERICS,
+    EXIT_USAGE,
+    NumericsError,
+    UserError,
+)
+from minisft.training import parallel
+from minisft.training.parallel import World
+from minisft.training.run_folder import RunFolder
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """The exit code of `run`. Errors that a person can mend become one message, once however many processes run."""
+    rank, _ = parallel.launched_rank()
+    try:
+        return run()
+    except Reported as failure:
+        return failure.code
+    except (UserError, NumericsError, OSError) as error:
+        if rank == 0 or isinstance(error, OSError):  # bad input is the same on all ranks, a bad disk is not
+            say_error(error)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted before the first step; there is nothing to save", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+class Reported(Exception):  # noqa: N818 (not an error by itself)
+    """The run has failed, and why has been said: here, or by the rank that failed first."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
+def say_error(error: Exception) -> None:
+    """One message for a person."""
+    rank, _ = parallel.launched_rank()
+    print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
+
+
+def exit_code(error: Exception) -> int:
+    """2 for what the user can mend, 3 for numerics, 4 for input and output, 1 for a bug."""
+    kinds = {UserError: EXIT_USAGE, NumericsError: EXIT_NUMERICS, OSError: EXIT_IO}
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_BUG)
+
+
+def fail(error: Exception, world: World | None, folder: RunFolder | None) -> None:
+    """Find out which rank failed first and keep its reason; raises Reported unless the error is this rank's own bug."""
+    rank, code = parallel.launched_rank()[0], exit_code(error)
+    text = str(error) or type(error).__name__
+    first = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
+    if folder:
+        with suppress(OSError):  # a full disk is perhaps what this is about
+            folder.status("failed", exit_code=first["code"], error=first["text"])
+    if first["rank"] != rank:
+        raise Reported(code) from None
+    if code != EXIT_BUG:
+        say_error(error)
+        raise Reported(code) from None
+
+
+def watch(seconds: float) -> None:
+    """End this process with the stacks of its threads unless it is called again within `seconds`."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
