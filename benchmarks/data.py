@@ -1,0 +1,261 @@
+"""What the data cost: tokenising against the tokenizer alone and against TRL, memory, packing, balance of the ranks.
+
+    python benchmarks/data.py tokenise FILE TOKENIZER [--conversations N] [--join N] [--rounds N]
+    python benchmarks/data.py trl      FILE TOKENIZER [--conversations N] [--join N] [--rounds N]
+    python benchmarks/data.py memory   FILE TOKENIZER [--conversations N] [--join N]
+    python benchmarks/data.py packing  FILE TOKENIZER [--conversations N] [--seq-len N] [--epochs N]
+    python benchmarks/data.py balance  FILE TOKENIZER [--conversations N] [--seq-len N] [--ranks N] [--packs N]
+
+FILE is a JSON array of ShareGPT conversations, TOKENIZER a folder with a tokenizer.json. The conversations are repeated
+with one word in ten misspelt, so that the tokenizer's cache of words does not flatter; `--join` puts several into one,
+for longer ones. All that is compared runs on all cores, by turns in one process, and the median of the rounds is told,
+with the CPU time beside the time of the clock: on a machine that others use, only the first is steady.
+
+Packing takes lengths only: those of FILE, each times exp(N(0, 0.1)), and those of a model of long conversations,
+lognormal with a median of 1,000 tokens and sigma 1.1; what is over --seq-len is left out.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import numpy as np
+import tokenizers
+
+from minisft.data.chat import Renderer
+from minisft.data.formats import Conversation, read
+from minisft.data.loader import deal
+from minisft.data.packing import Plan
+from minisft.data.store import BATCH, open_store
+from minisft.data.templates import load_templates
+from minisft.data.tokenizer import Tokenizer
+
+
+def varied(conversations: list[dict], count: int, join: int, misspelt: float = 0.1) -> Iterator[dict]:
+    """`count` conversations, each of `join` of the given ones after another, with misspelt words from the start."""
+    rng = random.Random(0)
+
+    def misspell(word: re.Match) -> str:
+        if rng.random() >= misspelt:
+            return word[0]
+        place = rng.randrange(len(word[0]))
+        return word[0][:place] + rng.choice("abcdefghijklmnopqrstuvwxyz") + word[0][place + 1 :]
+
+    for i in range(count):
+        turns = [turn for k in range(join) for turn in conversations[rng.randrange(len(conversations))
+                                                                     if k else i % len(conversations)]["conversations"]]
+        yield {"conversations": [{**turn, "value": re.sub(r"\w+", misspell, turn["value"])} for turn in turns]}
+
+
+def write(options: argparse.Namespace, folder: Path) -> Path:
+    """The JSON lines of a run: at most 20,000 different ones, each again with a number of its own."""
+    file = folder / "data.jsonl"
+    conversations = json.loads(options.file.read_text())
+    records = [json.dumps(record, ensure_ascii=False)
+               for record in varied(conversations, min(options.conversations, 20_000), options.join)]
+    with open(file, "w", encoding="utf-8") as out:
+        for i in range(options.conversations):
+            again = i // len(records)
+            out.write(records[i % len(records)].replace('"value": "', f'"value": "{again} ' if again else '"value": "')
+                      + "\n")
+    return file
+
+
+def clocked(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of the clock and of all cores."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def tokenise(options: argparse.Namespace, folder: Path) -> None:
+    """The store from the file, beside the ways to have the tokenizer alone do the same."""
+    file = write(options, folder)
+    renderer = Renderer(load_templates()["llama3"], Tokenizer(options.tokenizer))
+    backend = tokenizers.Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
+    backend.encode_special_tokens = True
+    rendered = [renderer.pieces(c) for c in read(file) if isinstance(c, Conversation)]
+    batches = [rendered[i : i + BATCH] for i in range(0, len(rendered), BATCH)]
+    whole = [["".join(piece.text for piece in pieces) for pieces in batch] for batch in batches]
+    apart = [[piece.text for pieces in batch for piece in pieces if not piece.control] for batch in batches]
+
+    def alone(encode: Callable, texts: list[list[str]]) -> Callable[[], object]:
+        def work() -> None:
+            for batch in texts:
+                encode(batch, add_special_tokens=False)
+        return work
+
+    def store() -> None:
+        cache = Path(tempfile.mkdtemp(dir=folder))
+        made.append(open_store(str(file), name="bench", format="auto", renderer=renderer, cache=cache, quiet=True))
+
+    made: list = []
+    ways = {
+        "encode_batch, a text a conversation": alone(backend.encode_batch, whole),
+        "encode_batch_fast, the same": alone(backend.encode_batch_fast, whole),
+        "encode_batch, a text a piece": alone(backend.encode_batch, apart),
+        "encode_batch_fast, the same pieces": alone(backend.encode_batch_fast, apart),
+        "minisft's store, from the file": store,
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, work in ways.items():
+            seconds[name].append(clocked(work))
+    report, first = made[0].report, next(iter(ways))
+    print(f"{report.kept:,} conversations of {report.tokens / report.kept:.0f} tokens, {report.turns:,} turns of "
+          f"{report.tokens / report.turns:.0f}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    for name, times in seconds.items():
+        wall, cpu = (median(column) for column in zip(*times, strict=True))
+        ratio = median(time[0] / base[0] for time, base in zip(times, seconds[first], strict=True))
+        print(f"{name:<38}{wall:7.2f} s{cpu:7.2f} CPU s  {report.tokens / wall / 1e6:5.2f} M tokens/s  "
+              f"{report.tokens / cpu / 1e6:5.2f} M tokens/CPU s  clock x{ratio:.2f} of the first")
+
+
+def trl(options: argparse.Namespace, folder: Path) -> None:
+    """`SFTTrainer._prepare_dataset` alone, without a model: tokenise, mask, pack; then the same with the store."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import datasets
+    except ImportError:
+        sys.exit("error: pip install -e '.[bench]' first; it brings TRL")
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+    from trl.chat_template_utils import llama3_training_chat_template
+
+    file = write(options, folder)
+    for library in ("datasets", "trl", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
+    args = SFTConfig(output_dir=str(folder), assistant_only_loss=True, packing=True, max_length=8192, bf16=False,
+                     dataset_num_proc=os.cpu_count(), report_to=[], use_cpu=True)
+    trainer = SimpleNamespace(chat_template=llama3_training_chat_template, completion_only_loss=False,
+                              _tokenizer=tokenizer)
+    renderer = Renderer(load_templates()["llama3"], Tokenizer(options.tokenizer))
+    names = {"human": "user", "gpt": "assistant"}
+    records = [{"messages": [{"role": names[turn["from"]], "content": turn["value"]}
+                             for turn in json.loads(line)["conversations"]]} for line in file.read_bytes().splitlines()]
+    dataset, found = datasets.Dataset.from_list(records), {}
+    times = {"TRL": [], "minisft": []}
+    for _ in range(options.rounds):
+        times["TRL"].append(clocked(lambda: found.update(TRL=SFTTrainer._prepare_dataset(
+            trainer, dataset, tokenizer, args, True, None, "bench")))[0])
+        cache = Path(tempfile.mkdtemp(dir=folder))
+        times["minisft"].append(clocked(lambda cache=cache: found.update(minisft=open_store(
+            str(file), name="bench", format="auto", renderer=renderer, cache=cache, quiet=True)))[0])
+    tokens = sum(map(len, found["TRL"]["input_ids"])), found["minisft"].report.tokens
+    for (name, seconds), count in zip(times.items(), tokens, strict=True):
+        print(f"{name:<10}{median(seconds):8.2f} s{count:12,} tokens{count / median(seconds) / 1e6:8.3f} M tokens/s")
+    print(f"minisft is {median(times['TRL']) / median(times['minisft']):.1f} times as fast "
+          f"(TRL with {os.cpu_count()} processes, packing included; minisft's from the file, without packing)")
+
+
+MEMORY = """
+import resource, sys, time
+from pathlib import Path
+from minisft.data.chat import Renderer
+from minisft.data.store import open_store
+from minisft.data.templates import load_templates
+from minisft.data.tokenizer import Tokenizer
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+imported = peak()
+file, tokenizer, cache, what = sys.argv[1:]
+renderer = Renderer(load_templates()["llama3"], Tokenizer(tokenizer))
+loaded, start = peak(), time.perf_counter()
+if what == "make":
+    time.sleep(2.1)  # a file that was written just now is not remembered
+store = open_store(file, name="bench", format="auto", renderer=renderer, cache=Path(cache), quiet=True)
+seconds = time.perf_counter() - start
+print(f"{what}: {len(store):,} documents, {store.report.tokens:,} tokens in {seconds:.3f} s; peak GiB of RSS: "
+      f"{imported:.2f} imported, {loaded:.2f} with the tokenizer, {peak():.2f} in the end")
+"""
+
+
+def memory(options: argparse.Namespace, folder: Path) -> None:
+    """The store of many conversations, made and opened again, each in a process of its own."""
+    file = write(options, folder)
+    print(f"{file.stat().st_size / 1e6:,.0f} MB of JSON lines")
+    for what in ("make", "open"):
+        subprocess.run([sys.executable, "-c", MEMORY, str(file), str(options.tokenizer), str(folder / "cache"), what],
+                       check=True)
+
+
+def lengths_of(options: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
+    """(n,) tokens of each document, by where the lengths are from."""
+    renderer = Renderer(load_templates()["llama3"], Tokenizer(options.tokenizer))
+    store = open_store(str(options.file), name="bench", format="auto", renderer=renderer, cache=folder, quiet=True)
+    rng, count, found = np.random.default_rng(0), options.conversations, np.diff(store.offsets)
+    noisy = np.rint(rng.choice(found, 2 * count) * np.exp(rng.normal(0, 0.1, 2 * count)))
+    model = np.exp(rng.normal(np.log(1000), 1.1, 2 * count)) + 20
+    return {name: lengths[lengths <= options.seq_len][:count].astype(np.int64)
+            for name, lengths in ((options.file.name, noisy), ("lognormal", model))}
+
+
+def packing(options: argparse.Namespace, folder: Path) -> None:
+    """The plan of a run: time, fill, memory."""
+    for name, lengths in lengths_of(options, folder).items():
+        plans: list[Plan] = []
+        wall, cpu = clocked(lambda lengths=lengths, plans=plans: plans.append(Plan(
+            lengths, lengths, seq_len=options.seq_len, packs_per_step=32, epochs=options.epochs)))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{name:<24}{len(lengths):>12,} documents, {options.epochs} epochs of {options.seq_len:,} tokens a pack: "
+              f"{wall:6.2f} s, {cpu:6.2f} CPU s, {plans[0].fill():.3%} full, peak {peak:.2f} GiB of RSS so far")
+
+
+def balance(options: argparse.Namespace, folder: Path) -> None:
+    """What ranks differ by, with the packs of a step dealt in turn and dealt by their cost (documents' length squared).
+
+    `wait`: in each round all ranks wait for the dearest micro-batch; the sum of these over the mean rank's sum.
+    """
+    ranks = options.ranks
+    for name, lengths in lengths_of(options, folder).items():
+        plan = Plan(lengths, lengths, seq_len=options.seq_len, packs_per_step=ranks * options.packs, epochs=1)
+        rows: dict[str, list] = {"dealt in turn": [], "dealt by cost": []}
+        for step in range(min(300, plan.total_steps - 1)):
+            costs = np.array([np.square(lengths[pack]).sum() for pack in plan.documents(step)])
+            in_turn = [list(range(rank, len(costs), ranks)) for rank in range(ranks)]
+            for way, hands in zip(rows, (in_turn, deal(costs, ranks=ranks)), strict=True):
+                table = np.array([costs[hand] for hand in hands])
+                sums = table.sum(axis=1)
+                rows[way].append((np.ptp(sums) / sums.mean(), table.max(axis=0).sum() / sums.mean()))
+        for way, figures in rows.items():
+            spread, wait = np.array(figures).T
+            print(f"{name:<24}{way}, {ranks} x {options.packs} packs of {options.seq_len:,}, {len(figures)} steps: "
+                  f"(most - least) / mean {np.median(spread):6.1%} at the median, {np.percentile(spread, 90):6.1%} at "
+                  f"the 90th percentile; wait {wait.mean():.2f}")
+
+
+def main() -> None:
+    """Run one measurement and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {part.__name__: part for part in (tokenise, trl, memory, packing, balance)}
+    parser.add_argument("what", choices=parts)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--conversations", type=int, default=20_000)
+    parser.add_argument("--join", type=int, default=1, help="conversations put into one (1)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--packs", type=int, default=4, help="packs a rank has in a step (4)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        parts[options.what](options, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
