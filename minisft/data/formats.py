@@ -210,7 +210,9 @@ def _turns(items: Any, role_key: str, content_key: str, roles: dict[str, str]) -
         raise Skip("wrong fields", items)
     turns = []
     for item in items:
-        role, content, beside, tool = _role(item.get(role_key), roles), _joined(item.get(content_key)), "", ""
+        role, content, beside, tool = _role(item.get(role_key), roles), item.get(content_key), "", ""
+        if isinstance(content, list):
+            content = _joined(content)
         if role == "assistant" and (said := item.get("tool_calls") or item.get("function_call")):
             if not isinstance(content, str | None):
                 raise Skip("answer is not text", content)
@@ -229,9 +231,9 @@ def _role(name: Any, roles: dict[str, str]) -> str:
     return roles[name]
 
 
-def _joined(content: Any) -> Any:
-    """A list of text parts as one string; anything else as it is, for `_checked` to judge."""
-    if not isinstance(content, list) or not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+def _joined(content: list) -> Any:
+    """A list of text parts as one string; any other as it is, for `_checked` to judge."""
+    if not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         return content
     texts = [part.get("text", part.get("value")) for part in content]
     return "".join(texts) if all(isinstance(text, str) for text in texts) else content
@@ -303,9 +305,10 @@ def _checked(turns: list[Turn]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
         raise Skip("no turns", turns)
     if turns[0].role != "text":
         roles = [turn.role for turn in turns]
-        if not any(role in ANSWERS for role in roles):
+        answers = [i for i, role in enumerate(roles) if role in ANSWERS]
+        if not answers:
             raise Skip("no assistant turn", roles)
-        end = 1 + max(i for i, role in enumerate(roles) if role in ANSWERS)
+        end = answers[-1] + 1
         if turns[end:]:
             notes.append("end without an answer cut")
         del turns[end:], roles[end:]
@@ -314,9 +317,11 @@ def _checked(turns: list[Turn]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
             notes.append("leading assistant turn dropped")
             del turns[first], roles[first]
         _refuse_order(roles, roles[first:])
-        if any(turn.role == "call" and turn.context for turn in turns):
+        if "call" in roles and any(turn.role == "call" and turn.context for turn in turns):
             notes.append("text beside a tool call dropped")  # as Llama-3.1's own template does
     for turn in turns:
+        if isinstance(turn.content, str) and turn.content.strip():  # most often
+            continue
         answer = turn.role in ANSWERS
         if _blank(turn.content):
             raise Skip("no answer" if answer else "blank turn", turn.content)

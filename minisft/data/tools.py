@@ -24,7 +24,8 @@ def definitions(record: dict) -> tuple[dict, ...]:
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise Skip("bad tools", value)
         found += tools
-    _text(found, "bad tools")
+    if found:
+        _text(found, "bad tools")
     return tuple(found)
 
 
@@ -80,6 +81,8 @@ def _deep(value: Any) -> bool:
     """Nested so deep that writing it, which is recursive, could end in an overflow of Python's stack."""
     level = [value]
     for _ in range(MAX_DEPTH):
+        if not level:
+            return False
         level = [inner for item in level if isinstance(item, dict | list)
                  for inner in (item.values() if isinstance(item, dict) else item)]
-    return bool(level)
+    return True
