@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minisft import keys
 from minisft.data import formats
 from minisft.data import records as reader
 from minisft.data.formats import FORMATS, Conversation, Skipped, Turn, read
@@ -309,6 +310,10 @@ def test_no_format_or_more_than_one_is_an_error_that_lists_the_fields(write):
     with pytest.raises(UserError, match=r"more than one format .* instruction, output, text: alpaca, text of \["):
         list(read(write([both])))
     assert [turns(c) for c in read(write([both]), format="alpaca")] == [[(U, "a"), (A, "b")]]
+
+
+def test_the_configuration_offers_the_formats_that_there_are():
+    assert ("auto", *formats.FORMATS) == keys.FORMATS
 
 
 def test_unknown_options_list_the_choices(write):
