@@ -164,19 +164,21 @@ def trl(options: argparse.Namespace, folder: Path) -> None:
 
 
 MEMORY = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 from minisft.data.chat import Renderer
 from minisft.data.store import open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak():  # of this program; ru_maxrss would start from that of the process that called it
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
 imported = peak()
 file, tokenizer, cache, what = sys.argv[1:]
 renderer = Renderer(load_templates()["llama3"], Tokenizer(tokenizer))
-loaded, start = peak(), time.perf_counter()
 if what == "make":
     time.sleep(2.1)  # a file that was written just now is not remembered
+loaded, start = peak(), time.perf_counter()
 store = open_store(file, name="bench", format="auto", renderer=renderer, cache=Path(cache), quiet=True)
 seconds = time.perf_counter() - start
 print(f"{what}: {len(store):,} documents, {store.report.tokens:,} tokens in {seconds:.3f} s; peak GiB of RSS: "
