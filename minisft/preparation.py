@@ -73,8 +73,6 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     plan = Plan(train.lengths, train.targets, seq_len=data.seq_len, packs_per_step=config.batch.packs,
                 epochs=config.train.epochs, max_steps=config.train.max_steps, seed=config.train.seed,
                 shuffle=data.shuffle, weights=weights[train.store_of])
-    if not plan.steps_per_epoch:
-        raise UserError("no document comes in the first epoch: the weights of the sources in data.train are too small")
     for name, dataset in evals.items():
         dataset.reports[0].name = name
         dataset.reports[0].also_trained = int(np.isin(dataset.loose(), train.loose()).sum())

@@ -2,6 +2,16 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The base model of small runs; nobody writes into its folder."""
+    from oracles.tiny_llama import write_tiny_llama  # after the settings above, which libraries read when they load
+
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))

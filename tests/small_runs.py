@@ -34,21 +34,14 @@ def log(folder, kind="train"):
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-
-
 def train(base, folder, *, ranks=1, **overrides):
     """Run train.py on `ranks` processes and return its log."""
-    argv = options(base, folder, **overrides)
     if ranks == 1:
-        assert main(argv) == 0
+        assert main(options(base, folder, **overrides)) == 0
     else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0",
-                   "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(HERE.parent / "train.py"), *argv]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                              env=environment())
-        assert done.returncode == 0, done.stderr
+        with launch(base, folder, ranks=ranks, **overrides) as torchrun:
+            printed = torchrun.communicate(timeout=300)[0]
+        assert torchrun.returncode == 0, printed
     return log(folder)
 
 
@@ -61,7 +54,8 @@ def launch(base, folder, *, ranks=1, extra=(), program=(HERE.parent / "train.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "127.0.0.1:0", *extra, *map(str, program), *options(base, folder, **overrides)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=environment(), start_new_session=True)
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+                            start_new_session=True)
 
 
 def wait_for_step(folder, step, process, seconds=90):
@@ -89,8 +83,13 @@ def workers(process):
 
 
 def assert_same(folder, uninterrupted):
-    """The log and the final weights are those of `uninterrupted`, a (log, weights), bit for bit."""
+    """The run is done, with the log and the final weights of `uninterrupted`, a (log, weights), bit for bit."""
     records, weights = uninterrupted
-    assert [(r["step"], r["epoch"], r["loss"], r["grad_norm"], r["lr"]) for r in log(folder)] == \
-           [(r["step"], r["epoch"], r["loss"], r["grad_norm"], r["lr"]) for r in records]
+    names = ("step", "epoch", "tokens", "target_tokens", "loss", "grad_norm", "lr")
+    assert figures(log(folder), *names) == figures(records, *names)
     assert all(torch.equal(weight, weights[name]) for name, weight in final_weights(folder).items())
+    assert json.loads((folder / "run" / "status.json").read_text())["state"] == "done"
+
+
+def figures(records, *names):
+    return [[record[name] for name in names] for record in records]

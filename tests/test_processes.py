@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from oracles.tiny_llama import write_tiny_llama
 from small_runs import HERE, assert_same, final_weights, launch, log, train, wait_for_step, workers
 
 pytestmark = pytest.mark.slow
@@ -16,11 +15,6 @@ pytestmark = pytest.mark.slow
 SMALL = {"train__max_steps": 7, "batch__packs": 4, "checkpoint__every": 2}
 LONG = {**SMALL, "train__max_steps": 400, "checkpoint__every": 1000}
 PLANTED = HERE / "planted.py"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 def status(folder):

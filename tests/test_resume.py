@@ -6,7 +6,6 @@ import signal
 
 import pytest
 import torch
-from oracles.tiny_llama import write_tiny_llama
 from safetensors.torch import load_file
 from small_runs import HERE, assert_same, final_weights, log, options, train
 
@@ -15,11 +14,6 @@ from minisft.training import trainer
 from minisft.training.trainer import main
 
 SMALL = {"train__max_steps": 7, "batch__packs": 4, "checkpoint__every": 2}  # 3 steps an epoch
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

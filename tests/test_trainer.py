@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from oracles.tiny_llama import write_tiny_llama
 from small_runs import HERE, final_weights, log, options, train
 
 from minisft.evaluation.generate import generate
@@ -13,11 +12,6 @@ from minisft.training.loss import masked_cross_entropy
 from minisft.training.trainer import main
 
 ORACLE = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("packing", [{"data__seq_len": 512}, {"data__seq_len": 1024, "batch__micro_packs": 2}])

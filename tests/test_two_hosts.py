@@ -16,9 +16,7 @@ import sys
 import time
 
 import pytest
-import torch
-from oracles.tiny_llama import write_tiny_llama
-from small_runs import HERE, final_weights, log, options, train
+from small_runs import HERE, assert_same, figures, final_weights, log, options, train
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"train__max_steps": 30, "checkpoint__every": 4, "parallel__replicate": 2, "parallel__timeout": 8}
@@ -113,26 +111,9 @@ def hosts(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     return train(base, folder, ranks=4, **SETTINGS), final_weights(folder)
-
-
-def figures(records, *names):
-    return [[record[name] for name in names] for record in records]
-
-
-def assert_same(folder, uninterrupted):
-    records, weights = uninterrupted
-    names = ("step", "epoch", "tokens", "target_tokens", "loss", "grad_norm", "lr")
-    assert figures(log(folder), *names) == figures(records, *names)
-    assert all(torch.equal(weight, weights[name]) for name, weight in final_weights(folder).items())
-    assert json.loads((folder / "run/status.json").read_text())["state"] == "done"
 
 
 def test_copies_of_the_sharded_model_change_nothing(base, tmp_path, uninterrupted):

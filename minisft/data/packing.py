@@ -180,8 +180,8 @@ class Plan:
             packs = len(self.epoch(len(self._first_step) - 1))
             self._first_step.append(self._first_step[-1] - (-packs // packs_per_step))
         self.total_steps = self._first_step[-1] if max_steps is None else min(max_steps, self._first_step[-1])
-        if not self.total_steps:
-            raise UserError(f"no document is left of {len(lengths)}: the weights of the sources in data.train are too "
+        if not self.steps_per_epoch:
+            raise UserError("no document comes in the first epoch: the weights of the sources in data.train are too "
                             "small")
 
     # Three: the steps are counted by packing every epoch, and a run of that many need not pack them again.

@@ -39,11 +39,8 @@ Progress = dict[str, Any]  # what a run knows about where it is: JSON
 
 
 def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
     with open(file, "rb") as content:
-        while block := content.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _write_durably(file: Path, content: dict) -> None:

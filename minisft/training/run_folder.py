@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from minisft.errors import UserError
-from minisft.training.checkpoint import check_room, checkpoints
+from minisft.training.checkpoint import checkpoints
 
 OURS = ("config.toml", "metrics.jsonl", "checkpoints", "final")  # what a run would write over
 
@@ -48,10 +48,6 @@ class RunFolder:
         """Write `config.toml`, and say that the run is on."""
         self._write("config.toml", effective_config)
         self.status("running")
-
-    def check_room(self, needed: int) -> None:
-        """Raise OSError unless `needed` bytes are free: better now than at the first checkpoint."""
-        check_room(self.path, needed)
 
     def status(self, state: str, *, exit_code: int | None = None, error: str = "") -> None:
         """Replace `status.json`; torchrun hides a process's exit code, so it is kept here."""

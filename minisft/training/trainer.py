@@ -27,7 +27,7 @@ from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder
 from minisft.preparation import Prepared, check_vocabulary, prepare
 from minisft.training import parallel, resume
-from minisft.training.checkpoint import Saver
+from minisft.training.checkpoint import Saver, check_room
 from minisft.training.export import export
 from minisft.training.failure import fail, guarded, watch
 from minisft.training.loss import linear_cross_entropy
@@ -56,11 +56,12 @@ def train(config: Config) -> int:
             print(describe(figures(prepared), short=True), flush=True)
             folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never")
             folder.begin(config.to_toml())
-            folder.check_room(room_needed(config, model_config))
         world = parallel.start(shard=config.parallel.shard, replicate=config.parallel.replicate)
         watch(config.parallel.timeout)
         model = parallel.build_model(model_config, world, precision=config.train.precision,
                                      recompute=config.parallel.activation_checkpointing == "full")
+        if folder:
+            check_room(folder.path, room_needed(config, model))
         optimizer = Optimizer(model, world.mesh, weight_decay=config.optim.weight_decay, betas=config.optim.betas,
                               eps=config.optim.eps)
         fingerprint = identity(config, prepared, model_config)
@@ -121,10 +122,9 @@ def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights
     return model_config, checkpoint
 
 
-def room_needed(config: Config, model_config: LlamaConfig) -> int:
+def room_needed(config: Config, model: Llama) -> int:
     """Bytes on the disk without which a run cannot end well: a checkpoint, where there are any, and the final model."""
-    with torch.device("meta"):
-        numbers = sum(parameter.numel() for parameter in Llama(model_config).parameters())
+    numbers = sum(parameter.numel() for parameter in model.parameters())  # of all ranks together
     final = 2 if config.train.precision == "bf16" else 4
     return numbers * (final + (12 if config.checkpoint.every else 0))  # fp32 weights and two moments
 
@@ -162,8 +162,8 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
             monitor.step({"kind": "train", "step": number, "epoch": step.epoch, "loss": None, "lr": lr,
                           "grad_norm": None, "tokens": step.tokens, "target_tokens": step.target_tokens,
                           "seconds": seconds, "tokens_per_second": step.tokens / seconds,
-                          "memory_gib": memory_gib(world.device), **prepared.shares(step.index)},
-                         shared[0], grad_norm, shared[1])
+                          "memory_gib": memory_gib(world.device),
+                          **(prepared.shares(step.index) if world.leads else {})}, shared[0], grad_norm, shared[1])
             last = number == plan.total_steps
             if monitor.stop and not last:
                 break
