@@ -42,7 +42,7 @@ def test_nothing_trained_is_zero_and_still_has_gradients():
                                      {"label_smoothing": 0.2, "z_loss": 1e-3}])
 def test_the_chunked_loss_is_the_plain_one(monkeypatch, chunk, options):
     """Value and gradients to 1e-5 in fp32; the oracle is autograd through the whole (T, vocab) logits."""
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    monkeypatch.setattr(loss_module, "CHUNK", chunk * 101)
     hidden, weight, targets = draw()
     loss = linear_cross_entropy(hidden, weight, targets, denominator=29.0, **options) * 3
     got = torch.autograd.grad(loss, (hidden, weight))
@@ -56,7 +56,7 @@ def test_the_chunked_loss_is_the_plain_one(monkeypatch, chunk, options):
 
 def test_bf16_gradients_are_those_of_exact_arithmetic_rounded_once(monkeypatch):
     """Many small chunks: a sum kept in bf16 would drift by far more than a rounding."""
-    monkeypatch.setattr(loss_module, "CHUNK", 4)
+    monkeypatch.setattr(loss_module, "CHUNK", 4 * 101)
     hidden, weight, targets = draw(tokens=400, dtype=torch.bfloat16)
     got = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, denominator=400.0), (hidden, weight))
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -65,7 +65,7 @@ def test_bf16_gradients_are_those_of_exact_arithmetic_rounded_once(monkeypatch):
         assert (ours.double() - theirs).norm() / theirs.norm() < 1e-2
 
 
-def test_the_large_logits_never_exist():
+def test_the_large_logits_never_exist(monkeypatch):
     """The largest tensor that is made is a chunk's logits or the head's gradient, not (T, vocab)."""
     largest = 0
 
@@ -77,10 +77,11 @@ def test_the_large_logits_never_exist():
                                       if isinstance(x, torch.Tensor))])
             return out
 
+    monkeypatch.setattr(loss_module, "CHUNK", 512_000)
     hidden, weight, targets = draw(tokens=4096, width=8, vocab=1000)
     with Watch():
         linear_cross_entropy(hidden, weight, targets, denominator=1.0).backward()
-    assert largest == loss_module.CHUNK * 1000
+    assert largest == 512_000
 
 
 def test_no_gradient_is_computed_without_need():
@@ -90,3 +91,24 @@ def test_no_gradient_is_computed_without_need():
     linear_cross_entropy(hidden, weight.detach(), targets, denominator=1.0).backward()
     assert weight.grad is None
     assert hidden.grad is not None
+
+
+def test_fp32_weights_of_bf16_activations():
+    """A lone process keeps fp32 weights: products are of rounded operands, gradients have each tensor's own dtype."""
+    hidden, weight, targets = draw(tokens=60)
+    narrow = hidden.detach().bfloat16().requires_grad_()
+    got = torch.autograd.grad(linear_cross_entropy(narrow, weight, targets, denominator=60.0), (narrow, weight))
+    exact = [hidden.detach().bfloat16().double().requires_grad_(), weight.detach().bfloat16().double().requires_grad_()]
+    reference = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].T, targets), exact)
+    for ours, theirs, dtype in zip(got, reference, (torch.bfloat16, torch.float32), strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).norm() / theirs.norm() < 1e-2
+
+
+def test_gradients_do_not_live_as_long_as_the_loss():
+    hidden, weight, targets = draw()
+    loss = linear_cross_entropy(hidden, weight, targets, denominator=1.0)
+    held = loss.grad_fn.gradients
+    loss.backward()
+    assert held is not None
+    assert loss.grad_fn.gradients is None

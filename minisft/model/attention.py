@@ -4,18 +4,18 @@
     attends    a0 | a0 a1 | a0 a1 a2 | b0 | b0 b1
 
 The boundaries are explicit and never inferred from the tokens, and there is no backend that could ignore them: CUDA
-runs the variable-length flash kernel (Dao 2023, "FlashAttention-2"), the CPU one call for each document. A mask of
-size T x T is never built, so the cost falls with the length of the documents instead of the length of the stream.
+runs the variable-length flash kernel (Dao 2023, "FlashAttention-2"), the CPU goes document by document. A mask of size
+T x T is never built, so the cost falls with the length of the documents instead of the length of the stream.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.model.precision import CPU_MATMULS_IN_BF16
+from minisft.model.document_attention import document_attention
+from minisft.model.precision import product_dtype
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         return varlen_attn(q, k, v, documents.cu_seqlens, documents.cu_seqlens, longest, longest,
                            window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
     dtype = q.dtype
-    if dtype == torch.bfloat16 and not CPU_MATMULS_IN_BF16:
-        q, k, v = q.float(), k.float(), v.float()
-    pieces = (x.transpose(0, 1).unsqueeze(0).split(documents.lengths, dim=2) for x in (q, k, v))
-    out = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in zip(*pieces, strict=True)]
-    return torch.cat(out, dim=2).squeeze(0).transpose(0, 1).to(dtype)
+    q, k, v = (x.to(product_dtype(x)) for x in (q, k, v))
+    return document_attention(q, k, v, documents.cu_seqlens).to(dtype)

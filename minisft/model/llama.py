@@ -26,18 +26,9 @@ from minisft.model import weights
 from minisft.model.attention import Documents, attend
 from minisft.model.config import LlamaConfig, read_config
 from minisft.model.meta import MetaFolder
+from minisft.model.norm import RMSNorm
 from minisft.model.precision import Linear, linear
 from minisft.model.rope import rotate, rotations
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -108,11 +99,13 @@ class Llama(nn.Module):
     Its `forward` ends in `readout(hidden (T, D), head weight (V, D))`, supplied by the caller: training computes the
     loss of the trained tokens there, generation the logits of the last ones, and neither pays for (T, V) logits. It is
     called inside `forward` because only there are sharded parameters gathered (training/parallel.py).
+
+    It computes in `dtype`, or where that is None in the dtype that its parameters have when they are used.
     """
 
-    def __init__(self, config: LlamaConfig, *, recompute: bool = False):
+    def __init__(self, config: LlamaConfig, *, recompute: bool = False, dtype: torch.dtype | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.recompute = recompute  # keep only each block's input, and compute the block again in the backward pass
         self.model = Decoder(config)
         if not config.tie_word_embeddings:  # a tied model has one matrix, and one name for it
@@ -121,6 +114,7 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, documents: Documents, readout: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """tokens (T,) -> whatever `readout` makes of the hidden states (T, D) and the head (V, D)."""
         x = self.model.embed_tokens(tokens)
+        x = x.to(self.dtype or x.dtype)
         rotation = rotations(documents.positions, self.config)
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():

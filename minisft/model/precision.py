@@ -1,5 +1,6 @@
-"""Matrix products in bf16 that are fast on every machine.
+"""Matrix products in bf16: of weights that are kept in fp32, and fast on every machine.
 
+A lone process keeps fp32 weights and converts each for its product; sharded ones are gathered in bf16 already.
 A bf16 product is defined as: operands rounded to bf16, sums in fp32, result rounded to bf16. Accelerators and newer
 CPUs have instructions for it. On a CPU that lacks them PyTorch falls back to a loop that is several times slower than
 fp32; there the operands are widened and multiplied in fp32, which is the same definition by another route (a product
@@ -14,35 +15,42 @@ from torch import Tensor, nn
 CPU_MATMULS_IN_BF16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class _WidenedLinear(torch.autograd.Function):
+class _ConvertedLinear(torch.autograd.Function):
+    """Operands are converted for each product, again in the backward pass: no copy of a weight outlives its product."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return (x.float() @ weight.float().T).to(x.dtype)
+        dtype = product_dtype(x)
+        return (x.to(dtype) @ weight.to(dtype).T).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        wide = grad.float()
-        grad_x = (wide @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = (wide.T @ x.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dtype = product_dtype(x)
+        wide = grad.to(dtype)
+        grad_x = (wide @ weight.to(dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (wide.T @ x.to(dtype)).to(x.dtype).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
 
 
-def is_slow(x: Tensor) -> bool:
-    """Whether this machine multiplies tensors like `x` faster after widening them."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MATMULS_IN_BF16
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What operands of a product are converted to where activations are like `x`: their dtype, or fp32 where that is
+    faster on this machine."""
+    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MATMULS_IN_BF16
+    return torch.float32 if slow else x.dtype
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """(T, D) and (O, D) -> (T, O): `x @ weight.T`."""
-    return _WidenedLinear.apply(x, weight) if is_slow(x) else F.linear(x, weight)
+    """(T, D) and (O, D) -> (T, O): `x @ weight.T` in the dtype of `x`."""
+    as_they_are = x.dtype == weight.dtype == product_dtype(x)
+    return F.linear(x, weight) if as_they_are else _ConvertedLinear.apply(x, weight)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with the product above."""
+    """`nn.Linear` with the product above: computes in the dtype of its input, whatever its parameters are kept in."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, O)"""
         y = linear(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -3,7 +3,7 @@
 
 Each rank keeps 1/N of every parameter in fp32, with its gradient and its two moments. Before a block computes, its
 parameters are gathered in bf16; after its backward pass, its gradients are summed over the ranks and each keeps its
-part. One process is the same code with N = 1.
+part. A lone process keeps plain fp32 parameters.
 
     data parallel over all ranks          parallel.replicate = 2 (HSDP), 8 ranks
     shard  [0 1 2 3 4 5 6 7]              shard [0 1 2 3], copy on [4 5 6 7]
@@ -128,13 +128,14 @@ def stop() -> None:
 
 def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", recompute: bool = False) -> Llama:
     """A sharded network with fp32 parameters that are allocated but not yet filled (`weights.load`, `.initialize`)."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with torch.device("meta"):
-        model = Llama(config, recompute=recompute)
+        model = Llama(config, recompute=recompute, dtype=dtype)
+    if world.ranks == 1:  # nothing to gather: the layers convert the fp32 weights as they use them
+        return model.to_empty(device=world.device)
     # Activations are cast by the layers themselves; casting inputs would also round the rotary angles to bf16.
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if precision == "bf16" else None,
-                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # A lone rank gains nothing from freeing the parameters that it would gather again from itself.
-    options = {"mesh": world.mesh, "mp_policy": policy, "reshard_after_forward": world.ranks > 1}
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = {"mesh": world.mesh, "mp_policy": policy}
     for block in model.model.layers:
         fully_shard(block, **options)
     if not config.tie_word_embeddings:
