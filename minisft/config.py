@@ -110,7 +110,8 @@ class Parallel:
     shard: int = key(0, "FSDP: ranks a parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard leaves", low=0)
     timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0)
-    activation_checkpointing: str = key("none", "full: recompute layers in the backward pass", choices=("none", "full"))
+    activation_checkpointing: str = key("none", "what the backward pass computes again: nothing, what is cheap for the "
+                                        "memory it took, or whole blocks", choices=("none", "selective", "full"))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def figures(prepared: Prepared) -> dict:
         source |= {"weight": weight, "epoch": mixed}
     step_starts = epoch.offsets[:-1][:: plan.packs_per_step]
     step_targets = np.add.reduceat(train.targets[epoch.documents], step_starts)[: plan.total_steps]
-    recompute = config.parallel.activation_checkpointing == "full"
+    recompute = config.parallel.activation_checkpointing
     flops = prepared.network and training_flops(prepared.network, train.lengths[epoch.documents],
                                                 train.targets[epoch.documents], recompute=recompute)
     epoch_tokens = sum(source["epoch"]["tokens"] for source in sources)
@@ -179,8 +179,8 @@ def _plan_lines(found: dict) -> dict[str, str]:
     if found["flops"] is None:
         compute = "not estimated, for want of a config.json"
     else:
-        how = "with full recomputation" if found["recompute"] else "without recomputation"
-        compute = f"about {found['flops']:.3g} FLOPs in matrix products, {how}"
+        how = "without" if found["recompute"] == "none" else f"with {found['recompute']}"
+        compute = f"about {found['flops']:.3g} FLOPs in matrix products, {how} recomputation"
     return {"packs": f"{found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
                      f"template {found['template']}",
             "steps": f"{found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all, of "

@@ -8,6 +8,7 @@ Weights are drawn large, so that attention is far from uniform and a wrong angle
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft.model import precision
 from minisft.model.attention import Documents
+from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
+from minisft.model.rope import rotations
 
 transformers = pytest.importorskip("transformers")
 
@@ -224,14 +229,12 @@ def test_gradients_are_those_of_transformers(pair: tuple[Any, Llama]) -> None:
                                    rtol=0, msg=name)
 
 
-def test_recomputed_gradients_are_equal(pair: tuple[Any, Llama]) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_gradients_are_equal(pair: tuple[Any, Llama], monkeypatch, recompute: str) -> None:
     model = pair[1]
     kept = gradients(model, tokens_of(20), [12, 8])
-    model.recompute = True
-    try:
-        recomputed = gradients(model, tokens_of(20), [12, 8])
-    finally:
-        model.recompute = False
+    monkeypatch.setattr(model, "recompute", recompute)
+    recomputed = gradients(model, tokens_of(20), [12, 8])
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
@@ -300,3 +303,42 @@ def test_the_readout_decides_what_is_computed(pair: tuple[Any, Llama]) -> None:
     readout: Callable[[Tensor, Tensor], Tensor] = lambda hidden, head: hidden[[3, 11]] @ head.T  # noqa: E731
     some = model(tokens, Documents.of_lengths((5, 7)), readout)
     torch.testing.assert_close(some, model.logits(tokens, torch.tensor([0, 5, 12]))[[3, 11]], atol=1e-5, rtol=0)
+
+
+class Calls(TorchDispatchMode):
+    """The operations that are run. A profile has those, too, that a checkpoint answers from memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_selective_recomputation_multiplies_one_matrix_and_attends_never_again(compiled: bool) -> None:
+    """By hand: 7 products forward, 14 backward; recomputed are `up` alone, or all but `down` and all documents."""
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    torch.manual_seed(0)
+    block = Llama(config).model.layers[0]
+    documents = Documents.of_lengths((5, 3))
+    rotation = rotations(documents.positions, config)
+    # This backend divides the graph between the passes as inductor does, and needs no compiler.
+    run = torch.compile(block, backend="aot_eager_decomp_partition", fullgraph=True) if compiled else block
+    attend = "minisft::document_attention"
+    gradients, calls = {}, {}
+    for recompute in ("none", "selective", "full"):
+        for _ in range(1 + compiled):  # the first compiles
+            block.zero_grad()
+            x = torch.linspace(-1, 1, 8 * 32).reshape(8, 32).requires_grad_()
+            with profile(activities=[ProfilerActivity.CPU]) if compiled else Calls() as watch:
+                run(x, rotation, documents, recompute).square().sum().backward()
+        calls[recompute] = Counter([event.name for event in watch.events()] if compiled else watch.names)
+        gradients[recompute] = [x.grad, *(parameter.grad for parameter in block.parameters())]
+    assert [calls[name]["aten::mm"] for name in calls] == [21, 22, 27]
+    assert [calls[name][attend] for name in calls] == [1, 1, 2]
+    for found in gradients.values():
+        assert all(torch.equal(ours, plain) for ours, plain in zip(found, gradients["none"], strict=True))

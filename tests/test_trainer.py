@@ -31,7 +31,8 @@ def one_rank(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", [{"ranks": 2}, {"ranks": 3}, {"batch__micro_packs": 4}, {"batch__micro_packs": 3},
-                                    {"parallel__activation_checkpointing": "full"}])
+                                    {"parallel__activation_checkpointing": "full"},
+                                    {"ranks": 2, "parallel__activation_checkpointing": "selective"}])
 def test_ranks_and_accumulation_change_nothing(base, tmp_path, one_rank, change):
     """The same losses, norms and weights over ten steps on 1, 2 or 3 ranks, and with micro-batches of any size."""
     records, weights = one_rank

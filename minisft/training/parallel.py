@@ -126,7 +126,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", recompute: bool = False) -> Llama:
+def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16",
+                recompute: str = "none") -> Llama:
     """A sharded network with fp32 parameters that are allocated but not yet filled (`weights.load`, `.initialize`)."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with torch.device("meta"):

@@ -59,7 +59,7 @@ def train(config: Config) -> int:
         world = parallel.start(shard=config.parallel.shard, replicate=config.parallel.replicate)
         watch(config.parallel.timeout)
         model = parallel.build_model(model_config, world, precision=config.train.precision,
-                                     recompute=config.parallel.activation_checkpointing == "full")
+                                     recompute=config.parallel.activation_checkpointing)
         if folder:
             check_room(folder.path, room_needed(config, model))
         optimizer = Optimizer(model, world.mesh, weight_decay=config.optim.weight_decay, betas=config.optim.betas,
