@@ -21,21 +21,21 @@ from tqdm import tqdm
 
 WARMUP, STEPS, SHOWN = 2, 3, 25
 
-# The first pattern that an operation's own name matches settles its kind, unless what surrounds it does.
+# The first pattern that an operation's own name matches settles its kind. Views and allocations have none.
 KINDS = [
-    ("matmul", r"aten::(mm|bmm|addmm|addmm_|baddbmm|_scaled_mm|linear|mkldnn_linear|matmul)$|gemm|nvjet"),
-    ("attention", r"scaled_dot_product|flash_attn|flash_attention|varlen_attn|flash_fwd|flash_bwd"),
-    ("communication", r"c10d|gloo:|nccl|^FSDP::"),
-    ("optimiser", r"_fused_adamw|_foreach_|^Optimizer\."),
+    ("matmul", r"aten::(mm|bmm|addmm|addmm_|baddbmm|_scaled_mm|mkldnn_linear)$|gemm|nvjet"),
+    ("attention", r"scaled_dot_product|flash_attn|flash_attention|varlen_attn"),
+    ("communication", r"^c10d::|^gloo:|nccl|^FSDP::"),  # FSDP's own time is that of waiting for the others
+    ("optimiser", r"_fused_adamw|_foreach_|linalg_vector_norm|^Optimizer\."),
     ("loader", r"^loader$"),
-    ("copies and casts", r"aten::(copy_|_to_copy|cat|stack|clone|contiguous|fill_|zero_|split_with_sizes_copy|"
-                         r"_chunk_cat|_local_scalar_dense)$|Memcpy|Memset"),
+    ("copies and casts", r"aten::(copy_|_to_copy|cat|stack|clone|fill_|zero_|index|_local_scalar_dense)$|Mem(cpy|set)"),
     ("element-wise, norm, rope", r"aten::(?!(view|t|transpose|as_strided|slice|detach|empty|empty_like|empty_strided|"
-                                 r"to|unsqueeze|expand|reshape|select|split|split_with_sizes|narrow|_unsafe_view|"
-                                 r"alias|permute|squeeze|chunk|zeros|zeros_like|unflatten|flatten|resize_|set_)$)|triton"),
+                                 r"to|unsqueeze|expand|reshape|select|split|split_with_sizes|narrow|_unsafe_view|alias|"
+                                 r"permute|squeeze|chunk|zeros|zeros_like|unflatten|flatten|linear|matmul)$)|triton"),
 ]
-# Inside these all but matrix products, attention and communication is of the kind.
-AROUND = [("loss, but its products", r"LinearCrossEntropy"), ("optimiser", r"^Optimizer\."), ("loader", r"^loader$")]
+# In one of these, all but the first three kinds is part of it.
+AROUND = [("loss, but its products", r"LinearCrossEntropy"), ("optimiser", r"^Optimizer\."),
+          ("sharding (FSDP's copies and casts)", r"^FSDP::"), ("loader", r"^loader$")]
 OTHER = "Python, dispatch, waiting"
 
 
@@ -62,43 +62,36 @@ def write(profiler: profile, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     (folder / "table.txt").write_text(table(profiler.events()), encoding="utf-8")
-    tqdm.write(f"{folder}: trace.json.gz and table.txt say where the time of {STEPS} steps went")
+    tqdm.write(f"{folder}: trace.json.gz and table.txt say where the time goes")
 
 
 def kind(event: FunctionEvent) -> str:
     """The kind of work that an operation is, by its name and by what it is part of."""
     own = next((kind for kind, pattern in KINDS if re.search(pattern, event.name)), OTHER)
-    while own not in ("matmul", "attention", "communication") and (event := event.cpu_parent):
+    while own not in ("matmul", "attention", "communication") and event:
         own = next((kind for kind, pattern in AROUND if re.search(pattern, event.name)), own)
+        event = event.cpu_parent
     return own
-
-
-def shares(events: Iterable[FunctionEvent]) -> tuple[str, dict[tuple[str, str], list[float]]]:
-    """-> what the time is of, {(kind, operation): [microseconds, calls]}."""
-    events = list(events)
-    on_device = any(event.self_device_time_total for event in events)
-    training = {event.thread for event in events if event.name.startswith("ProfilerStep")}
-    found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
-    for event in events:
-        if event.device_type != torch.autograd.DeviceType.CPU or event.thread not in training and not on_device:
-            continue
-        spent = event.self_device_time_total if on_device else event.self_cpu_time_total
-        if spent:
-            row = found[kind(event), event.name.split("#")[0]]
-            row[0], row[1] = row[0] + spent, row[1] + 1
-    return "kernels on the device" if on_device else "the thread that trains", dict(found)
 
 
 def table(events: Iterable[FunctionEvent]) -> str:
     """Shares of the time by kind, then by operation."""
-    what, found = shares(events)
-    total = sum(spent for spent, _ in found.values())
+    events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]  # kernels are in these
+    on_device = any(event.self_device_time_total for event in events)
+    steps = [event for event in events if event.name.startswith("ProfilerStep")]
     kinds: dict[str, float] = defaultdict(float)
-    for (kind, _), (spent, _) in found.items():
-        kinds[kind] += spent
-    lines = [f"{total / 1e6 / STEPS:.3f} s a step, of {what}", ""]
-    lines += [f"{spent / total:7.1%}  {kind}" for kind, spent in sorted(kinds.items(), key=lambda row: -row[1])]
+    operations: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in events:
+        if on_device or event.thread == steps[0].thread:
+            spent = event.self_device_time_total if on_device else event.self_cpu_time_total
+            what = kind(event)
+            kinds[what] += spent
+            row = operations[what, re.sub(r"#.*| \(.*", "", event.name)]  # FSDP::pre_forward (model.layers.0)
+            row[0], row[1] = row[0] + spent, row[1] + 1
+    total = sum(kinds.values())
+    lines = [f"{total / 1e6 / len(steps):.3f} s a step, of {'kernels' if on_device else 'the thread that trains'}", ""]
+    lines += [f"{spent / total:7.1%}  {what}" for what, spent in sorted(kinds.items(), key=lambda row: -row[1])]
     lines += ["", "  share  calls a step  operation"]
-    for (kind, name), (spent, calls) in sorted(found.items(), key=lambda row: -row[1][0])[:SHOWN]:
-        lines.append(f"{spent / total:7.1%}  {calls / STEPS:12,.0f}  {name[:60]} ({kind})")
+    for (what, name), (spent, calls) in sorted(operations.items(), key=lambda row: -row[1][0])[:SHOWN]:
+        lines.append(f"{spent / total:7.1%}  {calls / len(steps):12,.0f}  {name[:60]} ({what})")
     return "\n".join(lines) + "\n"
