@@ -133,13 +133,16 @@ def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", r
     # Activations are cast by the layers themselves; casting inputs would also round the rotary angles to bf16.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if precision == "bf16" else None,
                                   reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # A lone rank gains nothing from freeing the parameters that it would gather again from itself.
-    options = {"mesh": world.mesh, "mp_policy": policy, "reshard_after_forward": world.ranks > 1}
+    # After the forward pass all but the root's parameters are freed (None): its own are the first to be gathered again.
+    # A lone rank gains nothing from freeing what it would gather from itself.
+    options = {"mesh": world.mesh, "mp_policy": policy, "reshard_after_forward": None if world.ranks > 1 else False}
     for block in model.model.layers:
         fully_shard(block, **options)
     if not config.tie_word_embeddings:
         fully_shard(model.model.embed_tokens, **options)
         fully_shard(model.lm_head, **options)
+        for module in (model.model.embed_tokens, model.lm_head):  # their gradients are made without their values
+            module.set_unshard_in_backward(False)
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums: the loss is already divided by the whole step's tokens
