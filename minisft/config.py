@@ -124,6 +124,7 @@ class Eval:
 class Run:
     """Where results go."""
     dir: str = key("", "run folder; empty: runs/ and the recipe's name")
+    profile: bool = key(False, "record a few steps and write where their time goes; --profile is short for it")
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Config:
 
 
 SECTIONS = {section.name: section.type for section in fields(Config)}
+SHORT = {"--profile": "--run.profile=true"}
 KEYS = {f"{section}.{spec.name}": spec for section, cls in SECTIONS.items() for spec in fields(cls)}
 
 
@@ -256,7 +258,7 @@ def _command_line(argv: list[str]) -> tuple[str, list[tuple[str, str, Any]], lis
             else:
                 wrong.append(f"command line: unexpected {argument!r}; one recipe may be named, before the options")
             continue
-        option, has_value, text = argument.partition("=")
+        option, has_value, text = SHORT.get(argument, argument).partition("=")
         where, name = f"command line: {option}", option.removeprefix("--")
         # Also after an unknown option: its value is no second problem.
         if not has_value and left and not left[0].startswith("--"):

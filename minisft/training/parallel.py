@@ -136,12 +136,15 @@ def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16",
         return model.to_empty(device=world.device)
     # Activations are cast by the layers themselves; casting inputs would also round the rotary angles to bf16.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": world.mesh, "mp_policy": policy}
+    # Freed after the forward pass are all parameters but the root's, which are the first to be needed again.
+    options = {"mesh": world.mesh, "mp_policy": policy, "reshard_after_forward": None}
     for block in model.model.layers:
         fully_shard(block, **options)
     if not config.tie_word_embeddings:
         fully_shard(model.model.embed_tokens, **options)
         fully_shard(model.lm_head, **options)
+        for module in (model.model.embed_tokens, model.lm_head):  # their gradients are made without their values
+            module.set_unshard_in_backward(False)
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums: the loss is already divided by the whole step's tokens

@@ -1,6 +1,6 @@
 """The folder of a run: who owns it, what state the run is in, what is in its log.
 
-    config.toml  metrics.jsonl  status.json  checkpoints/step-000100/  final/  .lock
+    config.toml  metrics.jsonl  status.json  checkpoints/step-000100/  final/  profile/  .lock
 
 One run at a time owns a folder, by a lock that the kernel lets go of when the owner dies. A folder that holds something
 else, or a run that is finished, is never written over.
@@ -14,7 +14,7 @@ from pathlib import Path
 from minisft.errors import UserError
 from minisft.training.checkpoint import checkpoints
 
-OURS = ("config.toml", "metrics.jsonl", "checkpoints", "final")  # what a run would write over
+OURS = ("config.toml", "metrics.jsonl", "checkpoints", "final", "profile")  # what a run would write over
 
 
 class RunFolder:

@@ -35,6 +35,7 @@ from minisft.training.metrics import Monitor, memory_gib
 from minisft.training.optimizer import Optimizer, learning_rate
 from minisft.training.parallel import World
 from minisft.training.preemption import Preemption
+from minisft.training.profile import profiled
 from minisft.training.run_folder import RunFolder
 
 
@@ -141,8 +142,9 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
         if start == 0:
             evaluate(config, prepared, model, world, monitor, step=0)
         started = time.perf_counter()
-        for step in steps(prepared.train, plan, start=start, rank=world.rank, ranks=world.ranks,
-                          micro_packs=config.batch.micro_packs):
+        batches = steps(prepared.train, plan, start=start, rank=world.rank, ranks=world.ranks,
+                        micro_packs=config.batch.micro_packs)
+        for step in profiled(batches, folder / "profile" if config.run.profile and world.leads else None):
             watch(config.parallel.timeout)
             shared = torch.zeros(2, device=world.device)  # loss, wish to stop: summed over the ranks
             for batch in step.micro_batches:

@@ -1,0 +1,100 @@
+"""Where the time of a step goes: `train.py RECIPE --profile` puts a trace and a table into the run folder.
+
+    profile/trace.json.gz  everything that ran, for ui.perfetto.dev or chrome://tracing
+    profile/table.txt      the share of the time by kind of work, and the operations behind it
+
+The leading rank records three steps after two that warm up. On a GPU the time of an operation is that of the kernels
+it launched; on a CPU it is the operation's own on the thread that trains, so that shares add up to the step, waiting
+and Python included. An operation is counted once, without those it calls: a matrix product in the loss is a matrix
+product, and what the loss does besides is the loss. Recording costs time itself, a few microseconds an operation.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from tqdm import tqdm
+
+WARMUP, STEPS, SHOWN = 2, 3, 25
+
+# The first pattern that an operation's own name matches settles its kind. Views and allocations have none.
+KINDS = [
+    ("matmul", r"aten::(mm|bmm|addmm|addmm_|baddbmm|_scaled_mm|mkldnn_linear)$|gemm|nvjet"),
+    ("attention", r"scaled_dot_product|flash_attn|flash_attention|varlen_attn|document_attention"),
+    ("communication", r"^c10d::|^gloo:|nccl|^FSDP::"),  # FSDP's own time is that of waiting for the others
+    ("optimiser", r"_fused_adamw|_foreach_|linalg_vector_norm|^Optimizer\."),
+    ("loader", r"^loader$"),
+    ("copies and casts", r"aten::(copy_|_to_copy|cat|stack|clone|fill_|zero_|index|_local_scalar_dense)$|Mem(cpy|set)"),
+    ("element-wise, norm, rope", r"aten::(?!(view|t|transpose|as_strided|slice|detach|empty|empty_like|empty_strided|"
+                                 r"to|unsqueeze|expand|reshape|select|split|split_with_sizes|narrow|_unsafe_view|alias|"
+                                 r"permute|squeeze|chunk|zeros|zeros_like|unflatten|flatten|linear|matmul)$)|triton"),
+]
+# In one of these, all but the first three kinds is part of it.
+AROUND = [("loss, but its products", r"LinearCrossEntropy"), ("optimiser", r"^Optimizer\."),
+          ("sharding (FSDP's copies and casts)", r"^FSDP::"), ("loader", r"^loader$")]
+OTHER = "Python, dispatch, waiting"
+
+
+def profiled(steps: Iterable, folder: Path | None) -> Iterator:
+    """The same steps. With a `folder`, those after the first few are recorded, from asking for one to asking for the
+    next, and the files written as soon as they are over or the loop is left."""
+    steps = iter(steps)
+    if folder:
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+        with profile(activities=activities, schedule=schedule(wait=WARMUP - 1, warmup=1, active=STEPS, repeat=1),
+                     on_trace_ready=lambda profiler: write(profiler, folder)) as profiler:
+            for _ in range(WARMUP + STEPS):
+                with record_function("loader"):
+                    step = next(steps, None)
+                if step is None:
+                    break
+                yield step
+                profiler.step()
+    yield from steps
+
+
+def write(profiler: profile, folder: Path) -> None:
+    """The trace and the table of what was recorded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+    (folder / "table.txt").write_text(table(profiler.events()), encoding="utf-8")
+    tqdm.write(f"{folder}: trace.json.gz and table.txt say where the time goes")
+
+
+def kind(event: FunctionEvent) -> str:
+    """The kind of work that an operation is, by its name and by what it is part of."""
+    own = next((kind for kind, pattern in KINDS if re.search(pattern, event.name)), OTHER)
+    while event:
+        if "document_attention" in event.name:  # made of products, on devices that have no kernel for it
+            return "attention"
+        if own not in ("matmul", "attention", "communication"):
+            own = next((kind for kind, pattern in AROUND if re.search(pattern, event.name)), own)
+        event = event.cpu_parent
+    return own
+
+
+def table(events: Iterable[FunctionEvent]) -> str:
+    """Shares of the time by kind, then by operation."""
+    events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]  # kernels are in these
+    on_device = any(event.self_device_time_total for event in events)
+    steps = [event for event in events if event.name.startswith("ProfilerStep")]
+    kinds: dict[str, float] = defaultdict(float)
+    operations: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in events:
+        if on_device or event.thread == steps[0].thread:
+            spent = event.self_device_time_total if on_device else event.self_cpu_time_total
+            what = kind(event)
+            kinds[what] += spent
+            row = operations[what, re.sub(r"#.*| \(.*", "", event.name)]  # FSDP::pre_forward (model.layers.0)
+            row[0], row[1] = row[0] + spent, row[1] + 1
+    total = sum(kinds.values())
+    lines = [f"{total / 1e6 / len(steps):.3f} s a step, of {'kernels' if on_device else 'the thread that trains'}", ""]
+    lines += [f"{spent / total:7.1%}  {what}" for what, spent in sorted(kinds.items(), key=lambda row: -row[1])]
+    lines += ["", "  share  calls a step  operation"]
+    for (what, name), (spent, calls) in sorted(operations.items(), key=lambda row: -row[1][0])[:SHOWN]:
+        lines.append(f"{spent / total:7.1%}  {calls / len(steps):12,.0f}  {name[:60]} ({what})")
+    return "\n".join(lines) + "\n"
