@@ -1,0 +1,185 @@
+"""The memory of a training step on one GPU, by arithmetic from the shape of the network.
+
+What stays all the time is 16 bytes a parameter over the shards: fp32 weight, gradient and two moments (Rajbhandari et
+al. 2020, "ZeRO", section 3.1). What comes and goes is counted at the instants at which a step can need most, and the
+largest of them is the peak:
+
+    head          all activations are kept; the head's gradient is summed in fp32 beside the gathered matrix
+    last block    all activations are kept, the last block's are computed again, its gradients and theirs are made
+    first block   one block's activations, but the gradients of all others stand reduced
+    embedding     no activations; the gradient of the embedding, whole, and its copy for the reduction
+
+Every term is a tensor that exists, and is named after it. Checked against torch's FSDP memory tracker on simulated
+ranks (tests/test_memory.py); a caching allocator reserves more than is allocated (planning.py states the factor).
+"""
+
+# T tokens on one rank, L layers, D model width, A = H E width of the queries, K that of the keys, F feed-forward width,
+# V vocabulary
+
+from dataclasses import dataclass
+
+from minisft.model.config import LlamaConfig
+from minisft.training.loss import CHUNK
+
+FP32 = 4
+POLICIES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes on the device for each parameter's state, and for each number of the network's arithmetic."""
+
+    parameter: int = FP32
+    gradient: int = FP32
+    moments: int = 2 * FP32
+    compute: int = 2  # gathered weights and activations: bf16
+    softmax: int = CHUNK  # logits whose softmax is taken at once; a CPU's cache holds fewer
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers in the network's parameters."""
+
+    block: int
+    vocabulary: int  # one (V, D) matrix
+    total: int
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> "Sizes":
+        width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+        shared, inner = config.num_key_value_heads * config.head_dim, config.intermediate_size
+        block = 2 * width * (heads + shared) + 3 * width * inner + 2 * width
+        block += config.attention_bias * (heads + 2 * shared + width) + config.mlp_bias * (2 * inner + width)
+        vocabulary = config.vocab_size * width
+        total = config.num_hidden_layers * block + width + vocabulary * (1 if config.tie_word_embeddings else 2)
+        return cls(block, vocabulary, total)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the instant that needs most, by part."""
+
+    instant: str
+    parts: dict[str, int]
+
+    @property
+    def allocated(self) -> int:
+        return sum(self.parts.values())
+
+
+def kept(config: LlamaConfig, recompute: str, compute: int = 2) -> int:
+    """Bytes that a block keeps of each token for its backward pass (model/llama.py)."""
+    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    shared, inner, lse = config.num_key_value_heads * config.head_dim, config.intermediate_size, 4
+    return {
+        # input, its norm, q, k, v, attention, stream between, its norm; gate, its SiLU, up, their product
+        "none": compute * (4 * width + 2 * heads + 2 * shared + 4 * inner) + lse * config.num_attention_heads + 2 * 4,
+        # input, q, k, v, attention, o, gate
+        "selective": compute * (2 * width + 2 * heads + 2 * shared + inner) + lse * config.num_attention_heads,
+        "full": compute * width,
+    }[recompute]
+
+
+def peak(config: LlamaConfig, *, shards: int, tokens: int, trained: int, recompute: str, accumulates: bool = False,
+         each: Bytes | None = None) -> Memory:
+    """The instant of a step that needs most memory on each of `shards` GPUs.
+
+    A forward pass has `tokens`, of which `trained` are targets. `accumulates`: gradients stand from the step's earlier
+    micro-batches.
+    """
+    each = each or Bytes()
+    instants = {"head": _head, "last block": _last_block, "first block": _first_block, "embedding": _embedding}
+    found = []
+    for name, parts_of in instants.items():
+        parts = _standing(config, shards, tokens, trained, each)
+        reduced, parts_now = parts_of(config, shards, tokens, trained, recompute, each)
+        parts["gradients"] = each.gradient * (Sizes.of(config).total if accumulates else reduced) // shards
+        found.append(Memory(name, parts | parts_now))
+    return max(found, key=lambda memory: memory.allocated)
+
+
+def _standing(config: LlamaConfig, shards: int, tokens: int, trained: int, each: Bytes) -> dict[str, int]:
+    """What is there at every instant."""
+    numbers = Sizes.of(config).total
+    ids = 8 * (2 * tokens + 2 * trained)  # tokens, positions; targets and where they are
+    return {"parameters": each.parameter * numbers // shards, "gradients": 0,
+            "moments": each.moments * numbers // shards,
+            "inputs": ids + 2 * FP32 * config.head_dim * tokens}  # cosines and sines
+
+
+def _head(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[str, int]]:
+    """In the loss: the gradient of the head is being rounded, or a chunk's logits turned into their gradient."""
+    sizes, width = Sizes.of(config), config.hidden_size
+    gathered = each.compute * sizes.vocabulary
+    # FSDP frees the buffer that a gather arrived in when the next one arrives: here the head's own, or a block's.
+    buffer = each.compute * sizes.block if config.tie_word_embeddings else gathered
+    at_once = max(CHUNK // config.vocab_size, 1)
+    logits = min(at_once, trained) * config.vocab_size
+    # A chunk's logits and those of the one before, which Python lets go late; the softmax in fp32, and its input.
+    chunk = each.compute * logits * (1 + (trained > at_once)) + 2 * FP32 * min(logits, each.softmax)
+    # A lone process converts the matrix and sums into the parameter's own gradient.
+    copies = max(each.compute * sizes.vocabulary, chunk) if shards > 1 else chunk
+    return 0, {
+        "activations": _activations(config, tokens, recompute, each)
+        + each.compute * width * (tokens + 2 * trained),  # norm's output, the trained part of it and its gradient
+        "head": FP32 * sizes.vocabulary + copies,
+        "gathered": gathered + (buffer if shards > 1 else 0) if each.compute < FP32 or shards > 1 else 0,
+    }
+
+
+def _last_block(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[str, int]]:
+    """In the backward pass of the last block's feed-forward network."""
+    sizes = Sizes.of(config)
+    tied, lone = config.tie_word_embeddings, shards == 1
+    # The head's gradient: reduced, with the buffer that it was sent from still there; or, tied, waiting to be whole.
+    return 0 if tied else sizes.vocabulary, {
+        "activations": _activations(config, tokens, recompute, each) + _again(config, tokens, recompute, each),
+        "head": _waiting(config, shards, each),
+        "gathered": 0 if lone else each.compute * ((sizes.vocabulary if tied else 0) + 2 * sizes.block),
+        "reduction": 0 if lone else each.compute * sizes.block + (0 if tied else FP32 * sizes.vocabulary),
+    }
+
+
+def _first_block(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[str, int]]:
+    """In the backward pass of the first block, or where its gradients are copied for the reduction."""
+    sizes, tied, lone = Sizes.of(config), config.tie_word_embeddings, shards == 1
+    reduced = sizes.total - sizes.block - sizes.vocabulary
+    work = kept(config, recompute, each.compute) * tokens + _again(config, tokens, recompute, each)
+    return reduced, {
+        "activations": work,
+        "head": _waiting(config, shards, each),
+        "gathered": 0 if lone else each.compute * ((sizes.vocabulary if tied else 0) + sizes.block),
+        "reduction": 0 if lone else (each.compute + FP32) * sizes.block,  # gradients, and the buffer of others
+    }
+
+
+def _embedding(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[str, int]]:
+    """Where the gradient of the embedding is copied for the reduction."""
+    sizes, tied, lone = Sizes.of(config), config.tie_word_embeddings, shards == 1
+    gradient = (FP32 if lone else each.compute) * sizes.vocabulary
+    return sizes.total - sizes.vocabulary, {
+        "activations": each.compute * config.hidden_size * tokens,
+        "head": _waiting(config, shards, each) if lone else 0,  # else it is in the same gradient by now
+        "gathered": gradient if tied and not lone else 0,
+        "reduction": gradient + (0 if lone else FP32 * sizes.vocabulary + FP32 * sizes.vocabulary // shards),
+    }
+
+
+def _waiting(config: LlamaConfig, shards: int, each: Bytes) -> int:
+    """The gradient of a tied head, which waits for the embedding's."""
+    width = FP32 if shards == 1 else each.compute
+    return width * Sizes.of(config).vocabulary if config.tie_word_embeddings else 0
+
+
+def _activations(config: LlamaConfig, tokens: int, recompute: str, each: Bytes) -> int:
+    """What all blocks keep, and the stream that leaves the last."""
+    per_token = config.num_hidden_layers * kept(config, recompute, each.compute)
+    return (per_token + each.compute * config.hidden_size) * tokens
+
+
+def _again(config: LlamaConfig, tokens: int, recompute: str, each: Bytes) -> int:
+    """What one block's backward pass computes again, and the gradients of activations in its feed-forward network."""
+    again = kept(config, "none", each.compute) - kept(config, recompute, each.compute)
+    # The product's gradient, those of its two factors, less the product itself, which is gone; and the stream's.
+    gradients = each.compute * (2 * config.intermediate_size + 2 * config.hidden_size)
+    return (again + gradients) * tokens
