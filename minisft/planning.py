@@ -19,6 +19,7 @@ from minisft.hardware import REACHED, Gpu, Traffic
 from minisft.memory import POLICIES, Bytes, Memory, Sizes, peak
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
+from minisft.model.meta import MetaFolder
 from minisft.preparation import prepare
 
 # Published: torchtitan, Llama-3-8B on 8 H100s, compiled, selective recomputation: 35% of the peak by FLOPs that are
@@ -103,7 +104,7 @@ def network_of(config: Config) -> LlamaConfig:
     if config.model.init == "random" and named in PRESETS:
         return PRESETS[named]
     try:
-        return read_config(named)
+        return MetaFolder(named).config if config.model.format == "meta" else read_config(named)
     except UserError as error:
         raise UserError(f"{error}. To plan without the model's files: --model.init random --model.config with one of "
                         f"{', '.join(PRESETS)}") from None
@@ -129,8 +130,6 @@ def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, d
     fastest = min(choice.step_seconds for choice in fitting)
     best = min((c for c in fitting if c.step_seconds <= 1.01 * fastest), key=lambda c: c.memory.allocated)
     asked = [c for c in choices if c.micro_packs == min(config.batch.micro_packs, most)]
-    hours = work.steps * best.step_seconds / 3600 if work.steps else None
-    largest = {policy: max((c.micro_packs for c in fitting if c.policy == policy), default=0) for policy in POLICIES}
     return {
         "gpu": asdict(gpu), "gpus": gpus, "shards": shards, "copies": copies, "parameters": Sizes.of(network).total,
         "usable_gib": gpu.memory_gib - OUTSIDE, "reserved_factor": RESERVED, "utilisation": utilisation,
@@ -139,13 +138,23 @@ def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, d
         "flops_per_step": work.flops[best.policy] * work.tokens_per_pack * config.batch.packs,
         "memory": {choice.policy: as_dict(choice) for choice in asked},
         "activation_checkpointing": config.parallel.activation_checkpointing,
-        "largest_micro_packs": largest, "packs_per_gpu": most,
-        "recommended": as_dict(best), "traffic": asdict(traffic),
-        "traffic_per_step": best.micro_steps * sum((traffic.gathered_forward, traffic.gathered_backward,
-                                                    traffic.reduced, traffic.copied)),
-        "hidden": traffic.forward_seconds <= best.compute_seconds[0]
-        and traffic.backward_seconds <= best.compute_seconds[1],
-        "hours": hours, "dollars": hours * gpus * price if hours and price else None, "price": price}
+        "largest_micro_packs": {policy: max((c.micro_packs for c in fitting if c.policy == policy), default=0)
+                                for policy in POLICIES}, "packs_per_gpu": most,
+        "recommended": as_dict(best), **sent(traffic, best), **cost(work, best, gpus=gpus, price=price)}
+
+
+def sent(traffic: Traffic, best: Choice) -> dict:
+    """What the GPUs send, and whether computing takes longer."""
+    micro_batch = traffic.gathered_forward + traffic.gathered_backward + traffic.reduced + traffic.copied
+    forward, backward = best.compute_seconds
+    return {"traffic": asdict(traffic), "traffic_per_step": best.micro_steps * micro_batch,
+            "hidden": traffic.forward_seconds <= forward and traffic.backward_seconds <= backward}
+
+
+def cost(work: Work, best: Choice, *, gpus: int, price: float | None) -> dict:
+    """Hours and dollars, where the length of the run and the price are known."""
+    hours = None if work.steps is None else work.steps * best.step_seconds / 3600
+    return {"hours": hours, "price": price, "dollars": None if None in (hours, price) else hours * gpus * price}
 
 
 def as_dict(choice: Choice) -> dict:
@@ -175,16 +184,17 @@ def split(config: Config, gpus: int) -> tuple[int, int]:
 def choose(config: Config, network: LlamaConfig, work: Work, traffic: Traffic, gpu: Gpu, policy: str,
            micro_packs: int, *, gpus: int, shards: int, utilisation: float) -> Choice:
     """Memory and time of one way to run."""
-    micro_steps = -(-config.batch.packs // (gpus * micro_packs))
+    full, rest = divmod(-(-config.batch.packs // gpus), micro_packs)
+    micro_steps = full + (rest > 0)
     memory = memory_of(config, network, shards=shards, policy=policy, micro_packs=micro_packs, trained=work.trained,
                        accumulates=micro_steps > 1)
     seconds = work.tokens_per_pack * micro_packs / (gpu.bf16_tflops * 1e12 * utilisation)
     forward = seconds * work.flops["none"] / 3
     backward = seconds * work.flops[policy] - forward
     optimizer = ADAMW * Sizes.of(network).total / shards / (gpu.memory_gb_s * 1e9)
-    # Sending overlaps with computing; the longer of the two counts.
-    micro_step = max(forward, traffic.forward_seconds) + max(backward, traffic.backward_seconds)
-    step = micro_steps * micro_step + optimizer
+    # Sending overlaps with computing; the longer of the two counts. The last micro-batch may be smaller.
+    step = optimizer + sum(max(part * forward, traffic.forward_seconds) + max(part * backward, traffic.backward_seconds)
+                           for part in (*[1] * full, *[rest / micro_packs] * (rest > 0)))
     fits = memory.allocated * RESERVED <= (gpu.memory_gib - OUTSIDE) * GIB
     return Choice(policy, micro_packs, memory, fits, micro_steps, (forward, backward), step,
                   work.tokens_per_pack * config.batch.packs / step / gpus)

@@ -165,3 +165,19 @@ def test_hardware_is_plausible(name):
     assert 100 < gpu.bf16_tflops * 1e12 / (gpu.memory_gb_s * 1e9) < 450
     marketed = int(gpu.name.split()[-2])
     assert marketed * 0.92 < gpu.memory_gib <= marketed
+
+
+def test_a_step_is_as_long_as_its_micro_batches(recipe):
+    """40 packs over 8 GPUs by 2: two micro-batches of 2 and one of 1, and the optimizer; or what is sent."""
+    found = planned("--batch.packs", "40", "--gpu", "h200", "--batch.micro_packs", "2")
+    chosen = found["memory"]["none"]
+    forward, backward = chosen["compute_seconds"]
+    assert found["hidden"]
+    assert chosen["micro_steps"] == 3
+    optimizer = 28 * N / 8 / 4800e9
+    assert chosen["step_seconds"] == pytest.approx(2.5 * (forward + backward) + optimizer)
+    slow = planned("--batch.packs", "40", "--gpu", "h100-pcie", "--gpus", "40", "--utilisation", "1")
+    assert not slow["hidden"]
+    sent = slow["traffic"]["forward_seconds"] + slow["traffic"]["backward_seconds"]
+    assert slow["recommended"]["step_seconds"] == pytest.approx(sent + 28 * N / 40 / 2000e9, rel=0.3)
+    assert slow["recommended"]["step_seconds"] >= sent
