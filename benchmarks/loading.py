@@ -77,7 +77,7 @@ def cool(folder: Path) -> None:
 
 
 def read_plainly(folder: Path, rank: int, ranks: int, *, fresh: bool = False) -> None:
-    """This rank's part of every file, block by block; `fresh`: and twice its size of memory, used for the first time."""
+    """This rank's part of every file; `fresh`: with twice its size of memory, used for the first time."""
     buffer, kept = memoryview(bytearray(BLOCK)), []
     for file in files(folder):
         size = file.stat().st_size
