@@ -375,3 +375,22 @@ def test_ranks_divide_rows_as_torch_chunk_does(rows: int, ranks: int) -> None:
             assert len(local) == len(chunks[rank % ranks])
         finally:
             dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("piece", [1, 100, 2**24])
+def test_pieces_are_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """Read by several threads in pieces of any size, a model is what safetensors reads."""
+    monkeypatch.setattr(weights.SafetensorsFolder, "piece", piece)
+    loaded = dict(Llama.from_pretrained(folder).named_parameters())
+    expected = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in expected.items())
+
+
+def test_a_file_that_is_cut_off_after_it_was_opened(folder: Path) -> None:
+    checkpoint, file = weights.SafetensorsFolder(folder), folder / "model.safetensors"
+    with open(file, "r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    text = refusal(weights.load, random_model(), checkpoint)
+    assert text.startswith(f"{file}: ends within ")
+    assert "cut off" in text

@@ -29,6 +29,8 @@ _SPLIT_INPUTS = ("attention.wo.weight", "feed_forward.w2.weight")
 class MetaFolder:
     """The tensors of a Meta folder under Hugging Face's names. Raises UserError for files that cannot be read."""
 
+    piece = 0  # a part of a matrix needs all of it
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
         files = sorted(self.path.glob("consolidated.*.pth"))

@@ -2,8 +2,10 @@
 
 Reading has two halves. `check` compares every name and shape with the network while that is still on the meta device,
 so a wrong folder is refused before anything large is allocated. `load` then copies, for each parameter, the rows that
-this rank holds: FSDP shards along the first dimension, and safetensors files are memory-mapped, so 8 ranks read an
-8B model once between them. Names and layout are Hugging Face's on both sides: nothing is renamed or transposed.
+this rank holds: FSDP shards along the first dimension, so 8 ranks read an 8B model once between them. A few threads
+read pieces of some megabytes: while one waits for the disk another converts, and nothing else is in memory but the
+model. (A memory-mapped file comes in page by page, each a wait on a network's file system.) Names and layout are
+Hugging Face's on both sides: nothing is renamed or transposed.
 
 No pickle is read here; `.bin` and `.pt` files are refused. Meta's `consolidated.*.pth` are in meta.py.
 """
@@ -11,6 +13,7 @@ No pickle is read here; `.bin` and `.pt` files are refused. Meta's `consolidated
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from minisft.errors import UserError
 from minisft.model.config import LlamaConfig
 
-FLOATS = ("F32", "BF16", "F16")
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+THREADS = 4
 
 
 class Checkpoint(Protocol):
@@ -32,6 +36,7 @@ class Checkpoint(Protocol):
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
+    piece: int  # bytes that are read at once, by each of several threads; 0: whole tensors, one by one
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor."""
@@ -44,14 +49,17 @@ class SafetensorsFolder:
     Raises UserError for files that are missing, malformed, truncated, or lie outside the folder.
     """
 
+    piece = 2**24
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files = {}
+        self._places: dict[str, tuple[Path, int, torch.dtype]] = {}  # file, offset of the first byte, dtype
         listed = _index(self.path)
         for file in sorted(set(listed.values())) if listed else ["model.safetensors"]:
             try:
-                opened = safe_open(self.path / file, framework="pt")
+                opened = safe_open(self.path / file, framework="pt")  # checks the header, that of untrusted files too
+                offsets = _offsets(self.path / file)
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
                     if listed and listed.get(name) != file:
                         continue
@@ -59,7 +67,8 @@ class SafetensorsFolder:
                     if part.get_dtype() not in FLOATS:
                         raise UserError(f"{self.path / file}: {name} is stored as {part.get_dtype()}; quantised "
                                         f"weights cannot be fine-tuned, only {', '.join(FLOATS)}")
-                    self.shapes[name], self._files[name] = tuple(part.get_shape()), opened
+                    self.shapes[name] = tuple(part.get_shape())
+                    self._places[name] = self.path / file, offsets[name], FLOATS[part.get_dtype()]
             except (SafetensorError, OSError) as error:  # the library's own message does not name the file
                 raise UserError(f"{self.path / file}: not a readable safetensors file ({error}); "
                                 "download or export it again") from None
@@ -69,7 +78,24 @@ class SafetensorsFolder:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, in the dtype of the file."""
-        return self._files[name].get_slice(name)[start:stop]
+        file, offset, dtype = self._places[name]
+        rows = torch.empty((stop - start, *self.shapes[name][1:]), dtype=dtype)
+        left = memoryview(rows.flatten().view(torch.uint8).numpy())
+        with open(file, "rb", buffering=0) as opened:
+            opened.seek(offset + start * (len(left) // max(len(rows), 1)))
+            while left:
+                if not (count := opened.readinto(left)):
+                    raise UserError(f"{file}: ends within {name}; it was cut off since the run began")
+                left = left[count:]
+        return rows
+
+
+def _offsets(file: Path) -> dict[str, int]:
+    """Tensor name -> offset of its first byte, of a file whose header is valid."""
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -128,10 +154,20 @@ def _first_ten(items: list[str]) -> str:
 @torch.no_grad()
 def load(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy this rank's rows of every parameter from `checkpoint`, converting to the parameter's dtype."""
+    pieces = []
     for name, parameter in model.named_parameters():
         local, start = local_rows(parameter)
-        if len(local):
-            local.copy_(checkpoint.read(name, start, start + len(local)))
+        each = max(checkpoint.piece // (2 * max(local[:1].numel(), 1)), 1) if checkpoint.piece else max(len(local), 1)
+        pieces += [(local[i : i + each], name, start + i) for i in range(0, len(local), each)]
+
+    @torch.no_grad()  # holds for a thread
+    def fill(rows: Tensor, name: str, start: int) -> None:
+        read = checkpoint.read(name, start, start + len(rows))
+        rows.copy_(read.to(rows.device))  # in the file's dtype: half the way of fp32, which the device makes of it
+
+    with ThreadPoolExecutor(THREADS if checkpoint.piece else 1) as pool:
+        for _ in pool.map(fill, *zip(*pieces, strict=True)):  # raises what a thread raised
+            pass
 
 
 @torch.no_grad()

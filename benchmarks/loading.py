@@ -1,0 +1,192 @@
+"""How fast weights are read, against plain reading of the same files, and how much memory it takes.
+
+    python benchmarks/loading.py FOLDER [--gib N] [--rounds N] [--ranks N ...] [--keep]
+
+Into FOLDER goes a model of Llama-3-8B's tensors, random numbers in bf16, in files of about 1 GiB, with as many layers
+as --gib leaves room for (3 or more; the whole model is 15). It is read by the way of a training run: built on the meta
+device, sharded, then `weights.load` into fp32 (load). Against that stands read() of the same bytes in blocks of 16 MiB,
+each rank its part of every file: into one buffer (read), and after each block as many zeros as fp32 numbers into memory
+that was never used before, as any way of loading must (fresh).
+
+They take turns, each time in new processes, with the files out of the page cache (cold) and in it (warm). Times are
+from the first rank's start to the last one's end, without the start of Python. `RSS` is the most that a rank had in
+memory, less what it had before and its own part of the model; it counts pages of the cache that are mapped. `anonymous`
+is the same without those: what a rank really needs besides the model.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from minisft.model import weights
+from minisft.model.config import PRESETS, LlamaConfig, read_config
+from minisft.model.llama import Llama
+from minisft.training import parallel
+
+BLOCK, SHARD = 16 * 2**20, 2**30
+WAYS = ("read", "fresh", "load")
+
+
+def write(folder: Path, gib: float) -> None:
+    """A Hugging Face folder of about `gib` GiB."""
+    preset = PRESETS["llama-3-8b"]
+    shapes = {}
+    for layers in range(1, preset.num_hidden_layers + 1):
+        config = LlamaConfig(**{**vars(preset), "num_hidden_layers": layers})
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
+        if 2 * sum(shape.numel() for shape in shapes.values()) >= gib * 2**30:
+            break
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict(dtype="bfloat16")))
+    files: list[dict[str, torch.Size]] = [{}]
+    for name, shape in shapes.items():
+        if files[-1] and 2 * sum(s.numel() for s in (*files[-1].values(), shape)) > SHARD:
+            files.append({})
+        files[-1][name] = shape
+    weight_map = {}
+    for i, names in enumerate(files, 1):
+        file = f"model-{i:05}-of-{len(files):05}.safetensors"
+        save_file({name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in names.items()}, folder / file,
+                  metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def cool(folder: Path) -> None:
+    """Put the files out of the page cache, as far as nobody else holds them."""
+    for file in files(folder):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_plainly(folder: Path, rank: int, ranks: int, *, fresh: bool = False) -> None:
+    """This rank's part of every file; `fresh`: with twice its size of memory, used for the first time."""
+    buffer, kept = memoryview(bytearray(BLOCK)), []
+    for file in files(folder):
+        size = file.stat().st_size
+        with open(file, "rb", buffering=0) as opened:
+            opened.seek(size * rank // ranks)
+            left = size * (rank + 1) // ranks - opened.tell()
+            while left:
+                count = opened.readinto(buffer[: min(left, BLOCK)])
+                left -= count
+                if fresh:
+                    kept.append(torch.zeros(count // 2))  # 2 bytes a number in the file, 4 in memory
+
+
+class Memory(threading.Thread):
+    """Follows this process's memory: the most of RSS and of its anonymous part, in bytes above the start."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.done, self.start_with = threading.Event(), self.now()
+        self.most = self.start_with
+        self.start()
+
+    @staticmethod
+    def now() -> tuple[int, int]:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+
+    def run(self) -> None:
+        while not self.done.wait(0.02):
+            self.most = tuple(map(max, self.most, self.now()))
+
+    def stop(self) -> tuple[int, int]:
+        self.done.set()
+        self.join()
+        return tuple(most - before for most, before in zip(self.most, self.start_with, strict=True))
+
+
+def worker(folder: Path, way: str) -> None:
+    """One rank of one measurement; the first prints it."""
+    world = parallel.start()
+    model = parallel.build_model(read_config(folder), world) if way == "load" else None
+    memory = Memory()
+    dist.barrier()
+    since = time.perf_counter()
+    if model is None:
+        read_plainly(folder, world.rank, world.ranks, fresh=way == "fresh")
+    else:
+        weights.load(model, weights.SafetensorsFolder(folder))
+    dist.barrier()
+    seconds = time.perf_counter() - since
+    own = sum(weights.local_rows(p)[0].nbytes for p in model.parameters()) if model else 0
+    figures = torch.tensor([most - own for most in memory.stop()])
+    dist.all_reduce(figures, op=dist.ReduceOp.MAX)
+    if world.leads:
+        print(json.dumps([seconds, *figures.tolist()]))
+    parallel.stop()
+
+
+def measure(folder: Path, way: str, ranks: int, *, cold: bool) -> list[float]:
+    """Seconds, and bytes of RSS and anonymous memory besides the model."""
+    if cold:
+        cool(folder)
+    else:
+        read_plainly(folder, 0, 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "127.0.0.1:0", __file__, str(folder), "--worker", way]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(title: str, rows: dict[str, list], size: int) -> None:
+    """One line a way."""
+    rates = {way: sorted(size / seconds / 1e9 for seconds, *_ in row) for way, row in rows.items()}
+    for way, rate in rates.items():
+        line = f"{title}: {way:<6}{median(rate):6.2f} ({rate[0]:.2f}, {rate[-1]:.2f})"
+        rss, anonymous = (max(row[i] for row in rows[way]) / 2**20 for i in (1, 2))
+        share = ",".join(f"{median(rate) / median(rates[other]):5.0%} of {other}" for other in ("read", "fresh"))
+        memory = f"; besides the model {rss:,.0f} MiB RSS, {anonymous:,.0f} MiB anonymous" * (way == "load")
+        print(f"{line} {share}{memory}", flush=True)
+
+
+def main() -> None:
+    """Make the files, measure by turns, print the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gib", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--keep", action="store_true", help="leave the files where they are, and use what is there")
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return worker(options.folder, options.worker)
+    if not (options.keep and options.folder.exists()):
+        write(options.folder, options.gib)
+    size = sum(file.stat().st_size for file in files(options.folder))
+    print(f"{size:,} bytes in {len(files(options.folder))} files; GB/s of the files: median (least, most) of "
+          f"{options.rounds} rounds")
+    for ranks in options.ranks:
+        for cold in (True, False):
+            rows: dict[str, list] = {way: [] for way in WAYS}
+            for _ in range(options.rounds):
+                for way, row in rows.items():
+                    row.append(measure(options.folder, way, ranks, cold=cold))
+            report(f"{ranks} rank{'s' * (ranks > 1)}, {'cold' if cold else 'warm'}", rows, size)
+    if not options.keep:
+        shutil.rmtree(options.folder)
+
+
+if __name__ == "__main__":
+    main()
