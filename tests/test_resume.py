@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -174,6 +175,7 @@ def test_a_failed_run_says_how_far_it_came(base, tmp_path, monkeypatch):
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 3, 4)
     assert "2 steps in a row" in status["error"]
+    assert "loader" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_interrupted_before_the_first_step(base, tmp_path, monkeypatch, capsys):
