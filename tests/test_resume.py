@@ -40,8 +40,10 @@ def run_until_death(monkeypatch, argv, *, step, micro_batches=4):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "forward", dying)
-        with pytest.raises(Death):
+        with pytest.raises(Death) as death:  # which keeps the loop's variables
             main(argv)
+        assert death
+        assert "loader" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])  # before the first checkpoint; after an epoch's boundary; in its middle
@@ -175,7 +177,6 @@ def test_a_failed_run_says_how_far_it_came(base, tmp_path, monkeypatch):
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 3, 4)
     assert "2 steps in a row" in status["error"]
-    assert "loader" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_interrupted_before_the_first_step(base, tmp_path, monkeypatch, capsys):
