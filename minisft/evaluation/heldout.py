@@ -12,8 +12,7 @@ from torch import nn
 from minisft.data.dataset import Dataset
 from minisft.data.loader import steps
 from minisft.data.packing import Plan
-from minisft.model.attention import Documents
-from minisft.training.loss import linear_cross_entropy
+from minisft.training.loss import batch_loss
 from minisft.training.parallel import World, all_sum
 
 
@@ -29,8 +28,6 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World, *, seq_len: i
     total = torch.zeros((), device=world.device)
     with closing(steps(dataset, plan, rank=world.rank, ranks=world.ranks, micro_packs=micro_packs, fixed=fixed,
                        device=world.device)) as planned:
-        for batch in (batch.to(world.device) for step in planned for batch in step.micro_batches):
-            documents = Documents(batch.lengths, batch.longest, batch.cu_seqlens, batch.positions)
-            total += model(batch.tokens, documents, lambda hidden, head, batch=batch: linear_cross_entropy(
-                hidden[batch.target_at], head, batch.targets, denominator=1.0))
+        for batch in (batch for step in planned for batch in step.micro_batches):
+            total += batch_loss(model, batch, device=world.device, denominator=1.0)
     return float(all_sum(total)) / int(dataset.targets.sum())

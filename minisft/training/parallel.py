@@ -173,7 +173,8 @@ def compile_blocks(model: Llama) -> None:
     All blocks share one graph. It is for one number of tokens (data/loader.py pads), and for any documents: their
     number and the length of the longest stay open, or each new pack would be compiled anew.
     """
-    torch.compiler.config.dynamic_sources = "L['documents'].cu_seqlens,L['documents'].longest"
+    torch.compiler.config.dynamic_sources = ",".join(f"L['documents'].{name}" for name in
+                                                     ("offsets", "cu_seqlens", "longest"))
     for block in model.model.layers:
         block.forward = torch.compile(block.forward)
 

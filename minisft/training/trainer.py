@@ -21,7 +21,6 @@ from minisft.data_report import describe, figures
 from minisft.errors import EXIT_PREEMPTED
 from minisft.evaluation.heldout import heldout_loss
 from minisft.model import weights
-from minisft.model.attention import Documents
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder
@@ -30,7 +29,7 @@ from minisft.training import parallel, resume
 from minisft.training.checkpoint import Saver, check_room
 from minisft.training.export import export
 from minisft.training.failure import fail, guarded, watch
-from minisft.training.loss import linear_cross_entropy
+from minisft.training.loss import batch_loss
 from minisft.training.metrics import Monitor, memory_gib
 from minisft.training.optimizer import Optimizer, learning_rate
 from minisft.training.parallel import World
@@ -210,13 +209,8 @@ def is_due(step: int, every: int) -> bool:
 
 def forward(model: nn.Module, batch: MicroBatch, step_target_tokens: int, config: Config, world: World) -> Tensor:
     """This micro-batch's part of the step's loss: its sum over the trained tokens of the whole step."""
-    batch = batch.to(world.device)
-
-    def loss(hidden: Tensor, head: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden[batch.target_at], head, batch.targets, denominator=step_target_tokens,
-                                    label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss)
-
-    return model(batch.tokens, Documents(batch.lengths, batch.longest, batch.cu_seqlens, batch.positions), loss)
+    return batch_loss(model, batch, device=world.device, denominator=step_target_tokens,
+                      label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss)
 
 
 def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World, monitor: Monitor, *,
