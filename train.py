@@ -4,7 +4,13 @@ RECIPE is a TOML file or the name of a shipped recipe; without one the demo runs
 key. The loop itself is in minisft/training/trainer.py.
 """
 
+import os
 import sys
+
+# Without it, tensors whose sizes follow from the documents (the trained tokens' logits) leave gaps in GPU memory
+# that no other fits into. torch reads the setting when it is loaded; what the user has set stands.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def main(argv: list[str]) -> int:

@@ -112,6 +112,13 @@ class Parallel:
     timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0)
     activation_checkpointing: str = key("none", "what the backward pass computes again: nothing, what is cheap for the "
                                         "memory it took, or whole blocks", choices=("none", "selective", "full"))
+    compile: str = key("auto", "compile the layers for packs of one shape; auto: on a GPU",
+                       choices=("auto", "true", "false"), true="true", false="false")
+    reshard: str = key("auto", "free a layer's gathered parameters between the passes; auto: with several ranks",
+                       choices=("auto", "true", "false"), true="true", false="false")
+    prefetch: int = key(0, "layers whose parameters are gathered ahead of their turn; 0: as FSDP sees fit", low=0)
+    offload: str = key("none", "parameters: fp32 weights, gradients and moments in the host's memory, where the step "
+                       "is taken", choices=("none", "parameters"))
 
 
 @dataclass(frozen=True)

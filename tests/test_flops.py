@@ -36,7 +36,7 @@ def attend_pair_by_pair(q, k, v, documents):
     """Attention (T, H, E), one query token at a time over exactly the tokens it may see."""
     groups, out, start = q.shape[1] // k.shape[1], [], 0
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    for length in documents.lengths:
+    for length in documents.offsets.diff().tolist():
         for i in range(start, start + length):
             keys, values = (x[start : i + 1].transpose(0, 1) for x in (k, v))  # (H, seen, E)
             scores = torch.bmm(q[i, :, None], keys.transpose(1, 2)) / q.shape[2] ** 0.5

@@ -4,6 +4,7 @@ The oracle is a loop over each document by itself: token i + 1 is the target aft
 """
 
 import itertools
+import threading
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.data.loader import IDLE, deal, micro_batch, steps
+from minisft.data.loader import IDLE, ahead, deal, micro_batch, padded, steps
 from minisft.data.packing import Plan
 
 
@@ -170,3 +171,93 @@ def test_starting_late_is_skipping(start):
     whole = [plain(step) for step in steps(DOCUMENTS, PLAN, rank=1, ranks=2, micro_packs=2)]
     late = [plain(step) for step in steps(DOCUMENTS, PLAN, start=start, rank=1, ranks=2, micro_packs=2)]
     assert late == whole[start:]
+
+
+@given(MASKS, st.integers(0, 40))
+@settings(max_examples=60, deadline=None)
+def test_padding_changes_nothing_but_the_number_of_tokens(masks, missing):
+    batch = micro_batch(Documents(masks), list(range(len(masks))))
+    size = len(batch.tokens) + missing
+    longer = padded(batch, size, longest=16)
+    assert len(longer.tokens) == len(longer.positions) == sum(longer.lengths) == size
+    assert longer.lengths[: len(batch.lengths)] == batch.lengths
+    assert all(1 <= length <= 16 for length in longer.lengths[len(batch.lengths) :])
+    assert torch.equal(longer.tokens[: len(batch.tokens)], batch.tokens)
+    assert torch.equal(longer.targets, batch.targets)
+    assert torch.equal(longer.target_at, batch.target_at)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 11])
+def test_fixed_steps_have_one_shape_and_the_same_targets_and_counts(ranks):
+    for rank in range(ranks):
+        of_rank = {"rank": rank, "ranks": ranks, "micro_packs": 2}
+        free, fixed = list(steps(DOCUMENTS, PLAN, **of_rank)), list(steps(DOCUMENTS, PLAN, **of_rank, fixed=True))
+        assert {len(batch.tokens) for step in fixed for batch in step.micro_batches} == {32}
+        for before, after in zip(free, fixed, strict=True):
+            assert (after.tokens, after.target_tokens) == (before.tokens, before.target_tokens)
+            assert content(after.micro_batches)[1] == content(before.micro_batches)[1]
+
+
+@given(MASKS)
+@settings(max_examples=30, deadline=None)
+def test_offsets_and_positions_are_those_of_each_document(masks):
+    batch = micro_batch(Documents(masks), list(range(len(masks))))
+    assert batch.cu_seqlens.tolist() == [sum(batch.lengths[:i]) for i in range(len(masks) + 1)]
+    assert batch.positions.tolist() == [i for length in batch.lengths for i in range(length)]
+    assert batch.longest == max(len(mask) + 1 for mask in masks)
+    assert (batch.cu_seqlens.dtype, batch.positions.dtype) == (torch.int32, torch.int64)
+
+
+def loaders():
+    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_items_come_in_order_and_no_more_are_made_than_asked_for(number):
+    made = []
+
+    def items():
+        for i in range(20):
+            made.append(i)
+            yield i
+
+    came = []
+    for item in ahead(items(), number):
+        came.append(item)
+        assert len(made) <= len(came) + number
+    assert came == made == list(range(20))
+    assert not loaders()
+
+
+def test_the_next_item_is_made_while_this_one_is_used():
+    made = threading.Event()
+
+    def items():
+        yield 1
+        made.set()
+        yield 2
+
+    stream = ahead(items(), 1)
+    assert next(stream) == 1
+    assert made.wait(10), "nobody makes the second item before it is asked for"
+    stream.close()
+
+
+def test_the_threads_error_comes_after_the_items_before_it():
+    def items():
+        yield 1
+        raise OSError("the disk is gone")
+
+    stream = ahead(items(), 3)
+    assert next(stream) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+    assert not loaders()
+
+
+def test_a_stream_that_is_left_early_leaves_no_thread():
+    stream = steps(DOCUMENTS, PLAN)
+    next(stream)
+    assert len(loaders()) == 1
+    stream.close()
+    assert not loaders()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -39,8 +40,10 @@ def run_until_death(monkeypatch, argv, *, step, micro_batches=4):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "forward", dying)
-        with pytest.raises(Death):
+        with pytest.raises(Death) as death:  # which keeps the loop's variables
             main(argv)
+        assert death
+        assert "loader" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])  # before the first checkpoint; after an epoch's boundary; in its middle
@@ -136,7 +139,7 @@ def test_the_same_seed_gives_the_same_log(base, tmp_path, uninterrupted):
 
 
 def test_going_on_late_reads_no_more_than_beginning(base, tmp_path, monkeypatch):
-    """The work before the first forward pass after a resume is that of any step: nothing is replayed or skipped."""
+    """The first documents that are read after a resume are those of its first step: nothing is replayed or skipped."""
     fetched, first = [], {}
     document = Dataset.document
     monkeypatch.setattr(Dataset, "document", lambda self, i: fetched.append(i) or document(self, i))
@@ -144,7 +147,8 @@ def test_going_on_late_reads_no_more_than_beginning(base, tmp_path, monkeypatch)
 
     def counted(dataset, plan, **options):
         for step in steps(dataset, plan, **options):
-            first.setdefault(options["start"], (len(fetched), sum(map(len, plan.documents(step.index)))))
+            needed = [int(i) for pack in plan.documents(step.index) for i in pack]
+            first.setdefault(options["start"], (sorted(fetched[: len(needed)]), sorted(needed)))
             yield step
 
     monkeypatch.setattr(trainer, "steps", counted)

@@ -2,18 +2,23 @@
 
 A micro-batch is a stream: the documents of `micro_packs` packs one after another, without padding.
 
-    tokens      a0 a1 a2 a3 | b0 b1 b2        lengths (4, 3)
+    tokens      a0 a1 a2 a3 | b0 b1 b2        lengths (4, 3), cu_seqlens 0 4 7
+    positions    0  1  2  3 |  0  1  2
     trained      .  .  x  x |  .  x  x        the mask of the store, per token
     target_at       1  2    |  4  5           positions whose next token is trained
     targets         a2 a3   |  b1 b2          those next tokens
 
 Targets are shifted here and nowhere else. The last token of a document predicts nothing. `target_at` is computed on
-the host, so that the device never has to count.
+the host, so that the device never has to count. A thread makes the next steps while the device works on this one, in
+memory that the device reads by itself: neither waits for the other.
 """
 
 import heapq
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,18 +28,38 @@ from minisft.data.dataset import Dataset
 from minisft.data.packing import Plan
 
 EVEN = 0.03  # of the mean: how far apart the ranks' attention costs in a step may be
+AHEAD = 2  # steps that are made before they are asked for
 
 Array = np.ndarray
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """T tokens with N targets."""
+    """T tokens in D documents, with N targets."""
 
     tokens: Tensor  # (T,) int64
     lengths: tuple[int, ...]  # of the documents, summing to T
+    cu_seqlens: Tensor  # (D + 1,) int32: offset of each document's first token, and T
+    positions: Tensor  # (T,) int64: position of each token in its own document
     targets: Tensor  # (N,) int64: what the model should say ...
     target_at: Tensor  # (N,) int64: ... after these positions
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest document."""
+        return max(self.lengths)
+
+    def pinned(self) -> "MicroBatch":
+        """The same in memory that stays where it is, which a GPU reads without the host's help."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on `device`; from pinned memory the host does not wait for the copy."""
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -51,16 +76,32 @@ class Step:
 def micro_batch(dataset: Dataset, documents: list[int]) -> MicroBatch:
     """The stream of `documents`."""
     parts = [dataset.document(i) for i in documents]
-    tokens = np.concatenate([ids for ids, _ in parts])
     trained = np.concatenate([mask for _, mask in parts])  # a document's first token is never trained
-    after = np.flatnonzero(trained)
-    return MicroBatch(torch.from_numpy(tokens.astype(np.int64)), tuple(len(ids) for ids, _ in parts),
-                      torch.from_numpy(tokens[after].astype(np.int64)), torch.from_numpy(after - 1))
+    return _stream(np.concatenate([ids for ids, _ in parts]), [len(ids) for ids, _ in parts], np.flatnonzero(trained))
+
+
+def _stream(tokens: Array, lengths: list[int], after: Array) -> MicroBatch:
+    """tokens (T,), the lengths of their documents, and the places `after` (N,) of the tokens that are trained."""
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    tokens, positions = tokens.astype(np.int64), np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
+    arrays = offsets.astype(np.int32), positions, tokens[after], after - 1
+    return MicroBatch(torch.from_numpy(tokens), tuple(lengths), *map(torch.from_numpy, arrays))
 
 
 # What a rank computes when there is no pack left for it: every rank must take part in every forward and backward pass.
-IDLE = MicroBatch(torch.zeros(1, dtype=torch.int64), (1,), torch.zeros(0, dtype=torch.int64),
-                  torch.zeros(0, dtype=torch.int64))
+IDLE = _stream(np.zeros(1), [1], np.zeros(0, dtype=np.int64))
+
+
+def padded(batch: MicroBatch, size: int, *, longest: int) -> MicroBatch:
+    """`batch` with documents of zeros behind it, up to `size` tokens in all.
+
+    They are trained on nowhere and seen by no other document, so nothing but the shape changes. They are at most
+    `longest` tokens long, so a lone short pack does not make attention dearer than a full one could be.
+    """
+    missing = size - len(batch.tokens)
+    lengths = [min(longest, missing - start) for start in range(0, missing, longest)]
+    tokens = np.concatenate((batch.tokens.numpy(), np.zeros(missing, dtype=np.int64)))
+    return _stream(tokens, [*batch.lengths, *lengths], batch.target_at.numpy() + 1)
 
 
 def deal(costs: Array, *, ranks: int) -> list[list[int]]:
@@ -112,18 +153,76 @@ def _even_out(hands: list[list[int]], costs: Array) -> None:
             return
 
 
-def steps(dataset: Dataset, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1,
-          micro_packs: int = 1) -> Iterator[Step]:
-    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing."""
-    for index in range(start, plan.total_steps):
-        packs = plan.documents(index)
-        # What attention costs. The rest of the network costs the same in every pack, as they are all full.
-        dealt = deal(np.array([np.square(plan.lengths[pack]).sum() for pack in packs]), ranks=ranks)
-        mine = [packs[i] for i in dealt[rank]]
-        streams = [np.concatenate(mine[i : i + micro_packs]).tolist() for i in range(0, len(mine), micro_packs)]
-        rounds = -(-max(map(len, dealt)) // micro_packs)
-        batches = [micro_batch(dataset, documents) for documents in streams]
-        batches += [IDLE] * (rounds - len(batches))
-        everything = np.concatenate(packs)
-        yield Step(index, plan.place(index).epoch, batches, int(plan.lengths[everything].sum()),
-                   int(plan.targets[everything].sum()))
+def steps(dataset: Dataset, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
+          fixed: bool = False, device: torch.device | None = None) -> Iterator[Step]:
+    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing.
+
+    With `fixed`, every micro-batch has `micro_packs` full packs of tokens, for a network that is compiled for one
+    shape. For a GPU as `device` they are in pinned memory. Close the iterator where it is left early: it has a thread.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+
+    def make() -> Iterator[Step]:
+        if on_gpu:  # a thread begins on GPU 0, where the other ranks' pinned memory would take up a context each
+            torch.cuda.set_device(device)
+        for index in range(start, plan.total_steps):
+            step = _step(dataset, plan, index, rank, ranks, micro_packs)
+            batches = step.micro_batches
+            if fixed:
+                batches = [padded(batch, micro_packs * plan.seq_len, longest=plan.seq_len) for batch in batches]
+            if on_gpu:
+                batches = [batch.pinned() for batch in batches]
+            yield replace(step, micro_batches=batches)
+
+    return ahead(make(), AHEAD)
+
+
+def _step(dataset: Dataset, plan: Plan, index: int, rank: int, ranks: int, micro_packs: int) -> Step:
+    packs = plan.documents(index)
+    # What attention costs. The rest of the network costs the same in every pack, as they are all full.
+    dealt = deal(np.array([np.square(plan.lengths[pack]).sum() for pack in packs]), ranks=ranks)
+    mine = [packs[i] for i in dealt[rank]]
+    streams = [np.concatenate(mine[i : i + micro_packs]).tolist() for i in range(0, len(mine), micro_packs)]
+    rounds = -(-max(map(len, dealt)) // micro_packs)
+    batches = [micro_batch(dataset, documents) for documents in streams]
+    batches += [IDLE] * (rounds - len(batches))
+    everything = np.concatenate(packs)
+    return Step(index, plan.place(index).epoch, batches, int(plan.lengths[everything].sum()),
+                int(plan.targets[everything].sum()))
+
+
+def ahead(items: Iterator[Item], number: int) -> Iterator[Item]:
+    """The same items in the same order; a thread makes up to `number` of them before they are asked for.
+
+    What the thread raises is raised here, after the items before it. The thread ends with this iterator, also where
+    that is closed early.
+    """
+    ready: SimpleQueue = SimpleQueue()
+    room = threading.Semaphore(number)
+    closed = False
+
+    def work() -> None:
+        try:
+            while True:
+                room.acquire()
+                if closed:
+                    return
+                ready.put((next(items), None))
+        except BaseException as error:
+            ready.put((None, error))
+
+    thread = threading.Thread(target=work, name="loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise error
+            room.release()
+            yield item
+    finally:
+        closed = True
+        room.release()
+        thread.join()

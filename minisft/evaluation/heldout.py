@@ -4,6 +4,7 @@ Sums and counts are added over all micro-batches and ranks and divided once, so 
 documents are packed nor on how many ranks there are.
 """
 
+from contextlib import closing
 
 import torch
 from torch import nn
@@ -11,21 +12,22 @@ from torch import nn
 from minisft.data.dataset import Dataset
 from minisft.data.loader import steps
 from minisft.data.packing import Plan
-from minisft.model.attention import Documents
-from minisft.training.loss import linear_cross_entropy
+from minisft.training.loss import batch_loss
 from minisft.training.parallel import World, all_sum
 
 
 @torch.no_grad()
-def heldout_loss(model: nn.Module, dataset: Dataset, world: World, *, seq_len: int, micro_packs: int = 1) -> float:
-    """Mean loss in nats over the trained tokens of `dataset`. All ranks call it, all get the same number."""
+def heldout_loss(model: nn.Module, dataset: Dataset, world: World, *, seq_len: int, micro_packs: int = 1,
+                 fixed: bool = False) -> float:
+    """Mean loss in nats over the trained tokens of `dataset`. All ranks call it, all get the same number.
+
+    With `fixed`, as a compiled `model` wants it, all micro-batches have the same number of tokens.
+    """
     plan = Plan(dataset.lengths, dataset.targets, seq_len=seq_len, packs_per_step=micro_packs * world.ranks, epochs=1,
                 shuffle=False)
     total = torch.zeros((), device=world.device)
-    for step in steps(dataset, plan, rank=world.rank, ranks=world.ranks, micro_packs=micro_packs):
-        for batch in step.micro_batches:
-            at, targets = batch.target_at.to(world.device), batch.targets.to(world.device)
-            total += model(batch.tokens.to(world.device), Documents.of_lengths(batch.lengths, device=world.device),
-                           lambda hidden, head, at=at, targets=targets: linear_cross_entropy(
-                               hidden[at], head, targets, denominator=1.0))
+    with closing(steps(dataset, plan, rank=world.rank, ranks=world.ranks, micro_packs=micro_packs, fixed=fixed,
+                       device=world.device)) as planned:
+        for batch in (batch for step in planned for batch in step.micro_batches):
+            total += batch_loss(model, batch, device=world.device, denominator=1.0)
     return float(all_sum(total)) / int(dataset.targets.sum())

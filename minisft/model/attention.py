@@ -4,8 +4,9 @@
     attends    a0 | a0 a1 | a0 a1 a2 | b0 | b0 b1
 
 The boundaries are explicit and never inferred from the tokens, and there is no backend that could ignore them: CUDA
-runs the variable-length flash kernel (Dao 2023, "FlashAttention-2"), the CPU goes document by document. A mask of size
-T x T is never built, so the cost falls with the length of the documents instead of the length of the stream.
+runs the variable-length flash kernel (Dao 2023, "FlashAttention-2"); the CPU, and a GPU in fp32, go document by
+document. A mask of size T x T is never built, so the cost falls with the length of the documents instead of the length
+of the stream.
 """
 
 from dataclasses import dataclass
@@ -20,32 +21,32 @@ from minisft.model.precision import product_dtype
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a stream of T tokens begin and end."""
+    """Where the documents of a stream of T tokens begin and end. What the host needs, it has: it never waits for it."""
 
-    lengths: tuple[int, ...]  # tokens of each, on the host: reading them never waits for the device
-    cu_seqlens: Tensor  # (N + 1,) int32: offset of each document's first token, and T
+    offsets: Tensor  # (N + 1,) int32, on the host: of each document's first token, and T
+    cu_seqlens: Tensor  # the same on the device
     positions: Tensor  # (T,) int64: position of each token in its own document
+    longest: int  # tokens of the longest document, found once for all layers
 
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu") -> "Documents":
-        offsets = (0, *accumulate(lengths))
+        offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
         positions = torch.cat([torch.arange(length) for length in lengths])
-        return cls(lengths, torch.tensor(offsets, dtype=torch.int32), positions).to(device)
-
-    def to(self, device: torch.device | str) -> "Documents":
-        """The same documents on `device`; from pinned memory the copy does not wait."""
-        return Documents(self.lengths, self.cu_seqlens.to(device, non_blocking=True),
-                         self.positions.to(device, non_blocking=True))
+        return cls(offsets, offsets.to(device), positions.to(device), max(lengths))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Queries (T, H, E), keys and values (T, K, E) -> (T, H, E). H / K query heads share a key/value head."""
-    if q.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
+    if is_for_flash(q):
+        from torch.nn.attention.varlen import varlen_attn  # imported late: it loads the compiler, which takes a second
 
-        longest = max(documents.lengths)
-        return varlen_attn(q, k, v, documents.cu_seqlens, documents.cu_seqlens, longest, longest,
+        return varlen_attn(q, k, v, documents.cu_seqlens, documents.cu_seqlens, documents.longest, documents.longest,
                            window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
     dtype = q.dtype
     q, k, v = (x.to(product_dtype(x)) for x in (q, k, v))
-    return document_attention(q, k, v, documents.cu_seqlens).to(dtype)
+    return document_attention(q, k, v, documents.offsets).to(dtype)
+
+
+def is_for_flash(q: Tensor) -> bool:
+    """Whether the flash kernel takes queries like these: 16 bits, heads of a multiple of 8 channels, 256 at most."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256

@@ -15,8 +15,10 @@ would weigh a token by how few others happen to share its micro-batch.
 from itertools import repeat
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minisft.data.loader import MicroBatch
+from minisft.model.attention import Documents
 from minisft.model.precision import product_dtype
 
 CHUNK = 2**26  # logits that exist at one time: those of 523 tokens with Llama-3's vocabulary, 134 MB in bf16
@@ -42,6 +44,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, den
     the squared log-partition keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5).
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, denominator, label_smoothing, z_loss)
+
+
+def batch_loss(model: nn.Module, batch: MicroBatch, *, device: torch.device, denominator: float,
+               label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """The loss above of what `model` makes of a micro-batch on the host; copying it does not wait for the device."""
+    offsets, batch = batch.cu_seqlens, batch.to(device)
+    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest)
+    return model(batch.tokens, documents, lambda hidden, head: linear_cross_entropy(
+        hidden[batch.target_at], head, batch.targets, denominator=denominator, label_smoothing=label_smoothing,
+        z_loss=z_loss))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

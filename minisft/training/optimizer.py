@@ -33,6 +33,7 @@ class Optimizer:
         self.rows = {name: nn.Parameter(local_rows(p.detach())[0]) for name, p in self.parameters.items()}
         # HSDP copies hold the same rows, which must not be counted twice.
         self._shard_group = mesh.get_group("shard") if mesh else None
+        self._device = mesh.device_type if mesh else None  # where ranks talk, also if the rows are on the host
         groups = [{"params": [p for p in self.rows.values() if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in self.rows.values() if p.dim() < 2], "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
@@ -55,18 +56,20 @@ class Optimizer:
     def clip(self, largest: float) -> Tensor:
         """Scale the gradient to a Euclidean norm of at most `largest` (0: leave it); returns the norm it had.
 
-        The norm is that of all parameters on all ranks; the host does not wait for it.
+        The norm is that of all parameters on all ranks; the host waits for it only where the rows are its own.
         """
         for name, parameter in self.parameters.items():
             self.rows[name].grad = None if parameter.grad is None else local_rows(parameter.grad)[0]
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.rows.values() if p.grad is not None])
+        local = norm.device
         if self._shard_group:
-            norm = norm**2
+            norm = norm.to(self._device) ** 2
             dist.all_reduce(norm, group=self._shard_group)
             norm = norm.sqrt()
         if largest:
             torch.nn.utils.clip_grads_with_norm_(self.rows.values(), largest, norm)
-        self.adamw.found_inf = (~norm.isfinite()).float()  # the fused kernel then leaves everything as it is
+        # Where this is 1, the fused kernel leaves everything as it is.
+        self.adamw.found_inf = (~norm.isfinite()).float().to(local)
         return norm
 
     def step(self, lr: float) -> None:

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from minisft.errors import UserError
 from minisft.model.config import LlamaConfig
@@ -126,18 +126,32 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16",
-                recompute: str = "none") -> Llama:
-    """A sharded network with fp32 parameters that are allocated but not yet filled (`weights.load`, `.initialize`)."""
+def is_on(setting: str, auto: bool) -> bool:
+    """The meaning of "true", "false" or "auto"."""
+    return auto if setting == "auto" else setting == "true"
+
+
+def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", recompute: str = "none",
+                compiled: bool = False, reshard: str = "auto", prefetch: int = 0, offload: str = "none") -> Llama:
+    """A sharded network with fp32 parameters that are allocated but not yet filled (`weights.load`, `.initialize`).
+
+    `reshard` says whether a layer's gathered parameters are freed after its forward pass, to be gathered again for
+    the backward pass; "auto" frees all but those of the whole model, which the backward pass begins with.
+    """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    on_host = offload == "parameters"
     with torch.device("meta"):
         model = Llama(config, recompute=recompute, dtype=dtype)
-    if world.ranks == 1:  # nothing to gather: the layers convert the fp32 weights as they use them
+    if compiled:
+        compile_blocks(model)
+    if world.ranks == 1 and not on_host:  # nothing to gather: the layers convert the fp32 weights as they use them
         return model.to_empty(device=world.device)
     # Activations are cast by the layers themselves; casting inputs would also round the rotary angles to bf16.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # Freed after the forward pass are all parameters but the root's, which are the first to be needed again.
-    options = {"mesh": world.mesh, "mp_policy": policy, "reshard_after_forward": None}
+    options = {"mesh": world.mesh, "mp_policy": policy,
+               "reshard_after_forward": None if reshard == "auto" else reshard == "true"}
+    if on_host:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     for block in model.model.layers:
         fully_shard(block, **options)
     if not config.tie_word_embeddings:
@@ -146,11 +160,41 @@ def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16",
         for module in (model.model.embed_tokens, model.lm_head):  # their gradients are made without their values
             module.set_unshard_in_backward(False)
     fully_shard(model, **options)
+    if prefetch:
+        gather_ahead(model, prefetch)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums: the loss is already divided by the whole step's tokens
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return model.to_empty(device=world.device)
+    return model.to_empty(device="cpu" if on_host else world.device)
+
+
+def compile_blocks(model: Llama) -> None:
+    """Compile what each block computes, but not FSDP's work around it, which happens when the block is called.
+
+    All blocks share one graph. It is for one number of tokens (data/loader.py pads), and for any documents: their
+    number and the length of the longest stay open, or each new pack would be compiled anew.
+    """
+    torch.compiler.config.dynamic_sources = ",".join(f"L['documents'].{name}" for name in
+                                                     ("offsets", "cu_seqlens", "longest"))
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward)
+
+
+def gather_ahead(model: Llama, number: int) -> None:
+    """Gather the parameters of `number` modules while the one before them computes, in both passes.
+
+    By itself FSDP gathers when a module's turn comes in the forward pass, and one ahead in the backward pass. More
+    costs their memory, and pays where a gather takes longer than a layer. With recomputation, measure: a published
+    run with forward prefetch and recomputation together had half the throughput.
+    """
+    first, blocks, last = model.model.embed_tokens, list(model.model.layers), getattr(model, "lm_head", None)
+    passes = {FSDPModule.set_modules_to_forward_prefetch: [model, first, *blocks, last],
+              FSDPModule.set_modules_to_backward_prefetch: [model, *reversed(blocks)]}  # the others are not gathered
+    for set_next, order in passes.items():
+        order = [module for module in order if isinstance(module, FSDPModule)]  # a tied matrix is gathered by `model`
+        for i, module in enumerate(order):
+            set_next(module, order[i + 1 : i + 1 + number])
 
 
 def all_sum(value: torch.Tensor) -> torch.Tensor:

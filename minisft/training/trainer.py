@@ -21,7 +21,6 @@ from minisft.data_report import describe, figures
 from minisft.errors import EXIT_PREEMPTED
 from minisft.evaluation.heldout import heldout_loss
 from minisft.model import weights
-from minisft.model.attention import Documents
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder
@@ -30,7 +29,7 @@ from minisft.training import parallel, resume
 from minisft.training.checkpoint import Saver, check_room
 from minisft.training.export import export
 from minisft.training.failure import fail, guarded, watch
-from minisft.training.loss import linear_cross_entropy
+from minisft.training.loss import batch_loss
 from minisft.training.metrics import Monitor, memory_gib
 from minisft.training.optimizer import Optimizer, learning_rate
 from minisft.training.parallel import World
@@ -60,7 +59,9 @@ def train(config: Config) -> int:
         world = parallel.start(shard=config.parallel.shard, replicate=config.parallel.replicate)
         watch(config.parallel.timeout)
         model = parallel.build_model(model_config, world, precision=config.train.precision,
-                                     recompute=config.parallel.activation_checkpointing)
+                                     recompute=config.parallel.activation_checkpointing,
+                                     compiled=is_compiled(config, world), reshard=config.parallel.reshard,
+                                     prefetch=config.parallel.prefetch, offload=config.parallel.offload)
         if folder:
             check_room(folder.path, room_needed(config, model))
         optimizer = Optimizer(model, world.mesh, weight_decay=config.optim.weight_decay, betas=config.optim.betas,
@@ -137,14 +138,14 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
     saver = Saver(folder / "checkpoints", world, keep=config.checkpoint.keep)
     monitor = Monitor(folder / "metrics.jsonl" if world.leads else None, start=start, total=plan.total_steps,
                       max_skipped=config.train.max_skipped, documents=prepared.origins)
+    planned = steps(prepared.train, plan, start=start, rank=world.rank, ranks=world.ranks,
+                    micro_packs=config.batch.micro_packs, fixed=is_compiled(config, world), device=world.device)
     number = start
     try:
         if start == 0:
             evaluate(config, prepared, model, world, monitor, step=0)
         started = time.perf_counter()
-        batches = steps(prepared.train, plan, start=start, rank=world.rank, ranks=world.ranks,
-                        micro_packs=config.batch.micro_packs)
-        for step in profiled(batches, folder / "profile" if config.run.profile and world.leads else None):
+        for step in profiled(planned, folder / "profile" if config.run.profile and world.leads else None):
             watch(config.parallel.timeout)
             shared = torch.zeros(2, device=world.device)  # loss, wish to stop: summed over the ranks
             for batch in step.micro_batches:
@@ -186,7 +187,13 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
         saver.finish()
         return number
     finally:
+        planned.close()  # its thread
         monitor.close()
+
+
+def is_compiled(config: Config, world: World) -> bool:
+    """Whether the layers are compiled, and packs padded to one shape for that."""
+    return parallel.is_on(config.parallel.compile, auto=world.device.type == "cuda")
 
 
 def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, world: World) -> None:
@@ -203,13 +210,8 @@ def is_due(step: int, every: int) -> bool:
 
 def forward(model: nn.Module, batch: MicroBatch, step_target_tokens: int, config: Config, world: World) -> Tensor:
     """This micro-batch's part of the step's loss: its sum over the trained tokens of the whole step."""
-    targets, target_at = batch.targets.to(world.device), batch.target_at.to(world.device)
-
-    def loss(hidden: Tensor, head: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden[target_at], head, targets, denominator=step_target_tokens,
-                                    label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss)
-
-    return model(batch.tokens.to(world.device), Documents.of_lengths(batch.lengths, device=world.device), loss)
+    return batch_loss(model, batch, device=world.device, denominator=step_target_tokens,
+                      label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss)
 
 
 def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World, monitor: Monitor, *,
@@ -217,7 +219,8 @@ def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World,
     """The held-out loss of each data.eval source, into the log."""
     for name, dataset in prepared.evals.items():
         watch(config.parallel.timeout)
-        loss = heldout_loss(model, dataset, world, seq_len=config.data.seq_len, micro_packs=config.batch.micro_packs)
+        loss = heldout_loss(model, dataset, world, seq_len=config.data.seq_len, micro_packs=config.batch.micro_packs,
+                            fixed=is_compiled(config, world))
         monitor.write({"kind": "eval", "step": step, "name": name, "loss": loss,
                        "target_tokens": int(dataset.targets.sum())})
         monitor.say(f"step {step}: held-out loss on {name}: {loss:.4f}")
