@@ -79,6 +79,16 @@ def check_split(packs_per_step: int, *, shard: int, replicate: int) -> None:
                         f"{ranks}; 0 for one of them takes all that the other leaves")
 
 
+def check_one_micro_batch(packs_per_step: int, micro_packs: int) -> None:
+    """Raise UserError where a rank would sum the gradients of several micro-batches before it can update."""
+    _, ranks = launched_rank()
+    if packs_per_step > micro_packs * ranks:
+        raise UserError(f"optim.in_backward: batch.packs = {packs_per_step} is more than batch.micro_packs = "
+                        f"{micro_packs} on {ranks} rank{'s' * (ranks > 1)}, but parameters that are updated in the "
+                        f"backward pass cannot wait for another; lower batch.packs to {micro_packs * ranks}, raise "
+                        f"batch.micro_packs to {-(-packs_per_step // ranks)}, or start more processes")
+
+
 def copies(ranks: int, *, shard: int, replicate: int) -> int:
     """Copies of the model: `replicate`, and where that is 0 as many as shards of `shard` ranks leave room for."""
     return replicate or max(ranks // (shard or ranks), 1)
@@ -127,12 +137,12 @@ def stop() -> None:
 
 
 def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16",
-                recompute: str = "none") -> Llama:
-    """A sharded network with fp32 parameters that are allocated but not yet filled (`weights.load`, `.initialize`)."""
+                recompute: str = "none", parameters: torch.dtype = torch.float32) -> Llama:
+    """A sharded network whose parameters are allocated but not yet filled (`weights.load`, `.initialize`)."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with torch.device("meta"):
-        model = Llama(config, recompute=recompute, dtype=dtype)
-    if world.ranks == 1:  # nothing to gather: the layers convert the fp32 weights as they use them
+        model = Llama(config, recompute=recompute, dtype=dtype).to(parameters)
+    if world.ranks == 1:  # nothing to gather: the layers convert the weights as they use them
         return model.to_empty(device=world.device)
     # Activations are cast by the layers themselves; casting inputs would also round the rotary angles to bf16.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
