@@ -73,9 +73,10 @@ class Train:
     """Length and arithmetic of the run."""
     epochs: int = key(3, "passes over the training data", low=1)
     max_steps: int | None = key(None, "stop after this many steps", low=1)
-    seed: int = key(0, "seed of the weights and of the order of the data", low=0, high=2**32 - 1)
+    seed: int = key(0, "seed of the weights, of the order of the data and of rounding", low=0, high=2**32 - 1)
     max_skipped: int = key(10, "steps in a row that may be NaN or infinite before the run fails", low=0)
-    precision: str = key("bf16", "arithmetic of the network; of its weights: optim.parameters", choices=("bf16", "fp32"))
+    precision: str = key("bf16", "arithmetic of the network; that of its weights is optim.parameters",
+                         choices=("bf16", "fp32"))
 
 
 @dataclass(frozen=True)
