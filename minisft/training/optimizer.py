@@ -180,9 +180,15 @@ class Optimizer:
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all of them, in fp32; those in bf16 one by one, since their norms would be rounded."""
-    return torch.nn.utils.get_total_norm([g if g.dtype == torch.float32 else torch.linalg.vector_norm(
-        g, dtype=torch.float32) for g in gradients])
+    """The Euclidean norm of all of them, in fp32: those in bf16 chunk by chunk, since a CPU widens them first."""
+    parts = []
+    for gradient in gradients:
+        if gradient.dtype == torch.float32:
+            parts.append(gradient)
+        else:
+            chunks = gradient.reshape(-1).split(CHUNK[gradient.device.type])
+            parts += [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
+    return torch.nn.utils.get_total_norm(parts)
 
 
 def learning_rate(step: int, *, total_steps: int, peak: float, schedule: str = "cosine", warmup_steps: int = 0,
