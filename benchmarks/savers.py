@@ -95,7 +95,9 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict:
                 "batch.packs": 1, "train.max_steps": arguments.steps, "train.epochs": 1000, "optim.lr": arguments.lr,
                 "optim.warmup_steps": arguments.steps // 10, "optim.clip_norm": 0, "checkpoint.every": 0,
                 "run.dir": run, **VARIANTS[name]}
-    argv = [str(folder / "recipe.toml"), *(text for key, value in settings.items() for text in (f"--{key}", str(value)))]
+    argv = [str(folder / "recipe.toml")]
+    for key, value in settings.items():
+        argv += [f"--{key}", str(value)]
     done = subprocess.run([sys.executable, __file__, "--variant", name, *argv], stdout=subprocess.PIPE, text=True,
                           check=False)
     if done.returncode:

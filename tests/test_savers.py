@@ -34,7 +34,7 @@ class Tied(nn.Module):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks in a parameter, the last of them short."""
-    monkeypatch.setitem(optimizer.CHUNK, "cpu", 64)
+    monkeypatch.setattr(optimizer, "CPU_CHUNK", 64)
 
 
 @pytest.mark.parametrize("saver", [{"in_backward": True}, {"offload": True}, {"in_backward": True, "offload": True}])

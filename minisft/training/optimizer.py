@@ -29,7 +29,7 @@ from minisft.training.offload import HostVisits
 from minisft.training.rounding import key_of, random_bits, round_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-CHUNK = {"cpu": 2**16, "cuda": 2**24}  # elements: few enough for a core's cache, enough to keep a GPU busy
+CPU_CHUNK, CHUNK = 2**16, 2**24  # elements: few enough for a core's cache, enough to keep a GPU busy
 
 
 class Optimizer:
@@ -52,7 +52,7 @@ class Optimizer:
         self._weight_decay, self._betas, self._eps, self._seed = weight_decay, betas, eps, seed
         self._in_backward = in_backward
         self._device = next(iter(self.rows.values())).device
-        self._chunk = CHUNK[self._device.type]
+        self._chunk = _chunk(self._device)
         self._visits = HostVisits(self._device, size=self._chunk, dtype=moments) if offload else None
         # All at once where nothing is to be widened, moved or freed on the way.
         self._whole = not (in_backward or offload) and {moments, *(p.dtype for p in self.rows.values())} == \
@@ -179,6 +179,10 @@ class Optimizer:
                   weight_decay=self._weight_decay if decays else 0.0)
 
 
+def _chunk(device: torch.device) -> int:
+    return CPU_CHUNK if device.type == "cpu" else CHUNK
+
+
 def _norm(gradients: list[Tensor]) -> Tensor:
     """The Euclidean norm of all of them, in fp32: those in bf16 chunk by chunk, since a CPU widens them first."""
     parts = []
@@ -186,7 +190,7 @@ def _norm(gradients: list[Tensor]) -> Tensor:
         if gradient.dtype == torch.float32:
             parts.append(gradient)
         else:
-            chunks = gradient.reshape(-1).split(CHUNK[gradient.device.type])
+            chunks = gradient.reshape(-1).split(_chunk(gradient.device))
             parts += [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
     return torch.nn.utils.get_total_norm(parts)
 
