@@ -55,7 +55,7 @@ class Measured(Optimizer):
         super().__init__(model, *args, **options)
 
     def _count(self, held: list) -> None:
-        storages = [p.grad.to_local().untyped_storage() for p in held if p.grad is not None]
+        storages = [p.grad.untyped_storage() for p in held if p.grad is not None]
         size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         self.figures["gradients"] = max(self.figures.get("gradients", 0), size)
 
