@@ -34,7 +34,7 @@ class Tied(nn.Module):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks in a parameter, the last of them short."""
-    monkeypatch.setattr(optimizer, "CPU_CHUNK", 64)
+    monkeypatch.setattr(optimizer, "CPU_CHUNK", 512)
 
 
 @pytest.mark.parametrize("saver", [{"in_backward": True}, {"offload": True}, {"in_backward": True, "offload": True}])
@@ -321,6 +321,7 @@ def test_no_two_streams_race_for_the_moments(monkeypatch, moments, forgotten):
 
     In a model of one chunk, the chunk is in another slot in every step.
     """
+    monkeypatch.setattr(optimizer, "CPU_CHUNK", 64)
     found, checked = [], 0
     for model in (Tied(), nn.Linear(4, 4, bias=False)):
         streams = Streams()
