@@ -73,9 +73,10 @@ class Train:
     """Length and arithmetic of the run."""
     epochs: int = key(3, "passes over the training data", low=1)
     max_steps: int | None = key(None, "stop after this many steps", low=1)
-    seed: int = key(0, "seed of the weights and of the order of the data", low=0, high=2**32 - 1)
+    seed: int = key(0, "seed of the weights, of the order of the data and of rounding", low=0, high=2**32 - 1)
     max_skipped: int = key(10, "steps in a row that may be NaN or infinite before the run fails", low=0)
-    precision: str = key("bf16", "arithmetic of the network; master weights are always fp32", choices=("bf16", "fp32"))
+    precision: str = key("bf16", "arithmetic of the network; that of its weights is optim.parameters",
+                         choices=("bf16", "fp32"))
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ class Optim:
     betas: tuple[float, float] = key((0.9, 0.95), "decay of the two moments", low=0, below=1)
     eps: float = key(1e-8, "added to the denominator of the update", above=0)
     clip_norm: float = key(1.0, "largest gradient norm; 0: no clipping", low=0)
+    parameters: str = key("fp32", "fp32: master weights; bf16: none, updates and gradients in bf16, rounded by chance",
+                          choices=("fp32", "bf16"))
+    moments: str = key("fp32", "precision of AdamW's two moments; bf16: rounded by chance", choices=("fp32", "bf16"))
+    in_backward: bool = key(False, "update each parameter as soon as its gradient is there, and free the gradient")
     label_smoothing: float = key(0.0, "probability spread over the whole vocabulary", low=0, below=1)
     z_loss: float = key(0.0, "weight of the squared log-partition penalty", low=0)
 
@@ -117,8 +122,8 @@ class Parallel:
     reshard: str = key("auto", "free a layer's gathered parameters between the passes; auto: with several ranks",
                        choices=("auto", "true", "false"), true="true", false="false")
     prefetch: int = key(0, "layers whose parameters are gathered ahead of their turn; 0: as FSDP sees fit", low=0)
-    offload: str = key("none", "parameters: fp32 weights, gradients and moments in the host's memory, where the step "
-                       "is taken", choices=("none", "parameters"))
+    offload: str = key("none", "what stays in the host's memory; optimizer: AdamW's moments; parameters: weights and "
+                       "gradients too, and the step is taken there", choices=("none", "optimizer", "parameters"))
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ def heldout_name(source: Source) -> str:
 
 def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
     """What is wrong between keys that are each fine alone: (the keys involved, the one to blame first; message)."""
-    model, data, batch = config.model, config.data, config.batch
+    model, data, batch, optim = config.model, config.data, config.batch, config.optim
     random = model.init == "random"
     checks = [
         (not data.train, ("data.train",), "no training data; name at least one file"),
@@ -185,6 +190,12 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
          f"evaluation every {config.eval.every} steps, but data.eval names no file"),
         (data.replay_ratio != Data.replay_ratio and not data.replay, ("data.replay_ratio", "data.replay"),
          f"{data.replay_ratio:g} of the tokens should be replayed text, but data.replay names no file"),
+        (optim.parameters == "bf16" and config.train.precision == "fp32", ("optim.parameters", "train.precision"),
+         "parameters in bf16 cannot be computed with in fp32; set train.precision to bf16"),
+        (optim.in_backward and optim.clip_norm > 0, ("optim.in_backward", "optim.clip_norm"),
+         "the norm of the gradient is known only when every parameter has been updated; set optim.clip_norm to 0"),
+        (optim.in_backward and config.parallel.offload == "parameters", ("optim.in_backward", "parallel.offload"),
+         "gradients reach the host only after the backward pass; offload the optimizer, or update after it"),
     ]
     held_out = [replace(source, name=heldout_name(source)) for source in data.train if data.eval_fraction]
     for name, sources, others in (("data.train", data.train, ()), ("data.eval", data.eval, held_out),

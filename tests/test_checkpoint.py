@@ -30,10 +30,11 @@ def trained_optimizer(world, seed=0, steps=3):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3, bias=False))
     optimizer = Optimizer(model, world.mesh)
-    for _ in range(steps):
+    for number in range(steps):
+        optimizer.begin(0.1, number)
         model(torch.randn(4, 6)).square().sum().backward()
         optimizer.clip(1.0)
-        optimizer.step(0.1)
+        optimizer.step()
     return optimizer
 
 

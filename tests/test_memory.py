@@ -44,16 +44,18 @@ def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1):
             optimizer = Optimizer(model, world.mesh)
             ids, targets, at = (torch.zeros(n, dtype=torch.int64) for n in (tokens, trained, trained))
             documents = Documents.of_lengths((512,) * (tokens // 512))
-            tracker = FSDPMemTracker(model, optimizer.adamw)
-            tracker.track_inputs((ids, targets, at, documents.cu_seqlens, documents.positions))
+            tracker = FSDPMemTracker(model)
+            moments = [*optimizer.moments("exp_avg").values(), *optimizer.moments("exp_avg_sq").values()]
+            tracker.track_inputs((ids, targets, at, documents.cu_seqlens, documents.positions, *moments))
             with tracker:
-                for _ in range(2):
+                for step in range(2):
+                    optimizer.begin(1e-3, step)
                     for _ in range(micro_batches):
                         model(ids, documents, lambda hidden, head: linear_cross_entropy(
                             hidden[at], head, targets, denominator=1.0)).backward()
                         tracker.reset_mod_stats()
                     optimizer.clip(1.0)
-                    optimizer.step(1e-3)
+                    optimizer.step()
             return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
     finally:
         dist.destroy_process_group()
@@ -141,11 +143,12 @@ def take_steps(config, world, *, tokens, recompute):
             parameter.normal_(std=0.02)
     optimizer = Optimizer(model, world.mesh)
     ids, documents = torch.arange(tokens), Documents.of_lengths((512,) * (tokens // 512))
-    for _ in range(2):
+    for step in range(2):
+        optimizer.begin(1e-3, step)
         model(ids, documents,
               lambda hidden, head: linear_cross_entropy(hidden[ids], head, ids, denominator=tokens)).backward()
         optimizer.clip(1.0)
-        optimizer.step(1e-3)
+        optimizer.step()
 
 
 def measure(recompute):

@@ -52,6 +52,7 @@ def test_adamw_is_the_papers():
     v = {name: np.zeros_like(p) for name, p in before.items()}
     for t in range(1, 6):
         lr = 0.01 * t
+        optimizer.begin(lr, t)
         model(torch.randn(7, 5)).square().mean().backward()
         for name, p in model.named_parameters():
             g = p.grad.double().numpy()
@@ -61,7 +62,7 @@ def test_adamw_is_the_papers():
             before[name] -= lr * (update + (0.1 * before[name] if p.dim() > 1 else 0))
         norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters()))
         assert float(optimizer.clip(0)) == pytest.approx(norm, rel=1e-5)
-        optimizer.step(lr)
+        optimizer.step()
         assert all(p.grad is None for p in model.parameters())
     for name, p in model.named_parameters():
         np.testing.assert_allclose(p.detach().numpy(), before[name], rtol=1e-5, atol=1e-6)

@@ -3,7 +3,8 @@
     checkpoints/step-000100.tmp/  rank-0.safetensors  rank-0.json  rank-1.safetensors ...     while it is written
                 step-000100/      rank-0.safetensors  rank-1.safetensors ...  manifest.json   in one rename, at the end
 
-Each rank writes the rows that it holds: fp32 weights, both moments of AdamW; and the states of its random generators.
+Each rank writes the rows that it holds: weights and both moments of AdamW, in the precision that the optimiser keeps
+them in; and the states of its random generators.
 The copies that HSDP keeps write those alone. The training step that saves stalls for a copy to the host's memory; the
 disk is left to a thread. When the digests of all parts are there, the leading rank writes the manifest, makes
 everything durable, and renames the folder. So a folder without `.tmp` is complete, whichever byte the process died at;
@@ -217,7 +218,7 @@ class SavedState:
         """Fill weights, moments and, at the same number of ranks, the random generators."""
         shards = [safe_open(self.folder / f"rank-{i}.safetensors", framework="pt")
                   for i in range(self.manifest["shards"])]
-        optimizer.prepare(self.progress["adam_steps"])
+        optimizer.resume(self.progress["adam_steps"])
         for key, target in _state(optimizer).items():
             name = key.partition("/")[2]
             _, start = local_rows(optimizer.parameters[name])

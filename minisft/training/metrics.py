@@ -44,10 +44,12 @@ class Monitor:
     """Follows a run: its log (on the leading rank), its bar, bad steps, spikes, and the wish to stop."""
 
     def __init__(self, log: Path | None, *, start: int, total: int, max_skipped: int,
-                 documents: Callable[[int], list[str]]):
+                 documents: Callable[[int], list[str]], in_backward: bool = False):
         self._file = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115 (open as long as the run)
         self._bar = tqdm(total=total, initial=start, desc="train", unit=" steps", disable=log is None)
         self._max_skipped, self._documents = max_skipped, documents
+        self._consequence = ("parameters whose gradient is not finite are left as they are, the others are updated"
+                             if in_backward else "the step is skipped")
         self._waiting: tuple[dict[str, Any], Later] | None = None
         self._skipped_in_a_row = self._spikes = 0
         self._mean: float | None = None
@@ -72,7 +74,7 @@ class Monitor:
         if skipped:
             figures |= {"skipped": True, "documents": self._documents(record["step"] - 1)}
             self.say(f"step {record['step']}: the loss or the gradient is not finite (loss {loss}, norm {grad_norm}); "
-                     f"the step is skipped. Its documents: {figures['documents']}")
+                     f"{self._consequence}. Its documents: {figures['documents']}")
         else:
             self._watch(record["step"], loss)
         self.write({**record, **figures})

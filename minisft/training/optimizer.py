@@ -2,10 +2,18 @@
 
 AdamW (Loshchilov and Hutter 2019) on fp32 master weights: at a learning rate of 2e-5 most updates are smaller than the
 distance between two neighbouring bf16 numbers, and would be lost if the weights were kept in bf16. Matrices may decay;
-norms and biases do not.
+norms and biases do not. The update is element by element, so each rank applies it to the rows it holds and no rank
+needs the others' rows. Only the gradient's norm is about the whole: one number is summed over the ranks.
 
-The update is element by element, so each rank applies it to the rows it holds and no rank needs the others' rows. Only
-the gradient's norm is about the whole: one number is summed over the ranks.
+Four ways to need less memory than 4 bytes a parameter for each of master, gradient and two moments:
+
+    moments in bf16                    2 + 2 instead of 4 + 4, rounded stochastically (rounding.py)
+    parameters in bf16, no masters     2 instead of 4, and the gradient 2 instead of 4; rounded stochastically
+    in_backward                        a parameter is updated as soon as its gradient is there, and the gradient freed
+    offload                            the moments stay in the host's memory (offload.py)
+
+Where any is used, parameters are updated one by one in chunks: widened to fp32, updated by the same kernel as ever, and
+rounded once.
 """
 
 import math
@@ -14,75 +22,179 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.adamw import adamw
 
 from minisft.model.weights import local_rows
+from minisft.training.offload import HostVisits
+from minisft.training.rounding import key_of, random_bits, round_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CPU_CHUNK, CHUNK = 2**16, 2**24  # elements: few enough for a core's cache, enough to keep a GPU busy
 
 
 class Optimizer:
     """Fused AdamW over the rows that this rank holds of each trained parameter of `model`.
 
     Plain tensors that share the parameters' memory: the fused kernels take all of them at once, where sharded tensors
-    are dispatched one by one. `mesh` is the mesh that the parameters are sharded over.
+    are dispatched one by one. `mesh` is the mesh that the parameters are sharded over. `moments` is their dtype; `seed`
+    is that of stochastic rounding. A step is `begin`, forward and backward, `clip`, `step`.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None, *, weight_decay: float = 0.0,
-                 betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8):
+                 betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, moments: torch.dtype = torch.float32,
+                 in_backward: bool = False, offload: bool = False, seed: int = 0):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.rows = {name: nn.Parameter(local_rows(p.detach())[0]) for name, p in self.parameters.items()}
+        placed = {name: local_rows(p.detach()) for name, p in self.parameters.items()}
+        self.rows = {name: nn.Parameter(rows) for name, (rows, _) in placed.items()}
+        self._first = {name: first * rows[:1].numel() for name, (rows, first) in placed.items()}  # element held
         # HSDP copies hold the same rows, which must not be counted twice.
         self._shard_group = mesh.get_group("shard") if mesh else None
-        self._device = mesh.device_type if mesh else None  # where ranks talk, also if the rows are on the host
-        groups = [{"params": [p for p in self.rows.values() if p.dim() >= 2], "weight_decay": weight_decay},
-                  {"params": [p for p in self.rows.values() if p.dim() < 2], "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
-        self.prepare(0)
+        self._ranks_device = mesh.device_type if mesh else None  # where ranks talk, also if the rows are on the host
+        self._weight_decay, self._betas, self._eps, self._seed = weight_decay, betas, eps, seed
+        self._in_backward = in_backward
+        self._device = next(iter(self.rows.values())).device
+        self._chunk = _chunk(self._device)
+        self._visits = HostVisits(self._device, size=self._chunk, dtype=moments) if offload else None
+        # All at once where nothing is to be widened, moved or freed on the way.
+        self._whole = not (in_backward or offload) and {moments, *(p.dtype for p in self.rows.values())} == \
+            {torch.float32}
+        self._squares = torch.zeros((), device=self._device)  # of the gradients that are gone already
+        if in_backward:
+            for name, parameter in self.parameters.items():
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._update_and_free(name))
+        kept = {"pin_memory": self._device.type == "cuda"} if offload else {"device": self._device}
+        self._moments = {moment: {name: torch.zeros(rows.shape, dtype=moments, **kept)
+                                  for name, rows in self.rows.items()} for moment in MOMENTS}
+        self._steps = {name: torch.zeros((), device=self._device) for name in self.rows}
 
-    def prepare(self, steps: float) -> None:
-        """Zero moments, as after `steps` steps; a checkpoint then fills them."""
-        for rows in self.rows.values():
-            self.adamw.state[rows] = {"step": torch.tensor(float(steps), device=rows.device),
-                                      **{moment: torch.zeros_like(rows) for moment in MOMENTS}}
+    def resume(self, steps: float) -> None:
+        """Count on from `steps` steps; a checkpoint fills the rows and the moments."""
+        for count in self._steps.values():
+            count.fill_(steps)
 
     def moments(self, moment: str) -> dict[str, Tensor]:
         """This rank's rows of the first ("exp_avg") or second ("exp_avg_sq") moment, by parameter."""
-        return {name: self.adamw.state[rows][moment] for name, rows in self.rows.items()}
+        if self._visits:
+            self._visits.wait()
+        return self._moments[moment]
 
     def steps(self) -> float:
         """The steps that were taken, without those skipped; reading it waits for the device."""
-        return float(next(iter(self.adamw.state.values()))["step"])
+        return float(next(iter(self._steps.values())))
+
+    def begin(self, lr: float, number: int) -> None:
+        """Before the backward pass of step `number`: its learning rate. Rounding draws from the number."""
+        self._lr, self._number = lr, number
+        self._squares.zero_()
+        if self._visits:
+            self._visits.begin()
 
     def clip(self, largest: float) -> Tensor:
         """Scale the gradient to a Euclidean norm of at most `largest` (0: leave it); returns the norm it had.
 
-        The norm is that of all parameters on all ranks; the host waits for it only where the rows are its own.
+        The norm is that of all parameters on all ranks; the host waits for it only where the rows are its own. In the
+        backward pass it is known only when every update has been made, so there `largest` is 0.
         """
-        for name, parameter in self.parameters.items():
-            self.rows[name].grad = None if parameter.grad is None else local_rows(parameter.grad)[0]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.rows.values() if p.grad is not None])
-        local = norm.device
+        assert not (largest and self._in_backward)
+        if self._in_backward:
+            norm = self._squares.sqrt()
+        else:
+            for name, parameter in self.parameters.items():
+                self.rows[name].grad = None if parameter.grad is None else local_rows(parameter.grad)[0]
+            norm = _norm([p.grad for p in self.rows.values() if p.grad is not None])
         if self._shard_group:
-            norm = norm.to(self._device) ** 2
+            norm = norm.to(self._ranks_device) ** 2
             dist.all_reduce(norm, group=self._shard_group)
             norm = norm.sqrt()
         if largest:
             torch.nn.utils.clip_grads_with_norm_(self.rows.values(), largest, norm)
         # Where this is 1, the fused kernel leaves everything as it is.
-        self.adamw.found_inf = (~norm.isfinite()).float().to(local)
+        self._found_inf = (~norm.isfinite()).float().to(self._device)
         return norm
 
-    def step(self, lr: float) -> None:
-        """Update the parameters with learning rate `lr`, and drop the gradients. `clip` comes first.
+    def step(self) -> None:
+        """Update the parameters, and drop the gradients. `clip` comes first.
 
         Where the gradient's norm is not finite, no parameter and no moment is touched on any rank, and the host need
-        not know.
+        not know. (In the backward pass, see `_update_and_free`.)
         """
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
+        if self._whole:
+            self._update_all()
+        elif not self._in_backward:
+            for name, rows in self.rows.items():
+                if rows.grad is not None:
+                    self._update(name, self._found_inf)
+                    self._steps[name] += 1 - self._found_inf
         for name, parameter in self.parameters.items():
             self.rows[name].grad = parameter.grad = None
+
+    def _update_all(self) -> None:
+        for decays in (True, False):
+            names = [name for name, p in self.rows.items() if p.grad is not None and (p.dim() >= 2) == decays]
+            state = [self._moments[moment] for moment in MOMENTS] + [self._steps]
+            self._adamw([self.rows[name] for name in names], [self.rows[name].grad for name in names],
+                        *([of[name] for name in names] for of in state), found_inf=self._found_inf, decays=decays)
+
+    def _update(self, name: str, found_inf: Tensor) -> None:
+        """Update one parameter chunk by chunk. Memory: fp32 copies of one chunk."""
+        rows, key = self.rows[name], key_of(self._seed, self._number, name)
+        moments = [self._moments[moment][name].view(-1) for moment in MOMENTS]
+        flat, grad = rows.detach().view(-1), rows.grad.reshape(-1)
+        for start in range(0, len(flat), self._chunk):
+            part = slice(start, start + self._chunk)
+            kept = [moment[part] for moment in moments]
+            here = self._visits.fetch(kept) if self._visits else kept
+            narrow = [flat[part], *here]
+            wide = [tensor.float() for tensor in narrow]  # fp32 tensors are not copied, and updated in place
+            self._adamw(wide[:1], [grad[part].float()], wide[1:2], wide[2:], [self._steps[name].clone()],
+                        found_inf=found_inf, decays=rows.dim() >= 2)
+            if any(tensor.dtype == torch.bfloat16 for tensor in narrow):
+                bits = random_bits(key, self._first[name] + start, len(wide[0]), self._device)
+                # Each is unbiased by itself; the halves keep a parameter and its first moment independent, too.
+                for tensor, values, drawn in zip(narrow, wide, (bits, bits >> 16, bits), strict=True):
+                    if tensor.dtype == torch.bfloat16:
+                        round_(tensor, values, drawn)
+            if self._visits:
+                self._visits.store(kept, here)
+
+    def _update_and_free(self, name: str) -> None:
+        """In the backward pass, when the gradient of a parameter is summed over its uses and over the ranks.
+
+        Only this parameter's part of the norm is known: rows whose gradient is not finite are left as they are. The
+        others are updated, so the step counts for all.
+        """
+        parameter, rows = self.parameters[name], self.rows[name]
+        rows.grad = local_rows(parameter.grad)[0]
+        square = _norm([rows.grad]) ** 2
+        self._squares += square
+        self._update(name, (~square.isfinite()).float())
+        self._steps[name] += 1
+        rows.grad = parameter.grad = None
+
+    @torch.no_grad()
+    def _adamw(self, parameters: list[Tensor], gradients: list[Tensor], *state: list[Tensor], found_inf: Tensor,
+               decays: bool) -> None:
+        if parameters:
+            exp_avg, exp_avg_sq, steps = state
+            adamw(parameters, gradients, exp_avg, exp_avg_sq, [], steps, fused=True, amsgrad=False, maximize=False,
+                  found_inf=found_inf, lr=self._lr, beta1=self._betas[0], beta2=self._betas[1], eps=self._eps,
+                  weight_decay=self._weight_decay if decays else 0.0)
+
+
+def _chunk(device: torch.device) -> int:
+    return CPU_CHUNK if device.type == "cpu" else CHUNK
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all of them, in fp32: those in bf16 chunk by chunk, since a CPU widens them first."""
+    parts = []
+    for gradient in gradients:
+        if gradient.dtype == torch.float32:
+            parts.append(gradient)
+        else:
+            chunks = gradient.reshape(-1).split(_chunk(gradient.device))
+            parts += [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
+    return torch.nn.utils.get_total_norm(parts)
 
 
 def learning_rate(step: int, *, total_steps: int, peak: float, schedule: str = "cosine", warmup_steps: int = 0,

@@ -79,6 +79,16 @@ def check_split(packs_per_step: int, *, shard: int, replicate: int) -> None:
                         f"{ranks}; 0 for one of them takes all that the other leaves")
 
 
+def check_one_micro_batch(packs_per_step: int, micro_packs: int) -> None:
+    """Raise UserError where a rank would sum the gradients of several micro-batches before it can update."""
+    _, ranks = launched_rank()
+    if packs_per_step > micro_packs * ranks:
+        raise UserError(f"optim.in_backward: batch.packs = {packs_per_step} is more than batch.micro_packs = "
+                        f"{micro_packs} on {ranks} rank{'s' * (ranks > 1)}, but parameters that are updated in the "
+                        f"backward pass cannot wait for another; lower batch.packs to {micro_packs * ranks}, raise "
+                        f"batch.micro_packs to {-(-packs_per_step // ranks)}, or start more processes")
+
+
 def copies(ranks: int, *, shard: int, replicate: int) -> int:
     """Copies of the model: `replicate`, and where that is 0 as many as shards of `shard` ranks leave room for."""
     return replicate or max(ranks // (shard or ranks), 1)
@@ -132,8 +142,9 @@ def is_on(setting: str, auto: bool) -> bool:
 
 
 def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", recompute: str = "none",
-                compiled: bool = False, reshard: str = "auto", prefetch: int = 0, offload: str = "none") -> Llama:
-    """A sharded network with fp32 parameters that are allocated but not yet filled (`weights.load`, `.initialize`).
+                parameters: torch.dtype = torch.float32, compiled: bool = False, reshard: str = "auto",
+                prefetch: int = 0, offload: str = "none") -> Llama:
+    """A sharded network whose parameters are allocated but not yet filled (`weights.load`, `.initialize`).
 
     `reshard` says whether a layer's gathered parameters are freed after its forward pass, to be gathered again for
     the backward pass; "auto" frees all but those of the whole model, which the backward pass begins with.
@@ -142,9 +153,11 @@ def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", r
     on_host = offload == "parameters"
     with torch.device("meta"):
         model = Llama(config, recompute=recompute, dtype=dtype)
+    if parameters != torch.float32:
+        model.to(parameters)
     if compiled:
         compile_blocks(model)
-    if world.ranks == 1 and not on_host:  # nothing to gather: the layers convert the fp32 weights as they use them
+    if world.ranks == 1 and not on_host:  # nothing to gather: the layers convert the weights as they use them
         return model.to_empty(device=world.device)
     # Activations are cast by the layers themselves; casting inputs would also round the rotary angles to bf16.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

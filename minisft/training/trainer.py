@@ -2,7 +2,7 @@
 
     configuration -> data and plan -> model, sharded -> for each step of the plan:
         forward and backward of each micro-batch, the loss divided by the trained tokens of the whole step
-        clip by the global norm, set the learning rate, step
+        clip by the global norm, step
     -> held-out losses -> a Hugging Face folder
 """
 
@@ -37,6 +37,8 @@ from minisft.training.preemption import Preemption
 from minisft.training.profile import profiled
 from minisft.training.run_folder import RunFolder
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
@@ -47,6 +49,8 @@ def train(config: Config) -> int:
     """One run, from the data to `final/` in the run folder. Returns 0, or 75 where it was asked to stop and saved."""
     leads = parallel.launched_rank()[0] == 0
     parallel.check_split(config.batch.packs, shard=config.parallel.shard, replicate=config.parallel.replicate)
+    if config.optim.in_backward:
+        parallel.check_one_micro_batch(config.batch.packs, config.batch.micro_packs)
     prepared = prepare(config, quiet=not leads)
     model_config, pretrained = open_model(config, prepared)
     preemption = Preemption()
@@ -60,12 +64,12 @@ def train(config: Config) -> int:
         watch(config.parallel.timeout)
         model = parallel.build_model(model_config, world, precision=config.train.precision,
                                      recompute=config.parallel.activation_checkpointing,
-                                     compiled=is_compiled(config, world), reshard=config.parallel.reshard,
-                                     prefetch=config.parallel.prefetch, offload=config.parallel.offload)
+                                     parameters=DTYPES[config.optim.parameters], compiled=is_compiled(config, world),
+                                     reshard=config.parallel.reshard, prefetch=config.parallel.prefetch,
+                                     offload=config.parallel.offload)
         if folder:
             check_room(folder.path, room_needed(config, model))
-        optimizer = Optimizer(model, world.mesh, weight_decay=config.optim.weight_decay, betas=config.optim.betas,
-                              eps=config.optim.eps)
+        optimizer = open_optimizer(config, model, world)
         fingerprint = identity(config, prepared, model_config)
         saved = resume.find(Path(config.run.dir), world, fingerprint, wanted=config.checkpoint.resume,
                             allow_change=config.checkpoint.allow_change)
@@ -106,7 +110,8 @@ def identity(config: Config, prepared: Prepared, model_config: LlamaConfig) -> d
             "data.dedup": config.data.dedup, "data.shuffle": config.data.shuffle, "data.train_on": config.data.train_on,
             "template": prepared.renderer.template.name, "tokenizer": prepared.tokenizer.sha256,
             "batch.packs": config.batch.packs, "train.seed": config.train.seed,
-            "train.precision": config.train.precision, "model": model_config.to_dict(dtype="float32")}
+            "train.precision": config.train.precision, "optim.parameters": config.optim.parameters,
+            "optim.moments": config.optim.moments, "model": model_config.to_dict(dtype="float32")}
 
 
 def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights.Checkpoint | None]:
@@ -124,11 +129,20 @@ def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights
     return model_config, checkpoint
 
 
+def open_optimizer(config: Config, model: nn.Module, world: World) -> Optimizer:
+    """The optimiser as the configuration wants it."""
+    optim = config.optim
+    return Optimizer(model, world.mesh, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps,
+                     moments=DTYPES[optim.moments], in_backward=optim.in_backward,
+                     offload=config.parallel.offload == "optimizer", seed=config.train.seed)
+
+
 def room_needed(config: Config, model: Llama) -> int:
     """Bytes on the disk without which a run cannot end well: a checkpoint, where there are any, and the final model."""
     numbers = sum(parameter.numel() for parameter in model.parameters())  # of all ranks together
-    final = 2 if config.train.precision == "bf16" else 4
-    return numbers * (final + (12 if config.checkpoint.every else 0))  # fp32 weights and two moments
+    final, weight, moment = (DTYPES[precision].itemsize for precision in (
+        config.train.precision, config.optim.parameters, config.optim.moments))
+    return numbers * (final + (weight + 2 * moment if config.checkpoint.every else 0))
 
 
 def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: Optimizer, world: World,
@@ -137,7 +151,7 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
     plan, optim, folder = prepared.plan, config.optim, Path(config.run.dir)
     saver = Saver(folder / "checkpoints", world, keep=config.checkpoint.keep)
     monitor = Monitor(folder / "metrics.jsonl" if world.leads else None, start=start, total=plan.total_steps,
-                      max_skipped=config.train.max_skipped, documents=prepared.origins)
+                      max_skipped=config.train.max_skipped, documents=prepared.origins, in_backward=optim.in_backward)
     planned = steps(prepared.train, plan, start=start, rank=world.rank, ranks=world.ranks,
                     micro_packs=config.batch.micro_packs, fixed=is_compiled(config, world), device=world.device)
     number = start
@@ -148,15 +162,16 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
         for step in profiled(planned, folder / "profile" if config.run.profile and world.leads else None):
             watch(config.parallel.timeout)
             shared = torch.zeros(2, device=world.device)  # loss, wish to stop: summed over the ranks
+            lr = learning_rate(step.index, total_steps=plan.total_steps, peak=optim.lr, schedule=optim.schedule,
+                               warmup_steps=optim.warmup_steps, min_ratio=optim.min_lr_ratio,
+                               decay_fraction=optim.decay_fraction)
+            optimizer.begin(lr, step.index)
             for batch in step.micro_batches:
                 loss = forward(model, batch, step.target_tokens, config, world)
                 loss.backward()
                 shared[0] += loss.detach()
             grad_norm = optimizer.clip(optim.clip_norm)
-            lr = learning_rate(step.index, total_steps=plan.total_steps, peak=optim.lr, schedule=optim.schedule,
-                               warmup_steps=optim.warmup_steps, min_ratio=optim.min_lr_ratio,
-                               decay_fraction=optim.decay_fraction)
-            optimizer.step(lr)
+            optimizer.step()
             shared[1] += preemption.asked
             parallel.all_sum(shared)
 
@@ -200,7 +215,7 @@ def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, wo
     """The model as it is now, as a Hugging Face folder in the precision it computes in."""
     watch(config.parallel.timeout)
     export(model, model.config, prepared.renderer, folder, leads=world.leads,
-           dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+           dtype=DTYPES[config.train.precision])
 
 
 def is_due(step: int, every: int) -> bool:

@@ -1,0 +1,144 @@
+"""What each memory saver costs and saves: memory, loss and time of the same run with it and without.
+
+    python benchmarks/savers.py MODEL DATA... [--steps 200] [--lr 2e-5] [--seq-len 256] [--only NAME,...] [--json FILE]
+
+MODEL is a Hugging Face folder, DATA conversations; 5% of them are held out. Every variant is a run of its own in a
+fresh process with the same seed and the same packs (one a step), bf16 arithmetic, no clipping (which updates in the
+backward pass exclude), a cosine schedule with a tenth of the steps as warm-up.
+
+`peak` is the most anonymous memory of the process from the second step to the last; parameters, gradients and moments
+are the bytes of the tensors themselves, the gradients at the moment when most of them are held. On a CPU, offloaded
+moments are in the same memory as before. `CPU s` is the processor time of a step, which other work on the machine does
+not touch. `nearest` is no choice of minisft: bf16 parameters rounded to the nearest, to
+see what stochastic rounding is for.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar
+
+from minisft.training import optimizer as optimizer_module
+from minisft.training import trainer
+from minisft.training.optimizer import MOMENTS, Optimizer
+
+BF16 = {"optim.parameters": "bf16"}
+SAVERS = {**BF16, "optim.moments": "bf16", "optim.in_backward": "true", "parallel.offload": "optimizer"}
+VARIANTS = {
+    "fp32 masters": {},
+    "bf16 moments": {"optim.moments": "bf16"},
+    "bf16 parameters": BF16,
+    "in backward": {"optim.in_backward": "true"},
+    "offload": {"parallel.offload": "optimizer"},
+    "all four": SAVERS,
+    "nearest": BF16,
+}
+COLUMNS = ("peak", "parameters", "gradients", "moments")
+
+
+class Measured(Optimizer):
+    """Notes the memory of the process and of its parts, and the processor time of each step."""
+
+    figures: ClassVar[dict[str, float]] = {}
+    clock: ClassVar[list[float]] = []
+
+    def __init__(self, model, *args, **options):
+        held = [p for p in model.parameters() if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(lambda _: self._count(held)) for p in held]
+        self._hooks = hooks
+        super().__init__(model, *args, **options)
+
+    def _count(self, held: list) -> None:
+        storages = [p.grad.untyped_storage() for p in held if p.grad is not None]
+        size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        self.figures["gradients"] = max(self.figures.get("gradients", 0), size)
+
+    def begin(self, lr, number):
+        if number == 1:
+            for hook in self._hooks:  # counting takes time
+                hook.remove()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        super().begin(lr, number)
+
+    def step(self):
+        super().step()
+        self.clock.append(time.process_time())
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        self.figures["peak"] = (int(status["VmHWM"].split()[0]) - int(status["RssFile"].split()[0])) * 1024
+        self.figures["parameters"] = sum(rows.nbytes for rows in self.rows.values())
+        self.figures["moments"] = sum(t.nbytes for moment in MOMENTS for t in self.moments(moment).values())
+
+
+def run_variant(name: str, argv: list[str]) -> None:
+    """One run in this process; its figures of memory are the last line printed."""
+    trainer.Optimizer = Measured
+    if name == "nearest":
+        optimizer_module.round_ = lambda target, values, bits: target.copy_(values)
+    code = trainer.main(argv)
+    Measured.figures["cpu seconds"] = statistics.median(b - a for a, b in pairwise(Measured.clock))
+    print(json.dumps(Measured.figures))
+    raise SystemExit(code)
+
+
+def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict:
+    """Run a variant in a fresh process and read its log."""
+    (folder / "recipe.toml").write_text("")
+    run = folder / name.replace(" ", "-")
+    settings = {"model.path": arguments.model, "data.train": ",".join(arguments.data), "data.eval_fraction": 0.05,
+                "data.template": arguments.template, "data.seq_len": arguments.seq_len, "data.cache": folder / "cache",
+                "batch.packs": 1, "train.max_steps": arguments.steps, "train.epochs": 1000, "optim.lr": arguments.lr,
+                "optim.warmup_steps": arguments.steps // 10, "optim.clip_norm": 0, "checkpoint.every": 0,
+                "run.dir": run, **VARIANTS[name]}
+    argv = [str(folder / "recipe.toml")]
+    for key, value in settings.items():
+        argv += [f"--{key}", str(value)]
+    done = subprocess.run([sys.executable, __file__, "--variant", name, *argv], stdout=subprocess.PIPE, text=True,
+                          check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stdout}")
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in log if record["kind"] == "train"]
+    heldout = [record["loss"] for record in log if record["kind"] == "eval"]
+    seconds = [record["seconds"] for record in log if record["kind"] == "train"]
+    return {**json.loads(done.stdout.splitlines()[-1]), "first": losses[0], "last 50": statistics.mean(losses[-50:]),
+            "final": losses[-1], "held-out before": heldout[0], "held-out": heldout[-1],
+            "seconds": statistics.median(seconds)}
+
+
+def main() -> None:
+    """Run the variants one after the other and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", nargs="+")
+    parser.add_argument("--template", default="chatml")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", default="2e-5")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--only", default=",".join(VARIANTS))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    print(f"{'':<17}" + "".join(f"{name + ', MiB':>17}" for name in COLUMNS)
+          + f"{'last 50 steps':>15}{'final':>9}{'held-out':>10}{'s a step':>10}{'CPU s':>8}", flush=True)
+    rows = {}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for name in arguments.only.split(","):
+            row = rows[name] = measure(name, arguments, Path(folder).absolute())
+            print(f"{name:<17}" + "".join(f"{row[column] / 2**20:>17,.1f}" for column in COLUMNS)
+                  + f"{row['last 50']:>15.4f}{row['final']:>9.4f}{row['held-out']:>10.4f}{row['seconds']:>10.2f}"
+                  f"{row['cpu seconds']:>8.2f}",
+                  flush=True)
+    print(f"held-out before training: {row['held-out before']:.4f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--variant"]:
+        run_variant(sys.argv[2], sys.argv[3:])
+    main()
