@@ -113,10 +113,8 @@ def _head(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[s
     gathered = each.compute * sizes.vocabulary
     # FSDP frees the buffer that a gather arrived in when the next one arrives: here the head's own, or a block's.
     buffer = each.compute * sizes.block if config.tie_word_embeddings else gathered
-    at_once = max(CHUNK // config.vocab_size, 1)
-    logits = min(at_once, trained) * config.vocab_size
-    # A chunk's logits and those of the one before, which Python lets go late; the softmax in fp32, and its input.
-    chunk = each.compute * logits * (1 + (trained > at_once)) + 2 * FP32 * min(logits, each.softmax)
+    logits = min(max(CHUNK // config.vocab_size, 1), trained) * config.vocab_size
+    chunk = each.compute * logits + 2 * FP32 * min(logits, each.softmax)  # logits; the softmax in fp32, and its input
     # A lone process converts the matrix and sums into the parameter's own gradient.
     copies = max(each.compute * sizes.vocabulary, chunk) if shards > 1 else chunk
     return 0, {

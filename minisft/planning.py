@@ -8,7 +8,7 @@ against what torch counts; time is FLOPs over an assumed share of the peak, and 
 """
 
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from minisft.config import Config
 from minisft.errors import UserError
 from minisft.hardware import REACHED, Gpu, Traffic
-from minisft.memory import POLICIES, Bytes, Memory, Sizes, peak
+from minisft.memory import FP32, POLICIES, Bytes, Memory, Sizes, peak
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
 from minisft.model.meta import MetaFolder
@@ -209,8 +209,11 @@ def memory_of(config: Config, network: LlamaConfig, *, shards: int, policy: str,
 
 
 def bytes_of(config: Config) -> Bytes:
-    """Bytes a parameter under the configuration."""
-    return Bytes()
+    """Bytes a parameter on the GPU under the configuration (docs/memory.md)."""
+    optim, offload = config.optim, config.parallel.offload
+    weight, moment = (2 if precision == "bf16" else FP32 for precision in (optim.parameters, optim.moments))
+    here = 0 if offload == "parameters" else weight
+    return Bytes(parameter=here, gradient=0 if optim.in_backward else here, moments=2 * moment * (offload == "none"))
 
 
 def nothing_fits(config: Config, network: LlamaConfig, gpu: Gpu, *, gpus: int, shards: int, smallest: Choice) -> str:
@@ -228,6 +231,11 @@ def nothing_fits(config: Config, network: LlamaConfig, gpu: Gpu, *, gpus: int, s
                     and fits(seq_len=config.data.seq_len >> i)), None)
     if shorter:
         remedies.append(f"set data.seq_len to {shorter}")
+    savers = replace(config, optim=replace(config.optim, parameters="bf16", moments="bf16"),
+                     parallel=replace(config.parallel, offload="optimizer"))
+    if memory_of(savers, network, policy="full", shards=shards).allocated * RESERVED <= usable:
+        remedies.append("keep less of each parameter there: optim.parameters and optim.moments = bf16, "
+                        "parallel.offload = optimizer (docs/memory.md)")
     return (f"nothing fits: one pack of {config.data.seq_len:,} tokens with parallel.activation_checkpointing = full "
             f"takes {smallest.reserved / GIB:.1f} GiB on each of {gpus} x {gpu.name}, which has "
             f"{usable / GIB:.1f} GiB to use. To make it fit, {', or '.join(remedies) or 'take larger GPUs'}")

@@ -139,6 +139,19 @@ def test_what_does_not_fit_comes_with_a_remedy(recipe, capsys):
     assert planned("--gpu", "rtx4090", "--gpus", "16", "--data.seq_len", shorter)["recommended"]["fits"]
 
 
+def test_memory_savers_of_one_gpu(recipe, capsys):
+    one = ("--gpus", "1", "--batch.packs", "1", "--data.seq_len", "2048")
+    small = (*one, "--gpu", "rtx4090", "--model.config", "llama-3.2-1b")
+    savers = ("--optim.parameters", "bf16", "--optim.moments", "bf16", "--parallel.offload", "optimizer")
+    assert "optim.parameters and optim.moments = bf16, parallel.offload = optimizer" in refused(capsys, *small)
+    assert planned(*small, *savers)["recommended"]["fits"]
+    parts = {name: planned(*one, *options)["memory"]["full"]["parts_gib"] for name, options in {
+        "all": savers, "moments": savers[2:4], "host": ("--parallel.offload", "parameters")}.items()}
+    assert [parts["all"][part] for part in ("parameters", "moments")] == [pytest.approx(2 * N / GIB), 0]
+    assert parts["moments"]["moments"] == pytest.approx(4 * N / GIB)
+    assert [parts["host"][part] for part in ("parameters", "gradients", "moments")] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--gpu", "h100pci"], "no GPU is called 'h100pci' (did you mean h100-pcie?); known are h100, h100-pcie, h200,"),
     (["--gpus", "6", "--parallel.shard", "4"], "--gpus 6 is not parallel.shard = 4 times parallel.replicate = 1"),

@@ -73,10 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
         tokens = max(CHUNK // len(weight), 1)
         rows_at_once, words_at_once = (max(2**20 // len(weight), 1), 2048) if hidden.is_cpu else (tokens, 16384)
+        buffer = torch.empty(min(tokens, len(targets)), len(weight), dtype=dtype, device=hidden.device)
         for x, target, grad_x in zip(hidden.split(tokens), targets.split(tokens),
                                      grad_hidden.split(tokens) if needs_hidden else repeat(None), strict=False):
             x = x.to(dtype)
-            logits = x @ matrix.T  # (n, V), overwritten by its own gradient
+            logits = torch.mm(x, matrix.T, out=buffer[: len(x)])  # (n, V), overwritten by its own gradient
             # A few rows at a time on a CPU: they stay in its cache from one pass to the next.
             for rows, at in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once), strict=True):
                 total += _to_gradient(rows, at, denominator, label_smoothing, z_loss)
