@@ -145,7 +145,7 @@ def test_memory_savers_of_one_gpu(recipe, capsys):
     savers = ("--optim.parameters", "bf16", "--optim.moments", "bf16", "--parallel.offload", "optimizer")
     assert "optim.parameters and optim.moments = bf16, parallel.offload = optimizer" in refused(capsys, *small)
     assert planned(*small, *savers)["recommended"]["fits"]
-    parts = {name: planned(*one, *options)["memory"]["full"]["parts_gib"] for name, options in {
+    parts = {name: planned(*one, "--gpu", "b200", *options)["memory"]["full"]["parts_gib"] for name, options in {
         "all": savers, "moments": savers[2:4], "host": ("--parallel.offload", "parameters")}.items()}
     assert [parts["all"][part] for part in ("parameters", "moments")] == [pytest.approx(2 * N / GIB), 0]
     assert parts["moments"]["moments"] == pytest.approx(4 * N / GIB)
