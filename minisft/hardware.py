@@ -8,7 +8,10 @@ network card, so that a ring runs at the rate of all cards together, or at that 
 
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
+
+import torch
 
 from minisft.errors import UserError
 from minisft.keys import nearest
@@ -23,6 +26,7 @@ class Gpu:
     """One kind of GPU; units as in hardware.toml."""
 
     name: str
+    driver: str
     bf16_tflops: float
     memory_gib: float
     memory_gb_s: float
@@ -32,9 +36,22 @@ class Gpu:
     per_host: int
 
 
+@cache
+def peak_flops(device: torch.device) -> float | None:
+    """FLOPs a second that `device` reaches at most in dense bf16 products, where hardware.toml knows it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * gpu["bf16_tflops"] for gpu in _known().values() if gpu["driver"] == name), None)
+
+
+def _known() -> dict[str, dict]:
+    return tomllib.loads(resources.files("minisft").joinpath("hardware.toml").read_text(encoding="utf-8"))
+
+
 def find_gpu(name: str) -> Gpu:
     """The GPU called `name` in hardware.toml. Raises UserError for one that is not there."""
-    known = tomllib.loads(resources.files("minisft").joinpath("hardware.toml").read_text(encoding="utf-8"))
+    known = _known()
     if name.lower() not in known:
         raise UserError(f"--gpu: no GPU is called {name!r}{nearest(name, known)}; known are {', '.join(known)}")
     return Gpu(**known[name.lower()])

@@ -19,6 +19,7 @@ from minisft.data.templates import Template, load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.model.config import PRESETS, LlamaConfig, read_config
+from minisft.model.flops import training_flops
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Prepared:
         """File and line of every document of `step` (from 0), on all ranks."""
         documents = np.concatenate(self.plan.documents(step))
         return ["{}:{}".format(*self.train.origin(int(i))) for i in documents]
+
+    def flops(self, step: int) -> int:
+        """FLOPs that `step` (from 0) needs on all ranks together, nothing computed again (model/flops.py)."""
+        documents = np.concatenate(self.plan.documents(step))
+        return training_flops(self.network, self.plan.lengths[documents], self.plan.targets[documents])
 
     def shares(self, step: int) -> dict[str, dict[str, int]]:
         """{"sources": trained tokens of `step` (from 0) by their source, on all ranks}; nothing where there is one."""

@@ -6,8 +6,11 @@ import pytest
 import torch
 from small_runs import HERE, final_weights, log, options, train
 
+from minisft import config as configuration
 from minisft.evaluation.generate import generate
 from minisft.model.llama import Llama
+from minisft.preparation import prepare
+from minisft.training import trainer
 from minisft.training.loss import masked_cross_entropy
 from minisft.training.trainer import main
 
@@ -113,6 +116,24 @@ def test_what_the_run_folder_holds(base, tmp_path):
     assert main([str(run / "config.toml"), "--run.dir", str(tmp_path / "again")]) == 0  # the effective configuration
     again = (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in again] == [r["loss"] for r in log(tmp_path)]
+
+
+def test_mfu_where_the_peak_is_known(base, tmp_path, monkeypatch):
+    """An epoch's FLOPs by the log are the 6 P a token of `prepare` and what pairs of tokens cost, by hand."""
+    monkeypatch.setattr(trainer, "peak_flops", lambda device: 1e9)
+    options_of_run = options(base, tmp_path, train__max_steps=3)  # 3 steps an epoch
+    assert main(options_of_run) == 0
+    records = log(tmp_path)
+    prepared = prepare(configuration.load(options_of_run), quiet=True)
+    shape, lengths = json.loads((base / "config.json").read_text()), prepared.train.lengths.tolist()
+    width, heads, shared = shape["hidden_size"], *(shape["head_dim"] * shape[f"num_{name}_heads"]
+                                                   for name in ("attention", "key_value"))
+    block = 2 * width * (heads + shared) + 3 * width * shape["intermediate_size"]
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    needed = shape["num_hidden_layers"] * (6 * block * sum(lengths) + 12 * heads * pairs)
+    needed += 6 * shape["vocab_size"] * width * int(prepared.train.targets.sum())
+    assert {record["epoch"] for record in records} == {0}
+    assert sum(record["mfu"] * record["seconds"] * 1e9 for record in records) == pytest.approx(needed)
 
 
 @pytest.mark.parametrize(("change", "message"), [

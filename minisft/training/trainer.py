@@ -20,6 +20,7 @@ from minisft.data.loader import MicroBatch, steps
 from minisft.data_report import describe, figures
 from minisft.errors import EXIT_PREEMPTED
 from minisft.evaluation.heldout import heldout_loss
+from minisft.hardware import peak_flops
 from minisft.model import weights
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
@@ -181,7 +182,8 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
                           "grad_norm": None, "tokens": step.tokens, "target_tokens": step.target_tokens,
                           "seconds": seconds, "tokens_per_second": step.tokens / seconds,
                           "memory_gib": memory_gib(world.device),
-                          **(prepared.shares(step.index) if world.leads else {})}, shared[0], grad_norm, shared[1])
+                          **(leaders_figures(prepared, step.index, seconds, world) if world.leads else {})},
+                         shared[0], grad_norm, shared[1])
             last = number == plan.total_steps
             if monitor.stop and not last:
                 break
@@ -204,6 +206,13 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
     finally:
         planned.close()  # its thread
         monitor.close()
+
+
+def leaders_figures(prepared: Prepared, step: int, seconds: float, world: World) -> dict:
+    """What is said of a step by the rank that writes: the share of the GPUs' peak, where that is known, and sources."""
+    peak = peak_flops(world.device)
+    mfu = {"mfu": prepared.flops(step) / seconds / (peak * world.ranks)} if peak and prepared.network else {}
+    return mfu | prepared.shares(step)
 
 
 def is_compiled(config: Config, world: World) -> bool:
