@@ -1,0 +1,271 @@
+"""One system in one process: it trains the documents it is given, a step whenever it is told to.
+
+throughput.py starts `python benchmarks/peers.py SYSTEM JOB` with the Python that has the system, writes "step" on its
+standard input and reads {seconds, loss, peak_gib} from its standard output. JOB is a JSON file: the model, the
+precision, and the documents of every step, already tokenised: [step][pack][document] of {"ids", "trained"}.
+
+Each system is set up as its own trainer or recipe does it, in the fastest way that trains the same tokens, each within
+its own document: AdamW (fused) at a constant rate on fp32 parameters, gradients clipped to norm 1 where the system
+clips, all activations kept. A step's seconds go from making the batch to the updated parameters.
+
+    minisft              training/trainer.py's steps
+    trl                  SFTTrainer with bfd packing and its default loss, `sdpa`; bf16 is autocast
+    trl-compile          the same with torch_compile=True
+    trl-bf16-weights     the same as trl with the parameters in bf16 as well: small updates are lost
+    torchtune            the parts of recipes/full_finetune_single_device.py; bf16 means parameters in bf16 as well
+    torchtune-compile    the same with `compile: True`
+    litgpt               the steps of litgpt/finetune/full.py, all documents of a step padded to the longest
+    litgpt-single        the same with its default micro-batch of one document: no padding, and a mean of means as loss
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+CLIP = 1.0
+BETAS, EPS = (0.9, 0.95), 1e-8
+IGNORED = -100
+
+
+class Turn:
+    """When the driver lets this process work, and what it hears afterwards."""
+
+    def __init__(self, out):
+        self.out, self.started = out, 0.0
+
+    def begin(self) -> None:
+        """Wait for the word; ends the process where there is none to come."""
+        if sys.stdin.readline().strip() != "step":
+            raise SystemExit(0)
+        self.started = time.perf_counter()
+
+    def end(self, loss: float) -> None:
+        """Report a step."""
+        print(json.dumps({"seconds": time.perf_counter() - self.started, "loss": loss, "peak_gib": peak_gib()}),
+              file=self.out, flush=True)
+
+
+def peak_gib() -> float:
+    """The most memory this process had resident; ru_maxrss would start from that of the process that called it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+
+
+def labels(document: dict) -> list[int]:
+    """The ids that are trained, unshifted; elsewhere IGNORED."""
+    return [i if trained else IGNORED for i, trained in zip(document["ids"], document["trained"], strict=True)]
+
+
+def minisft(job: SimpleNamespace, turn: Turn) -> None:
+    """The loop of `trainer.run_steps`, without evaluation, checkpoints and log."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import torch
+
+    from minisft import config as configuration
+    from minisft.data.loader import MicroBatch
+    from minisft.model import weights
+    from minisft.model.config import read_config
+    from minisft.training import parallel
+    from minisft.training.optimizer import Optimizer
+    from minisft.training.trainer import forward
+
+    def micro_batch(packs: list[list[dict]]) -> MicroBatch:
+        documents = [document for pack in packs for document in pack]
+        tokens = torch.tensor([i for document in documents for i in document["ids"]])
+        after = torch.tensor([t for document in documents for t in document["trained"]]).nonzero().flatten()
+        return MicroBatch(tokens, tuple(len(d["ids"]) for d in documents), tokens[after], after - 1)
+
+    config = configuration.load(job.arguments)
+    world = parallel.start()
+    model = parallel.build_model(read_config(job.model), world, precision=job.precision)
+    optimizer = Optimizer(model, world.mesh, betas=BETAS, eps=EPS)
+    weights.load(model, weights.SafetensorsFolder(job.model))
+    for packs in job.steps:
+        turn.begin()
+        batch = micro_batch(packs)
+        loss = forward(model, batch, len(batch.targets), config, world)
+        loss.backward()
+        optimizer.clip(CLIP)
+        optimizer.step(job.lr)
+        turn.end(loss.item())
+
+
+def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str = "float32") -> None:
+    """SFTTrainer, whose rows are the packs of the job, as its own packer would hand them over."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    import datasets
+    import transformers
+    from trl import SFTConfig, SFTTrainer
+
+    class Steps(SFTTrainer):
+        def training_step(self, *args, **kwargs):
+            self.last_loss = super().training_step(*args, **kwargs)
+            return self.last_loss
+
+    class Waits(transformers.TrainerCallback):
+        """A step goes on from the end of the one before: collating the batch is part of it."""
+
+        def on_train_begin(self, *_, **__):
+            turn.begin()
+
+        def on_step_end(self, args, state, control, **_):
+            turn.end(trainer.last_loss.item())
+            if state.global_step < state.max_steps:
+                turn.begin()
+
+    datasets.disable_progress_bars()
+    rows = [{"input_ids": [i for d in pack for i in d["ids"]], "labels": [i for d in pack for i in labels(d)],
+             "seq_lengths": [len(d["ids"]) for d in pack]} for packs in job.steps for pack in packs]
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(dir=job.folder), max_steps=len(job.steps), packing=True, packing_strategy="bfd",
+        per_device_train_batch_size=len(job.steps[0]), dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="sequential", max_length=job.seq_len, learning_rate=job.lr,
+        lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0,
+        max_grad_norm=CLIP, gradient_checkpointing=False, bf16=job.precision == "bf16", use_cpu=True,
+        torch_compile=compiled, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+        model_init_kwargs={"dtype": dtype, "attn_implementation": "sdpa"})
+    trainer = Steps(model=job.model, args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Waits()],
+                    processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(job.model))
+    trainer.train()
+
+
+def torchtune(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> None:
+    """Its Llama-3.2 builder (tied) or Llama-3's, checkpointer, packed data set, chunked loss; fused AdamW."""
+    import torch
+    from torchtune import training
+    from torchtune.data import padded_collate_packed
+    from torchtune.datasets import PackedDataset
+    from torchtune.models.llama3 import llama3
+    from torchtune.models.llama3_2 import llama3_2
+    from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+    shape = llama_shape(job)
+    files = sorted(file.name for file in Path(job.model).glob("*.safetensors"))
+    tied = shape.get("tie_word_embeddings", False)
+    checkpointer = training.FullModelHFCheckpointer(job.model, files, "LLAMA3_2" if tied else "LLAMA3",
+                                                    tempfile.mkdtemp(dir=job.folder))
+    options = {"vocab_size": shape["vocab_size"], "num_layers": shape["num_hidden_layers"],
+               "num_heads": shape["num_attention_heads"], "num_kv_heads": shape["num_key_value_heads"],
+               "embed_dim": shape["hidden_size"], "max_seq_len": job.seq_len, "norm_eps": shape["rms_norm_eps"],
+               "intermediate_dim": shape["intermediate_size"], "rope_base": int(shape["rope_theta"])}
+    with training.set_default_dtype(torch.bfloat16 if job.precision == "bf16" else torch.float32):
+        model = llama3_2(**options, scale_factor=1) if tied else llama3(**options)
+    loss_of = CEWithChunkedOutputLoss()
+    if compiled:
+        training.compile_model(model, verbose=False)
+        training.compile_loss(loss_of, verbose=False)
+    model.load_state_dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
+    model.set_num_output_chunks(loss_of.num_output_chunks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+
+    for packs in job.steps:
+        documents = [[{"tokens": d["ids"], "labels": labels(d)} for d in pack] for pack in packs]
+        rows = [PackedDataset(pack, max_seq_len=job.seq_len)[0] for pack in documents]  # packed before training starts
+        turn.begin()
+        batch = padded_collate_packed(rows)
+        targets = batch.pop("labels")
+        targets = torch.hstack((targets[:, 1:], targets.new_full((len(targets), 1), IGNORED)))
+        loss = loss_of(model(**batch), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        turn.end(loss.item())
+
+
+def litgpt(job: SimpleNamespace, turn: Turn, *, micro_batch: int = 0) -> None:
+    """Its GPT (the head is never tied), its collation and chunked loss, under Lightning's Fabric; it does not clip."""
+    import lightning
+    import torch
+    from litgpt import GPT, Config
+    from litgpt.data.base import get_sft_collate_fn
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+    from litgpt.utils import chunked_cross_entropy
+    from safetensors.torch import load_file
+
+    shape = llama_shape(job)
+    config = Config(name="peer", block_size=job.seq_len, n_layer=shape["num_hidden_layers"],
+                    n_embd=shape["hidden_size"], n_head=shape["num_attention_heads"],
+                    n_query_groups=shape["num_key_value_heads"], head_size=shape["head_dim"],
+                    vocab_size=shape["vocab_size"], padded_vocab_size=shape["vocab_size"], bias=False,
+                    parallel_residual=False, rotary_percentage=1.0, norm_class_name="RMSNorm",
+                    norm_eps=shape["rms_norm_eps"], mlp_class_name="LLaMAMLP",
+                    intermediate_size=shape["intermediate_size"], rope_base=int(shape["rope_theta"]))
+    fabric = lightning.Fabric(devices=1, accelerator="cpu",
+                              precision="bf16-mixed" if job.precision == "bf16" else "32-true")
+    state, halves = {}, {}
+    for file in sorted(Path(job.model).glob("*.safetensors")):
+        copy_weights_hf_llama(config, halves, state, load_file(file), dtype=torch.float32)
+    with fabric.init_module():
+        model = GPT(config)
+    model.load_state_dict(state)
+    del state
+    model = fabric.setup(model)
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=job.lr, betas=BETAS, eps=EPS,
+                                                          weight_decay=0.0, fused=True))
+    collate, counts = get_sft_collate_fn(), {"raw": 0, "raw_plus_prompt_template": 0}
+    model.train()
+    for packs in job.steps:
+        documents = [{"input_ids": torch.tensor(d["ids"]), "labels": torch.tensor(labels(d)), "token_counts": counts}
+                     for pack in packs for d in pack]
+        turn.begin()
+        size, total = micro_batch or len(documents), 0.0
+        batches = [collate(documents[i : i + size]) for i in range(0, len(documents), size)]
+        for i, batch in enumerate(batches):
+            with fabric.no_backward_sync(model, enabled=i + 1 < len(batches)) if len(batches) > 1 else nullcontext():
+                logits = model(batch["input_ids"])
+                loss = chunked_cross_entropy(logits[..., :-1, :], batch["labels"][..., 1:]) / len(batches)
+                fabric.backward(loss)
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        turn.end(total)
+
+
+def llama_shape(job: SimpleNamespace) -> dict:
+    """config.json, for the systems that take a shape instead of a folder."""
+    shape = json.loads((Path(job.model) / "config.json").read_text())
+    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise SystemExit("error: this benchmark builds this system's network without a stretched rotation; "
+                         f"{job.model}/config.json asks for {rope['rope_type']!r}")
+    theta = shape.get("rope_theta") or rope["rope_theta"]
+    return {"head_dim": shape["hidden_size"] // shape["num_attention_heads"], **shape, "rope_theta": theta}
+
+
+SYSTEMS = {
+    "minisft": minisft,
+    "trl": trl,
+    "trl-compile": lambda job, turn: trl(job, turn, compiled=True),
+    "trl-bf16-weights": lambda job, turn: trl(job, turn, dtype="bfloat16"),
+    "torchtune": torchtune,
+    "torchtune-compile": lambda job, turn: torchtune(job, turn, compiled=True),
+    "litgpt": litgpt,
+    "litgpt-single": lambda job, turn: litgpt(job, turn, micro_batch=1),
+}
+
+
+def main() -> None:
+    """Run a system's steps; whatever libraries print goes to the standard error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("job", type=Path)
+    options = parser.parse_args()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    job = SimpleNamespace(**json.loads(options.job.read_text()))
+    import torch
+
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
+    SYSTEMS[options.system](job, Turn(out))
+
+
+if __name__ == "__main__":
+    main()
