@@ -1,6 +1,6 @@
 """Loss and gradients at the vocabulary: the plain way, torch's, TRL's and minisft's; time, and memory as tokens grow.
 
-    python benchmarks/loss.py [--vocabulary 128256] [--width 4096] [--tokens 4096] [--growth 1024 2048 8192] [--rounds 3]
+    python benchmarks/loss.py [--vocabulary 128256] [--width 4096] [--tokens 4096] [--growth N...] [--rounds 3]
 
     plain      F.cross_entropy of all logits in fp32: `hidden @ weight.T` at once
     torch      torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions(), its own choice of chunks
