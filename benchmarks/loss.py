@@ -12,8 +12,9 @@ Each evaluation is a process of its own, the ways by turns, on the same random h
 in the precision that is measured, and ends with both gradients in that precision. Time is the median over the rounds,
 `of peak` the 6 N D V FLOPs that are needed over what a large square product reached in the same process. Memory is the
 most that was resident beyond what was there before; the gradients themselves, which every way must hand over, are
-counted and named in the header. Loss and gradients are held against those of `plain`: `error` is the largest distance
-of the loss, and of the gradients projected onto random directions, relative to plain's in fp32.
+counted and named in the header. `error` is the largest distance from the first way, relative: of the loss, and of rows
+of both gradients projected onto random directions. A way that would not fit in the free memory is left out: it would
+take other programs with it.
 """
 
 import argparse
@@ -100,8 +101,23 @@ def evaluate(way: str, tokens: int, width: int, vocabulary: int, precision: str,
             "weight": (weight.grad[words].float() @ directions).flatten().tolist()}
 
 
+def shortage(way: str, tokens: int, options: argparse.Namespace, precision: str) -> str:
+    """Why this evaluation does not fit in the memory that is free now; empty where it does."""
+    size, weight = DTYPES[precision].itemsize, options.vocabulary * options.width
+    logits = 4 * tokens * options.vocabulary  # fp32
+    # Beside weight and gradient. plain: logits, their logarithms and the gradients of both; elsewhere an fp32 gradient,
+    # and TRL's six copies of a tile of 4,096 tokens and 32,768 words.
+    working = {"plain": 4 * logits, "trl": 4 * weight + 6 * 4 * 4096 * 32768}.get(way, 8 * weight + 2**30)
+    needed = (2 * size * weight + working) / 2**30
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
+    return "" if needed < free else f"needs about {needed:.1f} GiB, {free:.1f} are free; lower --tokens or --width"
+
+
 def in_process(way: str, tokens: int, options: argparse.Namespace, precision: str) -> dict | str:
     """`evaluate` in a process of its own, or why it failed."""
+    if short := shortage(way, tokens, options, precision):
+        return short
     command = [sys.executable, __file__, "--evaluate", way, str(tokens), precision, "--width", str(options.width),
                "--vocabulary", str(options.vocabulary), "--threads", str(options.threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
@@ -134,7 +150,7 @@ def measure(tokens: int, rounds: int, precision: str, options: argparse.Namespac
     truth = next((row[0] for row in results.values() if isinstance(row[0], dict)), None)
     for way, row in results.items():
         if isinstance(row[-1], str):
-            print(f"{way:<10}failed: {row[-1]}")
+            print(f"{way:<10}no figure: {row[-1]}")
             continue
         seconds = median(result["seconds"] for result in row)
         share = median(6 * tokens * options.width * options.vocabulary / result["seconds"] / result["peak"]

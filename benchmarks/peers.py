@@ -1,7 +1,7 @@
 """One system in one process: it trains the documents it is given, a step whenever it is told to.
 
 throughput.py starts `python benchmarks/peers.py SYSTEM JOB` with the Python that has the system, writes "step" on its
-standard input and reads {seconds, loss, peak_gib} from its standard output. JOB is a JSON file: the model, the
+standard input and reads {seconds, cpu_seconds, loss, peak_gib} from its standard output. JOB is a JSON file: the model, the
 precision, and the documents of every step, already tokenised: [step][pack][document] of {"ids", "trained"}.
 
 Each system is set up as its own trainer or recipe does it, in the fastest way that trains the same tokens, each within
@@ -37,17 +37,18 @@ class Turn:
     """When the driver lets this process work, and what it hears afterwards."""
 
     def __init__(self, out):
-        self.out, self.started = out, 0.0
+        self.out, self.started = out, (0.0, 0.0)
 
     def begin(self) -> None:
         """Wait for the word; ends the process where there is none to come."""
         if sys.stdin.readline().strip() != "step":
             raise SystemExit(0)
-        self.started = time.perf_counter()
+        self.started = time.perf_counter(), time.process_time()
 
     def end(self, loss: float) -> None:
         """Report a step."""
-        print(json.dumps({"seconds": time.perf_counter() - self.started, "loss": loss, "peak_gib": peak_gib()}),
+        seconds, cpu_seconds = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": loss, "peak_gib": peak_gib()}),
               file=self.out, flush=True)
 
 

@@ -8,7 +8,8 @@ tokenises and packs them; every system gets these very documents, step by step, 
 last one after the same updates. A loss that differs is marked with *: that row is no comparison.
 
 Each system is a process of its own. They take turns, a step each, on the same documents, and the others sleep, so what
-else the machine does falls on all alike; medians are over the steps after the first. `start` is from the start of the
+else the machine does falls on all alike; medians are over the steps after the first. `step` is the time of a step over
+that of the first system, `CPU s` its seconds of all cores, the steadier figure on a machine that others use. `start` is from the start of the
 process to the end of its first step, alone on the machine. `peak` is the most resident memory, libraries included.
 `of peak` is the FLOPs that training these documents needs (attention within documents, the head on trained tokens),
 per second, over what one large square matrix product reaches in the same round in that precision. Tokens per second
@@ -191,7 +192,7 @@ def table(runners: list[Runner], work: Work, peaks: list[float], precision: str)
     """One row a system; the first that ran is what the others are compared with."""
     print(f"peak of a {SQUARE} x {SQUARE} product: {median(peaks) / 1e9:,.0f} GFLOP/s "
           f"({min(peaks) / 1e9:,.0f} to {max(peaks) / 1e9:,.0f})")
-    print(f"{'':<19}{'tokens/s':>9}{'trained/s':>10}{'of peak':>9}{'time of a step':>16}{'peak GiB':>10}"
+    print(f"{'':<19}{'tokens/s':>9}{'trained/s':>10}{'of peak':>9}{'step':>8}{'CPU s':>8}{'peak GiB':>10}"
           f"{'start s':>9}{'first loss':>12}{'last loss':>11}")
     first = next((runner for runner in runners if not runner.failure), None)
     for runner in runners:
@@ -208,7 +209,8 @@ def table(runners: list[Runner], work: Work, peaks: list[float], precision: str)
 
         needed = [flops / peak for flops, peak in zip(work.flops[1:], peaks, strict=True)]
         print(f"{runner.name:<19}{rate(work.tokens[1:]):>9,.0f}{rate(work.trained[1:]):>10,.0f}{rate(needed):>9.1%}"
-              f"{'x' + format(median(a / b for a, b in zip(seconds, base, strict=True)), '.2f'):>16}"
+              f"{'x' + format(median(a / b for a, b in zip(seconds, base, strict=True)), '.2f'):>8}"
+              f"{median(result['cpu_seconds'] for result in runner.results[1:]):>8.1f}"
               f"{runner.results[-1]['peak_gib']:>10.2f}{runner.start_seconds:>9.1f}"
               f"{runner.results[0]['loss']:>11.4f}{marks[0]}{runner.results[-1]['loss']:>10.4f}{marks[1]}", flush=True)
 
