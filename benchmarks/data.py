@@ -41,6 +41,7 @@ from minisft.data.packing import Plan
 from minisft.data.store import BATCH, open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
+from minisft.errors import UserError
 
 
 def varied(conversations: list[dict], count: int, join: int, misspelt: float = 0.1) -> Iterator[dict]:
@@ -59,10 +60,28 @@ def varied(conversations: list[dict], count: int, join: int, misspelt: float = 0
         yield {"conversations": [{**turn, "value": re.sub(r"\w+", misspell, turn["value"])} for turn in turns]}
 
 
+def load(file: Path) -> list[dict]:
+    """The conversations of FILE; UserError where it is not what `varied` and `trl` can take."""
+    try:
+        conversations = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except ValueError as error:  # broken JSON, or no UTF-8
+        raise UserError(f"{file}: is no JSON array ({error}); this benchmark reads ShareGPT's .json only") from None
+    try:
+        roles = {turn["from"] for record in conversations for turn in record["conversations"] if turn["value"] + ""}
+    except (TypeError, KeyError):
+        raise UserError(f"{file}: is not ShareGPT's form, [{{\"conversations\": [{{\"from\", \"value\"}}, ...]}}, "
+                        "...]") from None
+    if not roles or roles - {"human", "gpt"}:
+        raise UserError(f"{file}: turns must be from \"human\" and \"gpt\"; found {', '.join(sorted(roles)) or 'none'}")
+    return conversations
+
+
 def write(options: argparse.Namespace, folder: Path) -> Path:
     """The JSON lines of a run: at most 20,000 different ones, each again with a number of its own."""
     file = folder / "data.jsonl"
-    conversations = json.loads(options.file.read_text())
+    conversations = load(options.file)
     records = [json.dumps(record, ensure_ascii=False)
                for record in varied(conversations, min(options.conversations, 20_000), options.join)]
     with open(file, "w", encoding="utf-8") as out:
@@ -124,15 +143,18 @@ def tokenise(options: argparse.Namespace, folder: Path) -> None:
 
 
 def trl(options: argparse.Namespace, folder: Path) -> None:
-    """`SFTTrainer._prepare_dataset` alone, without a model: tokenise, mask, pack; then the same with the store."""
+    """`SFTTrainer._prepare_dataset` alone, without a model: tokenise, mask, pack; then the same with the store.
+
+    One round more than asked for, and the first, in which TRL imports and compiles its template, does not count.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import datasets
-    except ImportError:
-        sys.exit("error: pip install -e '.[bench]' first; it brings TRL")
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
-    from trl.chat_template_utils import llama3_training_chat_template
+        from transformers import PreTrainedTokenizerFast
+        from trl import SFTConfig, SFTTrainer
+        from trl.chat_template_utils import llama3_training_chat_template
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -e '.[bench]' first; it brings TRL") from None
 
     file = write(options, folder)
     for library in ("datasets", "trl", "transformers"):
@@ -150,13 +172,14 @@ def trl(options: argparse.Namespace, folder: Path) -> None:
                              for turn in json.loads(line)["conversations"]]} for line in file.read_bytes().splitlines()]
     dataset, found = datasets.Dataset.from_list(records), {}
     times = {"TRL": [], "minisft": []}
-    for _ in range(options.rounds):
+    for _ in range(options.rounds + 1):
         times["TRL"].append(clocked(lambda: found.update(TRL=SFTTrainer._prepare_dataset(
             trainer, dataset, tokenizer, args, True, None, "bench")))[0])
         cache = Path(tempfile.mkdtemp(dir=folder))
         times["minisft"].append(clocked(lambda cache=cache: found.update(minisft=open_store(
             str(file), name="bench", format="auto", renderer=renderer, cache=cache, quiet=True)))[0])
     tokens = sum(map(len, found["TRL"]["input_ids"])), found["minisft"].report.tokens
+    times = {name: seconds[1:] for name, seconds in times.items()}
     for (name, seconds), count in zip(times.items(), tokens, strict=True):
         print(f"{name:<10}{median(seconds):8.2f} s{count:12,} tokens{count / median(seconds) / 1e6:8.3f} M tokens/s")
     print(f"minisft is {median(times['TRL']) / median(times['minisft']):.1f} times as fast "
@@ -188,11 +211,14 @@ print(f"{what}: {len(store):,} documents, {store.report.tokens:,} tokens in {sec
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
     """The store of many conversations, made and opened again, each in a process of its own."""
+    Renderer(load_templates()["llama3"], Tokenizer(options.tokenizer))  # what is wrong with it shows here, in one line
     file = write(options, folder)
     print(f"{file.stat().st_size / 1e6:,.0f} MB of JSON lines")
     for what in ("make", "open"):
-        subprocess.run([sys.executable, "-c", MEMORY, str(file), str(options.tokenizer), str(folder / "cache"), what],
-                       check=True)
+        done = subprocess.run([sys.executable, "-c", MEMORY, str(file), str(options.tokenizer), str(folder / "cache"),
+                               what])
+        if done.returncode:
+            raise UserError(f"{what}: the process ended with code {done.returncode} (-9: out of memory)")
 
 
 def lengths_of(options: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
@@ -226,6 +252,9 @@ def balance(options: argparse.Namespace, folder: Path) -> None:
     for name, lengths in lengths_of(options, folder).items():
         plan = Plan(lengths, lengths, seq_len=options.seq_len, packs_per_step=ranks * options.packs, epochs=1)
         rows: dict[str, list] = {"dealt in turn": [], "dealt by cost": []}
+        if plan.total_steps < 2:
+            raise UserError(f"{name}: makes no full step of {ranks} x {options.packs} packs of {options.seq_len:,} "
+                            "tokens; raise --conversations, or lower --packs, --ranks or --seq-len")
         for step in range(min(300, plan.total_steps - 1)):
             costs = np.array([np.square(lengths[pack]).sum() for pack in plan.documents(step)])
             in_turn = [list(range(rank, len(costs), ranks)) for rank in range(ranks)]
@@ -255,8 +284,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--packs", type=int, default=4, help="packs a rank has in a step (4)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        parts[options.what](options, Path(folder))
+    for name in ("conversations", "join", "rounds", "seq_len", "epochs", "ranks", "packs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            parts[options.what](options, Path(folder))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

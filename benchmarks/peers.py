@@ -1,8 +1,8 @@
 """One system in one process: it trains the documents it is given, a step whenever it is told to.
 
 throughput.py starts `python benchmarks/peers.py SYSTEM JOB` with the Python that has the system, writes "step" on its
-standard input and reads {seconds, cpu_seconds, loss, peak_gib} from its standard output. JOB is a JSON file: the model, the
-precision, and the documents of every step, already tokenised: [step][pack][document] of {"ids", "trained"}.
+standard input and reads {seconds, cpu_seconds, loss, peak_gib} from its standard output. JOB is a JSON file: the model,
+the precision, and the documents of every step, tokenised: [step][pack][document] of {"ids", "trained"}.
 
 Each system is set up as its own trainer or recipe does it, in the fastest way that trains the same tokens, each within
 its own document: AdamW (fused) at a constant rate on fp32 parameters, gradients clipped to norm 1 where the system

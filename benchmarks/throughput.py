@@ -9,11 +9,12 @@ last one after the same updates. A loss that differs is marked with *: that row 
 
 Each system is a process of its own. They take turns, a step each, on the same documents, and the others sleep, so what
 else the machine does falls on all alike; medians are over the steps after the first. `step` is the time of a step over
-that of the first system, `CPU s` its seconds of all cores, the steadier figure on a machine that others use. `start` is from the start of the
-process to the end of its first step, alone on the machine. `peak` is the most resident memory, libraries included.
-`of peak` is the FLOPs that training these documents needs (attention within documents, the head on trained tokens),
-per second, over what one large square matrix product reaches in the same round in that precision. Tokens per second
-count real tokens, no padding. A peer that lives in another environment is named with its Python: --python trl=PATH.
+that of the first system, `CPU s` its seconds of all cores: the steadier figure on a machine that others use. `start`
+is from the start of the process to the end of its first step, alone on the machine. `peak GiB` is the most resident
+memory, libraries included. `of peak` is the FLOPs that training these documents needs (attention within documents, the
+head on trained tokens), per second, over what one large square matrix product reaches in the same round in that
+precision. Tokens per second count real tokens, no padding. A peer that lives in another environment is named with its
+Python, as in --python litgpt=PATH: pip install -e '.[bench]' brings TRL and torchtune, '.[bench-litgpt]' wants its own.
 """
 
 import argparse
