@@ -7,17 +7,18 @@ tokenises and packs them; every system gets these very documents, step by step, 
 (peers.py says how each is set up). The losses tell whether all train the same: the first one before any update, the
 last one after the same updates. A loss that differs is marked with *: that row is no comparison.
 
-Each system is a process of its own. They take turns, a step each, on the same documents, and the others sleep, so what
-else the machine does falls on all alike; medians are over the steps after the first. `step` is the time of a step over
+The systems run by turns, each turn a process of its own and alone, A B C A B C, on the same documents, so what else the
+machine does falls on all alike; medians are over the steps of all turns but each turn's first. `step` is the time over
 that of the first system, `CPU s` its seconds of all cores: the steadier figure on a machine that others use. `start`
-is from the start of the process to the end of its first step, alone on the machine. `peak GiB` is the most resident
-memory, libraries included. `of peak` is the FLOPs that training these documents needs (attention within documents, the
-head on trained tokens), per second, over what one large square matrix product reaches in the same round in that
-precision. Tokens per second count real tokens, no padding. A peer that lives in another environment is named with its
-Python, as in --python litgpt=PATH: pip install -e '.[bench]' brings TRL and torchtune, '.[bench-litgpt]' wants its own.
+is from the start of the process to the end of its first step. `peak GiB` is the most resident memory, libraries
+included. `of peak` is the FLOPs that training these documents needs (attention within documents, the head on trained
+tokens), per second, over what one large square matrix product reached before that turn in that precision. Tokens per
+second count real tokens, no padding. A peer that lives in another environment is named with its Python, as in
+--python litgpt=PATH: pip install -e '.[bench]' brings TRL and torchtune, '.[bench-litgpt]' wants its own.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -62,43 +63,14 @@ class Work:
 
 
 @dataclass
-class Runner:
-    """A system's process."""
+class Record:
+    """What a system did in all its turns."""
 
     name: str
-    process: subprocess.Popen
-    log: Path
-    started: float
-    start_seconds: float = 0.0
+    start_seconds: list[float] = field(default_factory=list)
+    first_losses: list[float] = field(default_factory=list)
+    results: list[dict] = field(default_factory=list)  # of the steps after the first, turn by turn
     failure: str = ""
-    results: list[dict] = field(default_factory=list)
-
-    def step(self, limit: float) -> None:
-        """Have it do one step; a process that died or takes longer than `limit` seconds has failed."""
-        if self.failure:
-            return
-        try:
-            self.process.stdin.write(b"step\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead; reading says so
-        ready, _, _ = select.select([self.process.stdout], [], [], limit)
-        line = self.process.stdout.readline() if ready else b""
-        if line:
-            self.results.append(json.loads(line))
-            return
-        if not ready:
-            self.failure = f"no step in {limit:.0f} s"
-        else:
-            code = self.process.wait()
-            last = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()][-1:]
-            self.failure = f"signal {-code} (9: out of memory)" if code < 0 else (last or [f"exit code {code}"])[0]
-        self.stop()
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
 
 
 def documents(config: Config, network: LlamaConfig, count: int) -> Work:
@@ -140,20 +112,39 @@ def matmul_peak(dtype: torch.dtype) -> float:
     return 2 * SQUARE**3 / min(seconds)
 
 
-def start(name: str, options: argparse.Namespace, job: Path, folder: Path) -> Runner:
-    """Start a system, and have it do its first step."""
+def turn(record: Record, options: argparse.Namespace, job: Path, folder: Path) -> None:
+    """Start a system, and have it do its steps; a process that dies or is too slow ends the system's part."""
+    name, log = record.name, folder / f"{record.name}.log"
     python = options.python.get(name, options.python.get(name.split("-")[0], sys.executable))
-    log = folder / f"{name}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads),
                    "TOKENIZERS_PARALLELISM": "false"}
     started = time.perf_counter()
     with open(log, "wb") as errors:
         process = subprocess.Popen([python, str(PEERS), name, str(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=errors, env=environment, cwd=folder)
-    runner = Runner(name, process, log, started)
-    runner.step(options.limit)
-    runner.start_seconds = time.perf_counter() - started
-    return runner
+    try:
+        record.first_losses.append(one_step(process, log, options.limit)["loss"])
+        record.start_seconds.append(time.perf_counter() - started)
+        record.results += [one_step(process, log, options.limit) for _ in range(options.steps)]
+    except ChildProcessError as error:
+        record.failure = str(error)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def one_step(process: subprocess.Popen, log: Path, limit: float) -> dict:
+    """Have a system do one step. ChildProcessError, with the reason, where it died or took over `limit` seconds."""
+    with contextlib.suppress(BrokenPipeError):  # it is dead; reading says so
+        process.stdin.write(b"step\n")
+        process.stdin.flush()
+    if not select.select([process.stdout], [], [], limit)[0]:
+        raise ChildProcessError(f"no step in {limit:.0f} s")
+    if line := process.stdout.readline():
+        return json.loads(line)
+    code = process.wait()
+    last = [text for text in log.read_text(errors="replace").splitlines() if text.strip()][-1:]
+    raise ChildProcessError(f"signal {-code} (9: out of memory)" if code < 0 else (last or [f"exit code {code}"])[0])
 
 
 def race(file: str, precision: str, options: argparse.Namespace, folder: Path) -> None:
@@ -169,51 +160,43 @@ def race(file: str, precision: str, options: argparse.Namespace, folder: Path) -
     job.write_text(json.dumps({"model": str(options.model.resolve()), "precision": precision, "steps": work.steps,
                                "seq_len": options.seq_len, "threads": options.threads, "lr": options.lr,
                                "folder": str(folder), "arguments": arguments}))
-    print(f"\n{file}, {precision}: {options.steps} steps of {options.packs} packs of {options.seq_len} tokens; a step "
-          f"has {median(sum(map(len, packs)) for packs in work.steps):g} documents, {median(work.tokens):g} "
-          f"tokens, {median(work.trained):g} trained, {median(work.flops) / 1e9:,.0f} GFLOP", flush=True)
-    runners: list[Runner] = []
+    print(f"\n{file}, {precision}: {options.turns} turns of {options.steps} timed steps of {options.packs} packs of "
+          f"{options.seq_len} tokens; a step has {median(sum(map(len, packs)) for packs in work.steps):g} documents, "
+          f"{median(work.tokens):g} tokens, {median(work.trained):g} trained, {median(work.flops) / 1e9:,.0f} GFLOP",
+          flush=True)
+    records = [Record(name) for name in options.systems if (name, precision) != ("trl-bf16-weights", "fp32")]
     peaks = []
-    try:
-        for name in options.systems:
-            if name == "trl-bf16-weights" and precision != "bf16":
-                continue
-            runners.append(start(name, options, job, folder))
-        for _ in range(options.steps):
-            peaks.append(matmul_peak({"bf16": torch.bfloat16, "fp32": torch.float32}[precision]))
-            for runner in runners:
-                runner.step(options.limit)
-    finally:
-        for runner in runners:
-            runner.stop()
-    table(runners, work, peaks, precision)
+    for _ in range(options.turns):
+        peaks += options.steps * [matmul_peak({"bf16": torch.bfloat16, "fp32": torch.float32}[precision])]
+        for record in records:
+            if not record.failure:
+                turn(record, options, job, folder)
+    table(records, work, peaks, precision, options.turns)
 
 
-def table(runners: list[Runner], work: Work, peaks: list[float], precision: str) -> None:
+def table(records: list[Record], work: Work, peaks: list[float], precision: str, turns: int) -> None:
     """One row a system; the first that ran is what the others are compared with."""
     print(f"peak of a {SQUARE} x {SQUARE} product: {median(peaks) / 1e9:,.0f} GFLOP/s "
           f"({min(peaks) / 1e9:,.0f} to {max(peaks) / 1e9:,.0f})")
     print(f"{'':<19}{'tokens/s':>9}{'trained/s':>10}{'of peak':>9}{'step':>8}{'CPU s':>8}{'peak GiB':>10}"
           f"{'start s':>9}{'first loss':>12}{'last loss':>11}")
-    first = next((runner for runner in runners if not runner.failure), None)
-    for runner in runners:
-        if runner.failure:
-            print(f"{runner.name:<19}failed: {runner.failure[:100]}")
+    tokens, trained, flops = (turns * counts[1:] for counts in (work.tokens, work.trained, work.flops))
+    first = next((record for record in records if not record.failure), None)
+    for record in records:
+        if record.failure:
+            print(f"{record.name:<19}failed: {record.failure[:100]}")
             continue
-        seconds = [result["seconds"] for result in runner.results[1:]]
-        base = [result["seconds"] for result in first.results[1:]]
-        marks = ["*" if abs(runner.results[i]["loss"] - first.results[i]["loss"]) > TOLERANCE[precision] else " "
-                 for i in (0, -1)]
-
-        def rate(counts: list[float], seconds: list[float] = seconds) -> float:
-            return median(count / s for count, s in zip(counts, seconds, strict=True))
-
-        needed = [flops / peak for flops, peak in zip(work.flops[1:], peaks, strict=True)]
-        print(f"{runner.name:<19}{rate(work.tokens[1:]):>9,.0f}{rate(work.trained[1:]):>10,.0f}{rate(needed):>9.1%}"
-              f"{'x' + format(median(a / b for a, b in zip(seconds, base, strict=True)), '.2f'):>8}"
-              f"{median(result['cpu_seconds'] for result in runner.results[1:]):>8.1f}"
-              f"{runner.results[-1]['peak_gib']:>10.2f}{runner.start_seconds:>9.1f}"
-              f"{runner.results[0]['loss']:>11.4f}{marks[0]}{runner.results[-1]['loss']:>10.4f}{marks[1]}", flush=True)
+        seconds = np.array([result["seconds"] for result in record.results])
+        base = np.array([result["seconds"] for result in first.results])
+        losses = record.first_losses[0], record.results[-1]["loss"]
+        others = first.first_losses[0], first.results[-1]["loss"]
+        marks = ["*" if abs(a - b) > TOLERANCE[precision] else " " for a, b in zip(losses, others, strict=True)]
+        print(f"{record.name:<19}{np.median(tokens / seconds):>9,.0f}{np.median(trained / seconds):>10,.0f}"
+              f"{np.median(np.array(flops) / seconds / peaks):>9.1%}"
+              f"{'x' + format(np.median(seconds / base), '.2f'):>8}"
+              f"{median(result['cpu_seconds'] for result in record.results):>8.1f}"
+              f"{max(result['peak_gib'] for result in record.results):>10.2f}{median(record.start_seconds):>9.1f}"
+              f"{losses[0]:>11.4f}{marks[0]}{losses[1]:>10.4f}{marks[1]}", flush=True)
 
 
 def versions(python: str) -> str:
@@ -236,7 +219,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--template", default="chatml")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--packs", type=int, default=2, help="packs of a step, all in one forward pass (2)")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after one that is not (5)")
+    parser.add_argument("--turns", type=int, default=3, help="processes of each system, by turns (3)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn, after one that is not (2)")
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every system (all cores)")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a step has failed (600)")
@@ -248,7 +232,7 @@ def arguments() -> argparse.Namespace:
     for path in options.python.values():
         if not os.access(path, os.X_OK):
             parser.error(f"--python: {path} is no program")
-    for name in ("seq_len", "packs", "steps", "threads"):
+    for name in ("seq_len", "packs", "turns", "steps", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return options
