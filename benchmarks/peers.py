@@ -66,21 +66,19 @@ def labels(document: dict) -> list[int]:
 def minisft(job: SimpleNamespace, turn: Turn) -> None:
     """The loop of `trainer.run_steps`, without evaluation, checkpoints and log."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import torch
+    import numpy as np
 
     from minisft import config as configuration
-    from minisft.data.loader import MicroBatch
+    from minisft.data.loader import micro_batch
     from minisft.model import weights
     from minisft.model.config import read_config
     from minisft.training import parallel
     from minisft.training.optimizer import Optimizer
     from minisft.training.trainer import forward
 
-    def micro_batch(packs: list[list[dict]]) -> MicroBatch:
-        documents = [document for pack in packs for document in pack]
-        tokens = torch.tensor([i for document in documents for i in document["ids"]])
-        after = torch.tensor([t for document in documents for t in document["trained"]]).nonzero().flatten()
-        return MicroBatch(tokens, tuple(len(d["ids"]) for d in documents), tokens[after], after - 1)
+    def stream(packs: list[list[dict]]):
+        documents = [(np.array(d["ids"]), np.array(d["trained"])) for pack in packs for d in pack]
+        return micro_batch(SimpleNamespace(document=documents.__getitem__), range(len(documents)))
 
     config = configuration.load(job.arguments)
     world = parallel.start()
@@ -89,7 +87,7 @@ def minisft(job: SimpleNamespace, turn: Turn) -> None:
     weights.load(model, weights.SafetensorsFolder(job.model))
     for packs in job.steps:
         turn.begin()
-        batch = micro_batch(packs)
+        batch = stream(packs)
         loss = forward(model, batch, len(batch.targets), config, world)
         loss.backward()
         optimizer.clip(CLIP)
