@@ -63,13 +63,13 @@ def labels(document: dict) -> list[int]:
     return [i if trained else IGNORED for i, trained in zip(document["ids"], document["trained"], strict=True)]
 
 
-def minisft(job: SimpleNamespace, turn: Turn) -> None:
+def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> None:
     """The loop of `trainer.run_steps`, without evaluation, checkpoints and log."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import numpy as np
 
     from minisft import config as configuration
-    from minisft.data.loader import micro_batch
+    from minisft.data.loader import micro_batch, padded
     from minisft.model import weights
     from minisft.model.config import read_config
     from minisft.training import parallel
@@ -82,16 +82,18 @@ def minisft(job: SimpleNamespace, turn: Turn) -> None:
 
     config = configuration.load(job.arguments)
     world = parallel.start()
-    model = parallel.build_model(read_config(job.model), world, precision=job.precision)
+    model = parallel.build_model(read_config(job.model), world, precision=job.precision, compiled=compiled)
+    size = config.data.seq_len * len(job.steps[0])
     optimizer = Optimizer(model, world.mesh, betas=BETAS, eps=EPS)
     weights.load(model, weights.SafetensorsFolder(job.model))
-    for packs in job.steps:
+    for index, packs in enumerate(job.steps):
         turn.begin()
-        batch = stream(packs)
+        optimizer.begin(job.lr, index)
+        batch = padded(stream(packs), size, longest=config.data.seq_len) if compiled else stream(packs)
         loss = forward(model, batch, len(batch.targets), config, world)
         loss.backward()
         optimizer.clip(CLIP)
-        optimizer.step(job.lr)
+        optimizer.step()
         turn.end(loss.item())
 
 
@@ -240,6 +242,7 @@ def llama_shape(job: SimpleNamespace) -> dict:
 
 SYSTEMS = {
     "minisft": minisft,
+    "minisft-compile": lambda job, turn: minisft(job, turn, compiled=True),
     "trl": trl,
     "trl-compile": lambda job, turn: trl(job, turn, compiled=True),
     "trl-bf16-weights": lambda job, turn: trl(job, turn, dtype="bfloat16"),

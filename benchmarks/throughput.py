@@ -46,8 +46,8 @@ from minisft.model.flops import training_flops
 from minisft.preparation import prepare
 
 PEERS = Path(__file__).with_name("peers.py")
-SYSTEMS = ("minisft", "trl", "trl-compile", "trl-bf16-weights", "torchtune", "torchtune-compile", "litgpt",
-           "litgpt-single")
+SYSTEMS = ("minisft", "minisft-compile", "trl", "trl-compile", "trl-bf16-weights", "torchtune", "torchtune-compile",
+           "litgpt", "litgpt-single")
 TOLERANCE = {"bf16": 0.02, "fp32": 0.0005}  # by which losses of the same training may differ, in nats
 SQUARE = 4096
 
