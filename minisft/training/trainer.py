@@ -209,10 +209,12 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
 
 
 def leaders_figures(prepared: Prepared, step: int, seconds: float, world: World) -> dict:
-    """What is said of a step by the rank that writes: the share of the GPUs' peak, where that is known, and sources."""
+    """What only the rank that writes says of a step: the share of the GPUs' peak where that is known, and the sources."""
     peak = peak_flops(world.device)
-    mfu = {"mfu": prepared.flops(step) / seconds / (peak * world.ranks)} if peak and prepared.network else {}
-    return mfu | prepared.shares(step)
+    found: dict = {"mfu": prepared.flops(step) / seconds / (peak * world.ranks)} if peak and prepared.network else {}
+    if world.device.type == "cuda":
+        found["memory_reserved_gib"] = torch.cuda.max_memory_reserved(world.device) / 2**30
+    return found | prepared.shares(step)
 
 
 def is_compiled(config: Config, world: World) -> bool:
