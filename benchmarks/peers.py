@@ -6,9 +6,10 @@ the precision, and the documents of every step, tokenised: [step][pack][document
 
 Each system is set up as its own trainer or recipe does it, in the fastest way that trains the same tokens, each within
 its own document: AdamW (fused) at a constant rate on fp32 parameters, gradients clipped to norm 1 where the system
-clips, all activations kept. A step's seconds go from making the batch to the updated parameters.
+clips, all activations kept, as many packs in one forward pass as the job says. A step's seconds go from making the batch to the updated parameters.
 
     minisft              training/trainer.py's steps
+    minisft-bf16-weights the same with optim.parameters and optim.moments in bf16
     trl                  SFTTrainer with bfd packing and its default loss, `sdpa`; bf16 is autocast
     trl-compile          the same with torch_compile=True
     trl-bf16-weights     the same as trl with the parameters in bf16 as well: small updates are lost
@@ -58,15 +59,21 @@ def peak_gib() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
 
 
+def in_micro_batches(packs: list, job: SimpleNamespace) -> list[list]:
+    """The packs of a step, as many together as go through the network at once."""
+    return [packs[i : i + job.micro_packs] for i in range(0, len(packs), job.micro_packs)]
+
+
 def labels(document: dict) -> list[int]:
     """The ids that are trained, unshifted; elsewhere IGNORED."""
     return [i if trained else IGNORED for i, trained in zip(document["ids"], document["trained"], strict=True)]
 
 
-def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> None:
+def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str = "float32") -> None:
     """The loop of `trainer.run_steps`, without evaluation, checkpoints and log."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import numpy as np
+    import torch
 
     from minisft import config as configuration
     from minisft.data.loader import micro_batch, padded
@@ -82,19 +89,23 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> None
 
     config = configuration.load(job.arguments)
     world = parallel.start()
-    model = parallel.build_model(read_config(job.model), world, precision=job.precision, compiled=compiled)
-    size = config.data.seq_len * len(job.steps[0])
-    optimizer = Optimizer(model, world.mesh, betas=BETAS, eps=EPS)
+    model = parallel.build_model(read_config(job.model), world, precision=job.precision, compiled=compiled,
+                                 parameters=getattr(torch, dtype))
+    size = config.data.seq_len * job.micro_packs
+    optimizer = Optimizer(model, world.mesh, betas=BETAS, eps=EPS, moments=getattr(torch, dtype))
     weights.load(model, weights.SafetensorsFolder(job.model))
     for index, packs in enumerate(job.steps):
         turn.begin()
         optimizer.begin(job.lr, index)
-        batch = padded(stream(packs), size, longest=config.data.seq_len) if compiled else stream(packs)
-        loss = forward(model, batch, len(batch.targets), config, world)
-        loss.backward()
+        targets, total = sum(sum(d["trained"]) for pack in packs for d in pack), torch.zeros(())
+        for batch in map(stream, in_micro_batches(packs, job)):
+            batch = padded(batch, size, longest=config.data.seq_len) if compiled else batch
+            loss = forward(model, batch, targets, config, world)
+            loss.backward()
+            total += loss.detach()
         optimizer.clip(CLIP)
         optimizer.step()
-        turn.end(loss.item())
+        turn.end(total.item())
 
 
 def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str = "float32") -> None:
@@ -105,9 +116,12 @@ def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str 
     from trl import SFTConfig, SFTTrainer
 
     class Steps(SFTTrainer):
+        last_loss = 0.0
+
         def training_step(self, *args, **kwargs):
-            self.last_loss = super().training_step(*args, **kwargs)
-            return self.last_loss
+            loss = super().training_step(*args, **kwargs)
+            self.last_loss += loss
+            return loss
 
     class Waits(transformers.TrainerCallback):
         """A step goes on from the end of the one before: collating the batch is part of it."""
@@ -117,6 +131,7 @@ def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str 
 
         def on_step_end(self, args, state, control, **_):
             turn.end(trainer.last_loss.item())
+            trainer.last_loss = 0.0
             if state.global_step < state.max_steps:
                 turn.begin()
 
@@ -125,7 +140,8 @@ def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str 
              "seq_lengths": [len(d["ids"]) for d in pack]} for packs in job.steps for pack in packs]
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(dir=job.folder), max_steps=len(job.steps), packing=True, packing_strategy="bfd",
-        per_device_train_batch_size=len(job.steps[0]), dataset_kwargs={"skip_prepare_dataset": True},
+        per_device_train_batch_size=job.micro_packs,
+        gradient_accumulation_steps=len(job.steps[0]) // job.micro_packs, dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential", max_length=job.seq_len, learning_rate=job.lr,
         lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0,
         max_grad_norm=CLIP, gradient_checkpointing=False, bf16=job.precision == "bf16", use_cpu=True,
@@ -169,15 +185,20 @@ def torchtune(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> No
         documents = [[{"tokens": d["ids"], "labels": labels(d)} for d in pack] for pack in packs]
         rows = [PackedDataset(pack, max_seq_len=job.seq_len)[0] for pack in documents]  # packed before training starts
         turn.begin()
-        batch = padded_collate_packed(rows)
-        targets = batch.pop("labels")
-        targets = torch.hstack((targets[:, 1:], targets.new_full((len(targets), 1), IGNORED)))
-        loss = loss_of(model(**batch), targets)
-        loss.backward()
+        trained, total = 0, torch.zeros(())
+        for together in in_micro_batches(rows, job):
+            batch = padded_collate_packed(together)
+            targets = batch.pop("labels")
+            targets = torch.hstack((targets[:, 1:], targets.new_full((len(targets), 1), IGNORED)))
+            count = (targets != IGNORED).sum()
+            loss = loss_of(model(**batch), targets) * count
+            loss.backward()
+            trained, total = trained + count, total + loss.detach()
+        training.scale_grads(model, 1 / trained)
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        turn.end(loss.item())
+        turn.end((total / trained).item())
 
 
 def litgpt(job: SimpleNamespace, turn: Turn, *, micro_batch: int = 0) -> None:
@@ -243,6 +264,7 @@ def llama_shape(job: SimpleNamespace) -> dict:
 SYSTEMS = {
     "minisft": minisft,
     "minisft-compile": lambda job, turn: minisft(job, turn, compiled=True),
+    "minisft-bf16-weights": lambda job, turn: minisft(job, turn, dtype="bfloat16"),
     "trl": trl,
     "trl-compile": lambda job, turn: trl(job, turn, compiled=True),
     "trl-bf16-weights": lambda job, turn: trl(job, turn, dtype="bfloat16"),

@@ -46,8 +46,9 @@ from minisft.model.flops import training_flops
 from minisft.preparation import prepare
 
 PEERS = Path(__file__).with_name("peers.py")
-SYSTEMS = ("minisft", "minisft-compile", "trl", "trl-compile", "trl-bf16-weights", "torchtune", "torchtune-compile",
+SYSTEMS = ("minisft", "minisft-compile", "minisft-bf16-weights", "trl", "trl-compile", "trl-bf16-weights", "torchtune", "torchtune-compile",
            "litgpt", "litgpt-single")
+ONLY_BF16 = ("minisft-bf16-weights", "trl-bf16-weights")
 TOLERANCE = {"bf16": 0.02, "fp32": 0.0005}  # by which losses of the same training may differ, in nats
 SQUARE = 4096
 
@@ -158,13 +159,14 @@ def race(file: str, precision: str, options: argparse.Namespace, folder: Path) -
     work = documents(configuration.load(arguments), network, options.steps + 1)
     job = folder / f"{Path(file).stem}-{precision}.json"
     job.write_text(json.dumps({"model": str(options.model.resolve()), "precision": precision, "steps": work.steps,
-                               "seq_len": options.seq_len, "threads": options.threads, "lr": options.lr,
-                               "folder": str(folder), "arguments": arguments}))
+                               "seq_len": options.seq_len, "micro_packs": options.micro_packs, "threads": options.threads,
+                               "lr": options.lr, "folder": str(folder), "arguments": arguments}))
     print(f"\n{file}, {precision}: {options.turns} turns of {options.steps} timed steps of {options.packs} packs of "
-          f"{options.seq_len} tokens; a step has {median(sum(map(len, packs)) for packs in work.steps):g} documents, "
+          f"{options.seq_len} tokens, {options.micro_packs} at once; a step has "
+          f"{median(sum(map(len, packs)) for packs in work.steps):g} documents, "
           f"{median(work.tokens):g} tokens, {median(work.trained):g} trained, {median(work.flops) / 1e9:,.0f} GFLOP",
           flush=True)
-    records = [Record(name) for name in options.systems if (name, precision) != ("trl-bf16-weights", "fp32")]
+    records = [Record(name) for name in options.systems if precision == "bf16" or name not in ONLY_BF16]
     peaks = []
     for _ in range(options.turns):
         peaks += options.steps * [matmul_peak({"bf16": torch.bfloat16, "fp32": torch.float32}[precision])]
@@ -218,7 +220,8 @@ def arguments() -> argparse.Namespace:
                         help="the Python that has trl, torchtune or litgpt; without it, this one")
     parser.add_argument("--template", default="chatml")
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--packs", type=int, default=2, help="packs of a step, all in one forward pass (2)")
+    parser.add_argument("--packs", type=int, default=2, help="packs of a step (2)")
+    parser.add_argument("--micro-packs", type=int, default=1, help="packs in one forward pass, of every system (1)")
     parser.add_argument("--turns", type=int, default=3, help="processes of each system, by turns (3)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn, after one that is not (2)")
     parser.add_argument("--lr", type=float, default=2e-5)
@@ -232,9 +235,11 @@ def arguments() -> argparse.Namespace:
     for path in options.python.values():
         if not os.access(path, os.X_OK):
             parser.error(f"--python: {path} is no program")
-    for name in ("seq_len", "packs", "turns", "steps", "threads"):
+    for name in ("seq_len", "packs", "micro_packs", "turns", "steps", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.packs % options.micro_packs:
+        parser.error(f"--packs {options.packs} is not a multiple of --micro-packs {options.micro_packs}")
     return options
 
 

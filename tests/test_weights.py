@@ -5,6 +5,7 @@ Anything a file can contain ends in a network or in a UserError: hypothesis look
 """
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,7 @@ def _rank(rank: int, folder: Path) -> None:
         save_file(loaded, folder / "loaded.safetensors")
         save_file(initial, folder / "initial.safetensors")
     dist.destroy_process_group()
+    os._exit(0)  # a thread of torch's that outlives the interpreter aborts the process (seen once)
 
 
 def whole(parameter: DTensor) -> Tensor:

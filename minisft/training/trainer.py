@@ -209,7 +209,7 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
 
 
 def leaders_figures(prepared: Prepared, step: int, seconds: float, world: World) -> dict:
-    """What only the rank that writes says of a step: the share of the GPUs' peak where that is known, and the sources."""
+    """What only the rank that writes says of a step: its share of the GPUs' peak where that is known, its sources."""
     peak = peak_flops(world.device)
     found: dict = {"mfu": prepared.flops(step) / seconds / (peak * world.ranks)} if peak and prepared.network else {}
     if world.device.type == "cuda":
