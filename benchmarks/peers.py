@@ -6,7 +6,8 @@ the precision, and the documents of every step, tokenised: [step][pack][document
 
 Each system is set up as its own trainer or recipe does it, in the fastest way that trains the same tokens, each within
 its own document: AdamW (fused) at a constant rate on fp32 parameters, gradients clipped to norm 1 where the system
-clips, all activations kept, as many packs in one forward pass as the job says. A step's seconds go from making the batch to the updated parameters.
+clips, all activations kept, as many packs in one forward pass as the job says. A step's seconds go from making the
+batch to the updated parameters.
 
     minisft              training/trainer.py's steps
     minisft-bf16-weights the same with optim.parameters and optim.moments in bf16

@@ -46,8 +46,8 @@ from minisft.model.flops import training_flops
 from minisft.preparation import prepare
 
 PEERS = Path(__file__).with_name("peers.py")
-SYSTEMS = ("minisft", "minisft-compile", "minisft-bf16-weights", "trl", "trl-compile", "trl-bf16-weights", "torchtune", "torchtune-compile",
-           "litgpt", "litgpt-single")
+SYSTEMS = ("minisft", "minisft-compile", "minisft-bf16-weights", "trl", "trl-compile", "trl-bf16-weights", "torchtune",
+           "torchtune-compile", "litgpt", "litgpt-single")
 ONLY_BF16 = ("minisft-bf16-weights", "trl-bf16-weights")
 TOLERANCE = {"bf16": 0.02, "fp32": 0.0005}  # by which losses of the same training may differ, in nats
 SQUARE = 4096
@@ -159,8 +159,9 @@ def race(file: str, precision: str, options: argparse.Namespace, folder: Path) -
     work = documents(configuration.load(arguments), network, options.steps + 1)
     job = folder / f"{Path(file).stem}-{precision}.json"
     job.write_text(json.dumps({"model": str(options.model.resolve()), "precision": precision, "steps": work.steps,
-                               "seq_len": options.seq_len, "micro_packs": options.micro_packs, "threads": options.threads,
-                               "lr": options.lr, "folder": str(folder), "arguments": arguments}))
+                               "seq_len": options.seq_len, "micro_packs": options.micro_packs,
+                               "threads": options.threads, "lr": options.lr, "folder": str(folder),
+                               "arguments": arguments}))
     print(f"\n{file}, {precision}: {options.turns} turns of {options.steps} timed steps of {options.packs} packs of "
           f"{options.seq_len} tokens, {options.micro_packs} at once; a step has "
           f"{median(sum(map(len, packs)) for packs in work.steps):g} documents, "

@@ -1,0 +1,44 @@
+"""`minisft prepare`: read, render and pack the data of a recipe, and report; nothing is trained."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from minisft import config as configuration
+from minisft.commands import RECIPE_HELP
+from minisft.data_report import describe, figures
+from minisft.preparation import Prepared, prepare
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    """The options of `minisft prepare`."""
+    command = commands.add_parser("prepare", help="read, render and pack the data of a recipe, and report; no training",
+                                  usage="minisft prepare RECIPE [--section.key value ...] [--dump FILE] [--json FILE]",
+                                  epilog=RECIPE_HELP, allow_abbrev=False)
+    command.add_argument("--dump", type=Path, metavar="FILE",
+                         help="write each document's token ids and mask, one JSON a line")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, recipe: list[str]) -> None:
+    """The data of a recipe, as training would see them."""
+    prepared = prepare(configuration.load(recipe))
+    found = figures(prepared)
+    if options.dump:
+        dump(prepared, options.dump)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    encoding = sys.stdout.encoding or "utf-8"  # one that has no bars shows question marks
+    print(describe(found).encode(encoding, "replace").decode(encoding))
+
+
+def dump(prepared: Prepared, file: Path) -> None:
+    """One JSON a training document: where it came from, its token ids, and 1 where a token is trained."""
+    with open(file, "w", encoding="utf-8") as out:
+        for i in range(len(prepared.train)):
+            source, line = prepared.train.origin(i)
+            ids, trained = prepared.train.document(i)
+            document = {"source": source, "line": line, "ids": ids.tolist(), "trained": trained.tolist()}
+            out.write(json.dumps(document) + "\n")

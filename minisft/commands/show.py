@@ -1,0 +1,41 @@
+"""`minisft show`: documents as the model sees them, on the terminal or as a page."""
+
+import argparse
+from pathlib import Path
+
+from minisft import config as configuration
+from minisft.commands import RECIPE_HELP
+from minisft.preparation import prepare
+from minisft.show import choose, print_views
+from minisft.show_html import check_writable, write_page
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    """The options of `minisft show`."""
+    command = commands.add_parser(
+        "show", help="show documents as the model sees them: every token, and which are trained",
+        usage="minisft show RECIPE [--section.key value ...] [options]", epilog=RECIPE_HELP,
+        allow_abbrev=False)
+    command.add_argument("--index", type=int, metavar="N", help="document N, from 0")
+    command.add_argument("--longest", action="store_true", help="the longest document")
+    command.add_argument("--random", type=int, nargs="?", const=0, metavar="SEED", help="a few documents at random")
+    command.add_argument("--source", metavar="NAME", help="among the documents of one source of data.train, data.eval")
+    command.add_argument("--pack", type=int, metavar="N", help="pack N, from 0, of the first epoch or of --step")
+    command.add_argument("--step", type=int, metavar="N", help="the packs of step N, from 1 as in metrics.jsonl")
+    command.add_argument("--ids", action="store_true", help="one token a line, with its position and id")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows a whole pack")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, recipe: list[str]) -> None:
+    """Documents of a recipe, on the terminal or as a page."""
+    if options.html:
+        check_writable(options.html)
+    views = choose(prepare(configuration.load(recipe)), source=options.source, index=options.index,
+                   longest=options.longest, random=options.random, pack=options.pack, step=options.step,
+                   whole=bool(options.html))
+    if options.html:
+        write_page(options.html, views)
+        print(options.html, *(view.heading for view in views), sep="\n  ")
+    else:
+        print_views(views, ids=options.ids)
