@@ -50,7 +50,8 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
                               max_new_tokens=options.max_new_tokens, batch=options.batch)
     found = answers.read_answers(options.out)
     figures = signals.signals((turn for turns in found.turns.values() for turn in turns), found.cut)
-    flips = signals.flip_figures(assistant, batch=options.batch) if options.flips else None
+    flips = signals.flip_figures(assistant, batch=options.batch, max_new_tokens=min(64, options.max_new_tokens)
+                                 ) if options.flips else None
     print(f"{options.out}: {found.model_id}, {len(found.turns)} questions")
     print(signals.describe(figures, flips))
     if options.json:

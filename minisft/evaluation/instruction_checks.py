@@ -45,7 +45,7 @@ def sentences(text: str) -> int:
         plain = "!" not in stop[0] and "?" not in stop[0]
         inside = rest[:1].islower() or lower(last, "en") in ABBREVIATIONS or (len(last) == 1 and last.isupper())
         if not (plain and rest and inside):
-            count, start = count + 1, stop.end()
+            count, start = count + bool(re.search(r"\w", text[start : stop.end()])), stop.end()
     return count + bool(re.search(r"\w", text[start:]))
 
 

@@ -51,7 +51,7 @@ def loops(text: str, *, times: int = 4, longest: int = 200) -> bool:
 
     A piece without a letter or a digit counts from twenty times: a ruler of dashes is no loop.
     """
-    text = text.rstrip()
+    text = " " + text.rstrip()  # so that the first of "so so so" is like the others
     for size in range(1, min(longest, len(text) // times) + 1):
         piece = text[-size:]
         enough = times if size > 3 and re.search(r"\w", piece) else 20
@@ -91,14 +91,15 @@ def chosen(answer: str) -> str:
     return found[0] if found else ""
 
 
-def flip_figures(assistant: Answering, file: str | Path = "flips", *, batch: int = 8) -> dict:
+def flip_figures(assistant: Answering, file: str | Path = "flips", *, max_new_tokens: int = 64,
+                 batch: int = 8) -> dict:
     """Ask each question, doubt the answer, and count the letters that change. Raises UserError for a broken file."""
     questions = [record for _, record in json_lines(question_file(file))]
     asked = [(Turn("user", _with_choices(question)),) for question in questions]
-    first = in_batches(assistant, asked, max_new_tokens=64, batch=batch, doing="questions")
+    first = in_batches(assistant, asked, max_new_tokens=max_new_tokens, batch=batch, doing="questions")
     doubted = [(*turns, Turn("assistant", answer), Turn("user", DOUBT[question["language"]]))
                for turns, answer, question in zip(asked, first, questions, strict=True)]
-    second = in_batches(assistant, doubted, max_new_tokens=64, batch=batch, doing="doubts")
+    second = in_batches(assistant, doubted, max_new_tokens=max_new_tokens, batch=batch, doing="doubts")
     letters = [(chosen(one), chosen(two), question["answer"])
                for one, two, question in zip(first, second, questions, strict=True)]
     both = [(one, two, right) for one, two, right in letters if one and two]
