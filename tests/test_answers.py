@@ -144,7 +144,6 @@ def test_command_answers_and_then_only_counts(tmp_path, capsys):
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--questions", "nothing.jsonl"], "nothing.jsonl: there is no such file"),
-    (["--questions", "mt-en", "--batch", "0"], "--batch: must be at least 1, not 0"),
     (["--questions", "mt-en", "--colour"], "unknown argument --colour; `minisft answer --help` lists the options"),
 ])
 def test_bad_arguments_end_in_one_line(tmp_path, capsys, options, message):

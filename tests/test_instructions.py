@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from minisft.__main__ import main
 from minisft.data.formats import Turn
 from minisft.errors import UserError
 from minisft.evaluation.instruction_checks import CHECKS
-from minisft.evaluation.instructions import Instructed, check, describe, follows, instruction_figures, load, loosely
+from minisft.evaluation.instructions import Instructed, check, describe, figures, follows, load, loosely
 from minisft.evaluation.language import detect
 
 NO_COMMA = {"key": 1, "prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
@@ -36,7 +37,7 @@ def write(folder, *records):
 
 def test_figures_count_prompts_and_instructions(tmp_path):
     parrot = Parrot("a, b", "ILIK")
-    found = instruction_figures(parrot, write(tmp_path, NO_COMMA, TWO), max_new_tokens=7, batch=1)
+    found = figures(parrot, load(write(tmp_path, NO_COMMA, TWO)), max_new_tokens=7, batch=1)
     assert parrot.asked == [((Turn("user", "Say it."),), 7), ((Turn("user", "Söyle."),), 7)]
     strict = found["strict"]
     assert (strict["prompts"]["rate"], strict["prompts"]["count"]) == (0, 2)
@@ -93,9 +94,10 @@ def test_an_unknown_instruction_is_refused_by_name_or_counted(tmp_path):
     file = write(tmp_path, NO_COMMA, strange, only)
     with pytest.raises(UserError, match=r"asked.jsonl:2: there is no check for the instruction 'poetry:rhyme'"):
         load(file)
-    prompts, skipped = load(file, skip_unknown=True)
-    assert [asked.key for asked in prompts] == [1, 3]
-    assert skipped == {"poetry:rhyme": 2}
+    found = load(file, skip_unknown=True)
+    assert [asked.key for asked in found.prompts] == [1, 3]
+    assert found.skipped == {"poetry:rhyme": 2}
+    assert len(load(file, limit=1).prompts) == 1
     with pytest.raises(UserError, match="no prompts with instructions"):
         load(write(tmp_path, only), skip_unknown=True)
 
@@ -114,8 +116,8 @@ def test_what_is_wrong_with_a_record_is_said_with_its_line(tmp_path, record, mes
 
 
 def test_shipped_prompts_cover_what_can_be_checked_in_both_languages():
-    prompts, skipped = load("instructions")
-    assert (len(prompts), skipped) == (30, {})
+    prompts = load("instructions").prompts
+    assert len(prompts) == 30
     used = {name for asked in prompts for name, _ in asked.instructions}
     assert set(CHECKS) - used == {"keywords:letter_frequency", "combination:repeat_prompt",
                                   "change_case:capital_word_frequency"}
@@ -123,3 +125,15 @@ def test_shipped_prompts_cover_what_can_be_checked_in_both_languages():
     for asked in prompts:
         to_turkish = any(name == "language:response_language" for name, _ in asked.instructions)
         assert detect(asked.prompt) == {"en" if to_turkish else asked.language}, asked.prompt
+
+
+def test_command_checks_a_models_answers(tmp_path, capsys, base):
+    file, report = write(tmp_path, NO_COMMA, TWO), tmp_path / "r.json"
+    assert main(["eval", str(base), "--instructions", str(file), "--max-new-tokens", "4", "--template", "llama3",
+                 "--json", str(report)]) == 0
+    assert f"instructions followed ({file})" in capsys.readouterr().out
+    found = json.loads(report.read_text(encoding="utf-8"))["instructions"]
+    assert (found["max_new_tokens"], found["strict"]["instructions"]["count"]) == (4, 3)
+    file.write_text('{"key": 1, "prompt": "?", "instruction_id_list": ["poetry:rhyme"], "kwargs": [{}]}\n')
+    assert main(["eval", "nowhere", "--instructions", str(file)]) == 2
+    assert "leave such ones out with --skip-unknown" in capsys.readouterr().err

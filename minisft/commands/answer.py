@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from minisft.commands.evaluate import positive
 from minisft.errors import UserError
 
 
@@ -18,7 +19,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     command.add_argument("--questions", required=True, metavar="FILE",
                          help="mt-en or mt-tr (shipped), or a file in FastChat's or IFEval's layout")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the answers, in FastChat's layout")
-    command.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
     command.add_argument("--model-id", default="", metavar="NAME", help="name of the model in the file (its folder's)")
     command.add_argument("--flips", action="store_true", help="also the flip test: does doubt change an answer?")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
@@ -28,8 +29,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """The options of commands that let a model answer."""
-    command.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer (1024)")
-    command.add_argument("--batch", type=int, default=8, metavar="N", help="questions side by side (8)")
+    command.add_argument("--max-new-tokens", type=positive, default=1024, metavar="N", help="longest answer (1024)")
+    command.add_argument("--batch", type=positive, default=8, metavar="N", help="questions side by side (8)")
     command.add_argument("--template", default="", metavar="NAME", help="chat template (the one that the folder tells)")
     command.add_argument("--templates", default="", metavar="FILE", help="TOML file with templates of your own")
     command.add_argument("--precision", choices=("bf16", "fp32"), help="of weights and products (bf16 on a GPU, else "
@@ -60,12 +61,9 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
 
 
 def check(options: argparse.Namespace, recipe: list[str], *, files: tuple[Path | None, ...]) -> None:
-    """Raise UserError for arguments that nobody knows, numbers below 1, and files that cannot be written."""
+    """Raise UserError for arguments that nobody knows and for files that cannot be written."""
     if recipe:
         raise UserError(f"unknown argument {recipe[0]}; `minisft {options.command} --help` lists the options")
-    for name in ("max_new_tokens", "batch", "limit"):
-        if (value := getattr(options, name, None)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {value}")
     for file in files:
         if file and (file.is_dir() or not file.parent.is_dir()):
             reason = "is a folder; name a file" if file.is_dir() else f"there is no folder {file.parent}; make it first"

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from minisft.commands import answer
+from minisft.commands.evaluate import positive
 from minisft.errors import UserError
 
 
@@ -22,7 +23,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     command.add_argument("--out", type=Path, metavar="FILE", help="the page; its key is written beside it, and so are "
                          "the answers of model folders")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the hidden order (0)")
-    command.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
     command.add_argument("--ratings", nargs="+", type=Path, default=[], metavar="FILE", help="saved by the page")
     command.add_argument("--key", nargs="+", type=Path, default=[], metavar="FILE", help="of the rated pages")
     command.add_argument("--judge", type=Path, metavar="FILE", help="verdicts in FastChat's layout, of pairs or scores")

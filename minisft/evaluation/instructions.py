@@ -13,6 +13,7 @@ are.
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,30 @@ class Instructed:
     instructions: tuple[tuple[str, dict[str, Any]], ...]  # name, parameters
 
 
-def instruction_figures(assistant: Answering, file: str | Path = "instructions", *, max_new_tokens: int = 512,
-                        batch: int = 8, skip_unknown: bool = False) -> dict:
-    """Ask every prompt of `file` (a path, or the shipped "instructions"), and check the answers. See `check`."""
-    prompts, skipped = load(file, skip_unknown=skip_unknown)
-    answers = in_batches(assistant, [(Turn("user", asked.prompt),) for asked in prompts],
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a file."""
+
+    file: str
+    prompts: list[Instructed]
+    skipped: dict[str, int]  # how often each unknown instruction was left out
+
+
+def figures(assistant: Answering, asked: Prompts, *, max_new_tokens: int = 512, batch: int = 8) -> dict:
+    """Ask every prompt and check the answers. See `check`."""
+    answers = in_batches(assistant, [(Turn("user", one.prompt),) for one in asked.prompts],
                          max_new_tokens=max_new_tokens, batch=batch, doing="instructions")
-    return {"file": str(file), "max_new_tokens": max_new_tokens, "skipped": skipped, **check(prompts, answers)}
+    return {"file": asked.file, "max_new_tokens": max_new_tokens, "skipped": asked.skipped,
+            **check(asked.prompts, answers)}
 
 
-def load(file: str | Path, *, skip_unknown: bool = False) -> tuple[list[Instructed], dict[str, int]]:
-    """The prompts of a file, and how often each unknown instruction was left out.
+def load(name: str | Path, *, skip_unknown: bool = False, limit: int | None = None) -> Prompts:
+    """The prompts of a file or of the shipped "instructions", or the first `limit` of them.
 
     Raises UserError for instructions that are not known (they count with `skip_unknown`) and parameters that are wrong.
     """
     prompts, skipped = [], Counter()
-    for line, record in json_lines(file := question_file(file)):
+    for line, record in islice(json_lines(file := question_file(name)), limit):
         where = f"{file}:{line}"
         names, given = record.get("instruction_id_list"), record.get("kwargs")
         if not (isinstance(record.get("prompt"), str) and isinstance(record.get("key"), int | str)):
@@ -68,7 +77,7 @@ def load(file: str | Path, *, skip_unknown: bool = False) -> tuple[list[Instruct
             prompts.append(Instructed(record["key"], record["prompt"], str(record.get("language") or "en"), known))
     if not prompts:
         raise UserError(f"{file}: no prompts with instructions that can be checked")
-    return prompts, dict(skipped)
+    return Prompts(str(name), prompts, dict(skipped))
 
 
 def follows(answer: str, asked: Instructed) -> list[bool]:
@@ -95,22 +104,22 @@ def check(prompts: list[Instructed], answers: Iterable[str]) -> dict:
         by_language[asked.language].append(all(strict))
         for (name, _), followed in zip(asked.instructions, strict, strict=True):
             by_name[name].append(followed)
-    figures: dict[str, Any] = {}
+    rates: dict[str, Any] = {}
     for kind, rows in verdicts.items():
         each = [followed for row in rows for followed in row]
-        figures[kind] = {"prompts": rate(sum(map(all, rows)), len(rows)), "instructions": rate(sum(each), len(each))}
-    figures["by_instruction"] = {name: rate(sum(found), len(found)) for name, found in sorted(by_name.items())}
-    figures["by_language"] = {name: rate(sum(found), len(found)) for name, found in sorted(by_language.items())}
-    return figures
+        rates[kind] = {"prompts": rate(sum(map(all, rows)), len(rows)), "instructions": rate(sum(each), len(each))}
+    rates["by_instruction"] = {name: rate(sum(found), len(found)) for name, found in sorted(by_name.items())}
+    rates["by_language"] = {name: rate(sum(found), len(found)) for name, found in sorted(by_language.items())}
+    return rates
 
 
-def describe(figures: dict) -> str:
+def describe(found: dict) -> str:
     """The figures as lines of text."""
-    lines = [f"instructions followed ({figures['file']}), with 95% intervals"]
-    lines += [f"  {unit}, {kind:6} {percent(figures[kind][unit])}"
+    lines = [f"instructions followed ({found['file']}), with 95% intervals"]
+    lines += [f"  {unit}, {kind:6} {percent(found[kind][unit])}"
               for unit in ("prompts", "instructions") for kind in ("strict", "loose")]
-    lines += [f"  prompts in {code}, strict: {percent(figure)}" for code, figure in figures["by_language"].items()
-              if len(figures["by_language"]) > 1]
-    lines += [f"    {name:44} {percent(figure)}" for name, figure in figures["by_instruction"].items()]
-    lines += [f"  not checked: {name} ({count} times)" for name, count in figures["skipped"].items()]
+    lines += [f"  prompts in {code}, strict: {percent(figure)}" for code, figure in found["by_language"].items()
+              if len(found["by_language"]) > 1]
+    lines += [f"    {name:44} {percent(figure)}" for name, figure in found["by_instruction"].items()]
+    lines += [f"  not checked: {name} ({count} times)" for name, count in found["skipped"].items()]
     return "\n".join(lines)
