@@ -97,7 +97,7 @@ class Product:
 
     def __init__(self, *weights: Tensor, biases: tuple[Tensor | None, ...] = (), packed: bool = False):
         self.weights, self.outputs = weights, sum(map(len, weights))
-        self.bias = torch.cat([b for b in biases]) if biases and biases[0] is not None else None
+        self.bias = torch.cat(biases) if biases and biases[0] is not None else None
         self.tiles, first = None, weights[0]
         self.sliced = first.is_cpu and first.dtype == torch.float32 and not any(len(w) % ROWS for w in weights)
         if packed and first.is_cpu and first.dtype == torch.bfloat16:

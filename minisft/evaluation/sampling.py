@@ -43,6 +43,8 @@ class Sampling:
         for name, (fine, expected) in allowed.items():
             if not fine:
                 raise UserError(f"{name}: {getattr(self, name)} was given; it must be {expected}")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise UserError("top_k and top_p mean nothing at temperature 0, where nothing is drawn; raise temperature")
 
     def draws(self, prompt: list[int]) -> Iterator[float]:
         """Random numbers in [0, 1) for the continuation of `prompt`, one a token."""
