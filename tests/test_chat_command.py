@@ -87,10 +87,13 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays(assistant, said, monkeyp
 
     monkeypatch.setattr(Assistant, "tokens", tokens)
     part = "".join(list(assistant.renderer.tokenizer.decode_stream(whole)))
-    code, out, err = said("hello\nagain\n")
-    assert code == 0 and out.count("(stopped)") == 2
+    code, out, _err = said("hello\nagain\n")
+    assert code == 0
+    assert out.count("(stopped)") == 2
     assert heard[0] == ["hello"]
-    assert heard[1][0] == "hello" and part.startswith(heard[1][1]) and heard[1][2] == "again"
+    assert heard[1][0] == "hello"
+    assert part.startswith(heard[1][1])
+    assert heard[1][2] == "again"
     with pytest.raises(SystemExit) as exit:
         said("", "--prompt", "hello")
     assert exit.value.code == 130
@@ -102,14 +105,16 @@ def test_a_conversation_past_the_context(assistant, said):
     assert (code, out) == (2, "")
     assert "tokens leaves nothing to generate: the model's context has 1,024; shorten the conversation" in err
     code, out, err = said(f"{long}\n/reset\nhello\n")
-    assert code == 0 and out.strip()
+    assert code == 0
+    assert out.strip()
     assert "shorten the conversation; /reset begins anew" in err
     around = len(assistant.renderer.prompt((Turn("user", "a"),))) - 1
     code, out, err = said("", "--prompt", "a" * (1024 - 5 - around))
-    assert code == 0 and "(cut: the model's context of 1,024 tokens is full; /reset begins anew)" in err
+    assert code == 0
+    assert "(cut: the model's context of 1,024 tokens is full; /reset begins anew)" in err
 
 
-@pytest.mark.parametrize("options, message", [
+@pytest.mark.parametrize(("options", "message"), [
     (["--prompt", " "], "--prompt: it is empty; give a question, or leave --prompt out to talk"),
     (["--propmt", "x"], "--propmt: unknown; minisft chat --help lists the options"),
     (["--template", "llama4"], "--template: no template is called 'llama4'; choose with --template: llama3,"),
@@ -123,7 +128,8 @@ def test_a_conversation_past_the_context(assistant, said):
 def test_bad_input_is_one_line(said, options, message):
     code, out, err = said("", *options)
     assert (code, out) == (2, "")
-    assert message in err and err.count("\n") == 1
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_a_folder_that_is_none(capsys):
@@ -135,9 +141,11 @@ def test_characters_of_several_tokens_appear_whole(base):
     tokenizer = Tokenizer(base)
     text = "şu ağaç 🌳👩‍🚀 çok güzel"
     ids = tokenizer.encode(text)
-    assert len(tokenizer.encode("ş")) == 2 and len(tokenizer.encode("🌳")) == 4
+    assert len(tokenizer.encode("ş")) == 2
+    assert len(tokenizer.encode("🌳")) == 4
     pieces = list(tokenizer.decode_stream(ids))
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
     assert {"ş", "ğ", "🌳"} <= set(pieces)  # each as soon as it is there
     cut = tokenizer.encode("ok 🌳")[:-1]
     assert "".join(tokenizer.decode_stream(cut)) == tokenizer.decode(cut) == "ok \ufffd"
@@ -161,7 +169,8 @@ def test_lines_are_remembered_under_the_state_folder(tmp_path, monkeypatch, caps
     with chat.history():
         readline.add_history("önce bu")
     file = tmp_path / "minisft" / "history"
-    assert "nce bu" in file.read_text(encoding="utf-8", errors="replace") and file.stat().st_mode & 0o777 == 0o600
+    assert "nce bu" in file.read_text(encoding="utf-8", errors="replace")
+    assert file.stat().st_mode & 0o777 == 0o600
     readline.clear_history()
     with chat.history():
         assert readline.get_history_item(readline.get_current_history_length()) == "önce bu"

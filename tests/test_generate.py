@@ -71,7 +71,7 @@ def test_with_a_cache_as_without(model):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("texts", [1, 3])
-@pytest.mark.parametrize("dtype, tied", [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_a_step_is_the_models_forward_pass(dtype, tied, texts, packed):
     """Also with biases, a tied head, sizes that no tile fits, and rounded weights."""
     config = LlamaConfig(vocab_size=101, hidden_size=40, intermediate_size=72, num_hidden_layers=3,
@@ -98,7 +98,7 @@ def test_a_step_is_the_models_forward_pass(dtype, tied, texts, packed):
 
 
 @pytest.mark.parametrize("outputs", [(64,), (192, 64, 64), (320,), (101, 3)])
-@pytest.mark.parametrize("dtype, packed", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("dtype", "packed"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_products_are_sums_rounded_once(outputs, dtype, packed):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(n, 48, generator=generator).to(dtype) for n in outputs]

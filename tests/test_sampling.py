@@ -58,7 +58,7 @@ def test_the_random_numbers_are_a_function_of_seed_and_prompt():
     assert all(0 <= number < 1 for number in first(3, [1, 2]))
 
 
-@pytest.mark.parametrize("values, message", [
+@pytest.mark.parametrize(("values", "message"), [
     ({"temperature": -1}, "temperature: -1 was given; it must be a number from 0 (the most probable token)"),
     ({"temperature": math.nan}, "temperature: nan was given"),
     ({"temperature": math.inf}, "temperature: inf was given"),

@@ -19,8 +19,6 @@ kernels on a CPU read at a third of the bandwidth. Two others come close to it a
 # B texts, D model width, H query heads, K key/value heads, G = H / K, E head width, L positions in the cache,
 # V vocabulary; a product takes I channels to O
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +30,7 @@ from minisft.model.rope import rotations
 
 ROWS = 64  # of a slice in fp32
 WIDTHS = (192, 128, 64)  # of a tile in bf16: the widest that fits best
+SUM = 0  # embedding_bag's mode; the function in torch.nn.functional checks more, in as much time as a small product
 
 
 class Cache:
@@ -70,7 +69,7 @@ class Cache:
         layer[:, self.rows, :, self.places] = torch.stack((k, v), dim=1)
         keys, values = layer[:, : len(q), :, : self.longest]
         # The G heads that share keys are G queries of one attention.
-        grouped = q.unflatten(1, (k.shape[1], -1))
+        grouped = q.view(len(q), k.shape[1], -1, q.shape[2])  # (B, K, G, E)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask).flatten(1, 2)
 
     def leave(self, stopped: list[int]) -> list[int]:
@@ -86,47 +85,44 @@ class Cache:
         return rows
 
 
-@cache
-def _bags(tiles: int, channels: int) -> tuple[Tensor, Tensor]:
-    rows = torch.arange(tiles * channels, dtype=torch.int32)
-    return rows, rows[::channels].contiguous()
-
-
 class Product:
     """Linear maps of one input, side by side: x (B, I) -> (B, O), in the dtype of x."""
 
     def __init__(self, *weights: Tensor, biases: tuple[Tensor | None, ...] = (), packed: bool = False):
         self.weights, self.outputs = weights, sum(map(len, weights))
         self.bias = torch.cat(biases) if biases and biases[0] is not None else None
-        self.tiles, first = None, weights[0]
-        self.sliced = first.is_cpu and first.dtype == torch.float32 and not any(len(w) % ROWS for w in weights)
-        if packed and first.is_cpu and first.dtype == torch.bfloat16:
-            width = min(WIDTHS, key=lambda width: -self.outputs % width)
-            padded = F.pad(torch.cat(weights), (0, 0, 0, -self.outputs % width))
-            self.bags = _bags(len(padded) // width, first.shape[1])
-            self.tiles = padded.unflatten(0, (-1, width)).mT.reshape(-1, width)
+        self.dtype, self.tiles, self.slices = weights[0].dtype, None, None
+        if packed and weights[0].is_cpu and self.dtype == torch.bfloat16:
+            self._pack()
+        elif weights[0].is_cpu and self.dtype == torch.float32 and not any(len(w) % ROWS for w in weights):
+            self.slices = [w.unflatten(0, (-1, ROWS)) for w in weights]
+
+    def _pack(self) -> None:
+        channels, width = self.weights[0].shape[1], min(WIDTHS, key=lambda width: -self.outputs % width)
+        padded = F.pad(torch.cat(self.weights), (0, 0, 0, -self.outputs % width))
+        self.tiles = padded.unflatten(0, (-1, width)).mT.reshape(-1, width)
+        self.rows = torch.arange(len(self.tiles), dtype=torch.int32)
+        self.starts = self.rows[::channels].contiguous()
+        self.spread = torch.empty(len(self.starts), channels, dtype=self.dtype)  # the input, once for each tile
 
     @classmethod
     def of(cls, *maps: nn.Linear, packed: bool) -> "Product":
         return cls(*(m.weight for m in maps), biases=tuple(m.bias for m in maps), packed=packed)
 
     def __call__(self, x: Tensor) -> Tensor:
-        dtype, x = x.dtype, x.to(self.weights[0].dtype)
         if self.tiles is not None and len(x) == 1:
-            rows, starts = self.bags
-            y = F.embedding_bag(rows, self.tiles, starts, mode="sum",
-                                per_sample_weights=x.expand(len(starts), -1).reshape(-1)).view(1, -1)
-            y = y[:, : self.outputs]
-        else:
-            parts = [self._single(x, weight) for weight in self.weights]
+            weighted = self.spread.copy_(x).view(-1)
+            y = torch.embedding_bag(self.tiles, self.rows, self.starts, False, SUM, False, weighted)[0].view(1, -1)
+            y = y[:, : self.outputs] if y.shape[1] > self.outputs else y
+        elif self.slices is not None and len(x) == 1:
+            column = x.to(self.dtype).mT
+            parts = [torch.bmm(slices, column.expand(len(slices), -1, -1)).view(1, -1) for slices in self.slices]
             y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return y.to(dtype) if self.bias is None else y.to(dtype) + self.bias
-
-    def _single(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.sliced and len(x) == 1:
-            slices = weight.unflatten(0, (-1, ROWS))
-            return torch.bmm(slices, x.mT.expand(len(slices), -1, -1)).view(1, -1)
-        return linear(x, weight)
+        else:
+            narrow = x.to(self.dtype)
+            parts = [linear(narrow, weight) for weight in self.weights]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias
 
 
 class Layer:
@@ -182,7 +178,7 @@ class Decoder:
         rotation = cache.begin_step()
         for layer, kept in zip(self.layers, cache.layers, strict=True):
             normed = F.rms_norm(x, width, layer.before_attention, self.config.rms_norm_eps)
-            qkv = layer.qkv(normed).unflatten(1, (-1, self.config.head_dim))  # (B, H + 2 K, E)
+            qkv = layer.qkv(normed).view(len(x), -1, self.config.head_dim)  # (B, H + 2 K, E)
             qk = rotate(qkv[:, :-kv_heads], rotation)
             q, k, v = qk[:, :-kv_heads], qk[:, -kv_heads:], qkv[:, -kv_heads:]
             x = x + layer.out(cache.attend(kept, q, k, v).flatten(1))
