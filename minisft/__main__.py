@@ -4,6 +4,7 @@
     minisft show RECIPE      documents as the model sees them: every token, and which are trained
     minisft plan RECIPE      memory, time and cost of a run on given GPUs
     minisft chat MODEL       talk to a model, or ask it one question
+    minisft eval MODEL       what a model knows and does, in figures
 
 `minisft COMMAND --help` has the options of each. Training itself is `torchrun train.py`.
 """
@@ -11,10 +12,10 @@
 import argparse
 import sys
 
-from minisft.commands import chat, plan, prepare, show
+from minisft.commands import chat, evaluate, plan, prepare, show
 from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
 
-COMMANDS = (prepare, show, plan, chat)
+COMMANDS = (prepare, show, plan, chat, evaluate)
 
 
 def main(argv: list[str] | None = None) -> int:
