@@ -192,8 +192,6 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
          f"evaluation every {config.eval.every} steps, but data.eval names no file"),
         (config.eval.samples > 0 and not data.eval and not data.eval_fraction, ("eval.samples", "data.eval"),
          f"{config.eval.samples} questions of each file are to be answered, but data.eval names no file"),
-        (config.eval.samples > 0 and config.parallel.offload == "parameters", ("eval.samples", "parallel.offload"),
-         "answers need the weights on the device; set eval.samples to 0, or offload the optimizer alone"),
         (data.replay_ratio != Data.replay_ratio and not data.replay, ("data.replay_ratio", "data.replay"),
          f"{data.replay_ratio:g} of the tokens should be replayed text, but data.replay names no file"),
         (optim.parameters == "bf16" and config.train.precision == "fp32", ("optim.parameters", "train.precision"),

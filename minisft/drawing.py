@@ -93,6 +93,7 @@ def lines(panels: Sequence[Panel], *, columns: int = 3) -> str:
     rows = -(-len(panels) // columns)
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(rows, columns, figsize=(9, 2.7 * rows + 0.3), squeeze=False, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12)  # inches: the reader's digits may be wider
         for ax, panel in zip(axes.flat, panels, strict=False):
             _panel(ax, panel)
         for ax in axes.flat[len(panels) :]:
@@ -123,7 +124,7 @@ def _panel(ax, panel: Panel) -> None:
     if panel.percent:
         ax.set_ylim(0, 1.04)
         ax.yaxis.set_major_formatter("{x:.0%}")
-    ax.margins(x=0.01)
+    ax.margins(x=0.025)
 
 
 def histogram(title: str, labels: Sequence[str], counts: dict[str, Sequence[int]], *, xlabel: str) -> str:

@@ -9,6 +9,7 @@ there is: a section that has nothing to show is left out. Everything from the ru
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
 
@@ -118,7 +119,7 @@ def _smoothed(runs: Sequence[Run], name: str) -> list[Curve]:
     curves = []
     for i, run in enumerate(runs):
         values = run.column(name)
-        raw, mean = ("each step", "running mean") if len(runs) == 1 else (run.name, run.name)
+        raw, mean = ("each step", "running mean") if len(runs) == 1 else ("", run.name)
         curves += [Curve(raw, run.steps, values, i, "raw"),
                    Curve(mean, run.steps, running_mean(values, window(len(values))), i)]
     return curves
@@ -143,9 +144,10 @@ def eval_panels(runs: Sequence[Run], figure: str, title: str) -> list[Panel]:
     """A panel for each held-out source that has `figure`."""
     panels = []
     for name in dict.fromkeys(name for run in runs for name in run.evals):
-        curves = [Curve(run.name if len(runs) > 1 else "held-out", run.evals[name]["step"], run.evals[name][figure], i, "points")
-                  for i, run in enumerate(runs)
-                  if name in run.evals and np.isfinite(run.evals[name][figure]).any()]
+        with_it = [(i, run.name, run.evals[name]) for i, run in enumerate(runs)
+                   if name in run.evals and np.isfinite(run.evals[name][figure]).any()]
+        curves = [Curve(label if len(runs) > 1 else "held-out", found["step"], found[figure], i, "points")
+                  for i, label, found in with_it]
         panels += [Panel(title.format(name), curves)] if curves else []
     return panels
 
@@ -159,15 +161,19 @@ def _losses(runs: Sequence[Run]) -> str:
     ] if panels else [], empty="No step has been logged yet.")
 
 
+def forgetting_panels(runs: Sequence[Run]) -> list[Panel]:
+    """What each general text's loss rose by, and the bound."""
+    bounds = {run.config.get("eval", {}).get("forgetting_bound") for run in runs}
+    levels = {f"eval.forgetting_bound = {bound:g}": bound for bound in sorted(
+        bound for bound in bounds if isinstance(bound, int | float) and bound)}
+    return [replace(panel, levels=levels) for panel in eval_panels(runs, "forgetting", "rise of the loss on {}")]
+
+
 def _forgetting(runs: Sequence[Run]) -> str:
-    panels = eval_panels(runs, "forgetting", "{}")
-    bounds = {run.config.get("eval", {}).get("forgetting_bound") for run in runs} - {None, 0, "none"}
-    bounds = sorted(bound for bound in bounds if isinstance(bound, int | float))
-    levels = {f"eval.forgetting_bound = {bound:g}": bound for bound in bounds}
-    panels = [Panel(panel.title, panel.curves, levels) for panel in panels]
+    panels = forgetting_panels(runs)
     return _section("Forgetting", [
-        (lines(panels), "Loss on general text, above what it was before the first step. Look for where it levels off"
-         + (", and whether it stays below the bound." if bounds else "."))] if panels else [])
+        (lines(panels), "Nats a token on general text, above what they were before the first step. Look for where the "
+         "curve levels off, and whether it stays below the bound, if there is one.")] if panels else [])
 
 
 def _optimisation(runs: Sequence[Run]) -> str:
@@ -291,7 +297,7 @@ def _sources_over_steps(run: Run) -> str:
     counts = np.array([[record.get("sources", {}).get(name, 0) for name in names] for record in run.train], float)
     parts = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (steps, sources)
     curves = [Curve(name, run.steps, running_mean(parts[:, i], window(len(parts))), i) for i, name in enumerate(names)]
-    return _figure((lines([Panel("share of the trained tokens, running mean", curves, percent=True)]),
+    return _figure((lines([Panel("share of trained tokens, running mean", curves, percent=True)]),
                     "Look for sources that come and go: the mixture should be the same from the first step to the "
                     "last."))
 

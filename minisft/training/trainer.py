@@ -257,5 +257,6 @@ def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World,
     if config.eval.samples and step in (0, prepared.plan.total_steps):
         watch(config.parallel.timeout)
         asked = samples.questions(prepared.evals, config.eval.samples)
-        for answer in samples.answers(model, asked, prepared.tokenizer, stop_ids=prepared.renderer.stop_ids()):
+        for answer in samples.answers(model, asked, prepared.tokenizer, stop_ids=prepared.renderer.stop_ids(),
+                                      device=world.device):
             monitor.write({"kind": "sample", "step": step, **answer})
