@@ -74,7 +74,7 @@ def test_text_has_no_answers(base, tmp_path, capsys):
     (tmp_path / "text.jsonl").write_text('{"text": "It was a dark night."}\n')
     assert main(options(base, tmp_path, data__eval=tmp_path / "text.jsonl", eval__samples=1)) == 2
     assert "eval.samples = 1: data.eval has no question that an answer follows" in capsys.readouterr().err
-    with pytest.raises(UserError, match="eval.samples: 2 questions of each file are to be answered, but data.eval"):
+    with pytest.raises(UserError, match=r"eval\.samples: 2 questions of each file are to be answered, but data\.eval"):
         configuration.load(options(base, tmp_path, eval__samples=2))
 
 
