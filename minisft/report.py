@@ -126,8 +126,8 @@ def _smoothed(runs: Sequence[Run], name: str) -> list[Curve]:
 
 
 def window(steps: int) -> int:
-    """Steps that the running mean goes over: a twentieth of the run, up to 100."""
-    return min(max(steps // 20, 1), 100)
+    """Steps that the running mean goes over: a twentieth of the run, up to 101, and as many before as after."""
+    return min(steps // 20, 100) | 1
 
 
 def _present(runs: Sequence[Run], name: str) -> bool:
