@@ -169,7 +169,7 @@ def test_where_time_and_room_went(write_run):
 def test_the_page_runs_nothing_and_loads_nothing(write_run):
     config = CONFIG.replace("base/model", HOSTILE)
     data = {**DATA, "train": [{"name": HOSTILE, **SOURCE}, {"name": f"_{HOSTILE}", **SOURCE}]}
-    records = [{**record, "sources": {HOSTILE: 3, "_b": 4}} for record in steps()]
+    records = [{**record, "sources": {HOSTILE: 3, "_$b_{$": 4}} for record in steps()]
     folder = write_run("a<b>&", [*records, *evaluations(HOSTILE), *samples((HOSTILE, HOSTILE), HOSTILE)], config,
                        data=data, environment={"command": HOSTILE},
                        status={"state": HOSTILE, "error": HOSTILE})
@@ -185,6 +185,7 @@ def test_the_page_runs_nothing_and_loads_nothing(write_run):
     assert page.row("command") == [HOSTILE]
     assert page.row("step 40") == [HOSTILE]
     assert f"loss on {HOSTILE}"[:39] + "…" in page.labels
+    assert "_$b_{$" in page.labels, "not a formula, and not left out for its underscore"
     names = [value for name, value in page.attributes if name == "id"]
     assert len(names) == len(set(names)) > 0
     used = set(re.findall(r"url\(#(\w+)\)", text)) | {v[1:] for n, v in page.attributes if n.endswith("href")}
