@@ -17,7 +17,10 @@ setup(
                               "evaluation/*.toml", "evaluation/*.html", "evaluation/question_files/*.jsonl"]},
     install_requires=["torch>=2.13,<2.14", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "llama-models==0.3.*", "ruff>=0.12"],
+        "plot": ["matplotlib>=3.9"],  # minisft report
+        "tensorboard": ["tensorboard>=2.18"],  # minisft report --tensorboard
+        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "llama-models==0.3.*", "ruff>=0.12",
+                 "matplotlib>=3.9", "tensorboard>=2.18"],
         # torchao: the last that has what torchtune 0.6.1 imports
         "bench": ["trl==1.16.*", "transformers>=5", "torchtune==0.6.1", "torchao==0.10.*", "lm_eval==0.4.*"],
         # Wants older Hugging Face libraries than TRL's newest: in an environment of its own.

@@ -7,6 +7,7 @@
     minisft eval MODEL       what a model knows and does, in figures
     minisft answer MODEL     a model's answers to a file of questions, for judges, and their signals
     minisft compare A B      a page for blind ratings of two models; win rates of ratings or of a judge
+    minisft report RUN ...   a page of a run's curves, throughput, data and answers; several runs compared
 
 `minisft COMMAND --help` has the options of each. Training itself is `torchrun train.py`.
 """
@@ -14,10 +15,10 @@
 import argparse
 import sys
 
-from minisft.commands import answer, chat, compare, evaluate, plan, prepare, show
+from minisft.commands import answer, chat, compare, evaluate, plan, prepare, report, show
 from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
 
-COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare)
+COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare, report)
 
 
 def main(argv: list[str] | None = None) -> int:
