@@ -19,7 +19,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "llama-models==0.3.*", "ruff>=0.12"],
         # torchao: the last that has what torchtune 0.6.1 imports
-        "bench": ["trl==1.16.*", "transformers>=5", "torchtune==0.6.1", "torchao==0.10.*"],
+        "bench": ["trl==1.16.*", "transformers>=5", "torchtune==0.6.1", "torchao==0.10.*", "lm_eval==0.4.*"],
         # Wants older Hugging Face libraries than TRL's newest: in an environment of its own.
         "bench-litgpt": ["litgpt==0.5.*"],
     },
