@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 
 import pytest
 
@@ -42,7 +43,9 @@ def test_a_page_shows_every_pair_once_and_the_key_knows_the_sides(tmp_path):
         assert shown["turns"][0] == {"question": f"question {number}", "left": f"{left} answer {number}",
                                      "right": f"{'y' if left == 'x' else 'x'} answer {number}"}
         assert shown["turns"][1]["left"] == "second"
-    assert sum(pair["left"] == "a" for pair in key["pairs"]) == 10
+    lefts = [pair["left"] for pair in key["pairs"]]
+    assert lefts.count("a") == 10
+    assert len(set(pairwise(lefts))) == 4, "the sides take no turns"
     assert [pair["question_id"] for pair in key["pairs"]] != sorted(range(20))
 
 
@@ -202,13 +205,13 @@ def test_a_judges_scores_give_the_same_table(tmp_path):
     def score(question, model, value):
         return {"question_id": question, "model": model, "score": value, "turn": 1, "judge": ["j", "single-v1"]}
 
-    file = judged(tmp_path, score(1, "m", 7), score(1, "n", 7.1), score(2, "m", 3), score(2, "n", 9), score(3, "m", 9),
+    file = judged(tmp_path, score(1, "m", 3), score(1, "n", 3.1), score(2, "m", 3), score(2, "n", 9), score(3, "m", 9),
                   score(3, "n", -1), score(4, "n", 2))
     pairs, scores, left_out = read_judgments(file)
     (line,) = table(pairs)
     assert (line["wins"], line["ties"], line["losses"], left_out) == (0, 1, 1, 1)
-    assert scores == {"m": [7, 3, 9], "n": [7.1, 9, 2]}
-    assert "m: mean score 6.33 of 3" in describe([line], scores)
+    assert scores == {"m": [3, 3, 9], "n": [3.1, 9, 2]}
+    assert "m: mean score 5.00 of 3" in describe([line], scores)
 
 
 @pytest.mark.parametrize(("record", "message"), [

@@ -66,6 +66,11 @@ def test_loose_forgives_a_frame(answer, strict, loose):
     assert loosely(answer, asked) == [loose]
 
 
+def test_an_empty_answer_follows_nothing():
+    asked = Instructed(1, "?", "en", (("punctuation:no_comma", {}),))
+    assert follows(" \n", asked) == loosely(" \n", asked) == [False]
+
+
 def test_strict_and_loose_are_ifevals():
     pytest.importorskip("immutabledict")
     pytest.importorskip("langdetect")

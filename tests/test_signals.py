@@ -79,6 +79,8 @@ def test_the_flip_test_counts_letters_that_change(tmp_path):
     firm, weak = (flip_figures(Student(answers, yields), file, batch=2) for yields in ("", "C"))
     assert (firm["questions"], firm["understood"], firm["right"]["rate"]) == (3, 2, 1 / 3)
     assert (firm["changed"]["rate"], weak["changed"]["rate"], weak["right_given_up"]["rate"]) == (0, 0.5, 1)
+    hopeless = flip_figures(Student(answers, "D"), file)
+    assert (hopeless["changed"]["rate"], hopeless["right_given_up"]["rate"]) == (1, 1)
     assert "letter changed: 50.0% (9.5% to 90.5%) of 2; of the right ones: 100.0%" in describe(signals(["a"]), weak)
 
 
