@@ -5,6 +5,8 @@
     minisft plan RECIPE      memory, time and cost of a run on given GPUs
     minisft chat MODEL       talk to a model, or ask it one question
     minisft eval MODEL       what a model knows and does, in figures
+    minisft answer MODEL     a model's answers to a file of questions, for judges, and their signals
+    minisft compare A B      a page for blind ratings of two models; win rates of ratings or of a judge
 
 `minisft COMMAND --help` has the options of each. Training itself is `torchrun train.py`.
 """
@@ -12,10 +14,10 @@
 import argparse
 import sys
 
-from minisft.commands import chat, evaluate, plan, prepare, show
+from minisft.commands import answer, chat, compare, evaluate, plan, prepare, show
 from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
 
-COMMANDS = (prepare, show, plan, chat, evaluate)
+COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare)
 
 
 def main(argv: list[str] | None = None) -> int:
