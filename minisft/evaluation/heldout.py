@@ -4,6 +4,7 @@ Sums and counts are added over all micro-batches and ranks and divided once, so 
 documents are packed nor on how many ranks there are.
 """
 
+import math
 from contextlib import closing
 
 import torch
@@ -31,3 +32,10 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World, *, seq_len: i
         for batch in (batch for step in planned for batch in step.micro_batches):
             total += batch_loss(model, batch, device=world.device, denominator=1.0)
     return float(all_sum(total)) / int(dataset.targets.sum())
+
+
+def loss_figures(loss: float) -> dict[str, float | None]:
+    """The loss and its perplexity, exp(loss), as a record has them; None where one is not finite: JSON has no NaN."""
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {name: value if math.isfinite(value) else None
+            for name, value in (("loss", loss), ("perplexity", perplexity))}
