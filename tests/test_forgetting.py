@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from small_runs import HERE, log, options, train
 
 from minisft import config as configuration
+from minisft.errors import UserError
+from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.forgetting import Forgetting
-from minisft.evaluation.heldout import loss_figures
+from minisft.evaluation.heldout import file_losses, loss_figures
 from minisft.model.llama import Llama
 from minisft.preparation import prepare
 from minisft.training import trainer
@@ -138,3 +141,28 @@ def test_general_text_that_is_also_trained_is_counted(base, tmp_path, general):
 def test_figures_are_json(loss, figures):
     assert loss_figures(loss) == figures
     json.dumps(loss_figures(loss), allow_nan=False)
+
+
+def test_losses_of_files_are_those_of_their_documents(base, tmp_path, general):
+    """Answers count in conversations, every token in text: against a plain loop over the documents."""
+    conversations, assistant = HERE / "oracles" / "conversations.jsonl", Assistant.load(base, template="llama3")
+    oracle = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))
+    found = file_losses(assistant, [str(conversations), str(general)], cache=tmp_path / "cache", quiet=True)
+    total = count = 0
+    for document in oracle["documents"]:
+        ids, trained = torch.tensor(document["ids"]), torch.tensor(document["trained"])[1:] > 0
+        losses = -assistant.model.logits(ids)[:-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        total, count = total + float(losses[trained].sum()), count + int(trained.sum())
+    assert (found[0]["name"], found[0]["target_tokens"]) == (str(conversations), count)
+    assert found[0]["loss"] == pytest.approx(total / count, abs=1e-5)
+    assert found[0]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found[1]["loss"] == pytest.approx(naive(base, options(base, tmp_path, data__general=general)), abs=1e-5)
+    short, = file_losses(assistant, [str(conversations)], cache=tmp_path / "cache", seq_len=128, quiet=True)
+    assert short["left_out"] == sum(len(document["ids"]) > 128 for document in oracle["documents"])
+
+
+def test_a_file_of_another_tokenizer_is_refused(base, tmp_path, general):
+    assistant = Assistant.load(base, template="llama3")
+    assistant.model.config = replace(assistant.model.config, vocab_size=300)
+    with pytest.raises(UserError, match="is past the model's vocabulary of 300"):
+        file_losses(assistant, [str(general)], cache=tmp_path / "cache", quiet=True)
