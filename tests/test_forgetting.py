@@ -9,6 +9,7 @@ import torch
 from small_runs import HERE, log, options, train
 
 from minisft import config as configuration
+from minisft.data_report import describe, figures
 from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.forgetting import Forgetting
@@ -131,7 +132,12 @@ def test_general_text_that_is_also_trained_is_counted(base, tmp_path, general):
     replay.write_text(json.dumps({"text": TEXTS[1]}) + "\n" + json.dumps({"text": "Something else altogether."}) + "\n")
     prepared = prepare(configuration.load(options(base, tmp_path, data__general=general, data__replay=replay)),
                        quiet=True)
-    assert prepared.evals["general"].reports[0].also_trained == 1
+    found = figures(prepared)
+    assert [(source["name"], source["also_trained"]) for source in found["general"]] == [("general", 1)]
+    assert found["eval"] == []
+    printed = describe(found)
+    assert "\ngeneral text:\ngeneral " in printed
+    assert "also in the training data, exactly or nearly: 1" in printed
 
 
 @pytest.mark.parametrize(("loss", "figures"), [
