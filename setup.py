@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["minisft", "minisft.*"]),
-    package_data={"minisft": ["recipes/*.toml", "data/*.toml", "demo/*.tsv", "*.toml"]},
+    package_data={"minisft": ["recipes/*.toml", "recipes/sample/*.jsonl", "data/*.toml", "demo/*.tsv", "*.toml"]},
     install_requires=["torch>=2.13,<2.14", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "llama-models==0.3.*", "ruff>=0.12"],
