@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from small_runs import HERE, log, options, train
 
 from minisft import config as configuration
+from minisft.__main__ import main as command
 from minisft.data_report import describe, figures
 from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
@@ -172,3 +174,16 @@ def test_a_file_of_another_tokenizer_is_refused(base, tmp_path, general):
     assistant.model.config = replace(assistant.model.config, vocab_size=300)
     with pytest.raises(UserError, match="is past the model's vocabulary of 300"):
         file_losses(assistant, [str(general)], cache=tmp_path / "cache", quiet=True)
+
+
+def test_minisft_eval_prints_and_writes_them(base, tmp_path, general, capsys):
+    arguments = ["eval", str(base), "--template", "llama3", "--data", str(general), "--json", str(tmp_path / "o.json")]
+    assert command(arguments) == 0
+    found, = json.loads((tmp_path / "o.json").read_text())["losses"]
+    loss = naive(base, options(base, tmp_path, data__general=general))
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    assert re.search(rf"^ +{loss:.4f} +[\d.]+ +102 +3 +0  {general}$", capsys.readouterr().out, re.MULTILINE)
+    assert command(["eval", str(base), "--data", str(general)]) == 2
+    assert "choose with --template" in capsys.readouterr().err
+    assert command(["eval", str(base), "--template", "llama3", "--data", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: No such file or directory" in capsys.readouterr().err

@@ -73,3 +73,13 @@ def loss_figures(loss: float) -> dict[str, float | None]:
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {name: value if math.isfinite(value) else None
             for name, value in (("loss", loss), ("perplexity", perplexity))}
+
+
+def describe(found: list[dict]) -> str:
+    """A table of what `file_losses` found."""
+    lines = [f"{'loss':>8}{'perplexity':>12}{'tokens':>12}{'documents':>11}{'left out':>10}  held-out file"]
+    for each in found:
+        loss, perplexity = ("-" if each[name] is None else f"{each[name]:,.4f}" for name in ("loss", "perplexity"))
+        lines.append(f"{loss:>8}{perplexity:>12}{each['target_tokens']:>12,}{each['documents']:>11,}"
+                     f"{each['left_out']:>10,}  {each['name']}")
+    return "\n".join(lines)
