@@ -4,6 +4,8 @@
     minisft show RECIPE      documents as the model sees them: every token, and which are trained
     minisft plan RECIPE      memory, time and cost of a run on given GPUs
     minisft eval MODEL       what a model knows and does, in figures
+    minisft answer MODEL     a model's answers to a file of questions, for judges, and their signals
+    minisft compare A B      a page for blind ratings of two models; win rates of ratings or of a judge
 
 `minisft COMMAND --help` has the options of each. Training itself is `torchrun train.py`.
 """
@@ -11,10 +13,10 @@
 import argparse
 import sys
 
-from minisft.commands import evaluate, plan, prepare, show
+from minisft.commands import answer, compare, evaluate, plan, prepare, show
 from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
 
-COMMANDS = (prepare, show, plan, evaluate)
+COMMANDS = (prepare, show, plan, evaluate, answer, compare)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
                          "fp32)")
     command.add_argument("--batch-tokens", type=positive, default=8192, metavar="N",
                          help="tokens in one forward pass (8192)")
-    command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each file")
+    command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions or prompts of each file")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     group = command.add_argument_group("multiple choice by log-likelihood")
     group.add_argument("--choices", nargs="+", default=[], metavar="FILE",
@@ -38,6 +38,11 @@ def add(commands: "argparse._SubParsersAction") -> None:
     group.add_argument("--shots-from", nargs="+", default=[], metavar="FILE",
                        help="where they come from (the other questions of the same subject)")
     group.add_argument("--chat", action="store_true", help="ask in a user's turn of the chat template")
+    group = command.add_argument_group("instructions that a program can check")
+    group.add_argument("--instructions", metavar="FILE", help="prompts in IFEval's layout, or `instructions`: the "
+                       "shipped ones, English and Turkish")
+    group.add_argument("--skip-unknown", action="store_true", help="leave out instructions that have no check")
+    group.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer (512)")
     group = command.add_argument_group("held-out losses")
     group.add_argument("--data", nargs="+", default=[], metavar="FILE",
                        help="conversations, whose answers count, and plain text, in which every token does")
@@ -51,28 +56,33 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """All evaluations that the options ask for, of one model."""
     import torch  # here, so that `minisft --help` does not wait for it
 
-    from minisft.evaluation import choices, heldout
+    from minisft.evaluation import choices, heldout, instructions
     from minisft.evaluation.assistant import Assistant
 
     if recipe:
         raise UserError(f"unknown argument {recipe[0]}; `minisft eval --help` lists the options")
-    if not (options.choices or options.data):
-        raise UserError("nothing to evaluate; give --choices FILE ... or --data FILE ...")
+    if not (options.choices or options.instructions or options.data):
+        raise UserError("nothing to evaluate; give --choices FILE ..., --instructions FILE or --data FILE ...")
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     # All files are read before the weights are: an error in them should not take a minute.
     asked = choices.ask(options.choices, format=options.format, language=options.language, style=options.style,
                         shots=options.shots, shots_from=options.shots_from, limit=options.limit)
+    prompts = instructions.load(options.instructions, skip_unknown=options.skip_unknown,
+                                limit=options.limit) if options.instructions else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = options.precision or ("bf16" if device == "cuda" else "fp32")
     # A base model has no chat template and needs none where nothing is asked in turns.
-    template = options.template or ("" if options.chat or options.data else "text")
+    template = options.template or ("" if options.chat or prompts or options.data else "text")
     assistant = Assistant.load(options.model, template=template, templates=options.templates, device=device,
                                dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
     found: dict[str, Any] = {"model": options.model, "precision": precision}
     if asked:
         found["choices"] = choices.figures(assistant, asked, chat=options.chat, batch_tokens=options.batch_tokens)
         print(choices.describe(found["choices"]))
+    if prompts:
+        found["instructions"] = instructions.figures(assistant, prompts, max_new_tokens=options.max_new_tokens)
+        print(instructions.describe(found["instructions"]))
     if options.data:
         with tempfile.TemporaryDirectory() as cache:
             found["losses"] = heldout.file_losses(assistant, options.data, cache=cache, format=options.data_format,

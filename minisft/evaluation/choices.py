@@ -246,6 +246,6 @@ def describe(found: dict) -> str:
         cells = []
         for score in SCORES:
             low, high = row[f"{score}_interval"]
-            cells.append(f"{100 * row[score]:5.1f} ({100 * low:4.1f}-{100 * high:5.1f})".rjust(18))
+            cells.append(f"{100 * row[score]:5.1f} ({100 * low:.1f}-{100 * high:.1f})".rjust(18))
         lines.append(f"{name:{wide}}  {row['questions']:9,}  {100 * row['chance']:6.1f}  " + "  ".join(cells))
     return "\n".join(lines)

@@ -12,4 +12,5 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     """
     share, spread = hits / count, Z**2 / count
     middle, half = share + spread / 2, Z * sqrt(share * (1 - share) / count + spread / count / 4)
-    return max((middle - half) / (1 + spread), 0.0), min((middle + half) / (1 + spread), 1.0)
+    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return low if hits else 0.0, high if hits < count else 1.0  # as they are but for rounding

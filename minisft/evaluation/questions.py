@@ -141,12 +141,13 @@ def _understood(format: str, record: dict | list[str]) -> tuple[str, tuple[str, 
 
 def _index(answer: object, choices: int) -> int:
     """A -> 0, 0 -> 0"""
+    index = answer
     if isinstance(answer, str):
-        answer = answer.strip()
-        answer = LETTERS.find(answer) if len(answer) == 1 and answer in LETTERS else answer
-        answer = int(answer) if isinstance(answer, str) and re.fullmatch("[0-9]{1,2}", answer) else answer
-    if type(answer) is int and 0 <= answer < choices:
-        return answer
+        text = answer.strip()
+        index = LETTERS.find(text) if len(text) == 1 and text in LETTERS else text
+        index = int(text) if re.fullmatch("[0-9]{1,2}", text) else index
+    if type(index) is int and 0 <= index < choices:
+        return index
     raise Wrong(f"the answer is {SHORT.repr(answer)}; expected a letter up to {LETTERS[max(choices, 1) - 1 : choices]} "
                 f"or a number from 0 to {choices - 1}")
 
