@@ -24,7 +24,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
                          "fp32)")
     command.add_argument("--batch-tokens", type=positive, default=8192, metavar="N",
                          help="tokens in one forward pass (8192)")
-    command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions or prompts of each file")
+    command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each file")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     group = command.add_argument_group("multiple choice by log-likelihood")
     group.add_argument("--choices", nargs="+", default=[], metavar="FILE",
