@@ -27,6 +27,7 @@ class Documents:
     cu_seqlens: Tensor  # the same on the device
     positions: Tensor  # (T,) int64: position of each token in its own document
     longest: int  # tokens of the longest document, found once for all layers
+    draws: Tensor | None = None  # (T,) int32: what each token's dropout is drawn from, where there is any (lora.py)
 
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu") -> "Documents":
