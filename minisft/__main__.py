@@ -3,6 +3,7 @@
     minisft prepare RECIPE   read, render and pack the data, and report; no training
     minisft show RECIPE      documents as the model sees them: every token, and which are trained
     minisft plan RECIPE      memory, time and cost of a run on given GPUs
+    minisft convert A B      a model in another form: an adapter merged, Meta's files as Hugging Face's
 
 `minisft COMMAND --help` has the options of each. Training itself is `torchrun train.py`.
 """
@@ -10,10 +11,10 @@
 import argparse
 import sys
 
-from minisft.commands import plan, prepare, show
+from minisft.commands import convert, plan, prepare, show
 from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
 
-COMMANDS = (prepare, show, plan)
+COMMANDS = (prepare, show, plan, convert)
 
 
 def main(argv: list[str] | None = None) -> int:

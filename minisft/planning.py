@@ -19,8 +19,9 @@ from minisft.hardware import REACHED, Gpu, Traffic
 from minisft.memory import FP32, POLICIES, Bytes, Memory, Sizes, peak
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
+from minisft.model.lora_config import LoRA
 from minisft.model.meta import MetaFolder
-from minisft.preparation import prepare
+from minisft.preparation import adapters_of, prepare
 
 # Published: torchtitan, Llama-3-8B on 8 H100s, compiled, selective recomputation: 35% of the peak by FLOPs that are
 # needed (benchmarks/llama3_h100_202412), which is about 38% by those that are executed.
@@ -46,6 +47,7 @@ class Work:
     @classmethod
     def of(cls, config: Config, network: LlamaConfig, *, tokens: int | None, document: int | None) -> "Work":
         """Counted from the packed data; or from `tokens` an epoch in documents of `document` tokens."""
+        lora = adapters_of(config)
         if tokens is None and not document and not missing(config):
             plan, train = (prepared := prepare(config)).plan, prepared.train
             documents = plan.epoch(0).documents
@@ -53,18 +55,18 @@ class Work:
             per_epoch, steps = int(lengths.sum()), plan.total_steps
             total = round(per_epoch * steps / plan.steps_per_epoch)
             return cls(config.data.seq_len * plan.fill(), targets.sum() / per_epoch,
-                       flops_per_token(network, lengths, targets), total, steps, "")
+                       flops_per_token(network, lengths, targets, lora), total, steps, "")
         length = min(document or config.data.seq_len, config.data.seq_len)
         lengths = np.full(config.data.seq_len // length, length)
         assumed = f"packs full of documents of {length:,} tokens, all of them trained"
         if tokens is None:
             absent = missing(config)
-            return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths), None, None,
+            return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths, lora), None, None,
                        assumed + (f"; {absent[0]} is not there" if absent else ""))
         per_step = config.batch.packs * config.data.seq_len
         steps = config.train.epochs * -(-tokens // per_step)
         steps = min(steps, config.train.max_steps or steps)
-        return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths),
+        return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths, lora),
                    min(config.train.epochs * tokens, steps * per_step), steps, assumed)
 
 
@@ -74,8 +76,9 @@ def missing(config: Config) -> list[str]:
     return [path for path in (*paths, config.model.tokenizer) if not Path(path).exists()]
 
 
-def flops_per_token(network: LlamaConfig, lengths: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    return {policy: training_flops(network, lengths, targets, recompute=policy) / int(lengths.sum())
+def flops_per_token(network: LlamaConfig, lengths: np.ndarray, targets: np.ndarray,
+                    lora: LoRA | None) -> dict[str, float]:
+    return {policy: training_flops(network, lengths, targets, recompute=policy, lora=lora) / int(lengths.sum())
             for policy in POLICIES}
 
 
@@ -205,7 +208,7 @@ def memory_of(config: Config, network: LlamaConfig, *, shards: int, policy: str,
     """The peak of a full micro-batch."""
     tokens = micro_packs * (seq_len or config.data.seq_len)
     return peak(network, shards=shards, tokens=tokens, trained=round(tokens * trained), recompute=policy,
-                accumulates=accumulates, each=bytes_of(config))
+                accumulates=accumulates, each=bytes_of(config), lora=adapters_of(config))
 
 
 def bytes_of(config: Config) -> Bytes:

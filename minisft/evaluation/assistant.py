@@ -13,6 +13,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.evaluation.generate import generate
 from minisft.model.llama import Llama
+from minisft.model.peft import PeftFolder, is_adapter
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class Assistant:
     @classmethod
     def load(cls, path: str | Path, *, template: str = "", templates: str = "", dtype: torch.dtype = torch.float32,
              device: torch.device | str = "cpu") -> "Assistant":
-        """The model in the Hugging Face folder `path`, in `dtype`.
+        """The model in the Hugging Face folder `path`, in `dtype`; or the one that an adapter there makes of its base.
 
         `template` is the name of a chat template, built in or of the TOML file `templates`; empty: the one that the
         folder tells. Raises UserError for folders that are broken, and where no template is known.
         """
-        tokenizer, known = Tokenizer(path), load_templates(templates or None)
+        home = path  # of the tokenizer
+        if is_adapter(path) and not (Path(path) / "tokenizer.json").exists():
+            home = PeftFolder(path).base
+        tokenizer, known = Tokenizer(home), load_templates(templates or None)
         default_system = None
         if not template:
             if (found := recognize(tokenizer.chat_template)) is None:

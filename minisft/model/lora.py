@@ -58,10 +58,11 @@ class FrozenLinear(Linear):
 
     def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
         """(T, I) -> (T, O). `draws` (T,) int32 is what each token's dropout is drawn from; None: no dropout."""
-        y = linear(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4)
-        if self.rank:
+        y = 0
+        if self.rank:  # first: what comes last in a block, recomputation leaves out
             z = x if draws is None else dropped(x, draws, self.channels, self.dropout)
-            y = y + linear(self.scale * linear(z, self.lora_A), self.lora_B)
+            y = linear(self.scale * linear(z, self.lora_A), self.lora_B)
+        y = y + (linear(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4))
         if self.dora:
             with torch.no_grad():
                 lengths = self.sum(self.weight, self.lora_A, self.lora_B).norm(dim=1)

@@ -26,10 +26,9 @@ from minisft.memory import Sizes
 from minisft.model import lora, weights
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
-from minisft.model.lora_config import LoRA
 from minisft.model.meta import MetaFolder
 from minisft.noise import key_of
-from minisft.preparation import Prepared, check_vocabulary, prepare
+from minisft.preparation import Prepared, adapters_of, check_vocabulary, prepare
 from minisft.training import parallel, resume
 from minisft.training.adapter import export_adapter
 from minisft.training.checkpoint import Saver, check_room
@@ -108,11 +107,6 @@ def train(config: Config) -> int:
         preemption.close()
         if folder:
             folder.close()
-
-
-def adapters_of(config: Config) -> LoRA | None:
-    """The settings of the adapters that are trained; None: the whole model is."""
-    return LoRA(**asdict(config.lora)) if config.lora.rank else None
 
 
 def identity(config: Config, prepared: Prepared, model_config: LlamaConfig, base: weights.Checkpoint | None) -> dict:
