@@ -16,7 +16,8 @@ setup(
     package_data={"minisft": ["recipes/*.toml", "data/*.toml", "demo/*.tsv", "*.toml"]},
     install_requires=["torch>=2.13,<2.14", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "llama-models==0.3.*", "ruff>=0.12"],
+        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "llama-models==0.3.*", "ruff>=0.12",
+                 "peft>=0.17", "bitsandbytes>=0.48"],
         # torchao: the last that has what torchtune 0.6.1 imports
         "bench": ["trl==1.16.*", "transformers>=5", "torchtune==0.6.1", "torchao==0.10.*"],
         # Wants older Hugging Face libraries than TRL's newest: in an environment of its own.

@@ -1,11 +1,14 @@
 """LoRA against peft: the same logits, losses and merged weights; and runs that begin, die and go on with it."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from small_runs import HERE, final_weights, log, options, train
 from test_resume import SMALL, run_until_death
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from minisft.evaluation.assistant import Assistant
 from minisft.model import lora
@@ -15,6 +18,7 @@ from minisft.model.llama import Llama
 from minisft.model.lora_config import LoRA
 from minisft.model.peft import PeftFolder
 from minisft.model.weights import SafetensorsFolder
+from minisft.training import parallel
 from minisft.training.trainer import main
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
@@ -169,6 +173,28 @@ def test_dropout_by_hand():
         assert float(together.abs().max()) < 6 / rows.shape[1] ** 0.5
     assert torch.equal(lora.dropped(torch.ones(7, 300), draws[5:12], channels, 0.25), found[5:12])
     assert torch.equal(lora.dropped(torch.ones(400, 300), draws, channels, 0.0), torch.ones(400, 300))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("settings", [LoRA(4, base="fp32"), LoRA(4, base="nf4", dora=True, dropout=0.1)])
+def test_compiled_blocks_are_one_graph_without_breaks(base, monkeypatch, settings, recompute):
+    """And compute what the others do."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    torch._dynamo.reset()
+    draws, found = torch.arange(96, dtype=torch.int32), []
+    for compiled in (False, True):
+        model = adapted(base, settings)
+        model.recompute = recompute
+        if compiled:
+            parallel.compile_blocks(model)
+        for lengths in ((96,), (40, 56)):
+            documents = replace(Documents.of_lengths(lengths), draws=draws if settings.dropout else None)
+            model(torch.arange(96), documents, lambda hidden, head: (hidden @ head.float().T).square().mean()).backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert counter.frame_count == 1
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 # Whole runs

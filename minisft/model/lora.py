@@ -109,7 +109,9 @@ def dropped(x: Tensor, draws: Tensor, channels: Tensor, share: float) -> Tensor:
 
 def adapt(model: Llama, lora: LoRA, *, trained: torch.dtype = torch.float32) -> None:
     """Freeze `model`, which is on the meta device, and give it adapters kept in `trained`. `load` comes after."""
-    model.to(STORED[lora.base]).requires_grad_(False)
+    for module in model.modules():
+        for leaf, parameter in [*module.named_parameters(recurse=False)]:
+            setattr(module, leaf, nn.Parameter(parameter.to(STORED[lora.base]), requires_grad=False))
     for name in matrices(model.config):
         parent, _, leaf = name.rpartition(".")
         rank = lora.rank if lora.is_target(name) else 0
