@@ -177,8 +177,8 @@ def test_dropout_by_hand():
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("settings", [LoRA(4, base="fp32"), LoRA(4, base="nf4", dora=True, dropout=0.1)])
-def test_compiled_blocks_are_one_graph_without_breaks(base, monkeypatch, settings, recompute):
-    """And compute what the others do."""
+def test_compiled_blocks_are_two_graphs_without_breaks(base, monkeypatch, settings, recompute):
+    """One for the first block, whose input needs no gradient, one for all others; they compute what eager ones do."""
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
     torch._dynamo.reset()
@@ -192,7 +192,7 @@ def test_compiled_blocks_are_one_graph_without_breaks(base, monkeypatch, setting
             documents = replace(Documents.of_lengths(lengths), draws=draws if settings.dropout else None)
             model(torch.arange(96), documents, lambda hidden, head: (hidden @ head.float().T).square().mean()).backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
