@@ -13,13 +13,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["minisft", "minisft.*"]),
-    package_data={"minisft": ["recipes/*.toml", "data/*.toml", "demo/*.tsv", "*.toml"]},
+    package_data={"minisft": ["recipes/*.toml", "recipes/sample/*.jsonl", "data/*.toml", "demo/*.tsv", "*.toml",
+                              "evaluation/*.toml", "evaluation/*.html", "evaluation/question_files/*.jsonl"]},
     install_requires=["torch>=2.13,<2.14", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
     extras_require={
+        "plot": ["matplotlib>=3.9"],  # minisft report
+        "tensorboard": ["tensorboard>=2.18"],  # minisft report --tensorboard
         "test": ["pytest>=8", "hypothesis>=6", "transformers>=5", "llama-models==0.3.*", "ruff>=0.12",
-                 "peft>=0.17", "bitsandbytes>=0.48"],
+                 "matplotlib>=3.9", "tensorboard>=2.18", "peft>=0.17", "bitsandbytes>=0.48"],
         # torchao: the last that has what torchtune 0.6.1 imports
-        "bench": ["trl==1.16.*", "transformers>=5", "torchtune==0.6.1", "torchao==0.10.*"],
+        "bench": ["trl==1.16.*", "transformers>=5", "torchtune==0.6.1", "torchao==0.10.*", "lm_eval==0.4.*"],
         # Wants older Hugging Face libraries than TRL's newest: in an environment of its own.
         "bench-litgpt": ["litgpt==0.5.*"],
     },

@@ -143,6 +143,8 @@ class Parallel:
 class Eval:
     """Evaluation on data.eval."""
     every: int = key(0, "steps between evaluations; 0: only at the start and the end", low=0)
+    samples: int = key(0, "questions of each data.eval that are answered, into the log, at the start and the end",
+                       low=0)
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
          f"{batch.micro_packs} packs per forward pass, but batch.packs is only {batch.packs} per step"),
         (config.eval.every > 0 and not data.eval and not data.eval_fraction, ("eval.every", "data.eval"),
          f"evaluation every {config.eval.every} steps, but data.eval names no file"),
+        (config.eval.samples > 0 and not data.eval and not data.eval_fraction, ("eval.samples", "data.eval"),
+         f"{config.eval.samples} questions of each file are to be answered, but data.eval names no file"),
         (data.replay_ratio != Data.replay_ratio and not data.replay, ("data.replay_ratio", "data.replay"),
          f"{data.replay_ratio:g} of the tokens should be replayed text, but data.replay names no file"),
         (optim.parameters == "bf16" and config.train.precision == "fp32", ("optim.parameters", "train.precision"),

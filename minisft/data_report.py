@@ -50,6 +50,7 @@ def figures(prepared: Prepared) -> dict:
         "epoch_target_tokens": sum(source["epoch"]["target_tokens"] for source in sources),
         "replay_ratio": config.data.replay_ratio if sources[first:] else 0.0,
         "replay_share": sum(source["epoch"]["tokens"] for source in sources[first:]) / epoch_tokens,
+        "pack_fill": pack_fill(train.lengths[epoch.documents], epoch.offsets, plan.seq_len),
         "packs": len(epoch), "packs_per_step": plan.packs_per_step, "packing_efficiency": plan.fill(),
         "steps_per_epoch": plan.steps_per_epoch, "total_steps": plan.total_steps,
         "target_tokens_per_step": {"mean": float(step_targets.mean()), "least": int(step_targets.min()),
@@ -82,6 +83,12 @@ def histogram(lengths: np.ndarray, too_long: np.ndarray, seq_len: int) -> list[d
     counts = [np.bincount(np.searchsorted(edges, some), minlength=len(edges)) for some in (lengths, too_long)]
     return [{"from": low + 1, "to": high, "kept": int(kept), "too_long": int(long)}
             for low, high, kept, long in zip([0, *edges], edges, *counts, strict=False)]
+
+
+def pack_fill(lengths: np.ndarray, offsets: np.ndarray, seq_len: int) -> list[int]:
+    """Packs by how full they are, in twentieths: up to 5%, up to 10%, ... up to full. `lengths` follow the packs."""
+    tokens = np.add.reduceat(lengths, offsets[:-1])  # (packs,)
+    return np.bincount(-(-tokens * 20 // seq_len) - 1, minlength=20).tolist()
 
 
 # ---- the text --------------------------------------------------------------------------------------------------------

@@ -3,19 +3,18 @@
 Everything here happens before a process group exists, so that no collective times out while a file is tokenised.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from minisft.config import Config, Source, heldout_name
 from minisft.data import mixing
-from minisft.data.chat import Renderer
+from minisft.data.chat import Renderer, choose_template
 from minisft.data.dataset import Dataset
-from minisft.data.jinja import recognize
 from minisft.data.packing import Plan
 from minisft.data.store import Store, open_store
-from minisft.data.templates import Template, load_templates
+from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.model.config import PRESETS, LlamaConfig, read_config
@@ -66,7 +65,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     tokenizer = Tokenizer(config.model.tokenizer)
     templates = load_templates(data.templates or None)
     sources = (*data.train, *data.replay)
-    renderers = {name: Renderer(_template(name, templates, tokenizer), tokenizer, train_on=data.train_on)
+    renderers = {name: Renderer(choose_template(name, templates, tokenizer), tokenizer, train_on=data.train_on)
                  for name in {data.template, *(source.template for source in (*sources, *data.eval))}}
 
     def store(source: Source) -> Store:
@@ -136,17 +135,3 @@ def _network(config: Config) -> LlamaConfig | None:
     path = Path(config.model.config if is_random else config.model.path)
     file = path / "config.json" if path.is_dir() else path
     return read_config(file) if file.is_file() else None
-
-
-def _template(name: str, templates: dict[str, Template], tokenizer: Tokenizer) -> Template:
-    choices = (f"choose with data.template: {', '.join(templates)}; or write your own and name its file in "
-               "data.templates")
-    if name:
-        if name not in templates:
-            raise UserError(f"data.template: no template is called {name!r}; {choices}")
-        return templates[name]
-    known = recognize(tokenizer.chat_template)
-    if known is None:
-        raise UserError(f"{tokenizer.file.parent}: does not say which chat template the model uses; {choices}")
-    name, default_system = known
-    return replace(templates[name], default_system=default_system)

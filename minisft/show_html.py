@@ -8,32 +8,24 @@ At the top of each pack stands its attention, to scale: a row is a token, and it
     .  .  b  b  .     a row that predicts a trained token has the colour of training
     .  .  b  b  b
 
-Everything that comes from the data is escaped, and the page's own policy forbids the browser to load or run anything.
+Everything that comes from the data is escaped.
 """
 
-import os
 from html import escape
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 
-from minisft.errors import UserError
+from minisft.page import render
 from minisft.show import Document, View
 from minisft.spans import LEGEND, Span
 
 STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1c1e21; --faint: #6b7280; --line: #d5d9df; --block: #b9c3d1;
-  --trained: #2e9e5b; --mark: #cdeed9 }
-@media (prefers-color-scheme: dark) { :root { --page: #15181c; --ink: #e4e6ea; --faint: #98a1ae; --line: #363c45;
-  --block: #4a5565; --trained: #3fba70; --mark: #17492c } }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif }
+:root { --block: #b9c3d1; --trained: #2e9e5b; --mark: #cdeed9 }
+@media (prefers-color-scheme: dark) { :root { --block: #4a5565; --trained: #3fba70; --mark: #17492c } }
 h1 { font-size: 1.2rem } h2 { font-size: .9rem; position: sticky; top: 0; margin: 0; padding: .4rem 0;
   background: var(--page); border-bottom: 1px solid var(--line) }
-h1, h2, p { overflow-wrap: anywhere }
 h2:target { border-bottom-color: var(--trained); color: var(--trained) }
-p, figcaption { color: var(--faint); font-size: .85rem }
 figure { margin: 1rem 0 } figure svg { width: 100%; max-width: 32rem; border: 1px solid var(--line) }
 .share { display: block; width: 100%; height: .7rem }
 .room { fill: var(--line) } .block { fill: var(--block) } .target { fill: var(--trained) }
@@ -45,25 +37,6 @@ mark { background: var(--mark); color: inherit; border-radius: 2px } .control { 
 [data-id]:hover::after { content: "token " attr(data-id); position: fixed; left: 0; bottom: 0; padding: .3rem .8rem;
   background: var(--ink); color: var(--page) }
 """
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
-
-def check_writable(file: Path) -> None:
-    """Raise UserError for a place where no page can be written, before the data are prepared for it."""
-    if not file.parent.is_dir():
-        raise UserError(f"--html {file}: there is no folder {file.parent}; make it first")
-    if file.is_dir():
-        raise UserError(f"--html {file}: is a folder; give the name of a file")
-
-
-def write_page(file: Path, views: list[View]) -> None:
-    """Write the page of `views`, all of it or nothing."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(page(views), encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def page(views: list[View]) -> str:
@@ -72,12 +45,8 @@ def page(views: list[View]) -> str:
     for view in views:
         sections.append(_section(view, number))
         number += len(view.documents)
-    return (f'<!DOCTYPE html>\n<html><head><meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>minisft show: {escape(views[0].title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
-            + "".join(sections) + f"<p><mark>trained tokens</mark>, {LEGEND}; token ids under the pointer</p>\n"
-            "</body></html>\n")
+    legend = f"<p><mark>trained tokens</mark>, {LEGEND}; token ids under the pointer</p>\n"
+    return render(f"minisft show: {views[0].title}", STYLE, "".join(sections) + legend)
 
 
 def _section(view: View, number: int) -> str:

@@ -18,6 +18,8 @@ FORBIDDEN = {
     "evaluation": ("config", "preparation", "data_report", "demo", "commands", "__main__"),
     "preparation.py": ("training", "evaluation", "data_report", "demo"),
     "data_report.py": ("training", "evaluation", "config", "demo"),
+    **dict.fromkeys(("page.py", "drawing.py", "runs.py", "report.py", "tensorboard.py"),  # of logs: plain files
+                    ("data", "model", "training", "evaluation", "config", "preparation", "demo", "commands")),
     "errors.py": ("data", "model", "training", "evaluation", "config", "preparation", "demo"),
     "config.py": ("data", "model", "training", "evaluation", "preparation", "demo"),
 }

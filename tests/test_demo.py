@@ -26,7 +26,8 @@ def folder(tmp_path_factory):
         "--run.dir", str(folder / "base"), *shared]))
     train(configuration.load([
         "demo", "--model.path", str(folder / "base/final"), "--data.train", str(folder / "world/questions.jsonl"),
-        "--data.eval", str(folder / "world/heldout-articles.jsonl"), "--train.max_steps", "70",
+        "--data.eval", str(folder / "world/heldout-articles.jsonl"), "--eval.samples", "0",
+        "--train.max_steps", "70",
         "--run.dir", str(folder / "tuned"), *shared]))
     return folder
 

@@ -190,7 +190,7 @@ def test_compiled_blocks_are_two_graphs_without_breaks(base, monkeypatch, settin
             parallel.compile_blocks(model)
         for lengths in ((96,), (40, 56)):
             documents = replace(Documents.of_lengths(lengths), draws=draws if settings.dropout else None)
-            model(torch.arange(96), documents, lambda hidden, head: (hidden @ head.float().T).square().mean()).backward()
+            model(torch.arange(96), documents, lambda x, head: (x @ head.float().T).square().mean()).backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     assert counter.frame_count == 2
     for a, b in zip(*found, strict=True):

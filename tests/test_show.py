@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from oracles.tiny_llama import VOCAB_SIZE, tiny_tokenizer, write_tiny_llama
 
 from minisft import config as configuration
+from minisft import page as pages
 from minisft import show, show_html
 from minisft.__main__ import main
 from minisft.data.tokenizer import Tokenizer
@@ -465,7 +466,7 @@ def test_the_page_is_written_whole_or_not_at_all(here, prepared, monkeypatch, tm
     def full_disk(partial, target):
         raise OSError("no space left")
 
-    monkeypatch.setattr(show_html.os, "replace", full_disk)
+    monkeypatch.setattr(pages.os, "replace", full_disk)
     assert main(["show", "r.toml", "--index", "1", "--html", str(file)]) == 4
     assert file.read_text(encoding="utf-8") == whole
     assert list(tmp_path.iterdir()) == [file]

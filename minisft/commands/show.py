@@ -5,9 +5,10 @@ from pathlib import Path
 
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
+from minisft.page import check_writable, write
 from minisft.preparation import prepare
 from minisft.show import choose, print_views
-from minisft.show_html import check_writable, write_page
+from minisft.show_html import page
 
 
 def add(commands: "argparse._SubParsersAction") -> None:
@@ -30,12 +31,12 @@ def add(commands: "argparse._SubParsersAction") -> None:
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """Documents of a recipe, on the terminal or as a page."""
     if options.html:
-        check_writable(options.html)
+        check_writable(options.html, "--html")
     views = choose(prepare(configuration.load(recipe)), source=options.source, index=options.index,
                    longest=options.longest, random=options.random, pack=options.pack, step=options.step,
                    whole=bool(options.html))
     if options.html:
-        write_page(options.html, views)
+        write(options.html, page(views))
         print(options.html, *(view.heading for view in views), sep="\n  ")
     else:
         print_views(views, ids=options.ids)

@@ -25,7 +25,7 @@ from functools import cache
 from itertools import chain
 
 from minisft.data.formats import Conversation, Skipped, Turn
-from minisft.data.jinja import written
+from minisft.data.jinja import recognize, written
 from minisft.data.records import SHORT
 from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
@@ -68,6 +68,24 @@ def _merged(pieces: Iterable[Piece]) -> list[Piece]:
             merged.append(piece)
             last = piece
     return merged
+
+
+def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer, *,
+                    option: str = "data.template") -> Template:
+    """The template called `name`, or where that is empty the one that comes with the tokenizer.
+
+    Raises UserError where there is none; `option` is what the user chooses with, and with an s names a file of more.
+    """
+    choices = f"choose with {option}: {', '.join(known)}; or write your own and name its file in {option}s"
+    if name:
+        if name not in known:
+            raise UserError(f"{option}: no template is called {name!r}; {choices}")
+        return known[name]
+    found = recognize(tokenizer.chat_template)
+    if found is None:
+        raise UserError(f"{tokenizer.file.parent}: does not say which chat template the model uses; {choices}")
+    name, default_system = found
+    return replace(known[name], default_system=default_system)
 
 
 class Renderer:

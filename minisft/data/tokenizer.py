@@ -8,6 +8,7 @@ add by itself is left to the template as well, so that there is exactly one.
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -90,3 +91,19 @@ class Tokenizer:
     def decode(self, ids: list[int], *, skip_control: bool = False) -> str:
         """The text of `ids`, with control tokens spelled out or left out."""
         return self._backend.decode(ids, skip_special_tokens=skip_control)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `ids` piece by piece as they come; together it is `decode` of them all.
+
+        A character of several tokens appears when its last token has come.
+        """
+        known: list[int] = []
+        shown = 0
+        for token in ids:
+            known.append(token)
+            whole = self.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")  # what bytes of half a character look like
+            if len(whole) > shown:
+                yield whole[shown:]
+                shown = len(whole)
+        if rest := self.decode(known)[shown:]:
+            yield rest

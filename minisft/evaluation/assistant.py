@@ -1,17 +1,19 @@
 """A model folder that can be talked to: network, tokenizer and chat template together."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from minisft.data.chat import Renderer
+from minisft.data.chat import Renderer, choose_template
 from minisft.data.formats import Turn
-from minisft.data.jinja import recognize
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import UserError
-from minisft.evaluation.generate import generate
+from minisft.evaluation.decoding import Decoder
+from minisft.evaluation.generate import generate, stream
+from minisft.evaluation.sampling import GREEDY, Sampling
 from minisft.model.llama import Llama
 from minisft.model.peft import PeftFolder, is_adapter
 
@@ -35,21 +37,33 @@ class Assistant:
         home = path  # of the tokenizer
         if is_adapter(path) and not (Path(path) / "tokenizer.json").exists():
             home = PeftFolder(path).base
-        tokenizer, known = Tokenizer(home), load_templates(templates or None)
-        default_system = None
-        if not template:
-            if (found := recognize(tokenizer.chat_template)) is None:
-                raise UserError(f"{path}: does not say which chat template the model uses; choose with --template: "
-                                f"{', '.join(known)}; or write your own and name its file with --templates")
-            template, default_system = found
-        elif template not in known:
-            raise UserError(f"--template: no template is called {template!r}; choose from {', '.join(known)}")
-        chosen = replace(known[template], default_system=default_system) if default_system else known[template]
-        return cls(Llama.from_pretrained(path, dtype=dtype, device=device), Renderer(chosen, tokenizer),
-                   Path(path).resolve().name)
+        tokenizer = Tokenizer(home)
+        chosen = choose_template(template, load_templates(templates or None), tokenizer, option="--template")
+        renderer = Renderer(chosen, tokenizer)
+        return cls(Llama.from_pretrained(path, dtype=dtype, device=device), renderer, Path(path).resolve().name)
 
-    def answer(self, conversations: list[tuple[Turn, ...]], *, max_new_tokens: int = 512) -> list[str]:
-        """The model's next turn in each conversation, greedily."""
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The network, ready to go on with one text fast."""
+        return Decoder(self.model, packed=True)
+
+    def answer(self, conversations: list[tuple[Turn, ...]], *, max_new_tokens: int = 512,
+               sampling: Sampling = GREEDY) -> list[str]:
+        """The model's next turn in each conversation."""
         prompts = [self.renderer.prompt(turns) for turns in conversations]
-        answers = generate(self.model, prompts, max_new_tokens=max_new_tokens, stop_ids=self.renderer.stop_ids())
+        answers = generate(self.model, prompts, max_new_tokens=max_new_tokens, stop_ids=self.renderer.stop_ids(),
+                           sampling=sampling)
         return [self.renderer.tokenizer.decode(ids) for ids in answers]
+
+    def tokens(self, turns: tuple[Turn, ...], *, max_new_tokens: int = 512,
+               sampling: Sampling = GREEDY) -> Iterator[int]:
+        """The tokens of the model's next turn, as they come to be."""
+        found = stream(self.decoder, [self.renderer.prompt(turns)], max_new_tokens=max_new_tokens,
+                       stop_ids=self.renderer.stop_ids(), sampling=sampling)
+        return (token for _, token in found)
+
+    def speak(self, turns: tuple[Turn, ...], *, max_new_tokens: int = 512,
+              sampling: Sampling = GREEDY) -> Iterator[str]:
+        """The text of the model's next turn, piece by piece; no piece ends within a character."""
+        return self.renderer.tokenizer.decode_stream(
+            self.tokens(turns, max_new_tokens=max_new_tokens, sampling=sampling))

@@ -27,6 +27,7 @@ class Documents:
     cu_seqlens: Tensor  # the same on the device
     positions: Tensor  # (T,) int64: position of each token in its own document
     longest: int  # tokens of the longest document, found once for all layers
+    kept: list[tuple[Tensor, Tensor]] | None = None  # generation gives a list, and finds every layer's keys and values
     draws: Tensor | None = None  # (T,) int32: what each token's dropout is drawn from, where there is any (lora.py)
 
     @classmethod
@@ -38,6 +39,8 @@ class Documents:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Queries (T, H, E), keys and values (T, K, E) -> (T, H, E). H / K query heads share a key/value head."""
+    if documents.kept is not None:
+        documents.kept.append((k, v))
     if is_for_flash(q):
         from torch.nn.attention.varlen import varlen_attn  # imported late: it loads the compiler, which takes a second
 

@@ -55,7 +55,7 @@ def batch_loss(model: nn.Module, batch: MicroBatch, *, device: torch.device, den
     """
     offsets, batch = batch.cu_seqlens, batch.to(device)
     draws = batch.draws(dropout_key) if dropout_key else None
-    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, draws)
+    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, draws=draws)
     return model(batch.tokens, documents, lambda hidden, head: linear_cross_entropy(
         hidden[batch.target_at], head, batch.targets, denominator=denominator, label_smoothing=label_smoothing,
         z_loss=z_loss))

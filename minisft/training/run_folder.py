@@ -1,6 +1,7 @@
 """The folder of a run: who owns it, what state the run is in, what is in its log.
 
-    config.toml  metrics.jsonl  status.json  checkpoints/step-000100/  final/  profile/  .lock
+    config.toml  data.json  environment.json  metrics.jsonl  status.json
+    checkpoints/step-000100/  final/  profile/  .lock
 
 One run at a time owns a folder, by a lock that the kernel lets go of when the owner dies. A folder that holds something
 else, or a run that is finished, is never written over.
@@ -14,7 +15,8 @@ from pathlib import Path
 from minisft.errors import UserError
 from minisft.training.checkpoint import checkpoints
 
-OURS = ("config.toml", "metrics.jsonl", "checkpoints", "final", "profile")  # what a run would write over
+# What a run would write over.
+OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "final", "profile")
 
 
 class RunFolder:
@@ -44,9 +46,11 @@ class RunFolder:
         self._lock.truncate(0)
         self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
 
-    def begin(self, effective_config: str) -> None:
-        """Write `config.toml`, and say that the run is on."""
+    def begin(self, effective_config: str, *, data: dict, environment: dict) -> None:
+        """Write what the run is made of (when it goes on, what it goes on with), and say that it is on."""
         self._write("config.toml", effective_config)
+        self._write("data.json", json.dumps(data, indent=1) + "\n")
+        self._write("environment.json", json.dumps(environment, indent=1) + "\n")
         self.status("running")
 
     def status(self, state: str, *, exit_code: int | None = None, error: str = "") -> None:

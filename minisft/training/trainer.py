@@ -20,6 +20,7 @@ from minisft.data import packing
 from minisft.data.loader import MicroBatch, Step, steps
 from minisft.data_report import describe, figures
 from minisft.errors import EXIT_PREEMPTED
+from minisft.evaluation import samples
 from minisft.evaluation.heldout import heldout_loss
 from minisft.hardware import peak_flops
 from minisft.memory import Sizes
@@ -32,6 +33,7 @@ from minisft.preparation import Prepared, adapters_of, check_vocabulary, prepare
 from minisft.training import parallel, resume
 from minisft.training.adapter import export_adapter
 from minisft.training.checkpoint import Saver, check_room
+from minisft.training.environment import environment
 from minisft.training.export import export
 from minisft.training.failure import fail, guarded, watch
 from minisft.training.loss import batch_loss
@@ -62,9 +64,10 @@ def train(config: Config) -> int:
     folder = world = None
     try:
         if leads:
-            print(describe(figures(prepared), short=True), flush=True)
+            found = figures(prepared)
+            print(describe(found, short=True), flush=True)
             folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never")
-            folder.begin(config.to_toml())
+            folder.begin(config.to_toml(), data=found, environment=environment())
         world = parallel.start(shard=config.parallel.shard, replicate=config.parallel.replicate)
         watch(config.parallel.timeout)
         model = parallel.build_model(model_config, world, precision=config.train.precision,
@@ -262,11 +265,18 @@ def forward(model: nn.Module, batch: MicroBatch, step: Step, config: Config, wor
 
 def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World, monitor: Monitor, *,
              step: int) -> None:
-    """The held-out loss of each data.eval source, into the log."""
+    """The held-out loss of each data.eval source, into the log; before and after the run, answers as well."""
     for name, dataset in prepared.evals.items():
         watch(config.parallel.timeout)
+        started = time.perf_counter()
         loss = heldout_loss(model, dataset, world, seq_len=config.data.seq_len, micro_packs=config.batch.micro_packs,
                             fixed=is_compiled(config, world))
         monitor.write({"kind": "eval", "step": step, "name": name, "loss": loss,
-                       "target_tokens": int(dataset.targets.sum())})
+                       "target_tokens": int(dataset.targets.sum()), "seconds": time.perf_counter() - started})
         monitor.say(f"step {step}: held-out loss on {name}: {loss:.4f}")
+    if config.eval.samples and step in (0, prepared.plan.total_steps):
+        watch(config.parallel.timeout)
+        asked = samples.questions(prepared.evals, config.eval.samples)
+        for answer in samples.answers(model, asked, prepared.tokenizer, stop_ids=prepared.renderer.stop_ids(),
+                                      device=world.device):
+            monitor.write({"kind": "sample", "step": step, **answer})

@@ -1,0 +1,39 @@
+"""The documents' figures, drawn from the logs of real runs.
+
+    torchrun train.py && python benchmarks/figures.py runs/demo
+
+Writes docs/images/RUN-loss.svg, and RUN-forgetting.svg where the log says how much is forgotten.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from minisft import drawing, report
+from minisft.errors import EXIT_USAGE, UserError
+from minisft.page import write
+from minisft.runs import read_runs
+
+
+def main() -> int:
+    """One file a figure; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), metavar="FOLDER")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for run in read_runs(options.runs):
+            for name, panels in (("loss", report.loss_panels([run])), ("forgetting", report.forgetting_panels([run]))):
+                if panels:
+                    file = options.out / f"{Path(run.name).name}-{name}.svg"
+                    write(file, drawing.alone(drawing.lines(panels)))
+                    print(file)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""`minisft compare`: a page for blind ratings of two models, and win rates of ratings or of a judge."""
+
+import argparse
+import json
+from pathlib import Path
+
+from minisft.commands import answer
+from minisft.commands.evaluate import positive
+from minisft.errors import UserError
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    """The options of `minisft compare`."""
+    command = commands.add_parser(
+        "compare", help="a page for blind ratings of two models; win rates of ratings or of a judge",
+        usage="minisft compare A B --questions FILE --out PAGE.html [options]\n"
+              "       minisft compare --ratings FILE ... --key PAGE.html.key.json\n"
+              "       minisft compare --judge FILE", allow_abbrev=False,
+        epilog="Give the page to the rater and keep the key, which says whose answers are where.")
+    command.add_argument("models", nargs="*", metavar="A B", help="model folders, or files that `minisft answer` wrote")
+    command.add_argument("--questions", metavar="FILE", help="mt-en or mt-tr (shipped), or a file in FastChat's or "
+                         "IFEval's layout")
+    command.add_argument("--out", type=Path, metavar="FILE", help="the page; its key is written beside it, and so are "
+                         "the answers of model folders")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the hidden order (0)")
+    command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
+    command.add_argument("--ratings", nargs="+", type=Path, default=[], metavar="FILE", help="saved by the page")
+    command.add_argument("--key", nargs="+", type=Path, default=[], metavar="FILE", help="of the rated pages")
+    command.add_argument("--judge", type=Path, metavar="FILE", help="verdicts in FastChat's layout, of pairs or scores")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
+    answer.add_model_options(command)
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, recipe: list[str]) -> None:
+    """One of three: make a page, read ratings, read a judge's verdicts."""
+    answer.check(options, recipe, files=(options.out, options.json))
+    if sum(map(bool, (options.models, options.ratings, options.judge))) != 1:
+        raise UserError("give two models, or --ratings, or --judge; `minisft compare --help` shows each")
+    if options.models:
+        return make_page(options)
+    from minisft.evaluation import ratings
+
+    scores, left_out = {}, 0
+    if options.judge:
+        pairs, scores, left_out = ratings.read_judgments(options.judge)
+    else:
+        pairs = ratings.read_ratings(options.ratings, options.key)
+    lines = ratings.table(pairs)
+    print(ratings.describe(lines, scores, left_out) or "nothing is rated")
+    if options.json:
+        options.json.write_text(json.dumps({"pairs": lines, "scores": scores, "left_out": left_out}, indent=2,
+                                           ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_page(options: argparse.Namespace) -> None:
+    """Answers of both, the page and its key."""
+    from minisft.evaluation import comparison, prompts
+
+    if len(options.models) != 2 or not options.questions or not options.out:
+        raise UserError("a page needs two models, --questions FILE and --out PAGE.html")
+    questions = prompts.load_questions(options.questions)[: options.limit]
+    a, b = (answers_of(model, questions, options, side)
+            for model, side in zip(options.models, ("a", "b"), strict=True))
+    key = comparison.write_page(options.out, questions, a, b, seed=options.seed)
+    lacking = len(questions) - len(key["pairs"]) - len(key["identical"])
+    print(f"{options.out}: {len(key['pairs'])} pairs to rate; {len(key['identical'])} with the same answers, which are "
+          f"ties; {lacking} questions that one of the two has not answered")
+    print(f"{comparison.key_file(options.out)}: whose answers are where; not for the rater")
+
+
+def answers_of(model: str, questions: list, options: argparse.Namespace, side: str):
+    """The answers in a file, or those of a model folder, which are kept beside the page."""
+    from minisft.evaluation import answers
+
+    if not Path(model).is_dir():
+        return answers.read_answers(Path(model))
+    file, name = options.out.with_name(f"{options.out.name}.{side}.jsonl"), answers.model_name(model)
+    if answers.unanswered(questions, file, model_id=name):
+        answers.write_answers(answer.load(model, options), questions, file, model_id=name,
+                              max_new_tokens=options.max_new_tokens, batch=options.batch)
+    return answers.read_answers(file)

@@ -1,0 +1,93 @@
+"""`minisft eval`: what a model knows and does, in figures.
+
+Each kind of evaluation is asked for by the option that names its files, and is a module of minisft/evaluation with two
+functions: one makes a dict of figures, the other a table of them. `--json` writes all dicts as one.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from minisft.errors import UserError
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    """The options of `minisft eval`."""
+    command = commands.add_parser("eval", help="what a model knows and does, in figures", allow_abbrev=False)
+    command.add_argument("model", metavar="MODEL", help="a Hugging Face folder, such as runs/my/final")
+    command.add_argument("--template", default="", metavar="NAME", help="chat template (the one that the folder tells)")
+    command.add_argument("--templates", default="", metavar="FILE", help="TOML file with templates of your own")
+    command.add_argument("--precision", choices=("bf16", "fp32"), help="of weights and products (bf16 on a GPU, else "
+                         "fp32)")
+    command.add_argument("--batch-tokens", type=positive, default=8192, metavar="N",
+                         help="tokens in one forward pass (8192)")
+    command.add_argument("--limit", type=positive, metavar="N", help="only the first N of each file")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
+    group = command.add_argument_group("multiple choice by log-likelihood")
+    group.add_argument("--choices", nargs="+", default=[], metavar="FILE",
+                       help="questions: MMLU's CSV, TurkishMMLU's JSON, ARC's JSON")
+    group.add_argument("--format", choices=("auto", "mmlu", "turkish_mmlu", "arc"), default="auto",
+                       help="of the files of questions (auto)")
+    group.add_argument("--language", choices=("en", "tr"), default="", help="of the prompt's own words (the format's)")
+    group.add_argument("--style", choices=("letter", "text"),
+                       help="what is scored: the letter of a choice, or its text (text for arc, letter for the others)")
+    group.add_argument("--shots", type=natural, default=0, metavar="K", help="answered questions before each (0)")
+    group.add_argument("--shots-from", nargs="+", default=[], metavar="FILE",
+                       help="where they come from (the other questions of the same subject)")
+    group.add_argument("--chat", action="store_true", help="ask in a user's turn of the chat template")
+    group = command.add_argument_group("instructions that a program can check")
+    group.add_argument("--instructions", metavar="FILE", help="prompts in IFEval's layout, or `instructions`: the "
+                       "shipped ones, English and Turkish")
+    group.add_argument("--skip-unknown", action="store_true", help="leave out instructions that have no check")
+    group.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer (512)")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, recipe: list[str]) -> None:
+    """All evaluations that the options ask for, of one model."""
+    import torch  # here, so that `minisft --help` does not wait for it
+
+    from minisft.evaluation import choices, instructions
+    from minisft.evaluation.assistant import Assistant
+
+    if recipe:
+        raise UserError(f"unknown argument {recipe[0]}; `minisft eval --help` lists the options")
+    if not options.choices and not options.instructions:
+        raise UserError("nothing to evaluate; give --choices FILE ... or --instructions FILE")
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
+    # All files are read before the weights are: an error in them should not take a minute.
+    asked = choices.ask(options.choices, format=options.format, language=options.language, style=options.style,
+                        shots=options.shots, shots_from=options.shots_from, limit=options.limit)
+    prompts = instructions.load(options.instructions, skip_unknown=options.skip_unknown,
+                                limit=options.limit) if options.instructions else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = options.precision or ("bf16" if device == "cuda" else "fp32")
+    # A base model has no chat template and needs none where nothing is asked in turns.
+    template = options.template or ("" if options.chat or prompts else "text")
+    assistant = Assistant.load(options.model, template=template, templates=options.templates, device=device,
+                               dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
+    found: dict[str, Any] = {"model": options.model, "precision": precision}
+    if asked:
+        found["choices"] = choices.figures(assistant, asked, chat=options.chat, batch_tokens=options.batch_tokens)
+        print(choices.describe(found["choices"]))
+    if prompts:
+        found["instructions"] = instructions.figures(assistant, prompts, max_new_tokens=options.max_new_tokens)
+        print(instructions.describe(found["instructions"]))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def natural(text: str) -> int:
+    """A whole number from 0."""
+    if (number := int(text)) < 0:
+        raise ValueError
+    return number

@@ -1,0 +1,42 @@
+"""`minisft report`: a page of a run's figures, or several runs compared; or their logs for TensorBoard."""
+
+import argparse
+from pathlib import Path
+
+from minisft.errors import UserError
+from minisft.page import check_writable, write
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    """The options of `minisft report`."""
+    command = commands.add_parser(
+        "report", help="a page of a run's curves, throughput, data and answers; several runs are compared",
+        usage="minisft report RUN [RUN ...] [--out FILE | --tensorboard FOLDER]", allow_abbrev=False)
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run (run.dir)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html in the first run's folder)")
+    command.add_argument("--tensorboard", type=Path, metavar="FOLDER",
+                         help="write event files instead, in a folder for each run")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> None:
+    """The page, or the event files."""
+    from minisft.report import page  # imported late, as is all that needs NumPy
+    from minisft.runs import read_runs
+
+    if rest:
+        raise UserError(f"minisft report: unknown option {rest[0]}; `minisft report --help` lists them")
+    if options.out and options.tensorboard:
+        raise UserError("minisft report: --out and --tensorboard are two things; ask for one at a time")
+    runs = read_runs(options.runs)
+    if options.tensorboard:
+        from minisft.tensorboard import write_events
+
+        for each in runs:
+            folder = options.tensorboard / each.name.strip("/").replace("/", "-")
+            print(f"{folder}: {write_events(each, folder):,} values")
+        return
+    file = options.out or options.runs[0] / "report.html"
+    check_writable(file, "--out")
+    write(file, page(runs))
+    print(file)

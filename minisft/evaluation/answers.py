@@ -1,0 +1,138 @@
+"""Answers to question files, kept in FastChat's layout of MT-Bench, so that any judge can score them.
+
+    {"question_id": 101, "answer_id": "...", "model_id": "my/final",
+     "choices": [{"index": 0, "turns": ["first answer", "second answer"], "cut": [false, true]}], "tstamp": 17e8}
+
+"cut" is ours: whether an answer was as long as it may be, and probably not at its end. FastChat does not mind it.
+One line a question, in the order of the question file. The second turn is asked after the first answer. A line is
+written whole as soon as its questions are answered, so a command that was stopped goes on behind the last whole line.
+"""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from minisft.data.formats import Turn
+from minisft.errors import UserError
+from minisft.evaluation.prompts import Question, json_lines, texts
+
+MAX_NEW_TOKENS = 1024  # FastChat's default
+
+
+class Answering(Protocol):
+    """What is asked: an Assistant, or anything that answers like one."""
+
+    renderer: Any
+
+    def answer(self, conversations: list[tuple[Turn, ...]], *, max_new_tokens: int) -> list[str]: ...
+
+
+def in_batches(assistant: Answering, conversations: list[tuple[Turn, ...]], *, max_new_tokens: int, batch: int,
+               doing: str = "") -> list[str]:
+    """The next turn of each conversation, `batch` of them at a time; `doing` names the bar of progress."""
+    answers: list[str] = []
+    with tqdm(total=len(conversations), desc=doing, unit="answer", leave=False, disable=not doing) as progress:
+        for start in range(0, len(conversations), batch):
+            some = conversations[start : start + batch]
+            answers += assistant.answer(some, max_new_tokens=max_new_tokens)
+            progress.update(len(some))
+    return answers
+
+
+def answer_turns(assistant: Answering, questions: list[Question], *, max_new_tokens: int) -> list[list[str]]:
+    """All turns of `questions`, asked side by side; each turn sees the answers before it."""
+    talks: list[tuple[Turn, ...]] = [() for _ in questions]
+    for turn in range(max(len(question.turns) for question in questions)):
+        asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
+        for i in asked:
+            talks[i] += (Turn("user", questions[i].turns[turn]),)
+        found = assistant.answer([talks[i] for i in asked], max_new_tokens=max_new_tokens)
+        for i, text in zip(asked, found, strict=True):
+            talks[i] += (Turn("assistant", text),)
+    return [[turn.content for turn in talk if turn.role == "assistant"] for talk in talks]
+
+
+def write_answers(assistant: Answering, questions: list[Question], file: Path, *, model_id: str,
+                  max_new_tokens: int = MAX_NEW_TOKENS, batch: int = 8) -> None:
+    """Append to `file` the answers that it lacks."""
+    missing = unanswered(questions, file, model_id=model_id)
+    with open(file, "ab") as out, tqdm(total=len(missing), desc=model_id, unit="question", leave=False) as progress:
+        for start in range(0, len(missing), batch):
+            some = missing[start : start + batch]
+            for question, turns in zip(some, answer_turns(assistant, some, max_new_tokens=max_new_tokens), strict=True):
+                cut = [cut_off(assistant, text, max_new_tokens) for text in turns]
+                out.write(_line(question, turns, cut, model_id).encode())
+            out.flush()
+            os.fsync(out.fileno())
+            progress.update(len(some))
+
+
+def cut_off(assistant: Answering, text: str, max_new_tokens: int) -> bool:
+    """Whether an answer is as long as it may be, within two tokens: encoding anew may join some at the end."""
+    return len(assistant.renderer.tokenizer.encode(text)) >= max(1, max_new_tokens - 2)
+
+
+def _line(question: Question, turns: list[str], cut: list[bool], model_id: str) -> str:
+    name = hashlib.sha256(json.dumps([model_id, question.id, turns]).encode()).hexdigest()[:22]
+    return json.dumps({"question_id": question.id, "answer_id": name, "model_id": model_id,
+                       "choices": [{"index": 0, "turns": turns, "cut": cut}], "tstamp": time.time()},
+                      ensure_ascii=False) + "\n"
+
+
+def unanswered(questions: list[Question], file: Path, *, model_id: str) -> list[Question]:
+    """The questions whose answers `file` lacks. A last line that was cut off in writing is removed from the file."""
+    if not file.exists():
+        return list(questions)
+    whole = file.read_bytes()
+    if whole and not whole.endswith(b"\n"):
+        with open(file, "r+b") as out:
+            out.truncate(whole.rfind(b"\n") + 1)
+    if file.stat().st_size == 0:
+        return list(questions)
+    done = read_answers(file)
+    if done.model_id != model_id:
+        raise UserError(f"{file}: holds the answers of {done.model_id!r}, not of {model_id!r}; give another --out")
+    return [question for question in questions if question.id not in done.turns]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A file of answers: whose they are, and the turns by question."""
+
+    model_id: str
+    turns: dict[int | str, tuple[str, ...]]
+    cut: list[bool] | None  # of all turns, where the file says it of every one
+
+
+def read_answers(file: Path) -> Answers:
+    """The answers of one model. Of several choices the first counts. Raises UserError, with file and line."""
+    turns: dict[int | str, tuple[str, ...]] = {}
+    models: set[str] = set()
+    cut: dict[int | str, list[bool]] = {}
+    for line, record in json_lines(file):
+        where = f"{file}:{line}"
+        number, model, choices = record.get("question_id"), record.get("model_id"), record.get("choices")
+        if not isinstance(number, int | str) or not isinstance(model, str):
+            raise UserError(f"{where}: needs question_id, and model_id that is text")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise UserError(f"{where}: choices must be a list such as [{{\"index\": 0, \"turns\": [\"...\"]}}]")
+        models.add(model)
+        turns[number] = texts(choices[0].get("turns"), f"{where}: choices[0].turns")
+        if isinstance(said := choices[0].get("cut"), list) and len(said) == len(turns[number]):
+            cut[number] = [bool(one) for one in said]
+    if len(models) != 1:
+        raise UserError(f"{file}: holds the answers of {len(models)} models; one file a model")
+    return Answers(models.pop(), turns, [one for said in cut.values() for one in said] if cut.keys() == turns.keys()
+                   else None)
+
+
+def model_name(path: str | Path) -> str:
+    """What a model folder is called in files: its name, and for a run's `final` the run's as well."""
+    folder = Path(path).resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.name == "final" else folder.name

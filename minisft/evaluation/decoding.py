@@ -1,0 +1,195 @@
+"""The next token of texts whose keys and values are kept: the network's forward pass for one token a text.
+
+    prefill   prompts, one after another in a stream of documents -> the training's own forward pass, which leaves the
+              keys and values of every layer in the cache
+    step      (B,) tokens -> (B, V) logits; each text attends to its own part of the cache
+
+A step reads every weight once and does little else, so the memory's bandwidth is its limit, and what else a step does
+must be short: products that share an input are one call, and on a CPU everything but the weights is fp32, in which
+PyTorch's small operations are faster. For a single text the products are matrix times vector, where PyTorch's usual
+kernels on a CPU read at a third of the bandwidth. Two others come close to it and give the same sums:
+
+    fp32   `bmm` of slices of the matrix, as it lies there
+    bf16   `embedding_bag`: a product with a vector is a weighted sum of the matrix's columns, and weighted sums of rows
+           out of a table are what embeddings are. The table is a copy of the matrix in tiles of some outputs each:
+
+               weight (O, I)  ->  tiles (O / WIDTH * I, WIDTH)      a bag: I rows of a tile, weighted by the input
+"""
+
+# B texts, D model width, H query heads, K key/value heads, G = H / K, E head width, L positions in the cache,
+# V vocabulary; a product takes I channels to O
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisft.model.attention import Documents
+from minisft.model.llama import Block, Llama
+from minisft.model.precision import linear
+from minisft.model.rope import rotations
+
+ROWS = 64  # of a slice in fp32
+WIDTHS = (192, 128, 64)  # of a tile in bf16: the widest that fits best
+SUM = 0  # embedding_bag's mode; the function in torch.nn.functional checks more, in as much time as a small product
+
+
+class Cache:
+    """Keys and values of up to B texts of up to L tokens, and where each text ends."""
+
+    def __init__(self, model: Llama, dtype: torch.dtype, *, texts: int, positions: int):
+        config, device = model.config, model.model.embed_tokens.weight.device
+        shape = (config.num_hidden_layers, 2, texts, config.num_key_value_heads, positions, config.head_dim)
+        self.layers = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a weight of 0 does not silence a nan
+        self.lengths: list[int] = []  # tokens of each text, and the same on the device:
+        self.ends = torch.empty(0, dtype=torch.long, device=device)
+        cosine, sine = rotations(torch.arange(positions, device=device), config)  # (L, 1, E)
+        first, second = sine.chunk(2, dim=-1)
+        self.rotations = cosine, torch.cat((-first, second), dim=-1)  # the sign belongs to `rotate`, and is done once
+
+    def fill(self, kept: list[tuple[Tensor, Tensor]], lengths: list[int]) -> None:
+        """The keys and values (T, K, E) of each layer of a stream of documents become the cache's texts."""
+        for layer, pair in zip(self.layers, kept, strict=True):
+            for which, stream in zip(layer, pair, strict=True):
+                for text, document in zip(which, stream.split(lengths), strict=False):
+                    text[:, : len(document)] = document.transpose(0, 1)
+        self.lengths, self.ends = list(lengths), torch.tensor(lengths, device=self.ends.device)
+
+    def begin_step(self) -> tuple[Tensor, Tensor]:
+        """Make room for a token of each text; returns the rotations of their positions, each (B, 1, E)."""
+        self.rows, self.places = torch.arange(len(self.lengths), device=self.ends.device), self.ends
+        self.ends, self.lengths = self.ends + 1, [length + 1 for length in self.lengths]
+        self.longest, self.mask = max(self.lengths), None
+        if min(self.lengths) < self.longest:
+            self.mask = (torch.arange(self.longest, device=self.ends.device) < self.ends[:, None])[:, None, None]
+        cosine, sine = self.rotations
+        return cosine[self.places], sine[self.places]
+
+    def attend(self, layer: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries (B, H, E), keys and values (B, K, E) of the new tokens -> (B, H, E)."""
+        layer[:, self.rows, :, self.places] = torch.stack((k, v), dim=1)
+        keys, values = layer[:, : len(q), :, : self.longest]
+        # The G heads that share keys are G queries of one attention.
+        grouped = q.view(len(q), k.shape[1], -1, q.shape[2])  # (B, K, G, E)
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask).flatten(1, 2)
+
+    def leave(self, stopped: list[int]) -> list[int]:
+        """Texts leave, and the last ones take their places; returns the former row of each that stays."""
+        rows = list(range(len(self.lengths)))
+        for row in sorted(stopped, reverse=True):
+            last = rows.pop()
+            if row < len(rows):
+                rows[row] = last
+                self.layers[:, :, row] = self.layers[:, :, len(rows)]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.ends = self.ends[rows]
+        return rows
+
+
+class Product:
+    """Linear maps of one input, side by side: x (B, I) -> (B, O), in the dtype of x."""
+
+    def __init__(self, *weights: Tensor, biases: tuple[Tensor | None, ...] = (), packed: bool = False):
+        self.weights, self.outputs = weights, sum(map(len, weights))
+        self.bias = torch.cat(biases) if biases and biases[0] is not None else None
+        self.dtype, self.tiles, self.slices = weights[0].dtype, None, None
+        if packed and weights[0].is_cpu and self.dtype == torch.bfloat16:
+            self._pack()
+        elif weights[0].is_cpu and self.dtype == torch.float32 and not any(len(w) % ROWS for w in weights):
+            self.slices = [w.unflatten(0, (-1, ROWS)) for w in weights]
+
+    def _pack(self) -> None:
+        channels, width = self.weights[0].shape[1], min(WIDTHS, key=lambda width: -self.outputs % width)
+        padded = F.pad(torch.cat(self.weights), (0, 0, 0, -self.outputs % width))
+        self.tiles = padded.unflatten(0, (-1, width)).mT.reshape(-1, width)
+        self.rows = torch.arange(len(self.tiles), dtype=torch.int32)
+        self.starts = self.rows[::channels].contiguous()
+        self.spread = torch.empty(len(self.starts), channels, dtype=self.dtype)  # the input, once for each tile
+
+    @classmethod
+    def of(cls, *maps: nn.Linear, packed: bool) -> "Product":
+        return cls(*(m.weight for m in maps), biases=tuple(m.bias for m in maps), packed=packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.tiles is not None and len(x) == 1:
+            weighted = self.spread.copy_(x).view(-1)
+            y = torch.embedding_bag(self.tiles, self.rows, self.starts, False, SUM, False, weighted)[0].view(1, -1)
+            y = y[:, : self.outputs] if y.shape[1] > self.outputs else y
+        elif self.slices is not None and len(x) == 1:
+            column = x.to(self.dtype).mT
+            parts = [torch.bmm(slices, column.expand(len(slices), -1, -1)).view(1, -1) for slices in self.slices]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        else:
+            narrow = x.to(self.dtype)
+            parts = [linear(narrow, weight) for weight in self.weights]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias
+
+
+class Layer:
+    """What a step needs of a block."""
+
+    def __init__(self, block: Block, dtype: torch.dtype, *, packed: bool):
+        attention, mlp = block.self_attn, block.mlp
+        self.before_attention = block.input_layernorm.weight.to(dtype)
+        self.before_mlp = block.post_attention_layernorm.weight.to(dtype)
+        self.qkv = Product.of(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed)
+        self.out = Product.of(attention.o_proj, packed=packed)
+        self.gate_up = Product.of(mlp.gate_proj, mlp.up_proj, packed=packed)
+        self.down = Product.of(mlp.down_proj, packed=packed)
+
+
+class Decoder:
+    """A network that continues texts.
+
+    With `packed`, bf16 weights on a CPU get a second copy that a single text is continued from, faster. Otherwise it
+    holds the model's own weights and costs nothing.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Llama, *, packed: bool = False):
+        weight = model.model.embed_tokens.weight
+        self.model, self.config = model, model.config
+        self.dtype = torch.float32 if weight.is_cpu else weight.dtype  # of everything but the weights
+        self.layers = [Layer(block, self.dtype, packed=packed) for block in model.model.layers]
+        self.norm = model.model.norm.weight.to(self.dtype)
+        self.head = Product(weight if self.config.tie_word_embeddings else model.lm_head.weight, packed=packed)
+
+    def bytes_per_position(self) -> int:
+        """What a token of a text takes in the cache."""
+        c = self.config
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
+
+    def prefill(self, prompts: list[list[int]], *, positions: int) -> tuple[Tensor, Cache]:
+        """Logits (B, V) of what comes after each prompt, and a cache that holds the prompts."""
+        lengths, device = [len(prompt) for prompt in prompts], self.norm.device
+        plain, kept = Documents.of_lengths(tuple(lengths), device=device), []
+        documents = Documents(plain.offsets, plain.cu_seqlens, plain.positions, plain.longest, kept)
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        last = plain.cu_seqlens[1:].long() - 1
+        logits = self.model(tokens, documents, lambda hidden, head: linear(hidden[last], head).float())
+        cache = Cache(self.model, self.dtype, texts=len(prompts), positions=positions)
+        cache.fill(kept, lengths)
+        return logits, cache
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """A further token (B,) of each text in the cache -> logits (B, V) of the one after it, in fp32."""
+        kv_heads, width = self.config.num_key_value_heads, (self.config.hidden_size,)
+        x = self.model.model.embed_tokens(tokens).to(self.dtype)  # (B, D)
+        rotation = cache.begin_step()
+        for layer, kept in zip(self.layers, cache.layers, strict=True):
+            normed = F.rms_norm(x, width, layer.before_attention, self.config.rms_norm_eps)
+            qkv = layer.qkv(normed).view(len(x), -1, self.config.head_dim)  # (B, H + 2 K, E)
+            qk = rotate(qkv[:, :-kv_heads], rotation)
+            q, k, v = qk[:, :-kv_heads], qk[:, -kv_heads:], qkv[:, -kv_heads:]
+            x = x + layer.out(cache.attend(kept, q, k, v).flatten(1))
+            normed = F.rms_norm(x, width, layer.before_mlp, self.config.rms_norm_eps)
+            gate, up = layer.gate_up(normed).chunk(2, dim=1)
+            x = x + layer.down(F.silu(gate) * up)
+        return self.head(F.rms_norm(x, width, self.norm, self.config.rms_norm_eps)).float()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """rope.rotate, (B, heads, E) -> (B, heads, E), in fewer operations: the first half of the sines is negative."""
+    cosine, sine = rotation
+    wide = x.float()
+    return torch.addcmul(wide * cosine, wide.roll(x.shape[-1] // 2, dims=-1), sine).to(x.dtype)

@@ -1,0 +1,125 @@
+"""Does a model do what it is told? Instructions that a program can check, asked and checked.
+
+A question file has IFEval's layout (google/IFEval, input_data.jsonl), with "language" where letters are cased as in
+Turkish:
+
+    {"key": 1, "prompt": "...", "language": "tr", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+
+Strict asks whether the answer follows. Loose forgives a frame: the answer also counts without its first line, its last
+line or both ("Sure, here it is:"), and each of these without asterisks. A prompt is followed if all its instructions
+are.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from minisft.data.formats import Turn
+from minisft.errors import UserError
+from minisft.evaluation.answers import Answering, in_batches
+from minisft.evaluation.instruction_checks import CHECKS, parameters
+from minisft.evaluation.prompts import json_lines, question_file
+from minisft.evaluation.rates import percent, rate
+
+
+@dataclass(frozen=True)
+class Instructed:
+    """A prompt and the instructions in it."""
+
+    key: int | str
+    prompt: str
+    language: str
+    instructions: tuple[tuple[str, dict[str, Any]], ...]  # name, parameters
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a file."""
+
+    file: str
+    prompts: list[Instructed]
+    skipped: dict[str, int]  # how often each unknown instruction was left out
+
+
+def figures(assistant: Answering, asked: Prompts, *, max_new_tokens: int = 512, batch: int = 8) -> dict:
+    """Ask every prompt and check the answers. See `check`."""
+    answers = in_batches(assistant, [(Turn("user", one.prompt),) for one in asked.prompts],
+                         max_new_tokens=max_new_tokens, batch=batch, doing="instructions")
+    return {"file": asked.file, "max_new_tokens": max_new_tokens, "skipped": asked.skipped,
+            **check(asked.prompts, answers)}
+
+
+def load(name: str | Path, *, skip_unknown: bool = False, limit: int | None = None) -> Prompts:
+    """The prompts of a file or of the shipped "instructions", or the first `limit` of them.
+
+    Raises UserError for instructions that are not known (they count with `skip_unknown`) and parameters that are wrong.
+    """
+    prompts, skipped = [], Counter()
+    for line, record in islice(json_lines(file := question_file(name)), limit):
+        where = f"{file}:{line}"
+        names, given = record.get("instruction_id_list"), record.get("kwargs")
+        if not (isinstance(record.get("prompt"), str) and isinstance(record.get("key"), int | str)):
+            raise UserError(f"{where}: needs a key, and a prompt that is text")
+        if not (isinstance(names, list) and names and isinstance(given, list) and len(names) == len(given)
+                and all(isinstance(name, str) for name in names) and all(isinstance(kw, dict) for kw in given)):
+            raise UserError(f"{where}: needs instruction_id_list, a list of names, and kwargs, an object for each name")
+        unknown = [name for name in names if name not in CHECKS]
+        if unknown and not skip_unknown:
+            raise UserError(f"{where}: there is no check for the instruction {unknown[0]!r}; leave such ones out with "
+                            f"--skip-unknown, or choose from {', '.join(sorted(CHECKS))}")
+        skipped.update(unknown)
+        known = tuple((name, parameters(name, kwargs, where))
+                      for name, kwargs in zip(names, given, strict=True) if name in CHECKS)
+        if known:
+            prompts.append(Instructed(record["key"], record["prompt"], str(record.get("language") or "en"), known))
+    if not prompts:
+        raise UserError(f"{file}: no prompts with instructions that can be checked")
+    return Prompts(str(name), prompts, dict(skipped))
+
+
+def follows(answer: str, asked: Instructed) -> list[bool]:
+    """Whether `answer` follows each instruction, strictly. An empty answer follows none."""
+    return [bool(answer.strip()) and CHECKS[name](answer, asked.language, **kwargs)
+            for name, kwargs in asked.instructions]
+
+
+def loosely(answer: str, asked: Instructed) -> list[bool]:
+    """The same for the answer or any of it without a frame."""
+    lines = answer.split("\n")
+    variants = [answer, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    verdicts = [follows(text, asked) for text in variants + [text.replace("*", "") for text in variants]]
+    return [any(column) for column in zip(*verdicts, strict=True)]
+
+
+def check(prompts: list[Instructed], answers: Iterable[str]) -> dict:
+    """Rates of prompts and of instructions followed, strictly and loosely, also by instruction and language."""
+    verdicts: dict[str, list[list[bool]]] = {"strict": [], "loose": []}
+    by_name, by_language = defaultdict(list), defaultdict(list)
+    for asked, answer in zip(prompts, answers, strict=True):
+        verdicts["strict"].append(strict := follows(answer, asked))
+        verdicts["loose"].append(loosely(answer, asked))
+        by_language[asked.language].append(all(strict))
+        for (name, _), followed in zip(asked.instructions, strict, strict=True):
+            by_name[name].append(followed)
+    rates: dict[str, Any] = {}
+    for kind, rows in verdicts.items():
+        each = [followed for row in rows for followed in row]
+        rates[kind] = {"prompts": rate(sum(map(all, rows)), len(rows)), "instructions": rate(sum(each), len(each))}
+    rates["by_instruction"] = {name: rate(sum(found), len(found)) for name, found in sorted(by_name.items())}
+    rates["by_language"] = {name: rate(sum(found), len(found)) for name, found in sorted(by_language.items())}
+    return rates
+
+
+def describe(found: dict) -> str:
+    """The figures as lines of text."""
+    lines = [f"instructions followed ({found['file']}), with 95% intervals"]
+    lines += [f"  {unit}, {kind:6} {percent(found[kind][unit])}"
+              for unit in ("prompts", "instructions") for kind in ("strict", "loose")]
+    lines += [f"  prompts in {code}, strict: {percent(figure)}" for code, figure in found["by_language"].items()
+              if len(found["by_language"]) > 1]
+    lines += [f"    {name:44} {percent(figure)}" for name, figure in found["by_instruction"].items()]
+    lines += [f"  not checked: {name} ({count} times)" for name, count in found["skipped"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""From ratings to win rates: a person's ratings of a page (comparison.py), or the verdicts of a judge.
+
+A judge's file is in FastChat's layout, pairwise or single:
+
+    {"question_id": 1, "model_1": "m", "model_2": "n", "g1_winner": "model_1", "g2_winner": "tie", "turn": 1, ...}
+    {"question_id": 1, "model": "m", "score": 7, "turn": 1, ...}
+
+As there, a pair is won only if both orders of the two answers say so, and scores within 0.1 are a tie; what the judge
+failed to say ("error", -1) is left out and counted. What is rated several times, by several people or judges, counts
+once, with its mean; the models' names decide the order of a pair.
+
+The win rate takes a tie as half a win. Its interval is Wilson's, the p-value that of the sign test without ties. Both
+take what is rated for independent; two turns of one question are not quite, so each turn also has its own line.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+from minisft.errors import UserError
+from minisft.evaluation.prompts import json_lines
+from minisft.evaluation.rates import percent, rate, sign_test
+
+TIE = 0.1  # FastChat's TIE_DELTA: scores that are not further apart are a tie
+Unit = tuple[int | str, int]  # question, turn; turn 0 is a whole conversation
+Verdicts = dict[Unit, list[float]]  # of each unit 1 where the first model won, 0 where the second did, 0.5 for a tie
+
+
+def read_ratings(ratings: Iterable[Path], keys: Iterable[Path]) -> dict[tuple[str, str], Verdicts]:
+    """The verdicts of raters, by pair of models. Raises UserError for files that do not belong together."""
+    by_page = {key.get("page"): key for key in map(_read_key, keys)}
+    found: dict[tuple[str, str], Verdicts] = defaultdict(lambda: defaultdict(list))
+    used = {}
+    for file in ratings:
+        rated = _object(file)
+        if not isinstance(rated.get("ratings"), dict):
+            raise UserError(f"{file}: is no file of ratings that a page of `minisft compare` has saved")
+        if (key := by_page.get(rated.get("page"))) is None:
+            raise UserError(f"{file}: rates page {rated.get('page')!r}, whose key is not among --key; give the "
+                            ".key.json that was written beside the page")
+        used[key["page"]] = key
+        for index, choice in rated["ratings"].items():
+            if not (index.isdecimal() and int(index) < len(key["pairs"])) or choice not in ("left", "right", "tie"):
+                raise UserError(f"{file}: rating {index}: {choice!r} is not of this page; a choice is left, right or "
+                                "tie")
+            pair = key["pairs"][int(index)]
+            score = 0.5 if choice == "tie" else float((choice == "left") == (pair["left"] == "a"))
+            found[key["model_a"], key["model_b"]][pair["question_id"], 0].append(score)
+    for key in used.values():
+        for question in key["identical"]:
+            found[key["model_a"], key["model_b"]][question, 0].append(0.5)
+    return found
+
+
+def _read_key(file: Path) -> dict:
+    key = _object(file)
+    if not {"page", "model_a", "model_b", "pairs", "identical"} <= key.keys():
+        raise UserError(f"{file}: is no key of a page; give the .key.json that was written beside the page")
+    return key
+
+
+def _object(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file") from None
+    except ValueError as error:
+        raise UserError(f"{file}: bad JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: must hold one JSON object")
+    return found
+
+
+def read_judgments(file: Path) -> tuple[dict[tuple[str, str], Verdicts], dict[str, list[float]], int]:
+    """Verdicts by pair of models, the scores of each model (of a file of scores), and how many lines were left out."""
+    pairs: dict[tuple[str, str], Verdicts] = defaultdict(lambda: defaultdict(list))
+    scores: dict[str, dict[Unit, list[float]]] = defaultdict(lambda: defaultdict(list))
+    left_out = 0
+    for line, record in json_lines(file):
+        unit = record.get("question_id"), record.get("turn", 1)
+        if not isinstance(unit[0], int | str) or not isinstance(unit[1], int):
+            raise UserError(f"{file}:{line}: needs question_id, and turn as a number")
+        if "g1_winner" in record:
+            verdict = _pairwise(record, f"{file}:{line}")
+            if verdict:
+                pairs[verdict[0]][unit].append(verdict[1])
+        else:
+            verdict = _single(record, f"{file}:{line}")
+            if verdict:
+                scores[verdict[0]][unit].append(verdict[1])
+        left_out += verdict is None
+    for a, b in combinations(sorted(scores), 2):
+        for unit in scores[a].keys() & scores[b].keys():
+            gap = mean(scores[a][unit]) - mean(scores[b][unit])
+            pairs[a, b][unit].append(0.5 if abs(gap) <= TIE + 1e-9 else float(gap > 0))
+    return pairs, {model: [mean(each) for each in units.values()] for model, units in scores.items()}, left_out
+
+
+def _pairwise(record: dict, where: str) -> tuple[tuple[str, str], float] | None:
+    models, winners = (record.get("model_1"), record.get("model_2")), (record["g1_winner"], record.get("g2_winner"))
+    for winner in winners:
+        if winner not in ("model_1", "model_2", "tie", "error"):
+            raise UserError(f"{where}: a winner is model_1, model_2, tie or error, not {winner!r}")
+    if not all(isinstance(model, str) for model in models) or models[0] == models[1]:
+        raise UserError(f"{where}: model_1 and model_2 must be the names of two models, not {models}")
+    if "error" in winners:
+        return None
+    first = 0.5 if winners[0] != winners[1] or winners[0] == "tie" else float(winners[0] == "model_1")
+    return (models, first) if models[0] < models[1] else (models[::-1], 1 - first)
+
+
+def _single(record: dict, where: str) -> tuple[str, float] | None:
+    model, score = record.get("model"), record.get("score")
+    if not isinstance(model, str) or not isinstance(score, int | float):
+        raise UserError(f"{where}: needs g1_winner and g2_winner (pairwise), or model and a score that is a number")
+    return None if score == -1 else (model, float(score))
+
+
+def table(pairs: dict[tuple[str, str], Verdicts]) -> list[dict]:
+    """A line of figures for each pair of models, and one for each turn where there are several."""
+    lines = []
+    for (a, b), verdicts in sorted(pairs.items()):
+        turns = sorted({turn for _, turn in verdicts})
+        for turn in [None, *turns] if len(turns) > 1 else [None]:
+            found = [mean(each) for (_, at), each in verdicts.items() if turn is None or at == turn]
+            wins, losses = sum(one > 0.5 for one in found), sum(one < 0.5 for one in found)
+            lines.append({"model_a": a, "model_b": b, "turn": turn, "wins": wins, "ties": len(found) - wins - losses,
+                          "losses": losses, "win_rate": rate(sum(found), len(found)), "p": sign_test(wins, losses)})
+    return lines
+
+
+def describe(lines: list[dict], scores: dict[str, list[float]] | None = None, left_out: int = 0) -> str:
+    """The table as text."""
+    text = []
+    for line in lines:
+        text.append(f"{line['model_a']} against {line['model_b']}"
+                    + (f", turn {line['turn']}" if line["turn"] is not None else ""))
+        text.append(f"  won {line['wins']}, tied {line['ties']}, lost {line['losses']}; win rate, ties split: "
+                    f"{percent(line['win_rate'])}; sign test p = {line['p']:.3g}")
+    text += [f"{model}: mean score {mean(each):.2f} of {len(each)}" for model, each in sorted((scores or {}).items())]
+    if left_out:
+        text.append(f"{left_out} lines without a verdict were left out")
+    return "\n".join(text)

@@ -1,0 +1,151 @@
+"""Question files are read and answered in FastChat's layout, turn after turn, and a stopped command goes on."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from oracles.tiny_llama import write_tiny_llama
+
+from minisft.__main__ import main
+from minisft.data.formats import Turn
+from minisft.errors import UserError
+from minisft.evaluation.answers import answer_turns, model_name, read_answers, unanswered, write_answers
+from minisft.evaluation.language import detect
+from minisft.evaluation.prompts import Question, load_questions
+
+QUESTIONS = [Question(1, ("one?", "two?")), Question(2, ("only?",)), Question("x", ("eins?", "zwei?", "drei?"))]
+
+
+class Echo:
+    """Answers with all it was told, in capitals; a token is a character."""
+
+    renderer = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
+
+    def __init__(self, patience=99):
+        self.patience = patience
+
+    def answer(self, conversations, *, max_new_tokens):
+        self.patience -= 1
+        if self.patience < 0:
+            raise KeyboardInterrupt
+        return ["".join(turn.content for turn in turns).upper()[-max_new_tokens:] for turns in conversations]
+
+
+def test_each_turn_sees_the_answers_before_it():
+    seen = []
+
+    class Scribe(Echo):
+        def answer(self, conversations, **options):
+            seen.extend(conversations)
+            return super().answer(conversations, **options)
+
+    turns = answer_turns(Scribe(), QUESTIONS, max_new_tokens=99)
+    assert turns[0] == ["ONE?", "ONE?ONE?TWO?"]
+    assert turns[1] == ["ONLY?"]
+    assert turns[2][2] == "EINS?EINS?ZWEI?EINS?EINS?ZWEI?DREI?"
+    assert (Turn("user", "one?"), Turn("assistant", "ONE?"), Turn("user", "two?")) in seen
+
+
+def test_a_line_has_fastchats_fields(tmp_path):
+    write_answers(Echo(), QUESTIONS, tmp_path / "a.jsonl", model_id="m", max_new_tokens=10, batch=2)
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["question_id"] for line in lines] == [1, 2, "x"]
+    assert set(lines[0]) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    assert lines[0]["choices"] == [{"index": 0, "turns": ["ONE?", "E?ONE?TWO?"], "cut": [False, True]}]
+    assert len({line["answer_id"] for line in lines}) == 3
+    found = read_answers(tmp_path / "a.jsonl")
+    assert (found.model_id, found.turns[2]) == ("m", ("ONLY?",))
+    assert found.cut == [False, True, False, False, True, True]
+
+
+def test_a_stopped_command_goes_on_behind_the_last_whole_line(tmp_path):
+    whole, file = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    write_answers(Echo(), QUESTIONS, whole, model_id="m", batch=1)
+    with pytest.raises(KeyboardInterrupt):
+        write_answers(Echo(patience=3), QUESTIONS, file, model_id="m", batch=1)
+    assert [question.id for question in unanswered(QUESTIONS, file, model_id="m")] == ["x"]
+    with open(file, "ab") as out:
+        out.write(b'{"question_id": "x", "model_id": "m", "cho')  # a machine that stopped in a line
+    write_answers(Echo(), QUESTIONS, file, model_id="m", batch=1)
+    assert read_answers(file) == read_answers(whole)
+    assert unanswered(QUESTIONS, file, model_id="m") == []
+    with pytest.raises(UserError, match="holds the answers of 'm', not of 'other'; give another --out"):
+        unanswered(QUESTIONS, file, model_id="other")
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"question_id": 1, "model_id": "m"}', "choices must be a list"),
+    ('{"question_id": 1, "choices": []}', "needs question_id, and model_id that is text"),
+    ('{"question_id": 1, "model_id": "m", "choices": [{"turns": "x"}]}', r"choices\[0\].turns: must be text in a list"),
+    ("not JSON", "bad JSON"),
+])
+def test_broken_answers_are_named_with_their_line(tmp_path, line, message):
+    good = '{"question_id": 0, "model_id": "m", "choices": [{"turns": ["x"]}]}\n'
+    (tmp_path / "a.jsonl").write_text(good + line + "\n")
+    with pytest.raises(UserError, match=rf"a.jsonl:2: .*{message}"):
+        read_answers(tmp_path / "a.jsonl")
+
+
+def test_answers_of_two_models_in_one_file_are_refused(tmp_path):
+    lines = [f'{{"question_id": 0, "model_id": "{m}", "choices": [{{"turns": ["x"]}}]}}\n' for m in "mn"]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="holds the answers of 2 models"):
+        read_answers(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text(lines[0])
+    assert read_answers(tmp_path / "a.jsonl").cut is None, "the file does not say it"
+
+
+@pytest.mark.parametrize(("name", "language", "start"), [("mt-en", "en", 1001), ("mt-tr", "tr", 2001)])
+def test_shipped_questions_are_forty_in_eight_categories(name, language, start):
+    questions = load_questions(name)
+    assert [question.id for question in questions] == list(range(start, start + 40))
+    assert sorted(Counter(question.category for question in questions).items()) == [
+        (category, 5) for category in ("coding", "extraction", "humanities", "math", "reasoning", "roleplay", "stem",
+                                       "writing")]
+    for question in questions:
+        assert len(question.turns) == 2
+        assert len(question.reference) == 2 * (question.category in ("math", "reasoning", "coding"))  # as FastChat asks
+        assert language in detect(" ".join(question.turns)), question.turns
+    assert len({turn for question in questions for turn in question.turns}) == 80
+
+
+@pytest.mark.parametrize(("record", "message"), [
+    ({"turns": ["a"]}, "question_id .or key. must be a number or text, not None"),
+    ({"question_id": 1, "turns": "a"}, "must be text in a list"),
+    ({"question_id": 1}, "must be text in a list"),
+    ({"question_id": 0, "turns": ["a"]}, "question 0 stands in this file already"),
+])
+def test_broken_questions_are_named_with_their_line(tmp_path, record, message):
+    (tmp_path / "q.jsonl").write_text('{"key": 0, "prompt": "a"}\n' + json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=rf"q.jsonl:2: .*{message}"):
+        load_questions(tmp_path / "q.jsonl")
+
+
+def test_a_model_is_called_after_its_run():
+    assert model_name("runs/my/final") == "my/final"
+    assert model_name("models/Llama-3/") == "Llama-3"
+
+
+def test_command_answers_and_then_only_counts(tmp_path, capsys):
+    folder = write_tiny_llama(tmp_path / "tiny")
+    (tmp_path / "q.jsonl").write_text('{"question_id": 7, "turns": ["Hi", "And then?"]}\n'
+                                     '{"key": 8, "prompt": "Hello"}\n')
+    command = ["answer", str(folder), "--questions", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "a.jsonl"),
+               "--max-new-tokens", "5", "--template", "llama3", "--json", str(tmp_path / "r.json")]
+    assert main([*command, "--flips"]) == 0
+    assert "tiny, 2 questions\n3 answers" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert (report["signals"]["answers"], report["flips"]["questions"]) == (3, 16)
+    (folder / "model.safetensors").unlink()  # nothing is left to answer, so no weights are read
+    assert main(command) == 0
+    assert len((tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--questions", "nothing.jsonl"], "nothing.jsonl: there is no such file"),
+    (["--questions", "mt-en", "--colour"], "unknown argument --colour; `minisft answer --help` lists the options"),
+])
+def test_bad_arguments_end_in_one_line(tmp_path, capsys, options, message):
+    assert main(["answer", "nowhere", "--out", str(tmp_path / "a.jsonl"), *options]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {message}"

@@ -1,0 +1,260 @@
+"""A page hides whose answers are whose; ratings and a judge's verdicts become win rates with an interval."""
+
+import json
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+
+import pytest
+
+from minisft.__main__ import main
+from minisft.errors import UserError
+from minisft.evaluation.answers import Answers
+from minisft.evaluation.comparison import key_file, write_page
+from minisft.evaluation.prompts import Question
+from minisft.evaluation.ratings import describe, read_judgments, read_ratings, table
+
+NASTY = "</script><script>alert(1)</script><!-- {{POLICY}} {{DATA}} & \u2028 <b>bold</b> \"'"
+
+
+def answers(name, count, text="answer {}"):
+    return Answers(name, {i: (f"{name[-1]} " + text.format(i), "second") for i in range(count)}, None)
+
+
+def questions(count):
+    return [Question(i, (f"question {i}", "and then?")) for i in range(count)]
+
+
+def data_of(page):
+    """The pairs in a page, read as a browser does: the JSON block ends at the first </script."""
+    html = page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script', html, re.DOTALL)[1])
+
+
+def test_a_page_shows_every_pair_once_and_the_key_knows_the_sides(tmp_path):
+    a, b = answers("secret-x", 21), answers("secret-y", 20)
+    key = write_page(tmp_path / "p.html", questions(22), a, b, seed=3)
+    pairs = data_of(tmp_path / "p.html")["pairs"]
+    assert json.loads(key_file(tmp_path / "p.html").read_text(encoding="utf-8")) == key
+    assert sorted(pair["question_id"] for pair in key["pairs"]) == list(range(20))
+    for shown, hidden in zip(pairs, key["pairs"], strict=True):
+        number, left = hidden["question_id"], "x" if hidden["left"] == "a" else "y"
+        assert shown["turns"][0] == {"question": f"question {number}", "left": f"{left} answer {number}",
+                                     "right": f"{'y' if left == 'x' else 'x'} answer {number}"}
+        assert shown["turns"][1]["left"] == "second"
+    lefts = [pair["left"] for pair in key["pairs"]]
+    assert lefts.count("a") == 10
+    assert len(set(pairwise(lefts))) == 4, "the sides take no turns"
+    assert [pair["question_id"] for pair in key["pairs"]] != sorted(range(20))
+
+
+def test_neither_names_nor_sides_are_in_the_page(tmp_path):
+    page = tmp_path / "p.html"
+    write_page(page, questions(6), answers("secret-x", 6), answers("secret-y", 6), seed=0)
+    first = page.read_text(encoding="utf-8")
+    assert "secret" not in first
+    assert set(data_of(page)) == {"page", "pairs"}
+    assert all(set(turn) == {"question", "left", "right"} for pair in data_of(page)["pairs"] for turn in pair["turns"])
+    write_page(page, questions(6), answers("other-x", 6), answers("other-y", 6), seed=0)
+    assert page.read_text(encoding="utf-8") == first, "the same answers of other models make the same page"
+
+
+def test_answers_stay_text(tmp_path):
+    page = tmp_path / "p.html"
+    write_page(page, [Question(1, (NASTY,))], Answers("a", {1: (NASTY,)}, None), Answers("b", {1: ("fine",)}, None),
+               seed=0)
+    assert sorted(data_of(page)["pairs"][0]["turns"][0].values()) == sorted([NASTY, NASTY, "fine"])
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<script") == html.count("</script>") == 2
+    assert "innerHTML =" not in html
+    assert not re.search(r"(src|href)=|https?:|@import|url\(", html), "a page needs no network"
+
+
+def test_the_policy_allows_the_pages_script_alone(tmp_path):
+    import base64
+    import hashlib
+
+    page = tmp_path / "p.html"
+    write_page(page, questions(2), answers("a", 2), answers("b", 2), seed=0)
+    html = page.read_text(encoding="utf-8")
+    script = html[html.rindex("<script>") + 8 : html.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert f'content="{policy}"' in html
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_a_browser_shows_the_pair_as_text(tmp_path):
+    page = tmp_path / "p.html"
+    write_page(page, [Question(1, ("asked",))], Answers("a", {1: (NASTY,)}, None), Answers("b", {1: ("fine",)}, None),
+               seed=0)
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "Question 1 of 1; 0 rated." in shown
+    assert '<p class="asked">asked</p>' in shown
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in shown
+
+
+def test_the_seed_decides_the_order(tmp_path):
+    a, b = answers("x", 12), answers("y", 12)
+    keys = [write_page(tmp_path / "p.html", questions(12), a, b, seed=seed) for seed in (0, 0, 1)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_same_answers_are_ties_and_not_shown(tmp_path):
+    a, b = answers("x", 3), answers("y", 3)
+    b.turns[1] = a.turns[1]
+    key = write_page(tmp_path / "p.html", questions(3), a, b, seed=0)
+    assert key["identical"] == [1]
+    assert len(data_of(tmp_path / "p.html")["pairs"]) == 2
+    with pytest.raises(UserError, match="all 3 answers of the two models are the same"):
+        write_page(tmp_path / "p.html", questions(3), a, a, seed=0)
+    with pytest.raises(UserError, match="have answered no question of --questions in common"):
+        write_page(tmp_path / "p.html", questions(3), a, Answers("y", {9: ("z",)}, None), seed=0)
+
+
+def rate(folder, name, key, favourite):
+    """A rater's file: `favourite` says for each question which model is better, "a", "b" or "tie"."""
+    sides = {i: favourite[pair["question_id"]] for i, pair in enumerate(key["pairs"])}
+    chosen = {str(i): best if best == "tie" else "left" if best == key["pairs"][i]["left"] else "right"
+              for i, best in sides.items() if best}
+    (folder / name).write_text(json.dumps({"page": key["page"], "rater": name, "ratings": chosen}))
+    return folder / name
+
+
+def test_ratings_become_a_win_rate(tmp_path):
+    stats = pytest.importorskip("scipy.stats")
+    key = write_page(tmp_path / "p.html", questions(20), answers("x", 20), answers("y", 20), seed=5)
+    file = rate(tmp_path, "r.json", key, ["a"] * 12 + ["tie"] * 4 + ["b"] * 3 + [""])
+    (line,) = table(read_ratings([file], [key_file(tmp_path / "p.html")]))
+    assert (line["model_a"], line["model_b"], line["wins"], line["ties"], line["losses"]) == ("x", "y", 12, 4, 3)
+    assert line["win_rate"]["rate"] == pytest.approx(14 / 19)
+    wanted = stats.binomtest(14, 19).proportion_ci(method="wilson")
+    assert line["win_rate"]["interval"] == pytest.approx([wanted.low, wanted.high], abs=1e-6)
+    assert line["p"] == pytest.approx(stats.binomtest(12, 15).pvalue)
+    assert "won 12, tied 4, lost 3; win rate, ties split: 73.7%" in describe([line])
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (5, 5), (3, 9), (40, 20), (0, 7)])
+def test_the_sign_test_is_scipys(wins, losses):
+    from minisft.evaluation.rates import sign_test
+
+    stats = pytest.importorskip("scipy.stats")
+    assert sign_test(wins, losses) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1)
+
+
+def test_what_several_people_rated_counts_once(tmp_path):
+    a, b = answers("x", 4), answers("y", 4)
+    b.turns[3] = a.turns[3]
+    key = write_page(tmp_path / "p.html", questions(4), a, b, seed=0)
+    files = [rate(tmp_path, f"{i}.json", key, favourite)
+             for i, favourite in enumerate((["a", "a", "b", ""], ["a", "b", "b", ""], ["a", "tie", "tie", ""]))]
+    (line,) = table(read_ratings(files, [key_file(tmp_path / "p.html")]))
+    assert (line["wins"], line["ties"], line["losses"]) == (1, 2, 1)  # question 3 has the same answers: a tie
+    assert line["win_rate"]["rate"] == pytest.approx((1 + 0.5 + 0.5 / 3 + 0.5) / 4)
+    assert line["win_rate"]["count"] == 4
+
+
+@pytest.mark.parametrize(("ratings", "message"), [
+    ({"page": "other", "ratings": {}}, "rates page 'other', whose key is not among --key"),
+    ({"page": "KEY"}, "is no file of ratings"),
+    ({"page": "KEY", "ratings": {"7": "left"}}, "rating 7: 'left' is not of this page"),
+    ({"page": "KEY", "ratings": {"0": "a"}}, "rating 0: 'a' is not of this page; a choice is left, right or tie"),
+    ({"page": "KEY", "ratings": {"-1": "tie"}}, "rating -1"),
+    ([], "must hold one JSON object"),
+])
+def test_ratings_that_do_not_belong_are_refused(tmp_path, ratings, message):
+    key = write_page(tmp_path / "p.html", questions(2), answers("x", 2), answers("y", 2), seed=0)
+    if "page" in ratings:
+        ratings["page"] = ratings["page"].replace("KEY", key["page"])
+    (tmp_path / "r.json").write_text(json.dumps(ratings))
+    with pytest.raises(UserError, match=r"r.json: ") as error:
+        read_ratings([tmp_path / "r.json"], [key_file(tmp_path / "p.html")])
+    assert message in str(error.value)
+
+
+def judged(folder, *records):
+    (folder / "j.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder / "j.jsonl"
+
+
+def verdict(question, g1, g2, turn=1, models=("m", "n")):
+    return {"question_id": question, "model_1": models[0], "model_2": models[1], "g1_winner": g1, "g2_winner": g2,
+            "judge": ["judge", "pair-v2"], "turn": turn, "tstamp": 1.0}
+
+
+def test_a_judges_pairs_are_counted_as_fastchat_does(tmp_path):
+    file = judged(tmp_path, verdict(1, "model_1", "model_1"), verdict(2, "model_1", "model_2"),
+                  verdict(3, "tie", "tie"), verdict(4, "error", "model_1"), verdict(5, "model_2", "model_2"),
+                  verdict(6, "model_2", "model_2", models=("n", "m")), verdict(1, "tie", "model_1", turn=2))
+    pairs, scores, left_out = read_judgments(file)
+    lines = table(pairs)
+    assert (scores, left_out) == ({}, 1)
+    assert [(line["turn"], line["wins"], line["ties"], line["losses"]) for line in lines] == [
+        (None, 2, 3, 1), (1, 2, 2, 1), (2, 0, 1, 0)]
+    assert lines[0]["model_a"] == "m", "the order of names, whatever that of the file"
+    assert lines[0]["win_rate"]["rate"] == pytest.approx(3.5 / 6)
+    assert "m against n, turn 2" in describe(lines, scores, left_out)
+    assert "1 lines without a verdict were left out" in describe(lines, scores, left_out)
+
+
+def test_a_judges_scores_give_the_same_table(tmp_path):
+    def score(question, model, value):
+        return {"question_id": question, "model": model, "score": value, "turn": 1, "judge": ["j", "single-v1"]}
+
+    file = judged(tmp_path, score(1, "m", 3), score(1, "n", 3.1), score(2, "m", 3), score(2, "n", 9), score(3, "m", 9),
+                  score(3, "n", -1), score(4, "n", 2))
+    pairs, scores, left_out = read_judgments(file)
+    (line,) = table(pairs)
+    assert (line["wins"], line["ties"], line["losses"], left_out) == (0, 1, 1, 1)
+    assert scores == {"m": [3, 3, 9], "n": [3.1, 9, 2]}
+    assert "m: mean score 5.00 of 3" in describe([line], scores)
+
+
+@pytest.mark.parametrize(("record", "message"), [
+    ({"question_id": 1, "turn": 1}, "needs g1_winner and g2_winner"),
+    ({"turn": 1, "model": "m", "score": 3}, "needs question_id"),
+    ({**verdict(1, "A", "B")}, "a winner is model_1, model_2, tie or error, not 'A'"),
+    ({**verdict(1, "tie", "tie", models=("m", "m"))}, "must be the names of two models"),
+])
+def test_a_broken_verdict_is_named_with_its_line(tmp_path, record, message):
+    with pytest.raises(UserError, match=r"j.jsonl:2: ") as error:
+        read_judgments(judged(tmp_path, verdict(1, "tie", "tie"), record))
+    assert message in str(error.value)
+
+
+def test_command_from_answers_to_win_rates(tmp_path, capsys):
+    for name in ("x", "y"):
+        lines = [{"question_id": i, "model_id": "final", "choices": [{"index": 0, "turns": [f"{name}{i}"]}]}
+                 for i in (1001, 1002)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "p.html"
+    assert main(["compare", str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl"), "--questions", "mt-en",
+                 "--limit", "3", "--out", str(page)]) == 0
+    assert "2 pairs to rate; 0 with the same answers, which are ties; 1 questions that" in capsys.readouterr().out
+    key = json.loads(key_file(page).read_text(encoding="utf-8"))
+    assert (key["model_a"], key["model_b"]) == ("final (A)", "final (B)")
+    rated = rate(tmp_path, "r.json", key, {1001: "b", 1002: "b"})
+    assert main(["compare", "--ratings", str(rated), "--key", str(key_file(page)), "--json",
+                 str(tmp_path / "w.json")]) == 0
+    assert "final (A) against final (B)\n  won 0, tied 0, lost 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "w.json").read_text(encoding="utf-8"))["pairs"][0]["losses"] == 2
+    assert main(["compare", "--judge", str(judged(tmp_path, verdict(1, "tie", "tie")))]) == 0
+    assert "m against n\n  won 0, tied 1, lost 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "give two models, or --ratings, or --judge; `minisft compare --help` shows each"),
+    (["a", "--questions", "mt-en", "--out", "p.html"], "a page needs two models, --questions FILE and --out PAGE.html"),
+    (["a", "b", "--judge", "j"], "give two models, or --ratings, or --judge; `minisft compare --help` shows each"),
+    (["a.jsonl", "b.jsonl", "--questions", "mt-en", "--out", "p.html"], "a.jsonl: there is no such file"),
+    (["--ratings", "nowhere.json", "--key", "no.json"], "no.json: there is no such file"),
+    (["a", "b", "--questions", "mt-en", "--out", "no/p.html"], "no/p.html: there is no folder no; make it first"),
+])
+def test_bad_arguments_end_in_one_line(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *arguments]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {message}"

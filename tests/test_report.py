@@ -1,0 +1,330 @@
+"""The page of a run: every figure is there, every number is the log's, nothing of the run's can act on the page."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import minisft.report
+from minisft import drawing
+from minisft.__main__ import main
+from minisft.runs import read_runs
+
+pytest.importorskip("matplotlib")
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&amp;$x_{$"
+CONFIG = """
+[model]
+path = "base/model"
+[data]
+train = ["chat.jsonl", "code.jsonl"]
+[optim]
+clip_norm = 0.5
+[eval]
+forgetting_bound = 0.25
+"""
+SOURCE = {"weight": 1.0, "epoch": {"documents": 30, "tokens": 3000, "target_tokens": 900}}
+DATA = {"seq_len": 128, "overlong": "drop", "packs": 10, "packs_per_step": 4, "steps_per_epoch": 3, "total_steps": 40,
+        "packing_efficiency": 0.9375, "pack_fill": [0] * 18 + [3, 7], "replay": [],
+        "train": [{"name": "chat", **SOURCE}, {"name": "code", **SOURCE}],
+        "epoch_documents": 60, "epoch_tokens": 6000, "epoch_target_tokens": 1800,
+        "lengths": [{"from": 1, "to": 64, "kept": 50, "too_long": 0},
+                    {"from": 65, "to": 128, "kept": 10, "too_long": 0},
+                    {"from": 129, "to": 256, "kept": 0, "too_long": 4}]}
+SECTIONS = ["Loss", "Forgetting", "Learning rate and gradient", "Throughput and its losses", "Data",
+            "Answers before and after", "Environment"]
+TITLES = ["training loss", "loss on general", "rise of the loss on general", "learning rate", "gradient norm",
+          "tokens per second", "seconds per step", "documents by length", "packs by fill",
+          "share of trained tokens, running mean"]
+
+
+def steps(count=40, skipped=()):
+    rng = np.random.default_rng(0)
+    for step in range(1, count + 1):
+        seconds = 0.5 + (step % 10 == 0)
+        yield {"kind": "train", "step": step, "epoch": 0, "loss": None if step in skipped else 3 / step, "lr": 1e-4,
+               "grad_norm": None if step in skipped else float(rng.uniform(0.1, 2)), "tokens": 200 + step,
+               "target_tokens": 100 + step, "seconds": seconds, "tokens_per_second": (200 + step) / seconds,
+               "memory_gib": 1 + step / 100, "sources": {"chat": 60, "code": 40 + step},
+               **({"skipped": True, "documents": []} if step in skipped else {})}
+
+
+def evaluations(name="general"):
+    return [{"kind": "eval", "step": step, "name": name, "loss": 2 + step / 100, "target_tokens": 50, "seconds": 2.0,
+             "forgetting": step / 100} for step in (0, 20, 40)]
+
+
+def samples(answers=("eh", "Valletta."), prompt="Capital of Malta?"):
+    return [{"kind": "sample", "step": step, "name": "general", "prompt": prompt, "answer": answer,
+             "reference": "Valletta."} for step, answer in zip((0, 40), answers, strict=True)]
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    def write(name="run", records=None, config=CONFIG, **files):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        if config is not None:
+            (folder / "config.toml").write_text(config)
+        records = [*steps(), *evaluations(), *samples()] if records is None else records
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        contents = {"data": DATA, "environment": {"commit": "abc", "gpus": ["H9", "H9"], "packages": {"torch": "2"}},
+                    "status": {"state": "done", "exit_code": 0, "step": 40, "error": ""}, **files}
+        for file, content in contents.items():
+            if content is not None:
+                (folder / f"{file}.json").write_text(json.dumps(content))
+        return folder
+    return write
+
+
+class Page(HTMLParser):
+    """Tags and attributes, headings, the cells of each table row, and the text of figures."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.headings, self.rows, self.labels, self._open = set(), [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
+        if tag not in ("meta", "br", "use", "path", "rect"):
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        if tag in self._open:
+            while self._open.pop() != tag:
+                pass
+
+    def handle_data(self, text):
+        if self._open[-1:] == ["text"]:
+            self.labels.append(text.strip())
+        if "td" in self._open or "th" in self._open:
+            self.rows[-1][-1] += text
+        if self._open[-1:] == ["h2"]:
+            self.headings.append(text)
+
+    def row(self, name):
+        return next(row[1:] for row in self.rows if row[0] == name)
+
+
+def report(*folders, out=None):
+    assert main(["report", *map(str, folders), *(["--out", str(out)] if out else [])]) == 0
+    return Page((out or folders[0] / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without their figures, which take most of the time."""
+    for name in ("lines", "histogram", "shares"):
+        monkeypatch.setattr(minisft.report, name, lambda *args, **named: "<svg></svg>")
+
+
+def failing(capsys, *argv):
+    assert main(["report", *map(str, argv)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_every_figure_is_there(write_run):
+    page = report(write_run(records=[*steps(skipped=(3, 7)), *evaluations(), *samples()]))
+    assert page.headings == SECTIONS
+    assert set(TITLES) <= set(page.labels)
+    assert {"optim.clip_norm = 0.5", "eval.forgetting_bound = 0.25", "left out", "chat", "code",
+            "skipped step"} <= set(page.labels)
+
+
+def test_the_numbers_are_the_logs(write_run, undrawn):
+    page = report(write_run(records=[*steps(skipped=(3, 7)), *evaluations()]))
+    assert page.row("state") == ["done"]
+    assert page.row("model") == ["base/model"]
+    assert page.row("data") == ["chat, code"]
+    assert page.row("steps") == ["40 of 40, 2 skipped"]
+    tokens, trained = 40 * 200 + 820, 40 * 100 + 820  # 1 + 2 + ... + 40 = 820
+    assert page.row("tokens") == [f"{tokens:,}, of which {trained:,} trained"]
+    last = sum(3 / step for step in range(31, 41)) / 10
+    assert page.row("training loss") == [f"3.0000 → {last:.4f} (mean of the last 10 steps)"]
+    assert page.row("loss on general") == ["2.0000 → 2.4000"]
+    assert page.row("time in steps") == ["24.0 s"]  # 40 halves and four whole ones
+    assert page.row("speed") == [f"{tokens / 24:,.0f} tokens/s, of which {trained / 24:,.0f} trained"]
+    assert page.row("memory") == ["1.40 GiB at most"]
+    assert page.row("gpus") == ["2 × H9"]
+
+
+def test_where_time_and_room_went(write_run):
+    [run] = read_runs([write_run()])
+    assert minisft.report.time_shares(run) == pytest.approx({"steps at their pace": 20 / 30, "steps beyond it": 4 / 30,
+                                              "held-out losses": 6 / 30})
+    room = 128 * (13 * 10 + 4)  # thirteen epochs of 4 + 4 + 2 packs, and the first step of another
+    assert minisft.report.token_shares(run) == pytest.approx({"trained": 4820 / room, "context": 4000 / room,
+                                               "empty": 1 - 8820 / room})
+
+
+def test_the_page_runs_nothing_and_loads_nothing(write_run):
+    config = CONFIG.replace("base/model", HOSTILE)
+    data = {**DATA, "train": [{"name": HOSTILE, **SOURCE}, {"name": f"_{HOSTILE}", **SOURCE}]}
+    records = [{**record, "sources": {HOSTILE: 3, "_$b_{$": 4}} for record in steps()]
+    folder = write_run("a<b>&", [*records, *evaluations(HOSTILE), *samples((HOSTILE, HOSTILE), HOSTILE)], config,
+                       data=data, environment={"command": HOSTILE},
+                       status={"state": HOSTILE, "error": HOSTILE})
+    (folder / "profile").mkdir()
+    (folder / "profile" / "table.txt").write_text(HOSTILE)
+    page, text = report(folder), (folder / "report.html").read_text(encoding="utf-8")
+    assert not page.tags & {"script", "img", "link", "iframe", "object", "a", "image", "foreignobject"}
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "srcset")]
+    assert all(value.startswith("#") for name, value in page.attributes if name.endswith("href"))
+    assert not re.findall(r"url\((?!#)|@import|https?:", text)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert page.row("model") == [HOSTILE]
+    assert page.row("command") == [HOSTILE]
+    assert page.row("step 40") == [HOSTILE]
+    assert f"loss on {HOSTILE}"[:39] + "…" in page.labels
+    assert "_$b_{$" in page.labels, "not a formula, and not left out for its underscore"
+    names = [value for name, value in page.attributes if name == "id"]
+    assert len(names) == len(set(names)) > 0
+    used = set(re.findall(r"url\(#(\w+)\)", text)) | {v[1:] for n, v in page.attributes if n.endswith("href")}
+    assert used <= set(names)
+
+
+def test_colours_are_the_pages(write_run):
+    """No colour is fixed: every one is a variable that both the light and the dark style set."""
+    folder = write_run()
+    report(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    style, body = text.split("</style>", 1)
+    assert not re.findall(r"#[0-9a-fA-F]{6}\b|\brgb", body)
+    light, dark = re.sub(r"@media.*?}\s*}", "", style, flags=re.S), "".join(re.findall(r"@media.*?}\s*}", style, re.S))
+    for variable in set(re.findall(r"var\((--(?!k)\w+)\)", body)):
+        assert f"{variable}:" in light
+        assert f"{variable}:" in dark
+
+
+def test_answers_stand_side_by_side(write_run, undrawn):
+    page = report(write_run())
+    assert page.row("expected") == ["Valletta."]
+    assert page.row("step 0") == ["eh"]
+    assert page.row("step 40") == ["Valletta."]
+    assert [value for name, value in page.attributes if name == "class"].count("text right") == 1
+
+
+def test_several_runs_are_overlaid(write_run, tmp_path):
+    one = write_run("one/run")
+    two = write_run("two/run", [*steps(20), *evaluations("other"), *samples(("no", "no"))],
+                    status={"state": "failed", "error": "disk full"})
+    page = report(one, two, out=tmp_path / "both.html")
+    assert page.row("state") == ["done", "failed: disk full"]
+    assert page.row("steps") == ["40 of 40", "20 of 40"]
+    assert page.row("loss on other") == ["", "2.0000 → 2.4000"]
+    assert [label[:39] for label in page.labels].count(str(two)[:39]) >= 3
+    assert page.labels.count("documents by length") == 1, "the data are the same"
+    assert page.row(f"{two}, step 40") == ["no"]
+    assert not (one / "report.html").exists()
+
+
+@pytest.mark.parametrize("records", [
+    [], list(steps(1)), list(steps(3, skipped=(1, 2, 3))), evaluations()[:1], samples()[:1],
+    [{"kind": "train", "step": 1}], [{"kind": "train", "step": 1, "loss": "x", "seconds": None, "lr": True}],
+    [{"kind": "other", "step": 1}]])
+def test_runs_that_have_hardly_begun(write_run, records):
+    page = report(write_run(records=records, status={"state": "running", "error": ""}))
+    assert page.row("state")[0].startswith("running; last written 2")
+    if not records:
+        assert page.headings == ["Loss", "Data", "Environment"]
+
+
+def test_a_run_that_is_being_written(write_run, undrawn):
+    """The last line is half there, and steps that were taken again replace what they were."""
+    folder = write_run(records=[*steps(10), {**next(steps(1)), "step": 9, "loss": 7.0}], data=None, environment=None,
+                       status={"state": "running"})
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write('{"kind": "train", "st')
+    page = report(folder)
+    assert page.row("steps") == ["10"]
+    losses = [3 / step for step in range(1, 11)]
+    losses[8] = 7.0
+    assert page.row("training loss") == [f"3.0000 → {np.mean(losses):.4f} (mean of the last 10 steps)"]
+
+
+def test_what_is_no_run_is_refused(write_run, tmp_path, capsys):
+    assert failing(capsys, tmp_path / "none") == (
+        f"error: {tmp_path / 'none'}: no such folder; name the folder of a run (run.dir)")
+    assert "holds no run (no status.json, metrics.jsonl or config.toml)" in failing(capsys, tmp_path)
+    run = write_run()
+    assert "a run is named twice" in failing(capsys, run, run)
+    assert "unknown option --colour" in failing(capsys, run, "--colour")
+    assert "there is no folder" in failing(capsys, run, "--out", tmp_path / "no" / "x.html")
+    assert "ask for one at a time" in failing(capsys, run, "--out", tmp_path / "x", "--tensorboard", tmp_path / "y")
+    (run / "status.json").write_text("[1]")
+    assert "status.json: expected a JSON object, found list; delete it" in failing(capsys, run)
+    (run / "status.json").write_text("{")
+    assert "status.json: not JSON" in failing(capsys, run)
+    (run / "config.toml").write_text("=")
+    assert "config.toml: not TOML" in failing(capsys, run)
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write("nonsense\n")
+    (run / "config.toml").unlink()
+    (run / "status.json").unlink()
+    assert f"metrics.jsonl:{40 + 3 + 2 + 1}: not a record of a run; delete the line" in failing(capsys, run)
+
+
+def test_without_matplotlib(write_run, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert failing(capsys, write_run()) == (
+        "error: figures need matplotlib, which is not installed; pip install -e '.[plot]'")
+
+
+def test_tensorboard(write_run, tmp_path, capsys):
+    """Read back by TensorBoard itself."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run, out = write_run(records=[*steps(skipped=(3,)), *evaluations(), *samples()]), tmp_path / "events"
+    assert main(["report", str(run), "--tensorboard", str(out)]) == 0
+    events = accumulator.EventAccumulator(str(out / "run"), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    found = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    assert found["train/loss"] == pytest.approx({step: 3 / step for step in range(1, 41) if step != 3})
+    assert found["eval/general/loss"] == pytest.approx({0: 2.0, 20: 2.2, 40: 2.4})
+    assert found["train/sources/code"][40] == 80
+    assert f"{sum(map(len, found.values())):,} values" in capsys.readouterr().out
+    assert len([tag for tag in events.Tags()["tensors"] if tag.startswith("sample/general/")]) == 2
+    assert "holds event files already" in failing(capsys, run, "--tensorboard", out)
+
+
+def test_tensorboard_is_an_extra(write_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    assert failing(capsys, write_run(), "--tensorboard", tmp_path / "events") == (
+        "error: event files need tensorboard, which is not installed; pip install -e '.[tensorboard]'")
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 100])
+def test_running_mean(window):
+    values = np.random.default_rng(window).normal(size=30)
+    values[[0, 7, 8, 9, 29]] = np.nan
+    around = [[v for v in values[max(i - window // 2, 0) : i + window // 2 + 1] if v == v] for i in range(30)]
+    np.testing.assert_allclose(drawing.running_mean(values, window), [np.mean(a) if a else np.nan for a in around])
+
+
+def test_a_long_run_is_a_light_page_with_its_peaks():
+    x = np.arange(100_000.0)
+    y = np.random.default_rng(0).normal(size=100_000)
+    y[77_777], y[5] = 50.0, np.nan
+    thin_x, thin_y = drawing.thinned(x, y)
+    assert len(thin_x) == len(thin_y) <= drawing.MOST
+    assert np.nanmax(thin_y) == 50.0
+    assert np.nanmin(thin_y) == np.nanmin(y)
+    assert abs(thin_x[np.nanargmax(thin_y)] - 77_777) < 100_000 / (drawing.MOST // 2)
+    assert len(drawing.lines([drawing.Panel("", [drawing.Curve("", x, y)])])) < 100_000
+
+
+def test_a_figure_alone_is_a_whole_svg():
+    import xml.etree.ElementTree as ElementTree
+    curve = drawing.Curve("a < b & c", np.arange(3.0), np.arange(3.0), 1)
+    root = ElementTree.fromstring(drawing.alone(drawing.lines([drawing.Panel("t", [curve])])))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    style = root.find("{http://www.w3.org/2000/svg}style").text
+    assert all(f"{variable}:" in style for variable in ("--page", "--ink", "--c1"))
