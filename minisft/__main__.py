@@ -8,6 +8,7 @@
     minisft answer MODEL     a model's answers to a file of questions, for judges, and their signals
     minisft compare A B      a page for blind ratings of two models; win rates of ratings or of a judge
     minisft report RUN ...   a page of a run's curves, throughput, data and answers; several runs compared
+    minisft convert A B      a model in another form: an adapter merged, Meta's files as Hugging Face's
 
 `minisft COMMAND --help` has the options of each. Training itself is `torchrun train.py`.
 """
@@ -15,10 +16,10 @@
 import argparse
 import sys
 
-from minisft.commands import answer, chat, compare, evaluate, plan, prepare, report, show
+from minisft.commands import answer, chat, compare, convert, evaluate, plan, prepare, report, show
 from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
 
-COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare, report)
+COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare, report, convert)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -101,6 +101,19 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters instead of full fine-tuning: the base is frozen, thin matrices beside its own are trained."""
+    rank: int = key(0, "rank of the adapters; 0: full fine-tuning", low=0)
+    alpha: float = key(16.0, "their product is scaled by alpha / rank", above=0)
+    targets: tuple[str, ...] = key(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+                                   "matrices with an adapter, by patterns such as layers.*.mlp.*")
+    dropout: float = key(0.0, "share of the adapters' inputs that is dropped", low=0, below=1)
+    rslora: bool = key(False, "scale by alpha / sqrt(rank) instead")
+    dora: bool = key(False, "train the lengths of the adapted rows, too")
+    base: str = key("bf16", "how the frozen weights are kept; nf4: 4 bits (QLoRA)", choices=("bf16", "fp32", "nf4"))
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Saving the run, and going on from what was saved."""
     every: int = key(200, "steps between checkpoints; 0: only when asked to stop", low=0)
@@ -152,6 +165,7 @@ class Config:
     batch: Batch = Batch()
     train: Train = Train()
     optim: Optim = Optim()
+    lora: Lora = Lora()
     checkpoint: Checkpoint = Checkpoint()
     parallel: Parallel = Parallel()
     eval: Eval = Eval()
@@ -204,6 +218,12 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
          "parameters in bf16 cannot be computed with in fp32; set train.precision to bf16"),
         (optim.in_backward and optim.clip_norm > 0, ("optim.in_backward", "optim.clip_norm"),
          "the norm of the gradient is known only when every parameter has been updated; set optim.clip_norm to 0"),
+        (config.lora != Lora() and not config.lora.rank, ("lora.rank",),
+         "is 0, so the other keys of [lora] do nothing; set it to 8, say"),
+        (config.lora.rank > 0 and random, ("lora.rank", "model.init"),
+         "adapters change what a pretrained model does; random weights are trained in full"),
+        (config.lora.base == "nf4" and config.parallel.offload == "parameters", ("lora.base", "parallel.offload"),
+         "a base in 4 bits stays on the device; set parallel.offload to none or optimizer"),
         (optim.in_backward and config.parallel.offload == "parameters", ("optim.in_backward", "parallel.offload"),
          "gradients reach the host only after the backward pass; offload the optimizer, or update after it"),
     ]

@@ -14,7 +14,7 @@ import numpy as np
 
 from minisft.data.dataset import Dataset
 from minisft.model.flops import training_flops
-from minisft.preparation import Prepared
+from minisft.preparation import Prepared, adapters_of
 
 CHECKS = ("one beginning-of-text token a document where the template has one",
           "trained answers end in a trained stop token", "no control token from content",
@@ -37,7 +37,8 @@ def figures(prepared: Prepared) -> dict:
     step_targets = np.add.reduceat(train.targets[epoch.documents], step_starts)[: plan.total_steps]
     recompute = config.parallel.activation_checkpointing
     flops = prepared.network and training_flops(prepared.network, train.lengths[epoch.documents],
-                                                train.targets[epoch.documents], recompute=recompute)
+                                                train.targets[epoch.documents], recompute=recompute,
+                                                lora=adapters_of(config))
     epoch_tokens = sum(source["epoch"]["tokens"] for source in sources)
     return {
         "template": prepared.renderer.template.name, "seq_len": plan.seq_len, "overlong": config.data.overlong,

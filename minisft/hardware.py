@@ -17,6 +17,7 @@ from minisft.errors import UserError
 from minisft.keys import nearest
 from minisft.memory import FP32, Bytes, Sizes
 from minisft.model.config import LlamaConfig
+from minisft.model.lora_config import LoRA
 
 REACHED = 0.75  # assumed share of a link's nominal rate that collectives reach
 
@@ -69,15 +70,18 @@ class Traffic:
     backward_seconds: float
 
     @classmethod
-    def of(cls, config: LlamaConfig, gpu: Gpu, *, shards: int, copies: int, each: Bytes | None = None) -> "Traffic":
+    def of(cls, config: LlamaConfig, gpu: Gpu, *, shards: int, copies: int, each: Bytes | None = None,
+           lora: LoRA | None = None) -> "Traffic":
         sizes, each = Sizes.of(config), each or Bytes()
         if shards * copies == 1:
             return cls(0, 0, 0, 0, 0.0, 0.0)
         sent = (shards - 1) / shards
         blocks = config.num_hidden_layers * sizes.block  # embedding and head are not gathered for their gradients
-        forward, backward = round(sent * each.compute * sizes.total), round(sent * each.compute * blocks)
-        reduced = round(sent * FP32 * sizes.total)
-        copied = round(2 * (copies - 1) / copies * FP32 * sizes.total / shards)
+        rest, trained = sizes.total - blocks, lora.trained(config) if lora else sizes.total
+        width = 0.5 if lora and lora.base == "nf4" else each.compute  # of a block's number, as it is sent
+        forward, backward = round(sent * (each.compute * rest + width * blocks)), round(sent * width * blocks)
+        reduced = round(sent * FP32 * trained)
+        copied = round(2 * (copies - 1) / copies * FP32 * trained / shards)
         ring = REACHED * 1e9 * (gpu.link_gb_s if shards <= gpu.per_host
                                 else min(gpu.link_gb_s, gpu.network_gb_s * gpu.per_host))
         between = REACHED * 1e9 * (gpu.link_gb_s if shards * copies <= gpu.per_host else gpu.network_gb_s)

@@ -40,7 +40,7 @@ class Source:
 
 def from_text(text: str, kind: Any) -> Any:
     """The value a recipe would hold for this text. Text that does not convert stays text, for `typed` to refuse."""
-    if kind == tuple[Source, ...]:
+    if kind in (tuple[Source, ...], tuple[str, ...]):
         return text.split(",") if text else []
     if get_origin(kind) is tuple:
         return [from_text(part, float) for part in text.split(",")]
@@ -59,6 +59,10 @@ def typed(where: str, value: Any, spec: Field) -> tuple[Any, list[str]]:
         items = value if isinstance(value, list) else [value]
         sources = [_source(f"{where}[{index}]", item) for index, item in enumerate(items)]
         return tuple(source for source, _ in sources), [problem for _, found in sources for problem in found]
+    if spec.type == tuple[str, ...]:
+        names = value if isinstance(value, list) else [value]
+        fits = all(_fits(name, str, spec) and name for name in names)
+        return tuple(names), [] if fits else [f"{where}: expected {accepted(spec)}, got {value!r}"]
     value = spec.metadata["booleans"].get(str(value).capitalize(), value)
     kinds = get_args(spec.type) or (spec.type,)
     if type(None) in kinds and value == "none":
@@ -107,6 +111,8 @@ def accepted(spec: Field) -> str:
     """What a key accepts, in words: 'int >= 1 or none'."""
     if spec.type == tuple[Source, ...]:
         return "paths"
+    if spec.type == tuple[str, ...]:
+        return "names"
     kinds = get_args(spec.type) or (spec.type,)
     kind = f"{len(kinds)} floats" if get_origin(spec.type) is tuple else kinds[0].__name__
     bounds = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in spec.metadata["bounds"].items())

@@ -19,6 +19,7 @@ ranks (tests/test_memory.py); a caching allocator reserves more than is allocate
 from dataclasses import dataclass
 
 from minisft.model.config import LlamaConfig
+from minisft.model.lora_config import BLOCK, LoRA, matrices
 from minisft.training.loss import CHUNK
 
 FP32 = 4
@@ -43,6 +44,14 @@ class Sizes:
     block: int
     vocabulary: int  # one (V, D) matrix
     total: int
+
+    def frozen(self, config: LlamaConfig, lora: LoRA, *, shards: int) -> int:
+        """Bytes of a frozen network on each of `shards` GPUs. NF4's statistics are on all (model/nf4.py)."""
+        wide = self.total * (FP32 if lora.base == "fp32" else 2)
+        if lora.base != "nf4":
+            return wide // shards
+        packed = sum(rows * columns for rows, columns in matrices(config).values())
+        return (wide - 2 * packed + packed // 2) // shards + packed // BLOCK
 
     @classmethod
     def of(cls, config: LlamaConfig) -> "Sizes":
@@ -81,13 +90,15 @@ def kept(config: LlamaConfig, recompute: str, compute: int = 2) -> int:
 
 
 def peak(config: LlamaConfig, *, shards: int, tokens: int, trained: int, recompute: str, accumulates: bool = False,
-         each: Bytes | None = None) -> Memory:
+         each: Bytes | None = None, lora: LoRA | None = None) -> Memory:
     """The instant of a step that needs most memory on each of `shards` GPUs.
 
     A forward pass has `tokens`, of which `trained` are targets. `accumulates`: gradients stand from the step's earlier
-    micro-batches.
+    micro-batches. With `lora` only its adapters are trained.
     """
     each = each or Bytes()
+    if lora:
+        return _with_adapters(config, shards, tokens, trained, recompute, each, lora)
     instants = {"head": _head, "last block": _last_block, "first block": _first_block, "embedding": _embedding}
     found = []
     for name, parts_of in instants.items():
@@ -161,6 +172,36 @@ def _embedding(config, shards, tokens, trained, recompute, each) -> tuple[int, d
         "gathered": gradient if tied and not lone else 0,
         "reduction": gradient + (0 if lone else FP32 * sizes.vocabulary + FP32 * sizes.vocabulary // shards),
     }
+
+
+def _with_adapters(config, shards, tokens, trained, recompute, each, lora) -> Memory:
+    """The larger of the two instants at which all activations are kept; frozen matrices have no gradients to gather."""
+    sizes, numbers = Sizes.of(config), lora.trained(config)
+    parts = {name: size * numbers // sizes.total for name, size in _standing(config, shards, tokens, trained,
+                                                                             each).items()}
+    parts["parameters"] += sizes.frozen(config, lora, shards=shards)
+    parts["gradients"] = each.gradient * numbers // shards
+    parts["inputs"] = _standing(config, shards, tokens, trained, each)["inputs"]
+    adapted = lora.adapted(config).values()
+    # Of an adapter: its thin product, scaled and not; with dropout its input, and which of it is kept.
+    beside = sum(2 * each.compute * lora.rank + (each.compute + 1) * columns * (lora.dropout > 0)
+                 for _, columns in adapted) * tokens
+    if lora.dora:  # the product before it is scaled
+        beside += sum(each.compute * rows for rows, _ in adapted) * tokens
+    kept_beside = beside if recompute == "none" else 0
+    largest = max((rows * columns for rows, columns in matrices(config).values()))
+    unpacked = (FP32 + each.compute) * largest if lora.base == "nf4" or lora.dora else 0  # one matrix at a time
+    width = 0.5 if lora.base == "nf4" else each.compute
+    block = round(width * sizes.block)
+    _, head = _head(config, shards, tokens, trained, recompute, each)
+    _, last = _last_block(config, shards, tokens, trained, recompute, each)
+    once = 0 if recompute == "none" else beside // config.num_hidden_layers
+    instants = {
+        "head": {"activations": head["activations"] + kept_beside, "gathered": head["gathered"],
+                 "head": head["head"] - FP32 * sizes.vocabulary},
+        "last block": {"activations": last["activations"] + kept_beside + once, "unpacked": unpacked,
+                       "gathered": 2 * block if shards > 1 else 0, "head": 0}}
+    return max((Memory(name, parts | now) for name, now in instants.items()), key=lambda memory: memory.allocated)
 
 
 def _waiting(config: LlamaConfig, shards: int, each: Bytes) -> int:

@@ -19,8 +19,9 @@ from minisft.hardware import REACHED, Gpu, Traffic
 from minisft.memory import FP32, POLICIES, Bytes, Memory, Sizes, peak
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
+from minisft.model.lora_config import LoRA
 from minisft.model.meta import MetaFolder
-from minisft.preparation import prepare
+from minisft.preparation import adapters_of, prepare
 
 # Published: torchtitan, Llama-3-8B on 8 H100s, compiled, selective recomputation: 35% of the peak by FLOPs that are
 # needed (benchmarks/llama3_h100_202412), which is about 38% by those that are executed.
@@ -46,6 +47,7 @@ class Work:
     @classmethod
     def of(cls, config: Config, network: LlamaConfig, *, tokens: int | None, document: int | None) -> "Work":
         """Counted from the packed data; or from `tokens` an epoch in documents of `document` tokens."""
+        lora = adapters_of(config)
         if tokens is None and not document and not missing(config):
             plan, train = (prepared := prepare(config)).plan, prepared.train
             documents = plan.epoch(0).documents
@@ -53,18 +55,18 @@ class Work:
             per_epoch, steps = int(lengths.sum()), plan.total_steps
             total = round(per_epoch * steps / plan.steps_per_epoch)
             return cls(config.data.seq_len * plan.fill(), targets.sum() / per_epoch,
-                       flops_per_token(network, lengths, targets), total, steps, "")
+                       flops_per_token(network, lengths, targets, lora), total, steps, "")
         length = min(document or config.data.seq_len, config.data.seq_len)
         lengths = np.full(config.data.seq_len // length, length)
         assumed = f"packs full of documents of {length:,} tokens, all of them trained"
         if tokens is None:
             absent = missing(config)
-            return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths), None, None,
+            return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths, lora), None, None,
                        assumed + (f"; {absent[0]} is not there" if absent else ""))
         per_step = config.batch.packs * config.data.seq_len
         steps = config.train.epochs * -(-tokens // per_step)
         steps = min(steps, config.train.max_steps or steps)
-        return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths),
+        return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths, lora),
                    min(config.train.epochs * tokens, steps * per_step), steps, assumed)
 
 
@@ -74,8 +76,9 @@ def missing(config: Config) -> list[str]:
     return [path for path in (*paths, config.model.tokenizer) if not Path(path).exists()]
 
 
-def flops_per_token(network: LlamaConfig, lengths: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    return {policy: training_flops(network, lengths, targets, recompute=policy) / int(lengths.sum())
+def flops_per_token(network: LlamaConfig, lengths: np.ndarray, targets: np.ndarray,
+                    lora: LoRA | None) -> dict[str, float]:
+    return {policy: training_flops(network, lengths, targets, recompute=policy, lora=lora) / int(lengths.sum())
             for policy in POLICIES}
 
 
@@ -118,7 +121,10 @@ def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, d
     shards, copies = split(config, gpus)
     network = network_of(config)
     work = Work.of(config, network, tokens=tokens, document=document)
-    traffic = Traffic.of(network, gpu, shards=shards, copies=copies)
+    lora = adapters_of(config)
+    if lora:
+        lora.check(network)
+    traffic = Traffic.of(network, gpu, shards=shards, copies=copies, lora=lora)
     most = min(-(-config.batch.packs // gpus), MOST)
     choices = [choose(config, network, work, traffic, gpu, policy, micro_packs, gpus=gpus, shards=shards,
                       utilisation=utilisation)
@@ -132,6 +138,7 @@ def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, d
     asked = [c for c in choices if c.micro_packs == min(config.batch.micro_packs, most)]
     return {
         "gpu": asdict(gpu), "gpus": gpus, "shards": shards, "copies": copies, "parameters": Sizes.of(network).total,
+        "trained": lora.trained(network) if lora else Sizes.of(network).total,
         "usable_gib": gpu.memory_gib - OUTSIDE, "reserved_factor": RESERVED, "utilisation": utilisation,
         "assumed": work.assumed, "tokens": work.tokens, "steps": work.steps, "trained_share": float(work.trained),
         "tokens_per_step": work.tokens_per_pack * config.batch.packs, "flops_per_token": work.flops,
@@ -189,9 +196,10 @@ def choose(config: Config, network: LlamaConfig, work: Work, traffic: Traffic, g
     memory = memory_of(config, network, shards=shards, policy=policy, micro_packs=micro_packs, trained=work.trained,
                        accumulates=micro_steps > 1)
     seconds = work.tokens_per_pack * micro_packs / (gpu.bf16_tflops * 1e12 * utilisation)
-    forward = seconds * work.flops["none"] / 3
+    lora = adapters_of(config)
+    forward = seconds * work.flops["none"] / (2 if lora else 3)  # frozen matrices have half a backward pass
     backward = seconds * work.flops[policy] - forward
-    optimizer = ADAMW * Sizes.of(network).total / shards / (gpu.memory_gb_s * 1e9)
+    optimizer = ADAMW * (lora.trained(network) if lora else Sizes.of(network).total) / shards / (gpu.memory_gb_s * 1e9)
     # Sending overlaps with computing; the longer of the two counts. The last micro-batch may be smaller.
     step = optimizer + sum(max(part * forward, traffic.forward_seconds) + max(part * backward, traffic.backward_seconds)
                            for part in (*[1] * full, *[rest / micro_packs] * (rest > 0)))
@@ -205,7 +213,7 @@ def memory_of(config: Config, network: LlamaConfig, *, shards: int, policy: str,
     """The peak of a full micro-batch."""
     tokens = micro_packs * (seq_len or config.data.seq_len)
     return peak(network, shards=shards, tokens=tokens, trained=round(tokens * trained), recompute=policy,
-                accumulates=accumulates, each=bytes_of(config))
+                accumulates=accumulates, each=bytes_of(config), lora=adapters_of(config))
 
 
 def bytes_of(config: Config) -> Bytes:
@@ -248,8 +256,9 @@ def describe(found: dict) -> str:
     """The figures of a plan for a person."""
     gpu, best, traffic = found["gpu"], found["recommended"], found["traffic"]
     copies = f", {found['copies']} copies of the model" * (found["copies"] > 1)
-    lines = [f"{found['parameters'] / 1e9:.2f}B parameters over {found['shards']} of {found['gpus']} x {gpu['name']}"
-             f"{copies}; {found['usable_gib']:.1f} GiB of each to use", "", *_memory_table(found), ""]
+    adapted = f"{found['trained']:,} trained beside " * (found["trained"] != found["parameters"])
+    lines = [f"{adapted}{found['parameters'] / 1e9:.2f}B parameters over {found['shards']} of {found['gpus']} x "
+             f"{gpu['name']}{copies}; {found['usable_gib']:.1f} GiB of each to use", "", *_memory_table(found), ""]
     how = f"assumed: {found['assumed']}" if found["assumed"] else "counted from the data"
     flops, needed = found["flops_per_token"][best["activation_checkpointing"]], found["flops_per_token"]["none"]
     forward, backward = best["compute_seconds"]
@@ -283,7 +292,8 @@ def _memory_table(found: dict) -> list[str]:
     columns = found["memory"]
     packs = next(iter(columns.values()))["micro_packs"]
     table = [["GiB a GPU, recomputing", *columns]]
-    for part in ("parameters", "gradients", "moments", "inputs", "activations", "head", "gathered", "reduction"):
+    parts = ("parameters", "gradients", "moments", "inputs", "activations", "head", "gathered", "unpacked", "reduction")
+    for part in (part for part in parts if part != "unpacked" or any(part in c["parts_gib"] for c in columns.values())):
         table.append([part, *(f"{c['parts_gib'].get(part, 0):.2f}" for c in columns.values())])
     table += [["allocated", *(f"{c['allocated_gib']:.2f}" for c in columns.values())],
               [f"reserved (x {found['reserved_factor']:g}, assumed)", *(f"{c['reserved_gib']:.1f}"

@@ -3,7 +3,7 @@
 Everything here happens before a process group exists, so that no collective times out while a file is tokenised.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
+from minisft.model.lora_config import LoRA
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Prepared:
     def flops(self, step: int) -> int:
         """FLOPs that `step` (from 0) needs on all ranks together, nothing computed again (model/flops.py)."""
         documents = np.concatenate(self.plan.documents(step))
-        return training_flops(self.network, self.plan.lengths[documents], self.plan.targets[documents])
+        return training_flops(self.network, self.plan.lengths[documents], self.plan.targets[documents],
+                              lora=adapters_of(self.config))
 
     def shares(self, step: int) -> dict[str, dict[str, int]]:
         """{"sources": trained tokens of `step` (from 0) by their source, on all ranks}; nothing where there is one."""
@@ -50,6 +52,11 @@ class Prepared:
             return {}
         counts = self.train.per_source(self.train.targets, np.concatenate(self.plan.documents(step)))
         return {"sources": {report.name: int(n) for report, n in zip(self.train.reports, counts, strict=True)}}
+
+
+def adapters_of(config: Config) -> LoRA | None:
+    """The settings of the adapters that are trained; None: the whole model is."""
+    return LoRA(**asdict(config.lora)) if config.lora.rank else None
 
 
 def prepare(config: Config, *, quiet: bool = False) -> Prepared:
@@ -86,6 +93,8 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
                         evals)
     if network:
         check_vocabulary(prepared, network)
+        if config.lora.rank:
+            adapters_of(config).check(network)
     return prepared
 
 

@@ -212,7 +212,7 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     assert complaints(name, "--model.path", "m", "--optim.lr", "fast", "--data.shuffle") == [
         "mine.toml: lr: unknown key outside a section (did you mean optim.lr?)",
         "mine.toml: optm: unknown section (did you mean optim?); "
-        "sections are model, data, batch, train, optim, checkpoint, parallel, eval, run",
+        "sections are model, data, batch, train, optim, lora, checkpoint, parallel, eval, run",
         "mine.toml: data.trian: unknown key (did you mean data.train?); --help lists them all",
         "command line: --data.shuffle: the value is missing; expected true|false",
         "mine.toml: data.seq_len: expected int >= 2, got 1",

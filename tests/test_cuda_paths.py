@@ -300,7 +300,7 @@ def simulated_step(config, world, **options):
     shared = torch.zeros(2, device=world.device)
     with Recorder() as recorder:
         optimizer.begin(1e-5, 0)
-        loss = trainer.forward(model, BATCH, 6, settings, world)
+        loss = trainer.forward(model, BATCH, SimpleNamespace(target_tokens=6, index=0), settings, world)
         loss.backward()
         shared[0] += loss.detach()
         gradients = {name: p.grad.to_local() for name, p in model.named_parameters()}
@@ -428,11 +428,11 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread_and_copied_without_waiting(m
     assert [(device.index, thread.name) for device, thread in devices] == [(3, "loader")]
     batches = [batch for step in everything for batch in step.micro_batches]
     tensors = [getattr(batch, name) for batch in batches
-               for name in ("tokens", "cu_seqlens", "positions", "targets", "target_at")]
+               for name in ("tokens", "cu_seqlens", "positions", "targets", "target_at", "numbers")]
     assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in pinned}
     with Transfers() as transfers:
         batches[0].to(torch.device("cpu"))
-    assert {id(tensor) for tensor, _ in transfers.moved} == {id(tensor) for tensor in tensors[:5]}
+    assert {id(tensor) for tensor, _ in transfers.moved} == {id(tensor) for tensor in tensors[:6]}
     assert all(non_blocking for _, non_blocking in transfers.moved)
 
 

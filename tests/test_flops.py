@@ -13,6 +13,8 @@ from minisft.model import llama
 from minisft.model.attention import Documents
 from minisft.model.config import PRESETS, LlamaConfig
 from minisft.model.flops import training_flops
+from minisft.model.lora import adapt
+from minisft.model.lora_config import MATRICES, LoRA
 from minisft.training.loss import linear_cross_entropy
 
 SMALL = LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
@@ -45,10 +47,12 @@ def attend_pair_by_pair(q, k, v, documents):
     return torch.stack(out)
 
 
-def counted(config, lengths, targets, *, recompute, monkeypatch):
+def counted(config, lengths, targets, *, recompute, monkeypatch, lora=None):
     monkeypatch.setattr(llama, "attend", attend_pair_by_pair)
     monkeypatch.setattr(llama, "ATTENTION", ("aten::bmm",))
     model = llama.Llama(config, recompute=recompute)
+    if lora:
+        adapt(model, lora)
     at = torch.cat([torch.arange(n) + sum(lengths[:i]) for i, n in enumerate(targets)])
 
     def loss(hidden, head):
@@ -68,6 +72,19 @@ def test_the_estimate_is_what_torch_multiplies(monkeypatch, change, recompute):
     expected = counted(config, lengths, targets, recompute=recompute, monkeypatch=monkeypatch)
     assert expected > 0
     assert training_flops(config, np.array(lengths), np.array(targets), recompute=recompute) == expected
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("targets", [MATRICES, ("v_proj",), ("q_proj", "v_proj"), ("o_proj", "down_proj"),
+                                     ("layers.1.*", "layers.0.mlp.up_proj"), ("layers.2.mlp.down_proj",)])
+def test_adapters_are_counted_as_torch_multiplies_them(monkeypatch, recompute, targets):
+    """Also where they are only in some layers, and what comes before them has no backward pass."""
+    lengths, trained = [7, 1, 12, 3], [2, 0, 11, 1]
+    lora = LoRA(3, targets=targets, base="fp32")
+    expected = counted(SMALL, lengths, trained, recompute=recompute, monkeypatch=monkeypatch, lora=lora)
+    found = training_flops(SMALL, np.array(lengths), np.array(trained), recompute=recompute, lora=lora)
+    assert found == expected
+    assert found < training_flops(SMALL, np.array(lengths), np.array(trained), recompute=recompute)
 
 
 def test_a_token_of_llama_3_8b_costs_six_flops_a_parameter():

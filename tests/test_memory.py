@@ -22,6 +22,7 @@ from minisft.model import precision
 from minisft.model.attention import Documents
 from minisft.model.config import PRESETS, LlamaConfig
 from minisft.model.llama import Llama
+from minisft.model.lora_config import LoRA
 from minisft.training import parallel
 from minisft.training.loss import linear_cross_entropy
 from minisft.training.optimizer import Optimizer
@@ -33,14 +34,14 @@ ON_A_CPU = Bytes(softmax=2**20)  # fake tensors, too, take the loss's branch for
 TIED = LlamaConfig(**{**vars(SMALL), "tie_word_embeddings": True})
 
 
-def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1):
+def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=None):
     """Bytes that one of `ranks` has allocated at the peak of two steps, by torch's count."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replicate", "shard"))
         with FakeTensorMode(allow_non_fake_inputs=True):
             world = World(0, ranks, torch.device("cpu"), mesh["shard"], None)
-            model = parallel.build_model(config, world, recompute=recompute)
+            model = parallel.build_model(config, world, recompute=recompute, adapters=lora)
             optimizer = Optimizer(model, world.mesh)
             ids, targets, at = (torch.zeros(n, dtype=torch.int64) for n in (tokens, trained, trained))
             documents = Documents.of_lengths((512,) * (tokens // 512))
@@ -67,11 +68,11 @@ def products_in_bf16(monkeypatch):
     monkeypatch.setattr(precision, "CPU_MATMULS_IN_BF16", True)
 
 
-def compare(config, *, ranks, tokens, trained, recompute, micro_batches=1):
+def compare(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=None):
     expected = tracked(config, ranks=ranks, tokens=tokens, trained=trained, recompute=recompute,
-                       micro_batches=micro_batches)
+                       micro_batches=micro_batches, lora=lora)
     found = peak(config, shards=ranks, tokens=tokens, trained=trained, recompute=recompute,
-                 accumulates=micro_batches > 1, each=ON_A_CPU)
+                 accumulates=micro_batches > 1, each=ON_A_CPU, lora=lora)
     print(f"tracker {expected / 2**30:.3f} GiB, arithmetic {found.allocated / 2**30:.3f}, {found.instant}")
     assert found.allocated == pytest.approx(expected, rel=0.1)
 
@@ -83,6 +84,14 @@ def compare(config, *, ranks, tokens, trained, recompute, micro_batches=1):
 ], ids=["none", "selective, accumulating", "full, tied, few tokens"])
 def test_the_peak_is_what_torch_tracks(config, step):
     compare(config, **step)
+
+
+@pytest.mark.parametrize(("lora", "step"), [
+    (LoRA(8), {"ranks": 8, "tokens": 8192, "trained": 8192, "recompute": "none"}),
+    (LoRA(64, base="nf4"), {"ranks": 2, "tokens": 1024, "trained": 512, "recompute": "full"}),
+], ids=["bf16", "nf4"])
+def test_the_peak_with_adapters_is_what_torch_tracks(lora, step):
+    compare(SMALL, **step, lora=lora)
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from minisft.training.rounding import key_of, random_bits, round_
+from minisft.noise import key_of, random_bits
+from minisft.training.rounding import round_
 
 
 def rounded(values, bits):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minisft.data.dataset import Dataset
 from minisft.data.packing import Plan
+from minisft.noise import hashed
 
 EVEN = 0.03  # of the mean: how far apart the ranks' attention costs in a step may be
 AHEAD = 2  # steps that are made before they are asked for
@@ -44,6 +45,11 @@ class MicroBatch:
     positions: Tensor  # (T,) int64: position of each token in its own document
     targets: Tensor  # (N,) int64: what the model should say ...
     target_at: Tensor  # (N,) int64: ... after these positions
+    numbers: Tensor  # (T,) int32: of each token's document in the data set; -1 for padding
+
+    def draws(self, key: tuple[int, int]) -> Tensor:
+        """(T,) random int32 of each token's document and position: the same in whatever micro-batch it lies."""
+        return hashed(hashed(self.numbers.clone(), key) ^ self.positions.int(), key)
 
     @property
     def longest(self) -> int:
@@ -77,19 +83,22 @@ def micro_batch(dataset: Dataset, documents: list[int]) -> MicroBatch:
     """The stream of `documents`."""
     parts = [dataset.document(i) for i in documents]
     trained = np.concatenate([mask for _, mask in parts])  # a document's first token is never trained
-    return _stream(np.concatenate([ids for ids, _ in parts]), [len(ids) for ids, _ in parts], np.flatnonzero(trained))
+    return _stream(np.concatenate([ids for ids, _ in parts]), [len(ids) for ids, _ in parts], np.flatnonzero(trained),
+                   documents)
 
 
-def _stream(tokens: Array, lengths: list[int], after: Array) -> MicroBatch:
-    """tokens (T,), the lengths of their documents, and the places `after` (N,) of the tokens that are trained."""
+def _stream(tokens: Array, lengths: list[int], after: Array, documents: list[int]) -> MicroBatch:
+    """tokens (T,), the lengths of their documents, the places `after` (N,) of the tokens that are trained, and the
+    numbers of the first documents, those that are not padding."""
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     tokens, positions = tokens.astype(np.int64), np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
     arrays = offsets.astype(np.int32), positions, tokens[after], after - 1
-    return MicroBatch(torch.from_numpy(tokens), tuple(lengths), *map(torch.from_numpy, arrays))
+    numbers = np.repeat(np.array([*documents, *[-1] * (len(lengths) - len(documents))], dtype=np.int32), lengths)
+    return MicroBatch(torch.from_numpy(tokens), tuple(lengths), *map(torch.from_numpy, (*arrays, numbers)))
 
 
 # What a rank computes when there is no pack left for it: every rank must take part in every forward and backward pass.
-IDLE = _stream(np.zeros(1), [1], np.zeros(0, dtype=np.int64))
+IDLE = _stream(np.zeros(1), [1], np.zeros(0, dtype=np.int64), [])
 
 
 def padded(batch: MicroBatch, size: int, *, longest: int) -> MicroBatch:
@@ -101,7 +110,9 @@ def padded(batch: MicroBatch, size: int, *, longest: int) -> MicroBatch:
     missing = size - len(batch.tokens)
     lengths = [min(longest, missing - start) for start in range(0, missing, longest)]
     tokens = np.concatenate((batch.tokens.numpy(), np.zeros(missing, dtype=np.int64)))
-    return _stream(tokens, [*batch.lengths, *lengths], batch.target_at.numpy() + 1)
+    starts = batch.cu_seqlens[:-1].long()
+    documents = batch.numbers[starts].tolist()
+    return _stream(tokens, [*batch.lengths, *lengths], batch.target_at.numpy() + 1, documents)
 
 
 def deal(costs: Array, *, ranks: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from minisft.evaluation.decoding import Decoder
 from minisft.evaluation.generate import generate, stream
 from minisft.evaluation.sampling import GREEDY, Sampling
 from minisft.model.llama import Llama
+from minisft.model.peft import PeftFolder, is_adapter
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class Assistant:
     @classmethod
     def load(cls, path: str | Path, *, template: str = "", templates: str = "", dtype: torch.dtype = torch.float32,
              device: torch.device | str = "cpu") -> "Assistant":
-        """The model in the Hugging Face folder `path`, in `dtype`.
+        """The model in the Hugging Face folder `path`, in `dtype`; or the one that an adapter there makes of its base.
 
         `template` is the name of a chat template, built in or of the TOML file `templates`; empty: the one that the
         folder tells. Raises UserError for folders that are broken, and where no template is known.
         """
-        tokenizer = Tokenizer(path)
+        home = path  # of the tokenizer
+        if is_adapter(path) and not (Path(path) / "tokenizer.json").exists():
+            home = PeftFolder(path).base
+        tokenizer = Tokenizer(home)
         chosen = choose_template(template, load_templates(templates or None), tokenizer, option="--template")
         renderer = Renderer(chosen, tokenizer)
         return cls(Llama.from_pretrained(path, dtype=dtype, device=device), renderer, Path(path).resolve().name)

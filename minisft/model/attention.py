@@ -28,6 +28,7 @@ class Documents:
     positions: Tensor  # (T,) int64: position of each token in its own document
     longest: int  # tokens of the longest document, found once for all layers
     kept: list[tuple[Tensor, Tensor]] | None = None  # generation gives a list, and finds every layer's keys and values
+    draws: Tensor | None = None  # (T,) int32: what each token's dropout is drawn from, where there is any (lora.py)
 
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu") -> "Documents":

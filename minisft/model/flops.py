@@ -5,6 +5,10 @@ of its input, once for its own): 6 P a token (Kaplan et al. 2020, section 2.1). 
 whole blocks again it is 8 P, but for the last matrix of each: nothing needs its product, so torch stops before it.
 Selective recomputation multiplies one matrix of a block again, a feed-forward one (llama.py).
 
+A frozen matrix has no gradient of its own: 4 P a token, and 2 P before the first adapter, where nothing asks for that
+of its input. The thin matrices of an adapter cost 6 P like all that is trained. DoRA's lengths are products for each
+micro-batch and not for each token, and are left out.
+
 As this engine computes it, the head works on trained tokens only and never twice, and a token attends to the earlier
 tokens of its own document, so attention grows with the squares of the documents' lengths, not of the packs'. Embedding,
 norms, rotation and softmax are no matrix products and do not count; nor does what flash attention computes twice.
@@ -13,17 +17,32 @@ norms, rotation and softmax are no matrix products and do not count; nor does wh
 import numpy as np
 
 from minisft.model.config import LlamaConfig
+from minisft.model.lora_config import MATRICES, LoRA, matrices
 
 
-def training_flops(config: LlamaConfig, lengths: np.ndarray, targets: np.ndarray, *, recompute: str = "none") -> int:
-    """FLOPs of forward and backward passes over documents of `lengths` (n,) with `targets` (n,) trained tokens."""
-    heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # q and o, k and v, and the three matrices of the feed-forward network
-    block = 2 * config.hidden_size * (heads + shared) + 3 * config.hidden_size * config.intermediate_size
-    head = config.vocab_size * config.hidden_size
+def training_flops(config: LlamaConfig, lengths: np.ndarray, targets: np.ndarray, *, recompute: str = "none",
+                   lora: LoRA | None = None) -> int:
+    """FLOPs of forward and backward passes over documents of `lengths` (n,) with `targets` (n,) trained tokens.
+
+    With `lora` only its adapters are trained.
+    """
     tokens, trained = int(lengths.sum()), int(targets.sum())
     pairs = int((lengths * (lengths + 1)).sum()) // 2  # of a token and one that it attends to
-    forward = 2 * block * tokens + 2 * 2 * heads * pairs  # scores and weighted values, 2 E for each pair and head
-    wide = 2 * config.hidden_size * config.intermediate_size * tokens
-    again = {"none": 0, "selective": wide, "full": forward - wide}[recompute]
-    return config.num_hidden_layers * (3 * forward + again) + 6 * head * trained
+    scores = 2 * config.num_attention_heads * config.head_dim * pairs  # 2 E for each pair and head; as much for values
+    shapes, adapted = list(matrices(config).items()), lora.adapted(config) if lora else {}
+    total, flows = 0, lora is None  # flows: whether what comes in depends on anything that is trained
+    for start in range(0, len(shapes), len(MATRICES)):
+        block = shapes[start : start + len(MATRICES)]
+        has = [lora is None or name in adapted for name, _ in block]  # something to train: q, k, v, o, gate, up, down
+        comes = [flows] * 3 + [flows or any(has[:3])] + [flows or any(has[:4])] * 2 + [flows or any(has[:6])]
+        q, k, v = (flows or trains for trains in has[:3])
+        flows = flows or any(has)
+        total += scores * (2 + (q or k) + q + k + v + 2 * (flows and recompute == "full"))
+        for i, (name, (rows, columns)) in enumerate(block):
+            product = 2 * tokens * rows * columns
+            again = flows and {"none": False, "selective": i == 5, "full": i != 6}[recompute]
+            total += product * (1 + comes[i] + (lora is None) + again)
+            if name in adapted:
+                thin, again = 2 * tokens * lora.rank, recompute != "none"
+                total += thin * (columns * (2 + comes[i] + again) + rows * (3 + (again and (i != 6 or comes[i]))))
+    return total + (6 if lora is None else 4) * config.vocab_size * config.hidden_size * trained

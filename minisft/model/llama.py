@@ -13,6 +13,7 @@ Sennrich 2019), SwiGLU (Shazeer 2020), rotary embeddings.
 # V vocabulary
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from minisft.model.attention import Documents, attend
 from minisft.model.config import LlamaConfig, read_config
 from minisft.model.meta import MetaFolder
 from minisft.model.norm import RMSNorm
+from minisft.model.peft import PeftFolder, is_adapter
 from minisft.model.precision import Linear, linear
 from minisft.model.rope import rotate, rotations
 
@@ -42,10 +44,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
         """(T, D) -> (T, D). A token attends to itself and the earlier tokens of its own document."""
-        q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (T, H, E)
-        k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (T, K, E)
-        v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (T, K, E)
-        return self.o_proj(attend(rotate(q, rotation), rotate(k, rotation), v, documents).flatten(1))
+        q = self.q_proj(x, documents.draws).unflatten(1, (-1, self.head_dim))  # (T, H, E)
+        k = self.k_proj(x, documents.draws).unflatten(1, (-1, self.head_dim))  # (T, K, E)
+        v = self.v_proj(x, documents.draws).unflatten(1, (-1, self.head_dim))  # (T, K, E)
+        attended = attend(rotate(q, rotation), rotate(k, rotation), v, documents).flatten(1)  # (T, H E)
+        return self.o_proj(attended, documents.draws)
 
 
 class SwiGLU(nn.Module):
@@ -55,15 +58,15 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) inside
+    def forward(self, x: Tensor, draws: Tensor | None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x, draws)) * self.up_proj(x, draws), draws)  # (T, F) inside
 
 
 ATTENTION = ("torch_attn::_varlen_attn", "minisft::document_attention")
 PRODUCTS = ("aten::mm", "aten::addmm")
 
 
-def selective():
+def selective(adapter_rank: int = 0):
     """The contexts of a block's forward pass and of its recomputation: attention and five products are kept.
 
     Keeping a product of width O and depth I costs 2 O bytes a token and saves 2 I O FLOPs; attention over documents of
@@ -74,12 +77,14 @@ def selective():
 
     With the block's input (8 KiB) that is 64 KiB, 2.0 MiB over 32 layers; `up` alone is multiplied twice, 27% of the
     block's products. Norms, rotation and SwiGLU's product are computed again too, which costs no multiplications.
+    So are the thin products of adapters (lora.py), which are told by the rank.
     """
     products = count(1)  # q, k, v, o, gate, up, down: in the order of `compute`
 
     def keep(context, operation, *args, **kwargs) -> CheckpointPolicy:
         name = operation.name()
-        kept = name in ATTENTION or (name in PRODUCTS and next(products) <= 5)
+        is_thin = name in PRODUCTS and adapter_rank in args[-1].shape
+        kept = name in ATTENTION or (name in PRODUCTS and not is_thin and next(products) <= 5)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(keep)
@@ -88,6 +93,7 @@ def selective():
 class Block(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
+        self.adapter_rank = 0
         self.self_attn = Attention(config)
         self.mlp = SwiGLU(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -100,13 +106,13 @@ class Block(nn.Module):
         if recompute == "none":
             return self.compute(x, rotation, documents)
         # Within the block, so that sharding and compiling see one forward pass, whatever is computed again in it.
-        contexts = {"context_fn": selective} if recompute == "selective" else {}
+        contexts = {"context_fn": partial(selective, self.adapter_rank)} if recompute == "selective" else {}
         return checkpoint(self.compute, x, rotation, documents, use_reentrant=False, preserve_rng_state=False,
                           **contexts)
 
     def compute(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, documents)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), documents.draws)
 
 
 class Decoder(nn.Module):
@@ -171,19 +177,29 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32,
-                        device: torch.device | str = "cpu", format: str = "hf") -> "Llama":
+                        device: torch.device | str = "cpu", format: str = "hf",
+                        base: str | Path | None = None) -> "Llama":
         """The model in folder `path`: Hugging Face's (`format="hf"`) or Meta's `consolidated.*.pth` (`"meta"`).
+
+        `path` may be an adapter in PEFT's format: then it is its base model with the adapter merged into it. The base
+        is in `base`, or else where the adapter says, in `format`.
 
         Raises UserError for files that are missing, broken or do not belong together.
         """
         if format not in ("hf", "meta"):
             raise ValueError(f"format is {format!r}; it is \"hf\" or \"meta\"")
+        adapter = PeftFolder(path) if is_adapter(path) else None
+        if adapter and not (path := Path(base or adapter.base)).is_dir():
+            raise UserError(f"{adapter.path}: its base model {str(path)!r} is not a folder here; download it, and name "
+                            "its folder as the base")
         source = MetaFolder(path) if format == "meta" else weights.SafetensorsFolder(path)
         with torch.device("meta"):
             model = cls(source.config if isinstance(source, MetaFolder) else read_config(path)).to(dtype)
         weights.check(model, source)
         model.to_empty(device=device)
         weights.load(model, source)
+        if adapter:
+            adapter.merge_into(model, model.config)
         return model.eval()
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:

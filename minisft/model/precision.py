@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """`nn.Linear` with the product above: computes in the dtype of its input, whatever its parameters are kept in."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, O)"""
+    def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, O). `draws` are for the dropout of an adapter (lora.py), which this has not."""
         y = linear(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)

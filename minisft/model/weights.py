@@ -10,10 +10,12 @@ Hugging Face's on both sides: nothing is renamed or transposed.
 No pickle is read here; `.bin` and `.pt` files are refused. Meta's `consolidated.*.pth` are in meta.py.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -142,6 +144,15 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.path}: weights and config.json disagree: {_first_ten(problems)}")
 
 
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of every tensor's name, shape and first row: cheap, and another for any model that was trained on."""
+    digest = hashlib.sha256()
+    for name, shape in sorted(checkpoint.shapes.items()):
+        row = checkpoint.read(name, 0, 1).float().numpy() if checkpoint.piece else b""  # there a row costs the whole
+        digest.update(f"{name} {shape}".encode() + bytes(row))
+    return digest.hexdigest()
+
+
 def _is_redundant(name: str, wanted: dict[str, tuple[int, ...]]) -> bool:
     """Old files carry a table that follows from the config; tied models may repeat their one matrix as a head."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted)
@@ -152,10 +163,10 @@ def _first_ten(items: list[str]) -> str:
 
 
 @torch.no_grad()
-def load(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy this rank's rows of every parameter from `checkpoint`, converting to the parameter's dtype."""
+def load(model: nn.Module, checkpoint: Checkpoint, *, left_out: Collection[str] = ()) -> None:
+    """Copy this rank's rows of every parameter not `left_out` from `checkpoint`, converting to its dtype."""
     pieces = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in ((name, p) for name, p in model.named_parameters() if name not in left_out):
         local, start = local_rows(parameter)
         each = max(checkpoint.piece // (2 * max(local[:1].numel(), 1)), 1) if checkpoint.piece else max(len(local), 1)
         pieces += [(local[i : i + each], name, start + i) for i in range(0, len(local), each)]
@@ -207,7 +218,8 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
     width = torch.empty(0, dtype=dtype).element_size()
     shards: list[list[str]] = [[]]
     free = shard_bytes
-    sizes = {name: p.numel() * width for name, p in model.named_parameters()}
+    tensors_of = _tensors(model)
+    sizes = {name: numbers * width for name, (numbers, _) in tensors_of.items()}
     for name, size in sizes.items():
         if size > free and shards[-1]:
             shards.append([])
@@ -226,9 +238,9 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
             weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    parameters = dict(model.named_parameters())
     for names, file in zip(shards, files, strict=True):
-        tensors = {name: tensor for name, tensor in _gathered(parameters, names, dtype) if writes}
+        gathered = ((name, tensors_of[name][1]().to("cpu", dtype).contiguous()) for name in names)  # by all ranks
+        tensors = {name: tensor for name, tensor in gathered if writes}
         if writes:
             try:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -237,11 +249,22 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
             os.chmod(folder / file, 0o666 & ~_umask())  # safetensors creates files that only their owner can read
 
 
-def _gathered(parameters: dict[str, Tensor], names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        parameter = parameters[name].detach()
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        yield name, whole.to("cpu", dtype).contiguous()
+def _tensors(model: nn.Module) -> dict[str, tuple[int, Callable[[], Tensor]]]:
+    """Hugging Face's name -> how many numbers, and what gathers them. A matrix with an adapter is a merged one."""
+    found: dict[str, tuple[int, Callable[[], Tensor]]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(prefix, recurse=False):
+            if leaf == f"{prefix}.weight" and (merged := getattr(module, "merged", None)):
+                found[leaf] = module.out_features * module.in_features, merged
+            elif not leaf.startswith(f"{prefix}.lora_"):
+                found[leaf] = parameter.numel(), partial(whole, parameter)
+    return found
+
+
+@torch.no_grad()
+def whole(parameter: Tensor) -> Tensor:
+    """All rows of a parameter, gathered where it is sharded: all ranks call it."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def _umask() -> int:

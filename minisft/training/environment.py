@@ -27,11 +27,11 @@ def environment() -> dict:
             "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)}}
 
 
-def commit() -> str:
-    """The commit of minisft's source, with "-dirty" where it was changed since; empty without a repository."""
-    if not (SOURCE / ".git").exists():  # or git would find that of a folder above, which is somebody else's
+def commit(root: Path = SOURCE) -> str:
+    """The commit of the checkout at `root`, with "-dirty" where it was changed since; empty without a repository."""
+    if not (root / ".git").exists():  # or git would find that of a folder above, which is somebody else's
         return ""
-    command = ["git", "-C", str(SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

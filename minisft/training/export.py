@@ -11,6 +11,8 @@ in one rename, so one that exists is complete.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,27 @@ from minisft.training.provenance import FILE, model_name
 def export(model: nn.Module, config: LlamaConfig, renderer: Renderer, folder: Path, *, dtype: torch.dtype,
            leads: bool = True, record: dict[str, Any] | None = None) -> None:
     """Write `folder`. All ranks call it, the leading one writes, and has the `record` of where the model came from."""
+    with appearing(folder, leads=leads) as partial:
+        weights.save(model, config, partial, dtype=dtype)
+        if leads:
+            write_tokenizer(partial, renderer)
+            generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(renderer.stop_ids())}
+            write_json(partial / "generation_config.json", generation)
+            if record:
+                write_json(partial / FILE, record)
+                (partial / "README.md").write_text(model_card(model_name(folder), record), encoding="utf-8")
+
+
+@contextmanager
+def appearing(folder: Path, *, leads: bool) -> Iterator[Path]:
+    """A folder to write into, which the leading rank then makes durable and renames to `folder`."""
     partial = folder.with_name(folder.name + ".tmp")
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)  # of steps that are taken again after a resume
-    weights.save(model, config, partial, dtype=dtype)
+        partial.mkdir(parents=True)
+    yield partial
     if leads:
-        _write_companions(partial, config, renderer)
-        if record:
-            _write_json(partial / FILE, record)
-            (partial / "README.md").write_text(model_card(model_name(folder), record), encoding="utf-8")
         for file in partial.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
@@ -45,14 +58,14 @@ def export(model: nn.Module, config: LlamaConfig, renderer: Renderer, folder: Pa
     dist.barrier()  # no rank goes on to read a folder that is not there yet
 
 
-def _write_companions(partial: Path, config: LlamaConfig, renderer: Renderer) -> None:
+def write_tokenizer(partial: Path, renderer: Renderer) -> None:
+    """The tokenizer, and the chat template as Jinja text."""
     tokenizer = renderer.tokenizer
     shutil.copyfile(tokenizer.file, partial / "tokenizer.json")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings, "chat_template": renderer.jinja()}
-    _write_json(partial / "tokenizer_config.json", settings)
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(renderer.stop_ids())}
-    _write_json(partial / "generation_config.json", generation)
+    write_json(partial / "tokenizer_config.json", settings)
 
 
-def _write_json(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict) -> None:
+    """`content` as a JSON file."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

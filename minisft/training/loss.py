@@ -47,10 +47,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, den
 
 
 def batch_loss(model: nn.Module, batch: MicroBatch, *, device: torch.device, denominator: float,
-               label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """The loss above of what `model` makes of a micro-batch on the host; copying it does not wait for the device."""
+               label_smoothing: float = 0.0, z_loss: float = 0.0,
+               dropout_key: tuple[int, int] | None = None) -> Tensor:
+    """The loss above of what `model` makes of a micro-batch on the host; copying it does not wait for the device.
+
+    With `dropout_key` a network with adapters drops as it says; it is another in each step.
+    """
     offsets, batch = batch.cu_seqlens, batch.to(device)
-    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest)
+    draws = batch.draws(dropout_key) if dropout_key else None
+    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, draws=draws)
     return model(batch.tokens, documents, lambda hidden, head: linear_cross_entropy(
         hidden[batch.target_at], head, batch.targets, denominator=denominator, label_smoothing=label_smoothing,
         z_loss=z_loss))

@@ -25,8 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.adamw import adamw
 
 from minisft.model.weights import local_rows
+from minisft.noise import key_of, random_bits
 from minisft.training.offload import HostVisits
-from minisft.training.rounding import key_of, random_bits, round_
+from minisft.training.rounding import round_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CPU_CHUNK, CHUNK = 2**16, 2**24  # elements: few enough for a core's cache, enough to keep a GPU busy

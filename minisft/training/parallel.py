@@ -22,8 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from minisft.errors import UserError
+from minisft.model import lora
 from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
+from minisft.model.lora_config import LoRA
 
 TIMEOUT = timedelta(minutes=30)  # the longest wait is for the leading rank to write the model
 
@@ -143,8 +145,9 @@ def is_on(setting: str, auto: bool) -> bool:
 
 def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", recompute: str = "none",
                 parameters: torch.dtype = torch.float32, compiled: bool = False, reshard: str = "auto",
-                prefetch: int = 0, offload: str = "none") -> Llama:
-    """A sharded network whose parameters are allocated but not yet filled (`weights.load`, `.initialize`).
+                prefetch: int = 0, offload: str = "none", adapters: LoRA | None = None) -> Llama:
+    """A sharded network whose parameters are allocated but not yet filled (`weights.load`, `.initialize`; `lora.load`
+    where it has `adapters`, whose precision then is that of `parameters`).
 
     `reshard` says whether a layer's gathered parameters are freed after its forward pass, to be gathered again for
     the backward pass; "auto" frees all but those of the whole model, which the backward pass begins with.
@@ -153,7 +156,9 @@ def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", r
     on_host = offload == "parameters"
     with torch.device("meta"):
         model = Llama(config, recompute=recompute, dtype=dtype)
-    if parameters != torch.float32:
+        if adapters:
+            lora.adapt(model, adapters, trained=parameters)
+    if parameters != torch.float32 and not adapters:
         model.to(parameters)
     if compiled:
         compile_blocks(model)
@@ -180,6 +185,14 @@ def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", r
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model.to_empty(device="cpu" if on_host else world.device)
+
+
+def sharded(model: Llama) -> Llama:
+    """`model` with its parameters as they are kept: a pass without a backward one may leave gathered bf16 copies."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model
 
 
 def compile_blocks(model: Llama) -> None:

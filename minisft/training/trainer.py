@@ -8,6 +8,7 @@
 
 import faulthandler
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,19 +17,22 @@ from torch import Tensor, nn
 from minisft import config as configuration
 from minisft.config import Config
 from minisft.data import packing
-from minisft.data.loader import MicroBatch, steps
+from minisft.data.loader import MicroBatch, Step, steps
 from minisft.data_report import describe, figures
 from minisft.errors import EXIT_PREEMPTED
 from minisft.evaluation import samples
 from minisft.evaluation.forgetting import Forgetting
 from minisft.evaluation.heldout import heldout_loss, loss_figures
 from minisft.hardware import peak_flops
-from minisft.model import weights
+from minisft.memory import Sizes
+from minisft.model import lora, weights
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder
-from minisft.preparation import Prepared, check_vocabulary, prepare
+from minisft.noise import key_of
+from minisft.preparation import Prepared, adapters_of, check_vocabulary, prepare
 from minisft.training import parallel, provenance, resume
+from minisft.training.adapter import export_adapter
 from minisft.training.checkpoint import Saver, check_room
 from minisft.training.environment import environment
 from minisft.training.export import export
@@ -72,18 +76,22 @@ def train(config: Config) -> int:
                                      recompute=config.parallel.activation_checkpointing,
                                      parameters=DTYPES[config.optim.parameters], compiled=is_compiled(config, world),
                                      reshard=config.parallel.reshard, prefetch=config.parallel.prefetch,
-                                     offload=config.parallel.offload)
+                                     offload=config.parallel.offload, adapters=adapters_of(config))
         if folder:
             check_room(folder.path, room_needed(config, model))
         optimizer = open_optimizer(config, model, world)
-        fingerprint = identity(config, prepared, model_config)
+        fingerprint = identity(config, prepared, model_config, pretrained)
         saved = resume.find(Path(config.run.dir), world, fingerprint, wanted=config.checkpoint.resume,
                             allow_change=config.checkpoint.allow_change)
+        if adapters_of(config):  # also where there is a checkpoint: the frozen weights are not in it
+            lora.load(model, pretrained, seed=config.train.seed)
+            if folder:
+                print(lora.described(model, adapters_of(config)), flush=True)
         if saved:
             saved.restore(optimizer, world)
-        elif pretrained:
+        elif pretrained and not adapters_of(config):
             weights.load(model, pretrained)
-        else:
+        elif not pretrained:
             weights.initialize(model, std=model_config.initializer_range, seed=config.train.seed)
         start = saved.step if saved else 0
         if folder:
@@ -92,7 +100,7 @@ def train(config: Config) -> int:
                          begun=begun)
         finished = done == prepared.plan.total_steps
         if finished:
-            export_as(Path(config.run.dir) / "final", config, prepared, model, world, begun)
+            export_as(Path(config.run.dir) / "final", config, prepared, model, world, begun, adapter="adapter")
         if folder:
             folder.status("done" if finished else "preempted", exit_code=0 if finished else EXIT_PREEMPTED)
         return 0 if finished else EXIT_PREEMPTED
@@ -107,9 +115,14 @@ def train(config: Config) -> int:
             folder.close()
 
 
-def identity(config: Config, prepared: Prepared, model_config: LlamaConfig) -> dict:
-    """What must be the same when a run goes on, or its batches would be others."""
-    return {"data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
+def identity(config: Config, prepared: Prepared, model_config: LlamaConfig, base: weights.Checkpoint | None) -> dict:
+    """What must be the same when a run goes on, or its batches, or what it trains, would be others."""
+    frozen = {}
+    if config.lora.rank:  # as JSON has it, where a tuple is a list
+        frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
+        frozen |= {"lora.targets": list(config.lora.targets), "base": weights.fingerprint(base)}
+    return {**frozen,
+            "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
             "packing": packing.VERSION,
             "data.replay": [source.path for source in config.data.replay],
             "data.replay_ratio": config.data.replay_ratio, "data.eval_fraction": config.data.eval_fraction,
@@ -130,6 +143,8 @@ def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights
         is_meta = config.model.format == "meta"
         checkpoint = MetaFolder(config.model.path) if is_meta else weights.SafetensorsFolder(config.model.path)
         model_config = checkpoint.config if is_meta else read_config(config.model.path)
+        if adapters_of(config):
+            adapters_of(config).check(model_config)
         with torch.device("meta"):
             weights.check(Llama(model_config), checkpoint)
     check_vocabulary(prepared, model_config)
@@ -146,10 +161,10 @@ def open_optimizer(config: Config, model: nn.Module, world: World) -> Optimizer:
 
 def room_needed(config: Config, model: Llama) -> int:
     """Bytes on the disk without which a run cannot end well: a checkpoint, where there are any, and the final model."""
-    numbers = sum(parameter.numel() for parameter in model.parameters())  # of all ranks together
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)  # of all ranks
     final, weight, moment = (DTYPES[precision].itemsize for precision in (
         config.train.precision, config.optim.parameters, config.optim.moments))
-    return numbers * (final + (weight + 2 * moment if config.checkpoint.every else 0))
+    return Sizes.of(model.config).total * final + trained * (weight + 2 * moment) * (config.checkpoint.every > 0)
 
 
 def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: Optimizer, world: World,
@@ -176,7 +191,7 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
                                decay_fraction=optim.decay_fraction)
             optimizer.begin(lr, step.index)
             for batch in step.micro_batches:
-                loss = forward(model, batch, step.target_tokens, config, world)
+                loss = forward(model, batch, step, config, world)
                 loss.backward()
                 shared[0] += loss.detach()
             grad_norm = optimizer.clip(optim.clip_norm)
@@ -201,7 +216,8 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
                 started = time.perf_counter()
             if is_due(number, config.checkpoint.export_every) and not last:
                 monitor.settle()  # or this step would not be in the log, which the model's record is made from
-                export_as(folder / "exports" / f"step-{number:06}", config, prepared, model, world, begun)
+                export_as(folder / "exports" / f"step-{number:06}", config, prepared, model, world, begun,
+                          adapter=f"step-{number:06}-adapter")
             if saver.error:
                 raise saver.error
             if is_due(number, config.checkpoint.every):
@@ -232,9 +248,13 @@ def is_compiled(config: Config, world: World) -> bool:
 
 
 def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, world: World,
-              begun: provenance.Record) -> None:
-    """The model as it is now, as a Hugging Face folder in the precision it computes in, with the record of the run."""
+              begun: provenance.Record, *, adapter: str) -> None:
+    """The model as it is now, as a Hugging Face folder in the precision it computes in, with the record of the run; its
+    adapters beside it."""
     watch(config.parallel.timeout)
+    if adapters_of(config):
+        export_adapter(parallel.sharded(model), adapters_of(config), prepared.renderer, folder.with_name(adapter),
+                       base=str(Path(config.model.path).absolute()), leads=world.leads)
     record = None
     if world.leads:
         found = figures(prepared)
@@ -251,10 +271,11 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def forward(model: nn.Module, batch: MicroBatch, step_target_tokens: int, config: Config, world: World) -> Tensor:
+def forward(model: nn.Module, batch: MicroBatch, step: Step, config: Config, world: World) -> Tensor:
     """This micro-batch's part of the step's loss: its sum over the trained tokens of the whole step."""
-    return batch_loss(model, batch, device=world.device, denominator=step_target_tokens,
-                      label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss)
+    key = key_of(config.train.seed, step.index, "dropout") if config.lora.dropout else None
+    return batch_loss(model, batch, device=world.device, denominator=step.target_tokens,
+                      label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss, dropout_key=key)
 
 
 def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World, monitor: Monitor,

@@ -1,0 +1,66 @@
+"""`minisft convert`: a model folder into another one, in Hugging Face's layout."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from minisft.errors import UserError
+
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+              "generation_config.json")
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    """The options of `minisft convert`."""
+    command = commands.add_parser(
+        "convert", help="a model in another form: an adapter merged, Meta's files as Hugging Face's, another precision",
+        usage="minisft convert SOURCE TARGET [--merge] [--base FOLDER] [--format hf|meta] [--dtype bf16|fp32]",
+        epilog="SOURCE is a Hugging Face folder, one of Meta's with --format meta, or an adapter in PEFT's format with "
+        "--merge. TARGET must not exist, or be empty; it becomes a Hugging Face folder.", allow_abbrev=False)
+    command.add_argument("source", type=Path)
+    command.add_argument("target", type=Path)
+    command.add_argument("--merge", action="store_true", help="SOURCE is an adapter: add it to its base model")
+    command.add_argument("--base", type=Path, metavar="FOLDER", help="the base model (where the adapter says)")
+    command.add_argument("--format", choices=("hf", "meta"), default="hf",
+                         help="layout of the model that is read (hf); meta: consolidated.*.pth")
+    command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision of TARGET (bf16)")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, recipe: list[str]) -> None:
+    """SOURCE as TARGET, which appears in one rename when it is complete."""
+    import torch
+
+    from minisft.model.llama import Llama
+    from minisft.model.peft import PeftFolder, is_adapter
+
+    source, target = options.source, options.target
+    if recipe:
+        raise UserError(f"{recipe[0]}: unknown option; minisft convert --help lists them")
+    if is_adapter(source) != options.merge:
+        raise UserError(f"{source}: " + ("no adapter (it has no adapter_config.json, or a model of its own); leave out "
+                                         "--merge" if options.merge else "holds an adapter; add --merge"))
+    if options.base and not options.merge:
+        raise UserError("--base: names the base model of an adapter, which goes with --merge")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder; choose another target")
+    partial = target.with_name(target.name + ".tmp")
+    if partial.exists():
+        raise UserError(f"{partial}: is in the way, left by a conversion that was killed; delete it")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    model = Llama.from_pretrained(source, dtype=dtype, format=options.format, base=options.base)
+    homes = [source, *([options.base or PeftFolder(source).base] if options.merge else [])]
+    try:
+        model.save_pretrained(partial, dtype=dtype)
+        copied = [next(file for home in homes if (file := home / name).is_file()) for name in COMPANIONS
+                  if any((home / name).is_file() for home in homes)]
+        for file in copied:
+            shutil.copyfile(file, partial / file.name)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    lacks = "" if (target / "tokenizer.json").exists() else "; it has no tokenizer.json, copy one there"
+    print(f"{target}: {numbers:,} parameters in {options.dtype}{lacks}")

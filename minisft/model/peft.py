@@ -1,0 +1,102 @@
+"""Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Which matrices are adapted, the names of the tensors tell; the settings say the rest. PEFT has many variants of LoRA
+that mean another sum of the same tensors, or another base: a setting that is not understood and not off is refused.
+No pickle (`adapter_model.bin`) is read.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from minisft.errors import UserError
+from minisft.model.config import LlamaConfig
+from minisft.model.lora_config import LoRA, matrices
+
+PREFIX = "base_model.model."
+PARTS = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+# Settings that change nothing about what the tensors mean, or that are read below.
+UNDERSTOOD = {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "init_lora_weights", "target_modules",
+              "base_model_name_or_path", "lora_dropout", "inference_mode", "task_type", "auto_mapping", "peft_version",
+              "revision", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config", "loftq_config",
+              "megatron_core", "qalora_group_size", "runtime_config"}
+PLAIN_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
+
+
+def settings(lora: LoRA, config: LlamaConfig, *, base: str) -> dict:
+    """The content of `adapter_config.json`."""
+    adapted, leaves = lora.adapted(config), {}
+    for name in matrices(config):
+        leaves.setdefault(name.rpartition(".")[2], []).append(name)
+    targets = [target for leaf, names in leaves.items()  # the short name where it says the same
+               for target in ([leaf] if set(names) <= adapted.keys() else [n for n in names if n in adapted])]
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
+            "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora, "use_dora": lora.dora,
+            "target_modules": targets, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
+            "inference_mode": True}
+
+
+class PeftFolder:
+    """An adapter that PEFT or minisft saved. Raises UserError for one that is broken, or means something else."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        file = self.path / "adapter_config.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            self.rank, self.alpha = int(found["r"]), float(found["lora_alpha"])
+            self.base = Path(str(found["base_model_name_or_path"]))
+            rslora, self.dora = bool(found.get("use_rslora")), bool(found.get("use_dora"))
+            self.scale = LoRA(self.rank, self.alpha, rslora=rslora).scale
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+            raise UserError(f"{file}: not the settings of an adapter ({type(error).__name__}: {error})") from None
+        strange = {name: value for name, value in found.items() if value and name not in UNDERSTOOD}
+        strange |= {name: found[name] for name, good in (("peft_type", ("LORA",)), ("bias", ("none",)),
+                                                         ("init_lora_weights", PLAIN_BEGINNINGS))
+                    if found.get(name, good[0]) not in good}
+        if strange:
+            raise UserError(f"{file}: {', '.join(f'{k} is {v!r}' for k, v in strange.items())}, which is not "
+                            "understood; merge it with peft (merge_and_unload) and use the merged model")
+        self.tensors = self._read()
+
+    def _read(self) -> dict[str, dict[str, Tensor]]:
+        """Name of a matrix -> its parts."""
+        file, found = self.path / "adapter_model.safetensors", {}
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+        for key, tensor in tensors.items():
+            part = next((part for part, ending in PARTS.items() if key.endswith(ending)), None)
+            if part is None or not key.startswith(PREFIX):
+                raise UserError(f"{file}: {key} is no part of a linear matrix's adapter")
+            found.setdefault(key.removeprefix(PREFIX).removesuffix(PARTS[part]), {})[part] = tensor.float()
+        return found
+
+    @torch.no_grad()
+    def merge_into(self, model: nn.Module, config: LlamaConfig) -> None:
+        """Add the adapter to the matrices of `model`. Raises UserError where it belongs to another model."""
+        shapes = matrices(config)
+        for name, parts in self.tensors.items():
+            rows, columns = shapes.get(name, (0, 0))
+            wanted = {"lora_A": (self.rank, columns), "lora_B": (rows, self.rank)}
+            wanted |= {"magnitude": (rows,)} if self.dora else {}
+            if {part: tuple(tensor.shape) for part, tensor in parts.items()} != wanted:
+                raise UserError(f"{self.path}: the adapter of {name} does not fit the base model: it has "
+                                f"{ {part: list(tensor.shape) for part, tensor in parts.items()} }, "
+                                f"and {({p: list(s) for p, s in wanted.items()})} is needed")
+            weight = model.get_parameter(f"{name}.weight")
+            parts = {part: tensor.to(weight.device) for part, tensor in parts.items()}
+            merged = torch.addmm(weight.float(), parts["lora_B"], parts["lora_A"], alpha=self.scale)
+            if self.dora:
+                merged *= (parts["magnitude"] / merged.norm(dim=1))[:, None]
+            weight.copy_(merged)

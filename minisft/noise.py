@@ -1,0 +1,42 @@
+"""Random bits that are a hash of where they are used, not the next ones of a generator.
+
+So a resumed run draws what the uninterrupted one would have drawn without a state to save, a block that is computed
+again draws the same again, and so does any number of ranks. Stochastic rounding (training/rounding.py) and the dropout
+of adapters (model/lora.py) are drawn like this.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def hashed(bits: Tensor, key: tuple[int, int]) -> Tensor:
+    """32 random bits for each int32 in `bits`, in place; equal ones under the same key get equal bits.
+
+    Two rounds of xor-shift and multiply (Wellons 2018, "Prospecting for hash functions", lowbias32), with half of the
+    key before each.
+    """
+    bits += signed(key[0])
+    bits ^= (bits >> 16).bitwise_and_(0xFFFF)  # >> copies the sign; the hash wants zeros
+    bits.mul_(0x7FEB352D).add_(signed(key[1]))
+    bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
+    bits.mul_(signed(0x846CA68B))
+    bits ^= (bits >> 16).bitwise_and_(0xFFFF)
+    return bits
+
+
+def random_bits(key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """32 random bits (int32) for each of the elements `start`, ..., `start + count - 1` of a parameter."""
+    return hashed(torch.arange(count, dtype=torch.int32, device=device).add_(signed(start)), key)
+
+
+def key_of(seed: int, step: int, what: str) -> tuple[int, int]:
+    """The key of the bits that something (a parameter, by its name) draws in a step."""
+    digest = hashlib.blake2b(f"{seed} {step} {what}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def signed(number: int) -> int:
+    """The int32 with the lowest 32 bits of `number`."""
+    return (number + 2**31) % 2**32 - 2**31

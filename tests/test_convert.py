@@ -1,0 +1,99 @@
+"""`minisft convert`: every way from one folder to another, against transformers, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from oracles.tiny_llama import tiny_weights
+from safetensors.torch import load_file, save_file
+from test_meta import PARAMS, TOKENS, random_state, write
+
+from minisft.__main__ import main
+from minisft.model.llama import Llama
+
+NAME = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """An adapter of one matrix, written by hand in PEFT's format."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 160), (64, 2)))
+    save_file({f"base_model.model.{NAME}.lora_{k}.weight": v for k, v in (("A", a), ("B", b))},
+              folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder, 1.5 * b @ a
+
+
+def test_an_adapter_is_merged_into_its_base(base, tmp_path, adapter, capsys):
+    folder, delta = adapter
+    assert main(["convert", str(folder), str(tmp_path / "merged"), "--merge", "--dtype", "fp32"]) == 0
+    assert "127,296 parameters in fp32" in capsys.readouterr().out
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    before[f"{NAME}.weight"] += delta
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight)
+    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_the_base_may_be_elsewhere(base, tmp_path, adapter, capsys):
+    folder, _ = adapter
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "some/model"}))
+    assert main(["convert", str(folder), str(tmp_path / "merged"), "--merge"]) == 2
+    assert "its base model 'some/model' is not a folder here" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert main(["convert", str(folder), str(tmp_path / "merged"), "--merge", "--base", str(base)]) == 0
+
+
+def test_another_precision_is_a_rounding(base, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert main(["convert", str(base), str(tmp_path / "narrow")]) == 0
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert theirs.dtype == torch.bfloat16
+    for name, weight in tiny_weights().items():
+        assert torch.equal(theirs.get_parameter(name), torch.from_numpy(weight).bfloat16())
+
+
+def test_metas_files_become_hugging_faces(tmp_path):
+    (source := tmp_path / "meta").mkdir()
+    write(source, PARAMS, random_state(PARAMS), 2)
+    assert main(["convert", str(source), str(tmp_path / "hf"), "--format", "meta", "--dtype", "fp32"]) == 0
+    assert torch.equal(Llama.from_pretrained(tmp_path / "hf").logits(TOKENS),
+                       Llama.from_pretrained(source, format="meta").logits(TOKENS))
+
+
+@pytest.mark.parametrize(("source", "options", "message"), [
+    ("base", ["--merge"], "no adapter (it has no adapter_config.json, or a model of its own); leave out --merge"),
+    ("adapter", [], "holds an adapter; add --merge"), ("base", ["--base", "x"], "goes with --merge"),
+    ("base", ["--optim.lr", "1"], "--optim.lr: unknown option"), ("nowhere", [], "nowhere: no such folder"),
+])
+def test_what_cannot_be_is_one_line_and_exit_2(base, tmp_path, adapter, capsys, source, options, message):
+    source = {"base": base, "adapter": adapter[0], "nowhere": tmp_path / "nowhere"}[source]
+    assert main(["convert", str(source), str(tmp_path / "out"), *options]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder with something in it"])
+def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, kind):
+    target = tmp_path / "mine"
+    file = target if kind == "a file" else target / "notes.txt"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    assert main(["convert", str(base), str(target)]) == 2
+    assert f"{target}: exists and is not an empty folder" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    assert main(["convert", str(base), str(base)]) == 2
+
+
+def test_a_conversion_that_fails_leaves_nothing(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    assert main(["convert", str(base), str(tmp_path / "out")]) == 4
+    assert "no space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
