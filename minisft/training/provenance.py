@@ -20,7 +20,7 @@ import torch
 import minisft
 from minisft.errors import UserError
 from minisft.training.card import rounds
-from minisft.training.environment import commit
+from minisft.training.environment import SOURCE, commit
 
 FILE = "training.json"
 FIGURES = ("name", "template", "sha256", "tokens", "target_tokens", "weight")  # of a source, from the data report
@@ -33,7 +33,7 @@ def beginnings(base: str) -> Record:
 
     Raises UserError where the files there are not JSON objects: hours later would be too late to find that out.
     """
-    return {"minisft": minisft.__version__, "commit": commit(),
+    return {"minisft": minisft.__version__, "commit": commit(SOURCE),
             "torch": torch.__version__, "base": _base(Path(base)) if base else None}
 
 
