@@ -102,9 +102,11 @@ def test_files_of_a_run(base, tmp_path):
         printed = torchrun.communicate(timeout=300)[0]
     assert torchrun.returncode == 0, printed
     assert printed.count("trace.json.gz") == 1
-    found = shares((tmp_path / "run/profile/table.txt").read_text())
+    table_of_run = (tmp_path / "run/profile/table.txt").read_text()
+    found = shares(table_of_run)
     assert sum(found.values()) == pytest.approx(100, abs=0.05 * len(found) + 1e-6)
-    assert set(found) == {kind for kind, _ in KINDS + AROUND} | {OTHER}
+    assert re.search(r"% +loader$", table_of_run, re.MULTILINE)  # its share is often less than 0.05%
+    assert set(found) | {"loader"} == {kind for kind, _ in KINDS + AROUND} | {OTHER}
     with gzip.open(tmp_path / "run/profile/trace.json.gz") as file:
         names = [entry["name"] for entry in json.load(file)["traceEvents"] if entry.get("cat") == "user_annotation"]
     assert sorted(name for name in names if name.startswith("ProfilerStep")) == [f"ProfilerStep#{i}" for i in (2, 3, 4)]
