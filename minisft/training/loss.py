@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
         tokens = max(CHUNK // len(weight), 1)
-        rows_at_once, words_at_once = (max(2**20 // len(weight), 1), 2048) if hidden.is_cpu else (tokens, 16384)
+        rows_at_once, words_at_once = (max(2**20 // len(weight), 1), 512) if hidden.is_cpu else (tokens, 16384)
         buffer = torch.empty(min(tokens, len(targets)), len(weight), dtype=dtype, device=hidden.device)
         for x, target, grad_x in zip(hidden.split(tokens), targets.split(tokens),
                                      grad_hidden.split(tokens) if needs_hidden else repeat(None), strict=False):
