@@ -10,21 +10,25 @@ import pytest
 
 from minisft import config as configuration
 from minisft.__main__ import main
+from minisft.model.config import PRESETS
 
 RECIPES = Path(str(resources.files("minisft"))) / "recipes"
 SAMPLE = RECIPES / "sample"
 NETWORKS = {"llama3-8b": "llama-3-8b", "llama3-8b-turkish": "llama-3-8b", "llama3.2-1b": "llama-3.2-1b",
-            "llama3.2-3b": "llama-3.2-3b", "llama3-70b": "llama-3-70b"}
-GPUS = {"llama3.2-1b": ("1", "rtx4090"), "llama3.2-3b": ("1", "rtx4090"), "llama3-70b": ("64", "h100")}
+            "llama3.2-3b": "llama-3.2-3b", "llama3-70b": "llama-3-70b",
+            "llama3-8b-lora": "llama-3-8b", "llama3-8b-qlora": "llama-3-8b"}
+GPUS = {"llama3.2-1b": ("1", "rtx4090"), "llama3.2-3b": ("1", "rtx4090"), "llama3-70b": ("64", "h100"),
+        "llama3-8b-lora": ("1", "a100-40"), "llama3-8b-qlora": ("1", "rtx4090")}
 
 
 def options(name: str, base: Path, folder: Path) -> list[str]:
     """The recipe with the sample's files in place of the user's."""
     config = configuration.load([name])
+    (folder / "config.json").write_text(json.dumps(PRESETS[NETWORKS[name]].to_dict(dtype="bfloat16")))
     sources = {key: ",".join(str(SAMPLE / Path(source.path).name) for source in getattr(config.data, key))
                for key in ("train", "replay") if getattr(config.data, key)}
     return [name, *(text for key, paths in sources.items() for text in (f"--data.{key}", paths)),
-            "--model.init", "random", "--model.config", NETWORKS[name], "--model.tokenizer", str(base),
+            "--model.path", str(folder), "--model.tokenizer", str(base),
             "--data.cache", str(folder), "--data.eval_fraction", "0.2"]
 
 

@@ -60,6 +60,8 @@ def train(config: Config) -> int:
     if config.optim.in_backward:
         parallel.check_one_micro_batch(config.batch.packs, config.batch.micro_packs)
     prepared = prepare(config, quiet=not leads)
+    if config.eval.samples:
+        samples.questions(prepared.evals, config.eval.samples)  # whether there are any is known before training
     model_config, pretrained = open_model(config, prepared)
     begun = provenance.beginnings("" if config.model.init == "random" else config.model.path)
     preemption = Preemption()
