@@ -43,6 +43,7 @@ class Data:
     eval: tuple[Source, ...] = key((), "held-out files")
     eval_fraction: float = key(0.0, "share of the training documents held out for evaluation, chosen by their text",
                                low=0, below=1)
+    general: tuple[Source, ...] = key((), "held-out general text, whose loss tells what the model forgets")
     replay: tuple[Source, ...] = key((), "general text (or chats) mixed in against forgetting")
     replay_ratio: float = key(0.05, "share of an epoch's tokens that is data.replay, repeated or sampled to that end",
                               above=0, below=1)
@@ -141,10 +142,12 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluation on data.eval."""
+    """Evaluation on data.eval and data.general."""
     every: int = key(0, "steps between evaluations; 0: only at the start and the end", low=0)
     samples: int = key(0, "questions of each data.eval that are answered, into the log, at the start and the end",
                        low=0)
+    forgetting_bound: float = key(0.1, "warn where the loss on data.general is more nats a token above the base "
+                                  "model's than this; 0: never", low=0)
 
 
 @dataclass(frozen=True)
@@ -202,10 +205,13 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
          "model.init is random, which needs a config.json or the name of a preset"),
         (batch.micro_packs > batch.packs, ("batch.micro_packs", "batch.packs"),
          f"{batch.micro_packs} packs per forward pass, but batch.packs is only {batch.packs} per step"),
-        (config.eval.every > 0 and not data.eval and not data.eval_fraction, ("eval.every", "data.eval"),
-         f"evaluation every {config.eval.every} steps, but data.eval names no file"),
+        (config.eval.every > 0 and not (data.eval or data.eval_fraction or data.general), ("eval.every", "data.eval"),
+         f"evaluation every {config.eval.every} steps, but neither data.eval nor data.general names a file"),
         (config.eval.samples > 0 and not data.eval and not data.eval_fraction, ("eval.samples", "data.eval"),
          f"{config.eval.samples} questions of each file are to be answered, but data.eval names no file"),
+        (config.eval.forgetting_bound not in (0, Eval.forgetting_bound) and not data.general,
+         ("eval.forgetting_bound", "data.general"), f"a bound of {config.eval.forgetting_bound:g} nats on what is "
+         "forgotten, but data.general names no file to measure it on"),
         (data.replay_ratio != Data.replay_ratio and not data.replay, ("data.replay_ratio", "data.replay"),
          f"{data.replay_ratio:g} of the tokens should be replayed text, but data.replay names no file"),
         (optim.parameters == "bf16" and config.train.precision == "fp32", ("optim.parameters", "train.precision"),
@@ -223,6 +229,7 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
     ]
     held_out = [replace(source, name=heldout_name(source)) for source in data.train if data.eval_fraction]
     for name, sources, others in (("data.train", data.train, ()), ("data.eval", data.eval, held_out),
+                                  ("data.general", data.general, (*data.eval, *held_out)),
                                   ("data.replay", data.replay, data.train)):
         names, taken = [source.name for source in sources], [source.name for source in others]
         twice = sorted({n for n in names if (names + taken).count(n) > 1})
@@ -368,13 +375,13 @@ def _with_inherited(config: Config, *, run_name: str) -> Config:
         return _named(tuple(replace(source, format=source.format or data.format,
                                     template=source.template or data.template) for source in sources))
 
-    trained = filled(data.train + data.replay)  # together, so that their names differ
+    trained, held = filled(data.train + data.replay), filled(data.eval + data.general)  # together: names that differ
     return replace(
         config,
         model=replace(model, init=model.init or ("pretrained" if model.path else ""),
                       tokenizer=model.tokenizer or model.path),
-        data=replace(data, train=trained[: len(data.train)], replay=trained[len(data.train) :], eval=filled(data.eval),
-                     cache=data.cache or _default_cache()),
+        data=replace(data, train=trained[: len(data.train)], replay=trained[len(data.train) :],
+                     eval=held[: len(data.eval)], general=held[len(data.eval) :], cache=data.cache or _default_cache()),
         run=replace(config.run, dir=config.run.dir or f"runs/{run_name}"))
 
 
@@ -391,5 +398,5 @@ def _without_inherited(config: Config) -> Config:
 
     return replace(
         config, model=replace(model, tokenizer=own(model.tokenizer, model.path)),
-        data=replace(data, train=stripped(data.train), replay=stripped(data.replay), eval=stripped(data.eval),
-                     cache=own(data.cache, _default_cache())))
+        data=replace(data, train=stripped(data.train), replay=stripped(data.replay),
+                     eval=stripped(data.eval), general=stripped(data.general), cache=own(data.cache, _default_cache())))

@@ -27,6 +27,7 @@ BAR, EIGHTHS = 36, " ▏▎▍▌▋▊▉"
 def figures(prepared: Prepared) -> dict:
     """Every figure of the report. Lists of sources are in the order of the configuration."""
     config, train, plan = prepared.config, prepared.train, prepared.plan
+    general = {source.name for source in config.data.general}
     epoch = plan.epoch(0)
     seen = np.bincount(epoch.documents, minlength=len(train))
     sources, first = _sources(train), len(config.data.train)
@@ -43,7 +44,8 @@ def figures(prepared: Prepared) -> dict:
         "template": prepared.renderer.template.name, "seq_len": plan.seq_len, "overlong": config.data.overlong,
         "dedup": config.data.dedup, "eval_fraction": config.data.eval_fraction,
         "train": sources[:first], "replay": sources[first:],
-        "eval": [source for dataset in prepared.evals.values() for source in _sources(dataset)],
+        **{kind: [source for name, dataset in prepared.evals.items() for source in _sources(dataset)
+                  if (name in general) == (kind == "general")] for kind in ("eval", "general")},
         "documents": len(train), "tokens": int(train.lengths.sum()), "target_tokens": int(train.targets.sum()),
         "lengths": histogram(train.lengths, train.too_long, plan.seq_len),
         "epoch_documents": len(epoch.documents), "epoch_tokens": epoch_tokens,
@@ -113,7 +115,8 @@ def _source_rows(found: dict) -> list[list[str] | str]:
     """The table's rows, and notes between them."""
     rows: list[list[str] | str] = [["source", "read", "kept", "turns", "tokens", "trained", "share", "longest",
                                     "median", "tok/word"]]
-    for kind, heading in (("train", ""), ("replay", "replayed:"), ("eval", "evaluated:")):
+    for kind, heading in (("train", ""), ("replay", "replayed:"), ("eval", "evaluated:"),
+                          ("general", "general text:")):
         rows += [heading] if heading and found[kind] else []
         for source in found[kind]:
             rows.append([source["name"], *(_count(source[name]) for name in

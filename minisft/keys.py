@@ -30,7 +30,7 @@ def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), true: str = ""
 
 @dataclass(frozen=True)
 class Source:
-    """One file of data.train, data.eval or data.replay."""
+    """One file of data.train, data.eval, data.general or data.replay."""
     path: str = key(MISSING, "the file")
     format: str = key("", "empty: data.format", choices=FORMATS)
     template: str = key("", "empty: data.template")

@@ -33,7 +33,7 @@ class Prepared:
     train: Dataset  # data.train, then data.replay
     weights: tuple[float, ...]  # of each source in it: passes over its tokens in an epoch
     plan: Plan
-    evals: dict[str, Dataset]
+    evals: dict[str, Dataset]  # data.eval, data.general, held-out parts of data.train
 
     def origins(self, step: int) -> list[str]:
         """File and line of every document of `step` (from 0), on all ranks."""
@@ -66,7 +66,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     templates = load_templates(data.templates or None)
     sources = (*data.train, *data.replay)
     renderers = {name: Renderer(choose_template(name, templates, tokenizer), tokenizer, train_on=data.train_on)
-                 for name in {data.template, *(source.template for source in (*sources, *data.eval))}}
+                 for name in {data.template, *(source.template for source in (*sources, *data.eval, *data.general))}}
 
     def store(source: Source) -> Store:
         return open_store(source.path, name=source.name, format=source.format, renderer=renderers[source.template],
@@ -78,7 +78,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     held_out = [mixing.held_out(s.loose, data.eval_fraction if i < len(data.train) else 0)
                 for i, s in enumerate(stores)]
     train = Dataset(stores, held_out=held_out, **fitting)
-    evals = {source.name: Dataset([store(source)], **fitting) for source in data.eval}
+    evals = {source.name: Dataset([store(source)], **fitting) for source in (*data.eval, *data.general)}
     if data.eval_fraction:
         evals |= _held_out(config, stores, held_out, fitting)
     weights = _weights(config, train)

@@ -223,7 +223,7 @@ def test_the_command(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "nothing to evaluate; give --choices FILE ..."),
+    ([], "nothing to evaluate; give --choices FILE ... or --instructions FILE"),
     (["--choices", "no.csv"], "no.csv: No such file or directory (remedy: name a file of questions that can be read)"),
     (["--choices", SKY, "--shots", "9"], f"{SKY}:1: --shots 9, but there are 3 other questions about 'night sky'; ask "
                                          "for fewer, or name files that have them with --shots-from"),

@@ -246,7 +246,13 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     ("[batch]\npacks = 2\nmicro_packs = 4",
      "batch.micro_packs: 4 packs per forward pass, but batch.packs is only 2 per step"),
     ("[batch]\nmicro_packs = 64", "batch.micro_packs: 64 packs per forward pass, but batch.packs is only 32 per step"),
-    ("[eval]\nevery = 5", "eval.every: evaluation every 5 steps, but data.eval names no file"),
+    ("[eval]\nevery = 5", "eval.every: evaluation every 5 steps, but neither data.eval nor "
+     "data.general names a file"),
+    ("[eval]\nforgetting_bound = 0.3",
+     "eval.forgetting_bound: a bound of 0.3 nats on what is forgotten, but data.general names no file to "
+     "measure it on"),
+    ("[data]\ngeneral = [{path = 'g', name = 'n'}]\neval = [{path = 'e', name = 'n'}]",
+     "data.general: several sources are named n; names must differ"),
     ("[data]\nreplay_ratio = 0.2",
      "data.replay_ratio: 0.2 of the tokens should be replayed text, but data.replay names no file"),
     ("[data]\nreplay = 'r'\nreplay_ratio = 1", "data.replay_ratio: expected float > 0 and < 1, got 1"),

@@ -53,7 +53,7 @@ def test_plan(name, base, tmp_path, capsys):
 
 
 def test_all_are_tested():
-    demos = {"demo", "demo-base"}
+    demos = {"demo", "demo-base", "round-1", "round-2"}
     assert set(configuration.shipped_recipes()) - demos == set(NETWORKS)
 
 

@@ -107,8 +107,9 @@ def test_what_the_run_folder_holds(base, tmp_path):
     train(base, tmp_path, train__max_steps=2)
     run = tmp_path / "run"
     assert json.loads((run / "status.json").read_text()) == {"state": "done", "exit_code": 0, "step": 2, "error": ""}
-    assert {f.name for f in (run / "final").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json",
-                                                           "tokenizer_config.json", "generation_config.json"}
+    assert {f.name for f in (run / "final").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "training.json", "README.md"}
     record = log(tmp_path)[1]
     assert set(record) == {"kind", "step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "seconds",
                            "tokens_per_second", "memory_gib"}

@@ -6,10 +6,12 @@ functions: one makes a dict of figures, the other a table of them. `--json` writ
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
+from minisft.keys import FORMATS
 
 
 def add(commands: "argparse._SubParsersAction") -> None:
@@ -22,7 +24,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
                          "fp32)")
     command.add_argument("--batch-tokens", type=positive, default=8192, metavar="N",
                          help="tokens in one forward pass (8192)")
-    command.add_argument("--limit", type=positive, metavar="N", help="only the first N of each file")
+    command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each file")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     group = command.add_argument_group("multiple choice by log-likelihood")
     group.add_argument("--choices", nargs="+", default=[], metavar="FILE",
@@ -41,6 +43,12 @@ def add(commands: "argparse._SubParsersAction") -> None:
                        "shipped ones, English and Turkish")
     group.add_argument("--skip-unknown", action="store_true", help="leave out instructions that have no check")
     group.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer (512)")
+    group = command.add_argument_group("held-out losses")
+    group.add_argument("--data", nargs="+", default=[], metavar="FILE",
+                       help="conversations, whose answers count, and plain text, in which every token does")
+    group.add_argument("--data-format", choices=FORMATS, default="auto", help="how these files are laid out (auto)")
+    group.add_argument("--seq-len", type=positive, default=2048, metavar="N",
+                       help="longer documents are left out, and counted (2048)")
     command.set_defaults(run=run)
 
 
@@ -48,13 +56,13 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """All evaluations that the options ask for, of one model."""
     import torch  # here, so that `minisft --help` does not wait for it
 
-    from minisft.evaluation import choices, instructions
+    from minisft.evaluation import choices, heldout, instructions
     from minisft.evaluation.assistant import Assistant
 
     if recipe:
         raise UserError(f"unknown argument {recipe[0]}; `minisft eval --help` lists the options")
-    if not options.choices and not options.instructions:
-        raise UserError("nothing to evaluate; give --choices FILE ... or --instructions FILE")
+    if not (options.choices or options.instructions or options.data):
+        raise UserError("nothing to evaluate; give --choices FILE ..., --instructions FILE or --data FILE ...")
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     # All files are read before the weights are: an error in them should not take a minute.
@@ -65,7 +73,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = options.precision or ("bf16" if device == "cuda" else "fp32")
     # A base model has no chat template and needs none where nothing is asked in turns.
-    template = options.template or ("" if options.chat or prompts else "text")
+    template = options.template or ("" if options.chat or prompts or options.data else "text")
     assistant = Assistant.load(options.model, template=template, templates=options.templates, device=device,
                                dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
     found: dict[str, Any] = {"model": options.model, "precision": precision}
@@ -75,6 +83,11 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     if prompts:
         found["instructions"] = instructions.figures(assistant, prompts, max_new_tokens=options.max_new_tokens)
         print(instructions.describe(found["instructions"]))
+    if options.data:
+        with tempfile.TemporaryDirectory() as cache:
+            found["losses"] = heldout.file_losses(assistant, options.data, cache=cache, format=options.data_format,
+                                                  seq_len=options.seq_len)
+        print(heldout.describe(found["losses"]))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -42,7 +42,7 @@ from minisft.data.encoding import Documents, Rendered, encode, loose_hash, rende
 from minisft.data.formats import Conversation, Skipped, read
 from minisft.errors import UserError
 
-LAYOUT = 4  # of these files: raise it when they change, so that old folders are not opened
+LAYOUT = 5  # of these files: raise it when they change, so that old folders are not opened
 BATCH = 1024  # conversations that are tokenised together
 BATCH_CHARACTERS = 1 << 22  # or fewer, where they are long
 ARRAYS = ("offsets", "targets", "turns", "largest", "lines", "hashes", "loose")
@@ -56,6 +56,7 @@ class Report:
     name: str
     path: str
     template: str
+    sha256: str = ""  # of the file's bytes
     read: int = 0
     kept: int = 0
     turns: int = 0
@@ -114,7 +115,8 @@ def open_store(path: str, *, name: str, format: str, renderer: Renderer, cache: 
     whose tokens break a law (checks.py).
     """
     state = file_state(path)
-    settings = [LAYOUT, content_digest(path, cache), name, path, format, skip_bad, max_bad, oasst,
+    sha256 = content_digest(path, cache)
+    settings = [LAYOUT, sha256, name, path, format, skip_bad, max_bad, oasst,
                 renderer.fingerprint()]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / key
@@ -128,7 +130,7 @@ def open_store(path: str, *, name: str, format: str, renderer: Renderer, cache: 
                 try:
                     conversations = read(path, format=format, skip_bad=skip_bad, oasst=oasst)
                     bar = tqdm(conversations, desc=f"tokenise {name}", unit=" conversations", disable=quiet or None)
-                    _write(partial, iter(bar), renderer, Report(name, path, renderer.template.name), max_bad)
+                    _write(partial, iter(bar), renderer, Report(name, path, renderer.template.name, sha256), max_bad)
                     if file_state(path) != state:  # its tokens would be found under the key of what it was before
                         raise UserError(f"{path}: changed while it was read; start again when it is complete")
                     os.rename(partial, folder)

@@ -82,7 +82,9 @@ def write_world(folder: Path, *, countries: int, seed: int) -> None:
     facts = random.Random(seed).sample(world.load_world(), countries)
     asked, heldout = world.halves(facts, seed)
     articles = world.articles(facts, per_country=ARTICLES_PER_COUNTRY, seed=seed)
-    files = {"articles": articles, "questions": world.questions(asked, per_fact=QUESTIONS_PER_FACT, seed=seed),
+    questions = world.questions(asked, per_fact=QUESTIONS_PER_FACT, seed=seed)
+    files = {"articles": articles, "questions": questions,
+             "questions-1": questions[::2], "questions-2": questions[1::2],  # for recipes round-1 and round-2
              "heldout-questions": world.questions(heldout, per_fact=1, seed=seed)[:ASKED],
              "heldout-articles": world.articles(heldout, per_country=1, seed=seed + 1)[:ASKED]}
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")

@@ -1,7 +1,11 @@
 """The trained model as a Hugging Face folder that other programs load and serve.
 
-Beside the weights: the tokenizer, the chat template as Jinja text, and the tokens at which generation ends. The folder
-appears in one rename, so one that exists is complete.
+    config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
+    training.json  README.md
+
+transformers, vLLM and llama.cpp's converter read the weights, the tokenizer, the chat template (Jinja text, in
+tokenizer_config.json) and the tokens at which generation ends; people read where it all came from. The folder appears
+in one rename, so one that exists is complete.
 """
 
 import json
@@ -10,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,17 +23,22 @@ from torch import nn
 from minisft.data.chat import Renderer
 from minisft.model import weights
 from minisft.model.config import LlamaConfig
+from minisft.training.card import model_card
+from minisft.training.provenance import FILE, model_name
 
 
 def export(model: nn.Module, config: LlamaConfig, renderer: Renderer, folder: Path, *, dtype: torch.dtype,
-           leads: bool = True) -> None:
-    """Write `folder`. All ranks call it, the leading one writes."""
+           leads: bool = True, record: dict[str, Any] | None = None) -> None:
+    """Write `folder`. All ranks call it, the leading one writes, and has the `record` of where the model came from."""
     with appearing(folder, leads=leads) as partial:
         weights.save(model, config, partial, dtype=dtype)
         if leads:
             write_tokenizer(partial, renderer)
             generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(renderer.stop_ids())}
             write_json(partial / "generation_config.json", generation)
+            if record:
+                write_json(partial / FILE, record)
+                (partial / "README.md").write_text(model_card(model_name(folder), record), encoding="utf-8")
 
 
 @contextmanager

@@ -19,6 +19,15 @@ from minisft.training.checkpoint import checkpoints
 OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "final", "profile")
 
 
+def read_log(folder: Path) -> list[dict]:
+    """The records in the `metrics.jsonl` of a run; none where there is no such file."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return []
+    with open(file, encoding="utf-8") as log:
+        return [json.loads(line) for line in log if line.endswith("\n")]  # the last may have been cut off by a crash
+
+
 class RunFolder:
     """Owned from construction until `close`, by the leading rank.
 
@@ -67,11 +76,7 @@ class RunFolder:
 
     def last_step(self) -> int:
         """The last step in `metrics.jsonl`; 0 without one."""
-        file = self.path / "metrics.jsonl"
-        if not file.exists():
-            return 0
-        with open(file, encoding="utf-8") as log:
-            return max((json.loads(line)["step"] for line in log if line.endswith("\n")), default=0)
+        return max((record["step"] for record in read_log(self.path)), default=0)
 
     def rewind_log(self, step: int) -> None:
         """Drop the records of `metrics.jsonl` that come after `step`: those steps are taken again."""

@@ -21,7 +21,8 @@ from minisft.data.loader import MicroBatch, Step, steps
 from minisft.data_report import describe, figures
 from minisft.errors import EXIT_PREEMPTED
 from minisft.evaluation import samples
-from minisft.evaluation.heldout import heldout_loss
+from minisft.evaluation.forgetting import Forgetting
+from minisft.evaluation.heldout import heldout_loss, loss_figures
 from minisft.hardware import peak_flops
 from minisft.memory import Sizes
 from minisft.model import lora, weights
@@ -30,7 +31,7 @@ from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder
 from minisft.noise import key_of
 from minisft.preparation import Prepared, adapters_of, check_vocabulary, prepare
-from minisft.training import parallel, resume
+from minisft.training import parallel, provenance, resume
 from minisft.training.adapter import export_adapter
 from minisft.training.checkpoint import Saver, check_room
 from minisft.training.environment import environment
@@ -42,7 +43,7 @@ from minisft.training.optimizer import Optimizer, learning_rate
 from minisft.training.parallel import World
 from minisft.training.preemption import Preemption
 from minisft.training.profile import profiled
-from minisft.training.run_folder import RunFolder
+from minisft.training.run_folder import RunFolder, read_log
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -60,6 +61,7 @@ def train(config: Config) -> int:
         parallel.check_one_micro_batch(config.batch.packs, config.batch.micro_packs)
     prepared = prepare(config, quiet=not leads)
     model_config, pretrained = open_model(config, prepared)
+    begun = provenance.beginnings("" if config.model.init == "random" else config.model.path)
     preemption = Preemption()
     folder = world = None
     try:
@@ -93,11 +95,12 @@ def train(config: Config) -> int:
             weights.initialize(model, std=model_config.initializer_range, seed=config.train.seed)
         start = saved.step if saved else 0
         if folder:
-            folder.rewind_log(start)
-        done = run_steps(config, prepared, model, optimizer, world, preemption, start=start, fingerprint=fingerprint)
+            folder.rewind_log(start if saved else -1)  # step 0 is evaluated again
+        done = run_steps(config, prepared, model, optimizer, world, preemption, start=start, fingerprint=fingerprint,
+                         begun=begun)
         finished = done == prepared.plan.total_steps
         if finished:
-            export_as(Path(config.run.dir) / "final", config, prepared, model, world, adapter="adapter")
+            export_as(Path(config.run.dir) / "final", config, prepared, model, world, begun)
         if folder:
             folder.status("done" if finished else "preempted", exit_code=0 if finished else EXIT_PREEMPTED)
         return 0 if finished else EXIT_PREEMPTED
@@ -165,7 +168,7 @@ def room_needed(config: Config, model: Llama) -> int:
 
 
 def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: Optimizer, world: World,
-              preemption: Preemption, *, start: int, fingerprint: dict) -> int:
+              preemption: Preemption, *, start: int, fingerprint: dict, begun: provenance.Record) -> int:
     """Steps `start`, `start` + 1, ... of the plan, with their evaluations and checkpoints; returns the steps done."""
     plan, optim, folder = prepared.plan, config.optim, Path(config.run.dir)
     saver = Saver(folder / "checkpoints", world, keep=config.checkpoint.keep)
@@ -173,10 +176,12 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
                       max_skipped=config.train.max_skipped, documents=prepared.origins, in_backward=optim.in_backward)
     planned = steps(prepared.train, plan, start=start, rank=world.rank, ranks=world.ranks,
                     micro_packs=config.batch.micro_packs, fixed=is_compiled(config, world), device=world.device)
+    forgetting = Forgetting((source.name for source in config.data.general), bound=config.eval.forgetting_bound,
+                            log=read_log(folder) if world.leads else ())
     number = start
     try:
         if start == 0:
-            evaluate(config, prepared, model, world, monitor, step=0)
+            evaluate(config, prepared, model, world, monitor, forgetting, step=0)
         started = time.perf_counter()
         for step in profiled(planned, folder / "profile" if config.run.profile and world.leads else None):
             watch(config.parallel.timeout)
@@ -207,11 +212,11 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
                 break
             if is_due(number, config.eval.every) or last:
                 monitor.settle()
-                evaluate(config, prepared, model, world, monitor, step=number)
+                evaluate(config, prepared, model, world, monitor, forgetting, step=number)
                 started = time.perf_counter()
             if is_due(number, config.checkpoint.export_every) and not last:
-                export_as(folder / "exports" / f"step-{number:06}", config, prepared, model, world,
-                          adapter=f"step-{number:06}-adapter")
+                monitor.settle()  # or this step would not be in the log, which the model's record is made from
+                export_as(folder / "exports" / f"step-{number:06}", config, prepared, model, world, begun)
             if saver.error:
                 raise saver.error
             if is_due(number, config.checkpoint.every):
@@ -241,14 +246,24 @@ def is_compiled(config: Config, world: World) -> bool:
     return parallel.is_on(config.parallel.compile, auto=world.device.type == "cuda")
 
 
-def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, world: World, *, adapter: str) -> None:
-    """The model as it is now, as a Hugging Face folder in the precision it computes in; its adapters beside it."""
+def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, world: World,
+              begun: provenance.Record) -> None:
+    """The model as it is now, as a Hugging Face folder in the precision it computes in, with the record of the run;
+    its adapters in a folder beside it."""
     watch(config.parallel.timeout)
     if adapters_of(config):
-        export_adapter(parallel.sharded(model), adapters_of(config), prepared.renderer, folder.with_name(adapter),
+        beside = folder.with_name("adapter" if folder.name == "final" else f"{folder.name}-adapter")
+        export_adapter(parallel.sharded(model), adapters_of(config), prepared.renderer, beside,
                        base=str(Path(config.model.path).absolute()), leads=world.leads)
+    record = None
+    if world.leads:
+        found = figures(prepared)
+        record = provenance.training_record(
+            begun, recipe=config.to_toml(), seed=config.train.seed, ranks=world.ranks,
+            data={use: found[use] for use in ("train", "replay", "eval", "general")},
+            log=read_log(Path(config.run.dir)), total_steps=prepared.plan.total_steps)
     export(model, model.config, prepared.renderer, folder, leads=world.leads,
-           dtype=DTYPES[config.train.precision])
+           dtype=DTYPES[config.train.precision], record=record)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -263,17 +278,23 @@ def forward(model: nn.Module, batch: MicroBatch, step: Step, config: Config, wor
                       label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss, dropout_key=key)
 
 
-def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World, monitor: Monitor, *,
-             step: int) -> None:
-    """The held-out loss of each data.eval source, into the log; before and after the run, answers as well."""
+def evaluate(config: Config, prepared: Prepared, model: nn.Module, world: World, monitor: Monitor,
+             forgetting: Forgetting, *, step: int) -> None:
+    """The held-out loss of each evaluated source and what of the general text is forgotten, into the log; before and
+    after the run, answers as well."""
     for name, dataset in prepared.evals.items():
         watch(config.parallel.timeout)
         started = time.perf_counter()
         loss = heldout_loss(model, dataset, world, seq_len=config.data.seq_len, micro_packs=config.batch.micro_packs,
                             fixed=is_compiled(config, world))
-        monitor.write({"kind": "eval", "step": step, "name": name, "loss": loss,
-                       "target_tokens": int(dataset.targets.sum()), "seconds": time.perf_counter() - started})
-        monitor.say(f"step {step}: held-out loss on {name}: {loss:.4f}")
+        record = {"kind": "eval", "step": step, "name": name, **loss_figures(loss),
+                  "target_tokens": int(dataset.targets.sum()), "seconds": time.perf_counter() - started}
+        warning = forgetting.add(record)
+        monitor.write(record)
+        above = f" ({record['forgetting']:+.4f} to the base model's)" if record.get("forgetting") else ""
+        monitor.say(f"step {step}: held-out loss on {name}: {loss:.4f}{above}")
+        if warning:
+            monitor.say(warning)
     if config.eval.samples and step in (0, prepared.plan.total_steps):
         watch(config.parallel.timeout)
         asked = samples.questions(prepared.evals, config.eval.samples)

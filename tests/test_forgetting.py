@@ -1,0 +1,189 @@
+"""Forgetting is the general text's loss minus the base model's, and it is the same figure after any crash."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from small_runs import HERE, log, options, train
+
+from minisft import config as configuration
+from minisft.__main__ import main as command
+from minisft.data_report import describe, figures
+from minisft.errors import UserError
+from minisft.evaluation.assistant import Assistant
+from minisft.evaluation.forgetting import Forgetting
+from minisft.evaluation.heldout import file_losses, loss_figures
+from minisft.model.llama import Llama
+from minisft.preparation import prepare
+from minisft.training import trainer
+from minisft.training.trainer import main
+
+TEXTS = ["In spring the river rises and the mill turns.", "The clock on the tower is late, as it always was.",
+         "He wrote the letter twice, and sent neither of the two."]
+
+
+@pytest.fixture
+def general(tmp_path):
+    file = tmp_path / "general.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return file
+
+
+def naive(folder, argv):
+    """The mean loss over all tokens of the texts but each one's first, document by document."""
+    model, dataset = Llama.from_pretrained(folder), prepare(configuration.load(argv), quiet=True).evals["general"]
+    losses = []
+    for i in range(len(dataset)):
+        ids = torch.tensor(dataset.document(i)[0].astype("int64"))
+        losses.append(-model.logits(ids)[:-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0])
+    return float(torch.cat(losses).mean())
+
+
+def test_forgetting_is_the_rise_over_the_base_model(base, tmp_path, general):
+    """On two ranks, which have different texts to themselves."""
+    train(base, tmp_path, ranks=2, batch__packs=2, data__general=general, train__max_steps=3, eval__every=2)
+    records = log(tmp_path, "eval")
+    assert [(r["step"], r["name"]) for r in records] == [(0, "general"), (2, "general"), (3, "general")]
+    argv = options(base, tmp_path, data__general=general)
+    before, after = naive(base, argv), naive(tmp_path / "run" / "final", argv)
+    assert records[0]["forgetting"] == 0
+    assert records[-1]["forgetting"] == pytest.approx(after - before, abs=2e-5)
+    for record, loss in ((records[0], before), (records[-1], after)):
+        assert record["loss"] == pytest.approx(loss, abs=1e-5)
+        assert record["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_only_general_text_is_forgotten(base, tmp_path, general):
+    train(base, tmp_path, data__general=general, data__eval=HERE / "oracles/conversations.jsonl", train__max_steps=1,
+          batch__packs=1)
+    assert {r["name"]: "forgetting" in r for r in log(tmp_path, "eval")} == {"conversations": False, "general": True}
+    assert all(r["perplexity"] == pytest.approx(math.exp(r["loss"])) for r in log(tmp_path, "eval"))
+
+
+class Death(BaseException):
+    """Not an Exception: nothing in the program gets to tidy up after it."""
+
+
+@pytest.mark.parametrize("die_at", [1, 4])  # before the first checkpoint; after it
+def test_a_run_that_goes_on_measures_against_the_same_base(base, tmp_path, general, monkeypatch, die_at):
+    settings = {"data__general": general, "train__max_steps": 5, "eval__every": 1, "checkpoint__every": 2,
+                "batch__packs": 1}
+    train(base, tmp_path / "whole", **settings)
+    evaluate = trainer.evaluate
+
+    def dying(*args, step):
+        if step == die_at:
+            raise Death
+        evaluate(*args, step=step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", dying)
+        with pytest.raises(Death):
+            main(options(base, tmp_path / "died", **settings))
+    train(base, tmp_path / "died", **settings)
+    assert log(tmp_path / "died", "eval") == log(tmp_path / "whole", "eval")
+
+
+def test_the_warning_comes_once_a_crossing_and_names_remedies(base, tmp_path, general, capsys):
+    train(base, tmp_path, data__general=general, train__max_steps=3, eval__every=1, optim__lr=0.1,
+          batch__packs=1, eval__forgetting_bound=0.01)
+    forgotten = [r["forgetting"] for r in log(tmp_path, "eval")]
+    first = next(step for step, value in enumerate(forgotten) if value > 0.01)
+    assert 0 < first < len(forgotten) - 1  # or this test says nothing
+    assert all(value > 0.01 for value in forgotten[first:])
+    printed = capsys.readouterr()
+    said = [line for line in (printed.out + printed.err).splitlines() if "the model forgets" in line]
+    assert len(said) == 1
+    assert f"step {first}: the model forgets: general costs it {forgotten[first]:.3f} nats a token more" in said[0]
+    assert "(eval.forgetting_bound = 0.01)" in said[0]
+    for remedy in ("data.replay", "optim.lr", "train.max_steps", "LoRA"):
+        assert remedy in said[0]
+
+
+def eval_record(step, loss, name="g"):
+    return {"kind": "eval", "step": step, "name": name, "loss": loss}
+
+
+def test_a_bound_is_crossed_upwards_and_a_resumed_run_knows_it():
+    losses = [2.0, 2.05, 2.2, 2.3, 2.05, 2.11]
+    following = Forgetting(["g"], bound=0.1)
+    warned = [bool(following.add(eval_record(step, loss))) for step, loss in enumerate(losses)]
+    assert warned == [False, False, True, False, False, True]
+    for resumed_at in range(1, len(losses)):
+        before = [eval_record(step, loss) for step, loss in enumerate(losses[:resumed_at])]
+        following = Forgetting(["g"], bound=0.1, log=[{"kind": "train", "step": 1}, *before])
+        again = [bool(following.add(eval_record(step, loss)))
+                 for step, loss in enumerate(losses) if step >= resumed_at]
+        assert again == warned[resumed_at:]
+    assert not any(Forgetting(["g"], bound=0).add(eval_record(*r)) for r in enumerate([1.0, 9.0]))
+    assert not any(Forgetting(["g"], bound=0.1).add(eval_record(*r, name="other")) for r in enumerate([1.0, 9.0]))
+
+
+def test_without_the_base_model_s_loss_nothing_is_made_up():
+    following, record = Forgetting(["g"], bound=0.1, log=[]), eval_record(5, 2.0)
+    assert "what of g is forgotten cannot be told, for want of its loss at step 0" in following.add(record)
+    assert "forgetting" not in record
+    assert following.add(eval_record(6, 3.0)) == ""
+
+
+def test_general_text_that_is_also_trained_is_counted(base, tmp_path, general):
+    replay = tmp_path / "replay.jsonl"
+    replay.write_text(json.dumps({"text": TEXTS[1]}) + "\n" + json.dumps({"text": "Something else altogether."}) + "\n")
+    prepared = prepare(configuration.load(options(base, tmp_path, data__general=general, data__replay=replay)),
+                       quiet=True)
+    found = figures(prepared)
+    assert [(source["name"], source["also_trained"]) for source in found["general"]] == [("general", 1)]
+    assert found["eval"] == []
+    printed = describe(found)
+    assert "\ngeneral text:\ngeneral " in printed
+    assert "also in the training data, exactly or nearly: 1" in printed
+
+
+@pytest.mark.parametrize(("loss", "figures"), [
+    (0.0, {"loss": 0.0, "perplexity": 1.0}), (math.log(2), {"loss": math.log(2), "perplexity": pytest.approx(2.0)}),
+    (math.nan, {"loss": None, "perplexity": None}), (math.inf, {"loss": None, "perplexity": None}),
+    (5000.0, {"loss": 5000.0, "perplexity": None})])
+def test_figures_are_json(loss, figures):
+    assert loss_figures(loss) == figures
+    json.dumps(loss_figures(loss), allow_nan=False)
+
+
+def test_losses_of_files_are_those_of_their_documents(base, tmp_path, general):
+    """Answers count in conversations, every token in text: against a plain loop over the documents."""
+    conversations, assistant = HERE / "oracles" / "conversations.jsonl", Assistant.load(base, template="llama3")
+    oracle = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))
+    found = file_losses(assistant, [str(conversations), str(general)], cache=tmp_path / "cache", quiet=True)
+    total = count = 0
+    for document in oracle["documents"]:
+        ids, trained = torch.tensor(document["ids"]), torch.tensor(document["trained"])[1:] > 0
+        losses = -assistant.model.logits(ids)[:-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        total, count = total + float(losses[trained].sum()), count + int(trained.sum())
+    assert (found[0]["name"], found[0]["target_tokens"]) == (str(conversations), count)
+    assert found[0]["loss"] == pytest.approx(total / count, abs=1e-5)
+    assert found[0]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found[1]["loss"] == pytest.approx(naive(base, options(base, tmp_path, data__general=general)), abs=1e-5)
+    short, = file_losses(assistant, [str(conversations)], cache=tmp_path / "cache", seq_len=128, quiet=True)
+    assert short["left_out"] == sum(len(document["ids"]) > 128 for document in oracle["documents"])
+
+
+def test_a_file_of_another_tokenizer_is_refused(base, tmp_path, general):
+    assistant = Assistant.load(base, template="llama3")
+    assistant.model.config = replace(assistant.model.config, vocab_size=300)
+    with pytest.raises(UserError, match="is past the model's vocabulary of 300"):
+        file_losses(assistant, [str(general)], cache=tmp_path / "cache", quiet=True)
+
+
+def test_minisft_eval_prints_and_writes_them(base, tmp_path, general, capsys):
+    arguments = ["eval", str(base), "--template", "llama3", "--data", str(general), "--json", str(tmp_path / "o.json")]
+    assert command(arguments) == 0
+    found, = json.loads((tmp_path / "o.json").read_text())["losses"]
+    loss = naive(base, options(base, tmp_path, data__general=general))
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    assert re.search(rf"^ +{loss:.4f} +[\d.]+ +102 +3 +0  {general}$", capsys.readouterr().out, re.MULTILINE)
+    assert command(["eval", str(base), "--data", str(general)]) == 2
+    assert "choose with --template" in capsys.readouterr().err
+    assert command(["eval", str(base), "--template", "llama3", "--data", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: No such file or directory" in capsys.readouterr().err
