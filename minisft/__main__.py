@@ -10,7 +10,8 @@
     minisft report RUN ...   a page of a run's curves, throughput, data and answers; several runs compared
     minisft convert A B      a model in another form: an adapter merged, Meta's files as Hugging Face's
 
-`minisft COMMAND --help` has the options of each. Training itself is `torchrun train.py`.
+`minisft COMMAND --help` has the options of each. Every key of a recipe is an option of the first three as well, such as
+--data.train a.jsonl; `python train.py --help` lists them all. Training itself is `torchrun train.py`.
 """
 
 import argparse

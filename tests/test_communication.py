@@ -94,7 +94,8 @@ def test_bytes_of_a_step(base, tmp_path, monkeypatch, ranks, precision, tied, re
     (tmp_path / "run").mkdir()
     try:
         with Bytes() as sent:
-            done = run_steps(settings, prepared, model, optimizer, ranks, preemption, start=0, fingerprint={})
+            done = run_steps(settings, prepared, model, optimizer, ranks, preemption, start=0, fingerprint={},
+                             begun={})
     finally:
         preemption.close()
     assert done == STEPS

@@ -291,7 +291,7 @@ def test_the_log_has_the_trained_tokens_of_each_source(tiny, here):
 def test_a_run_is_only_itself_with_the_same_mixture(here):
     def fingerprint(*argv, replay="general.jsonl"):
         data = prepared("--data.replay", replay, *argv)
-        return identity(data.config, data, data.network)
+        return identity(data.config, data, data.network, None)
 
     def changed(*argv, **replay):
         found = fingerprint(*argv, **replay)

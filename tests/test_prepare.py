@@ -106,8 +106,8 @@ def test_help_shows_the_options_and_speaks_of_recipe_keys(capsys, argv):
         main(argv)
     assert left.value.code == 0
     text = capsys.readouterr().out
-    usage = "prepare RECIPE [--section.key value ...] [--dump FILE] [--json FILE]"
-    for part in (usage, "--data.train", "train.py --help"):
+    options = " [--section.key value ...] [--dump FILE] [--json FILE]" if argv[0] == "prepare" else ""
+    for part in (f"minisft prepare RECIPE{options}", "--data.train", "train.py --help"):
         assert part in text
 
 

@@ -12,7 +12,8 @@ from small_runs import HERE, log, options, train
 
 import minisft
 from minisft.training.card import model_card
-from minisft.training.provenance import _commit, beginnings, model_name
+from minisft.training.environment import commit
+from minisft.training.provenance import beginnings, model_name
 from minisft.training.trainer import main
 
 CONVERSATIONS = HERE / "oracles" / "conversations.jsonl"
@@ -147,13 +148,13 @@ def test_the_commit_is_git_s(tmp_path):
         return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
                               capture_output=True, text=True, check=True).stdout.strip()
     (tmp_path / "file").write_text("one")
-    assert _commit(tmp_path) is None
+    assert commit(tmp_path) == ""
     git("init"), git("add", "file"), git("commit", "-m", "one")
-    assert _commit(tmp_path) == git("rev-parse", "HEAD")
+    assert commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("two")
-    assert _commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+    assert commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
     (tmp_path / "site-packages").mkdir()
-    assert _commit(tmp_path / "site-packages") is None
+    assert commit(tmp_path / "site-packages") == ""
 
 
 @pytest.mark.parametrize(("folder", "name"), [

@@ -106,4 +106,4 @@ def test_the_environment_without_a_repository(monkeypatch, tmp_path):
     assert json.loads(json.dumps(found)) == found
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", "")
-    assert on.commit() == ""
+    assert on.commit(tmp_path) == ""

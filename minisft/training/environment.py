@@ -21,17 +21,17 @@ def environment() -> dict:
     """Plain values only. The devices are those of this host; `ranks` counts the processes of all hosts."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv),
-            "commit": commit(), "ranks": launched_rank()[1], "gpus": gpus, "cuda": torch.version.cuda,
+            "commit": commit(SOURCE), "ranks": launched_rank()[1], "gpus": gpus, "cuda": torch.version.cuda,
             "cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
             "system": platform.platform(), "python": platform.python_version(),
             "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)}}
 
 
-def commit() -> str:
-    """The commit of minisft's source, with "-dirty" where it was changed since; empty without a repository."""
-    if not (SOURCE / ".git").exists():  # or git would find that of a folder above, which is somebody else's
+def commit(root: Path) -> str:
+    """The commit of the checkout at `root`, with "-dirty" where it was changed since; empty without a repository."""
+    if not (root / ".git").exists():  # or git would find that of a folder above, which is somebody else's
         return ""
-    command = ["git", "-C", str(SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

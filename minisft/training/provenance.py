@@ -12,7 +12,6 @@ those of all rounds before it: record["base"]["training"]["base"]["training"] an
 """
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 import minisft
 from minisft.errors import UserError
 from minisft.training.card import rounds
+from minisft.training.environment import SOURCE, commit
 
 FILE = "training.json"
 FIGURES = ("name", "template", "sha256", "tokens", "target_tokens", "weight")  # of a source, from the data report
@@ -33,7 +33,7 @@ def beginnings(base: str) -> Record:
 
     Raises UserError where the files there are not JSON objects: hours later would be too late to find that out.
     """
-    return {"minisft": minisft.__version__, "commit": _commit(Path(minisft.__file__).parents[1]),
+    return {"minisft": minisft.__version__, "commit": commit(SOURCE),
             "torch": torch.__version__, "base": _base(Path(base)) if base else None}
 
 
@@ -98,14 +98,3 @@ def _object(file: Path) -> Record:
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; mend it, or remove it")
     return content
-
-
-def _commit(root: Path) -> str | None:
-    """The commit of the checkout at `root`, with "-dirty" where files differ from it; None where there is none."""
-    if not (root / ".git").exists():  # installed: a repository further up is another project's
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -100,7 +100,7 @@ def train(config: Config) -> int:
                          begun=begun)
         finished = done == prepared.plan.total_steps
         if finished:
-            export_as(Path(config.run.dir) / "final", config, prepared, model, world, begun)
+            export_as(Path(config.run.dir) / "final", config, prepared, model, world, begun, adapter="adapter")
         if folder:
             folder.status("done" if finished else "preempted", exit_code=0 if finished else EXIT_PREEMPTED)
         return 0 if finished else EXIT_PREEMPTED
@@ -216,7 +216,8 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
                 started = time.perf_counter()
             if is_due(number, config.checkpoint.export_every) and not last:
                 monitor.settle()  # or this step would not be in the log, which the model's record is made from
-                export_as(folder / "exports" / f"step-{number:06}", config, prepared, model, world, begun)
+                export_as(folder / "exports" / f"step-{number:06}", config, prepared, model, world, begun,
+                          adapter=f"step-{number:06}-adapter")
             if saver.error:
                 raise saver.error
             if is_due(number, config.checkpoint.every):
@@ -247,13 +248,12 @@ def is_compiled(config: Config, world: World) -> bool:
 
 
 def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, world: World,
-              begun: provenance.Record) -> None:
-    """The model as it is now, as a Hugging Face folder in the precision it computes in, with the record of the run;
-    its adapters in a folder beside it."""
+              begun: provenance.Record, *, adapter: str) -> None:
+    """The model as it is now, as a Hugging Face folder in the precision it computes in, with the record of the run; its
+    adapters beside it."""
     watch(config.parallel.timeout)
     if adapters_of(config):
-        beside = folder.with_name("adapter" if folder.name == "final" else f"{folder.name}-adapter")
-        export_adapter(parallel.sharded(model), adapters_of(config), prepared.renderer, beside,
+        export_adapter(parallel.sharded(model), adapters_of(config), prepared.renderer, folder.with_name(adapter),
                        base=str(Path(config.model.path).absolute()), leads=world.leads)
     record = None
     if world.leads:

@@ -1,0 +1,312 @@
+"""The documents stay true: links lead to the lines they name, and commands print what stands below them.
+
+    python tests/test_docs.py --fix                       set the line numbers of all links anew
+    python tests/test_docs.py --record FOLDER [LINE ...]  run the commands of docs/lesson.md (those in LINEs) in FOLDER,
+                                                          and write what they print into both lessons
+
+A link names what it leads to: `[loss.py: batch_loss](../minisft/training/loss.py#L49-L56)` must be the lines of
+`batch_loss`. A block ```sh is a command. They run in the order of the documents, in one folder, as a reader runs them;
+a command that stands in two documents runs once. What follows as ```output is compared with what it prints:
+
+    ```sh          needs the demo's data alone, and takes a moment
+    ```sh slow     needs the demo's base model, or trains
+    ```output      is compared as it stands
+    ```output 20%  numbers may be that much off, percentages also by 2 points, and what is quoted may differ: what a
+                   model says hangs on the processor, too
+    ...            (a line) any lines
+"""
+
+import ast
+import difflib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"), key=lambda file: file.name == "ders.md")]
+ENGLISH, TURKISH = ROOT / "docs/lesson.md", ROOT / "docs/ders.md"
+LINK = re.compile(r"\[(?P<text>[^\]\n]+)\]\((?P<path>[^)#\s]*)(?:#(?P<place>[^)\s]*))?\)")
+NAMED = re.compile(r"`?[\w.-]+: (?P<name>[\w.]+)`?")
+FENCE = re.compile(r"^```(?P<kind>\w*) ?(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?")
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+def definition(file: Path, name: str) -> tuple[int, int]:
+    """First and last line of a class, function, constant, method or field of a Python file, or of a TOML table."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".toml":
+        lines = text.splitlines()
+        first = next(i for i, line in enumerate(lines) if re.match(rf'\[+"?{re.escape(name)}"?\]', line))
+        return first + 1, next((i for i in range(first, len(lines)) if not lines[i].strip()), len(lines))
+    node = ast.parse(text)
+    for part in name.split("."):
+        node = next(child for child in ast.iter_child_nodes(node) if part in names(child))
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]), node.end_lineno
+
+
+def names(node: ast.AST) -> list[str]:
+    """What a statement defines."""
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [getattr(node, "name", ""), *(target.id for target in targets if isinstance(target, ast.Name))]
+
+
+def wrong_links(file: Path) -> tuple[list[str], str]:
+    """What is wrong with the links of a document, and its text with the lines set right."""
+    wrong: list[str] = []
+
+    def checked(link: re.Match) -> str:
+        path, place = link["path"], link["place"]
+        if path.startswith(("http:", "https:")):
+            return link[0]
+        target = file.parent / path if path else file
+        where = f"{file.name}: {link[0]}"
+        if not target.exists():
+            wrong.append(f"{where}: there is no such file")
+        elif place is None:
+            pass
+        elif target.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            if place not in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}:
+                wrong.append(f"{where}: there is no such heading")
+        elif not (named := NAMED.fullmatch(link["text"])):
+            wrong.append(f"{where}: a link to lines names what is there, as in `loss.py: batch_loss`")
+        else:
+            try:
+                first, last = definition(target, named["name"])
+            except StopIteration:
+                wrong.append(f"{where}: there is no {named['name']} in {path}")
+                return link[0]
+            lines = f"L{first}-L{last}" if last > first else f"L{first}"
+            if place != lines:
+                wrong.append(f"{where}: it stands at {lines} (python tests/test_docs.py --fix)")
+            return link[0].replace(f"#{place}", f"#{lines}")
+        return link[0]
+
+    return wrong, LINK.sub(checked, file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+def test_links_lead_to_what_they_name(file):
+    assert not wrong_links(file)[0]
+
+
+def test_the_two_languages_lead_to_the_same_places_and_run_the_same_commands():
+    """They are written apart from each other, but neither may leave out what the other has."""
+    places = [{(link["path"], link["text"]) for link in LINK.finditer(file.read_text(encoding="utf-8"))
+               if link["path"].startswith("../minisft")} for file in (ENGLISH, TURKISH)]
+    assert places[0] == places[1]
+    assert [block.command for block in blocks(ENGLISH)] == [block.command for block in blocks(TURKISH)]
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A command of a document, and what it should print."""
+
+    file: Path
+    line: int
+    command: str
+    slow: bool
+    expected: str | None = None
+    tolerance: float = 0.0
+    span: tuple[int, int] = (0, 0)  # of `expected` in the file
+
+    def __str__(self) -> str:
+        return f"{self.file.name}:{self.line}"
+
+
+def blocks(file: Path) -> list[Block]:
+    """The commands of a document in order, each with the output that follows it."""
+    text, found = file.read_text(encoding="utf-8"), []
+    for fence in FENCE.finditer(text):
+        if fence["kind"] == "sh":
+            line = text.count("\n", 0, fence.start()) + 1
+            found.append(Block(file, line, fence["body"], fence["note"] == "slow"))
+        elif fence["kind"] == "output":
+            *before, last = found
+            assert last.expected is None, f"{last}: two outputs of one command"
+            tolerance = float(fence["note"].rstrip("%") or 0) / 100
+            found = [*before, Block(file, last.line, last.command, last.slow, fence["body"], tolerance,
+                                    fence.span("body"))]
+    return found
+
+
+def run(command: str, folder: Path) -> str:
+    """What a command prints to standard output, on a CPU, in a folder that looks like the repository."""
+    for name in ("train.py", "minisft", "docs"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, program in (("minisft", "-m minisft"), ("torchrun", "-m torch.distributed.run"), ("python", "")):
+        file = folder / "bin" / name
+        file.write_text(f'#!/bin/sh\nexec "{sys.executable}" {program} "$@"\n')
+        file.chmod(0o755)
+    settings = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+                "XDG_CACHE_HOME": str(folder / "cache"), "NO_COLOR": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    command = command.replace("pip install -e . && ", "")  # .ci/run does so, in an environment of its own
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=folder, env={**os.environ, **settings},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, f"$ {command}{done.stdout}{done.stderr}"
+    return "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines()) + "\n"
+
+
+def differences(expected: str, printed: str, tolerance: float) -> str:
+    """How `printed` differs from `expected`, by the rules above; empty where it does not."""
+    pattern = []
+    for line in expected.splitlines(keepends=True):
+        if line == "...\n":
+            pattern.append(r"(?:[^\n]*\n)*?")
+            continue
+        if not tolerance:
+            pattern.append(re.escape(line))
+            continue
+        for part in re.split(r"('[^'\n]*(?:'\w[^'\n]*)*')", line):  # what is quoted; an apostrophe within a word is not
+            literal = NUMBER.split(part)
+            pattern.append(r"'.*'" if part.startswith("'") else r"\s*(\S+?)\s*".join(
+                r"\s+".join(map(re.escape, re.split(r"\s+", text))) for text in literal))
+    found = re.fullmatch("".join(pattern), printed)
+    numbers = [n for part in re.split(r"'[^'\n]*(?:'\w[^'\n]*)*'", expected) for n in NUMBER.findall(part)]
+    if found and (not tolerance or all(near(a, b, tolerance) for a, b in zip(numbers, found.groups(), strict=True))):
+        return ""
+    return "".join(difflib.unified_diff(expected.splitlines(True), printed.splitlines(True), "document", "printed"))
+
+
+def near(expected: str, printed: str, tolerance: float) -> bool:
+    """Whether two written numbers are within `tolerance` of the larger, one in the last place or 2% apart."""
+    if not NUMBER.fullmatch(printed) or expected.endswith("%") != printed.endswith("%"):
+        return False
+    a, b = (float(text.rstrip("%").replace(",", "")) for text in (expected, printed))
+    least = 2.0 if expected.endswith("%") else 10.0 ** -len(expected.partition(".")[2])
+    return abs(a - b) <= max(tolerance * max(abs(a), abs(b)), 1.001 * least)
+
+
+def check(block: Block, folder: Path) -> None:
+    printed = run(block.command, folder)
+    if block.expected is not None:
+        found = differences(block.expected, printed, block.tolerance)
+        assert not found, f"{block}\n$ {block.command}{found}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The demo's data and, in the base model's place, a folder with its tokenizer and shape."""
+    from minisft.demo.run import COUNTRIES, write_world
+
+    folder = tmp_path_factory.mktemp("docs")
+    write_world(folder / "runs/demo-world", countries=COUNTRIES, seed=0)
+    (folder / "runs/demo-base/final").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "runs/demo-world" / name, folder / "runs/demo-base/final")
+    return folder
+
+
+def once(all_blocks: list[Block]) -> list[Block]:
+    """Without the commands that an earlier block has too, with the same output."""
+    return list({(block.command, block.expected): block for block in reversed(all_blocks)}.values())[::-1]
+
+
+ALL = [block for file in DOCS for block in blocks(file)]
+
+
+@pytest.mark.parametrize("block", [block for block in once(ALL) if not block.slow], ids=str)
+def test_a_quick_command_prints_what_the_document_says(block, world):
+    check(block, world)
+
+
+@pytest.mark.slow
+def test_all_commands_print_what_the_documents_say(tmp_path):
+    """A quarter of an hour: the demo, and what the lesson trains besides it."""
+    for block in once(ALL):
+        check(block, tmp_path)
+
+
+# ---- the test of the test --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("expected", "printed", "tolerance", "same"), [
+    ("a 1\n", "a 1\n", 0.0, True),
+    ("a 1\n", "a 2\n", 0.0, False),
+    ("a\n...\nz\n", "a\nb\nc\nz\n", 0.0, True),
+    ("a\n...\nz\n", "b\nz\n", 0.0, False),
+    ("base 0.0%, tuned 96.5%\n", "base 0.0%, tuned 98.0%\n", 0.1, True),
+    ("base 0.0%, tuned 96.5%\n", "base 0.0%, tuned 70.0%\n", 0.1, False),
+    ("base 0.0%, tuned 96.5%\n", "base 9.0%, tuned 96.5%\n", 0.1, False),
+    ("base 0.5%, tuned 96.5%\n", "base 0.0%, tuned 96.5\n", 0.1, False),
+    ("base 0.5%, tuned 96.5%\n", "base 0.0%, tuned 96.5%\n", 0.1, True),
+    ("base 'The euro.'\n", "base 'It's the lira.'\n", 0.1, True),
+    ("base 'The euro.'\n", "tuned 'The euro.'\n", 0.1, False),
+    ("  9.5 x\n", " 10.1 x\n", 0.1, True),
+    ("loss 1.05\n", "loss nan\n", 0.5, False),
+    ("step 1,200\n", "step 1,100\n", 0.1, True),
+])
+def test_outputs_are_compared_as_told(expected, printed, tolerance, same):
+    assert (differences(expected, printed, tolerance) == "") == same
+
+
+def test_a_link_to_other_lines_is_found_and_set_right(tmp_path):
+    (tmp_path / "a.py").write_text("import os\n\n\nclass A:\n    x: int = 1\n\n    @property\n    def f(self):\n"
+                                   "        return 1\n")
+    (tmp_path / "t.toml").write_text('[a]\nx = 1\n\n["b.c"] # here\ny = 1\nz = 2\n')
+    doc = tmp_path / "doc.md"
+    doc.write_text("# A head: line\n[`a.py: A.f`](a.py#L1) [t.toml: b.c](t.toml#L4-L6) [a.py: B](a.py#L1) [x](a.py#L1) "
+                   "[y](#a-head-line) [z](b.py) [w](#b)")
+    wrong, right = wrong_links(doc)
+    assert [text.partition("): ")[2] for text in wrong] == [
+        "it stands at L7-L9 (python tests/test_docs.py --fix)", "there is no B in a.py",
+        "a link to lines names what is there, as in `loss.py: batch_loss`", "there is no such file",
+        "there is no such heading"]
+    assert "[`a.py: A.f`](a.py#L7-L9)" in right
+
+
+def test_the_readmes_recipe_and_command_line_are_ones_that_can_be_loaded(tmp_path, monkeypatch):
+    from minisft import config as configuration
+
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [recipe] = [fence["body"] for fence in FENCE.finditer(text) if fence["kind"] == "toml"]
+    (tmp_path / "my.toml").write_text(recipe)
+    options = re.search(r"train.py my.toml (.*)", text)[1].split()
+    assert configuration.load(["my.toml", *options]).optim.lr == 1e-5
+    assert tomllib.loads(recipe)["data"]["template"] == "llama3"
+
+
+def fix() -> None:
+    """Set the line numbers of all links."""
+    for file in DOCS:
+        _, right = wrong_links(file)
+        if right != file.read_text(encoding="utf-8"):
+            file.write_text(right, encoding="utf-8")
+        print(*wrong_links(file)[0], sep="\n", end="")
+
+
+def record(folder: Path, lines: list[int]) -> None:
+    """Run the lesson's commands (those in `lines`, if any), and write what they print into both lessons."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for block in [block for block in blocks(ENGLISH) if not lines or block.line in lines]:
+        print(f"$ {block.command}", end="", flush=True)
+        printed = run(block.command, folder.resolve())
+        print(printed, flush=True)
+        for file in (ENGLISH, TURKISH):
+            for same in blocks(file):
+                if same.command == block.command and same.expected is not None:
+                    text = file.read_text(encoding="utf-8")
+                    file.write_text(text[: same.span[0]] + printed + text[same.span[1] :], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--record"]:
+        record(Path(sys.argv[2]), [int(line) for line in sys.argv[3:]])
+    else:
+        fix()
