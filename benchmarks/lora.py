@@ -124,8 +124,8 @@ def main() -> None:
     for name, found in turns.items():
         row = {key: statistics.median(one[key] for one in found) for key in found[0]}
         share = f"{row['trained'] / whole:.2%}" if whole else ""
-        print(f"{name:<12}{row['trained']:>13,}{share:>9}{row['state'] / 2**20:>12,.0f}{row['peak'] / 2**20:>11,.0f}"
-              f"{row['tokens/s']:>10,.0f}{row['cpu seconds']:>8.2f}{row['loss']:>9.4f}")
+        print(f"{name:<12}{int(row['trained']):>13,}{share:>9}{row['state'] / 2**20:>12,.0f}"
+              f"{row['peak'] / 2**20:>11,.0f}{row['tokens/s']:>10,.0f}{row['cpu seconds']:>8.2f}{row['loss']:>9.4f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(turns, indent=1))
 
