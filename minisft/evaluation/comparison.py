@@ -11,7 +11,6 @@ The page is one file, needs no network, and its policy lets the browser run its 
 import base64
 import hashlib
 import json
-import os
 import random
 import re
 from importlib.resources import files
@@ -20,6 +19,7 @@ from pathlib import Path
 from minisft.errors import UserError
 from minisft.evaluation.answers import Answers
 from minisft.evaluation.prompts import Question
+from minisft.page import write
 
 
 def key_file(page: Path) -> Path:
@@ -48,8 +48,8 @@ def write_page(page: Path, questions: list[Question], a: Answers, b: Answers, *,
     key = {"page": number, "model_a": names[0], "model_b": names[1], "seed": seed,
            "pairs": [{"question_id": question.id, "left": left} for question, left in zip(shown, lefts, strict=True)],
            "identical": [question.id for question in same]}
-    _write(key_file(page), json.dumps(key, indent=1, ensure_ascii=False) + "\n")
-    _write(page, html({"page": number, "pairs": pairs}))
+    write(key_file(page), json.dumps(key, indent=1, ensure_ascii=False) + "\n")
+    write(page, html({"page": number, "pairs": pairs}))
     return key
 
 
@@ -68,13 +68,3 @@ def html(data: dict) -> str:
     # JSON may write any character as \\uXXXX: without < and > no </script>, without & nothing that looks escaped.
     text = json.dumps(data).translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"})
     return page.replace("{{POLICY}}", policy).replace("{{DATA}}", text)  # the data last: they may hold {{POLICY}}
-
-
-def _write(file: Path, text: str) -> None:
-    """All of it or nothing."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
