@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from minisft import drawing, report
 from minisft.errors import EXIT_USAGE, UserError
-from minisft.page import write
-from minisft.runs import read_runs
+from minisft.reports import drawing, run_report
+from minisft.reports.page import write
+from minisft.reports.runs import read_runs
 
 
 def main() -> int:
@@ -24,7 +24,8 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         for run in read_runs(options.runs):
-            for name, panels in (("loss", report.loss_panels([run])), ("forgetting", report.forgetting_panels([run]))):
+            for name, panels in (("loss", run_report.loss_panels([run])),
+                                 ("forgetting", run_report.forgetting_panels([run]))):
                 if panels:
                     file = options.out / f"{Path(run.name).name}-{name}.svg"
                     write(file, drawing.alone(drawing.lines(panels)))

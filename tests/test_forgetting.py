@@ -11,13 +11,13 @@ from small_runs import HERE, log, options, train
 
 from minisft import config as configuration
 from minisft.__main__ import main as command
-from minisft.data_report import describe, figures
 from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.forgetting import Forgetting
 from minisft.evaluation.heldout import file_losses, loss_figures
 from minisft.model.llama import Llama
 from minisft.preparation import prepare
+from minisft.reports.data_report import describe, figures
 from minisft.training import trainer
 from minisft.training.trainer import main
 

@@ -17,12 +17,12 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from minisft.memory import Bytes, Sizes, peak
 from minisft.model import precision
 from minisft.model.attention import Documents
 from minisft.model.config import PRESETS, LlamaConfig
 from minisft.model.llama import Llama
 from minisft.model.lora_config import LoRA
+from minisft.planning.memory import Bytes, Sizes, peak
 from minisft.training import parallel
 from minisft.training.loss import linear_cross_entropy
 from minisft.training.optimizer import Optimizer

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from minisft.__main__ import main
-from minisft.hardware import Traffic, find_gpu
 from minisft.model.config import PRESETS
+from minisft.planning.hardware import Traffic, find_gpu
 
 HERE = Path(__file__).parent
 GIB = 2**30

@@ -15,7 +15,7 @@ from oracles.tiny_llama import write_tiny_llama
 
 from minisft.__main__ import main
 from minisft.data.templates import load_templates
-from minisft.data_report import describe
+from minisft.reports.data_report import describe
 
 ORACLES = Path(__file__).parent / "oracles"
 DOCUMENTS = json.loads((ORACLES / "trl_curve.json").read_text(encoding="utf-8"))["documents"]

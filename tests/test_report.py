@@ -7,10 +7,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-import minisft.report
-from minisft import drawing
 from minisft.__main__ import main
-from minisft.runs import read_runs
+from minisft.reports import drawing, run_report
+from minisft.reports.runs import read_runs
 
 pytest.importorskip("matplotlib")
 
@@ -123,7 +122,7 @@ def report(*folders, out=None):
 def undrawn(monkeypatch):
     """Pages without their figures, which take most of the time."""
     for name in ("lines", "histogram", "shares"):
-        monkeypatch.setattr(minisft.report, name, lambda *args, **named: "<svg></svg>")
+        monkeypatch.setattr(run_report, name, lambda *args, **named: "<svg></svg>")
 
 
 def failing(capsys, *argv):
@@ -159,10 +158,10 @@ def test_the_numbers_are_the_logs(write_run, undrawn):
 
 def test_where_time_and_room_went(write_run):
     [run] = read_runs([write_run()])
-    assert minisft.report.time_shares(run) == pytest.approx({"steps at their pace": 20 / 30, "steps beyond it": 4 / 30,
+    assert run_report.time_shares(run) == pytest.approx({"steps at their pace": 20 / 30, "steps beyond it": 4 / 30,
                                               "held-out losses": 6 / 30})
     room = 128 * (13 * 10 + 4)  # thirteen epochs of 4 + 4 + 2 packs, and the first step of another
-    assert minisft.report.token_shares(run) == pytest.approx({"trained": 4820 / room, "context": 4000 / room,
+    assert run_report.token_shares(run) == pytest.approx({"trained": 4820 / room, "context": 4000 / room,
                                                "empty": 1 - 8820 / room})
 
 

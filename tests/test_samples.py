@@ -11,9 +11,9 @@ from small_runs import HERE, log, options, train
 from minisft import __version__
 from minisft import config as configuration
 from minisft.__main__ import main as command
-from minisft.data_report import pack_fill
 from minisft.errors import UserError
 from minisft.model.llama import Llama
+from minisft.reports.data_report import pack_fill
 from minisft.training import environment as on
 from minisft.training.trainer import main
 

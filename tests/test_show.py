@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from oracles.tiny_llama import VOCAB_SIZE, tiny_tokenizer, write_tiny_llama
 
 from minisft import config as configuration
-from minisft import page as pages
-from minisft import show, show_html
 from minisft.__main__ import main
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.preparation import prepare
-from minisft.show import as_text, choose
-from minisft.spans import OURS, spans, whole_characters
+from minisft.reports import page as pages
+from minisft.reports import show, show_html
+from minisft.reports.show import as_text, choose
+from minisft.reports.spans import OURS, spans, whole_characters
 
 ROOT = Path(__file__).parent.parent
 CONVERSATIONS = ROOT / "tests" / "oracles" / "conversations.jsonl"

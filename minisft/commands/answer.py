@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from minisft.commands.evaluate import positive
+from minisft.commands.numbers import positive
 from minisft.errors import UserError
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from minisft.commands import answer
-from minisft.commands.evaluate import positive
+from minisft.commands.numbers import positive
 from minisft.errors import UserError
 
 

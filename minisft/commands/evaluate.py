@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from minisft.commands.numbers import natural, positive
 from minisft.errors import UserError
 from minisft.keys import FORMATS
 
@@ -90,17 +91,3 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         print(heldout.describe(found["losses"]))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-def natural(text: str) -> int:
-    """A whole number from 0."""
-    if (number := int(text)) < 0:
-        raise ValueError
-    return number

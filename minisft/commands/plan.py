@@ -2,15 +2,13 @@
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 from minisft import config as configuration
-from minisft import planning
 from minisft.commands import RECIPE_HELP
-from minisft.hardware import find_gpu
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+from minisft.commands.numbers import count, positive, share
+from minisft.planning import estimate
+from minisft.planning.hardware import find_gpu
 
 
 def add(commands: "argparse._SubParsersAction") -> None:
@@ -19,46 +17,24 @@ def add(commands: "argparse._SubParsersAction") -> None:
         "plan", help="memory, time and cost of a run on given GPUs, before it is paid for",
         usage="minisft plan RECIPE [--section.key value ...] [options]", epilog=RECIPE_HELP,
         allow_abbrev=False)
-    command.add_argument("--gpus", type=at_least_one, default=8, metavar="N", help="GPUs, over all hosts (8)")
+    command.add_argument("--gpus", type=positive, default=8, metavar="N", help="GPUs, over all hosts (8)")
     command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of GPU, as in hardware.toml (h100)")
     command.add_argument("--hours-price", type=float, metavar="USD", help="price of one GPU for an hour")
     command.add_argument("--tokens", type=count, metavar="N", help="tokens of the data, such as 50M, instead of "
                          "reading them")
     command.add_argument("--document-length", type=count, metavar="N", help="with --tokens: tokens of a document "
                          "(data.seq_len)")
-    command.add_argument("--utilisation", type=share, default=planning.UTILISATION, metavar="SHARE",
-                         help=f"share of the peak that is reached, recomputation included ({planning.UTILISATION})")
+    command.add_argument("--utilisation", type=share, default=estimate.UTILISATION, metavar="SHARE",
+                         help=f"share of the peak that is reached, recomputation included ({estimate.UTILISATION})")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """The plan of a recipe; no weights are read."""
-    found = planning.figures(configuration.load(recipe), find_gpu(options.gpu), gpus=options.gpus,
+    found = estimate.figures(configuration.load(recipe), find_gpu(options.gpu), gpus=options.gpus,
                              tokens=options.tokens, document=options.document_length,
                              utilisation=options.utilisation, price=options.hours_price)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(planning.describe(found))
-
-
-def at_least_one(text: str) -> int:
-    """A whole number from 1."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-def count(text: str) -> int:
-    """A number of tokens: 500, 50K, 1.5M, 2B."""
-    number = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMB]?)", text.upper())
-    if not number:
-        raise ValueError
-    return at_least_one(str(round(float(number[1]) * UNITS[number[2]])))
-
-
-def share(text: str) -> float:
-    """A number above 0, up to 1."""
-    if not 0 < (number := float(text)) <= 1:
-        raise ValueError
-    return number
+    print(estimate.describe(found))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
-from minisft.data_report import describe, figures
 from minisft.preparation import Prepared, prepare
+from minisft.reports.data_report import describe, figures
 
 
 def add(commands: "argparse._SubParsersAction") -> None:

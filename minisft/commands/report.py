@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from minisft.errors import UserError
-from minisft.page import check_writable, write
+from minisft.reports.page import check_writable, write
 
 
 def add(commands: "argparse._SubParsersAction") -> None:
@@ -21,8 +21,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:
     """The page, or the event files."""
-    from minisft.report import page  # imported late, as is all that needs NumPy
-    from minisft.runs import read_runs
+    from minisft.reports.run_report import page  # imported late, as is all that needs NumPy
+    from minisft.reports.runs import read_runs
 
     if rest:
         raise UserError(f"minisft report: unknown option {rest[0]}; `minisft report --help` lists them")
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("minisft report: --out and --tensorboard are two things; ask for one at a time")
     runs = read_runs(options.runs)
     if options.tensorboard:
-        from minisft.tensorboard import write_events
+        from minisft.reports.tensorboard import write_events
 
         for each in runs:
             folder = options.tensorboard / each.name.strip("/").replace("/", "-")

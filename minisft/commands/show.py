@@ -5,10 +5,10 @@ from pathlib import Path
 
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
-from minisft.page import check_writable, write
 from minisft.preparation import prepare
-from minisft.show import choose, print_views
-from minisft.show_html import page
+from minisft.reports.page import check_writable, write
+from minisft.reports.show import choose, print_views
+from minisft.reports.show_html import page
 
 
 def add(commands: "argparse._SubParsersAction") -> None:

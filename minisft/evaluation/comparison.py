@@ -19,7 +19,7 @@ from pathlib import Path
 from minisft.errors import UserError
 from minisft.evaluation.answers import Answers
 from minisft.evaluation.prompts import Question
-from minisft.page import write
+from minisft.reports.page import write
 
 
 def key_file(page: Path) -> Path:

@@ -18,19 +18,19 @@ from minisft import config as configuration
 from minisft.config import Config
 from minisft.data import packing
 from minisft.data.loader import MicroBatch, Step, steps
-from minisft.data_report import describe, figures
 from minisft.errors import EXIT_PREEMPTED
 from minisft.evaluation import samples
 from minisft.evaluation.forgetting import Forgetting
 from minisft.evaluation.heldout import heldout_loss, loss_figures
-from minisft.hardware import peak_flops
-from minisft.memory import Sizes
 from minisft.model import lora, weights
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder
 from minisft.noise import key_of
+from minisft.planning.hardware import peak_flops
+from minisft.planning.memory import Sizes
 from minisft.preparation import Prepared, adapters_of, check_vocabulary, prepare
+from minisft.reports.data_report import describe, figures
 from minisft.training import parallel, provenance, resume
 from minisft.training.adapter import export_adapter
 from minisft.training.checkpoint import Saver, check_room

@@ -15,10 +15,10 @@ from html import escape
 
 import numpy as np
 
-from minisft import page as pages
-from minisft.drawing import STYLE as COLOURS
-from minisft.drawing import Curve, Panel, histogram, lines, running_mean, shares
-from minisft.runs import Run
+from minisft.reports import page as pages
+from minisft.reports.drawing import STYLE as COLOURS
+from minisft.reports.drawing import Curve, Panel, histogram, lines, running_mean, shares
+from minisft.reports.runs import Run
 
 STYLE = COLOURS + """
 h1 { font-size: 1.5rem; margin: 1rem 0 .2rem } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem }

@@ -15,9 +15,9 @@ import torch
 
 from minisft.errors import UserError
 from minisft.keys import nearest
-from minisft.memory import FP32, Bytes, Sizes
 from minisft.model.config import LlamaConfig
 from minisft.model.lora_config import LoRA
+from minisft.planning.memory import FP32, Bytes, Sizes
 
 REACHED = 0.75  # assumed share of a link's nominal rate that collectives reach
 
@@ -47,7 +47,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def _known() -> dict[str, dict]:
-    return tomllib.loads(resources.files("minisft").joinpath("hardware.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(resources.files("minisft.planning").joinpath("hardware.toml").read_text(encoding="utf-8"))
 
 
 def find_gpu(name: str) -> Gpu:

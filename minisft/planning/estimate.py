@@ -15,12 +15,12 @@ import numpy as np
 
 from minisft.config import Config
 from minisft.errors import UserError
-from minisft.hardware import REACHED, Gpu, Traffic
-from minisft.memory import FP32, POLICIES, Bytes, Memory, Sizes, peak
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
 from minisft.model.lora_config import LoRA
 from minisft.model.meta import MetaFolder
+from minisft.planning.hardware import REACHED, Gpu, Traffic
+from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, Sizes, peak
 from minisft.preparation import adapters_of, prepare
 
 # Published: torchtitan, Llama-3-8B on 8 H100s, compiled, selective recomputation: 35% of the peak by FLOPs that are

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minisft.errors import UserError
-from minisft.runs import Run
+from minisft.reports.runs import Run
 
 
 def write_events(run: Run, folder: Path) -> int:

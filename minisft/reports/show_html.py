@@ -16,9 +16,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from minisft.page import render
-from minisft.show import Document, View
-from minisft.spans import LEGEND, Span
+from minisft.reports.page import render
+from minisft.reports.show import Document, View
+from minisft.reports.spans import LEGEND, Span
 
 STYLE = """
 :root { --block: #b9c3d1; --trained: #2e9e5b; --mark: #cdeed9 }

@@ -19,8 +19,8 @@ from zlib import crc32
 
 import numpy as np
 
-from minisft import page
 from minisft.errors import UserError
+from minisft.reports import page
 
 Array = np.ndarray
 

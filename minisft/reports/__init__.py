@@ -1,0 +1,1 @@
+"""What a person looks at: the data, a document, a run. Figures come in, text and pages go out."""
