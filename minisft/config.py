@@ -175,15 +175,15 @@ class Config:
         """The configuration as a recipe: `load` of the file gives an equal Config."""
         lines = ["# The effective configuration. Relative paths start at the folder the run was started in."]
         written = _without_inherited(self)
-        for section in fields(Config):
-            lines += ["", f"[{section.name}]  # {section.type.__doc__}"]
-            for spec in fields(section.type):
-                first, *rest = to_toml(getattr(getattr(written, section.name), spec.name)).split("\n")
+        for section, cls in SECTIONS.items():
+            lines += ["", f"[{section}]  # {cls.__doc__}"]
+            for spec in fields(cls):
+                first, *rest = to_toml(getattr(getattr(written, section), spec.name)).split("\n")
                 lines += [f"{spec.name} = {first}  # {spec.metadata['doc']} [{accepted(spec)}]", *rest]
         return "\n".join(lines) + "\n"
 
 
-SECTIONS = {section.name: section.type for section in fields(Config)}
+SECTIONS: dict[str, type[Any]] = {section.name: type(section.default) for section in fields(Config)}
 SHORT = {"--profile": "--run.profile=true"}
 KEYS = {f"{section}.{spec.name}": spec for section, cls in SECTIONS.items() for spec in fields(cls)}
 
@@ -249,7 +249,9 @@ def load(argv: list[str]) -> Config:
     recipe, overrides, wrong = _command_line(argv)
     label, given, unreadable = _recipe(recipe)
     wrong = unreadable + wrong
-    origin, values, bad = {}, {section: {} for section in SECTIONS}, set()
+    origin: dict[str, str] = {}
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    bad = set()
     for where, name, value in (given or []) + overrides:
         section, _, leaf = name.partition(".")
         values[section][leaf], found = typed(where, value, KEYS[name])

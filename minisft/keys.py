@@ -53,7 +53,7 @@ def from_text(text: str, kind: Any) -> Any:
         return text
 
 
-def typed(where: str, value: Any, spec: Field) -> tuple[Any, list[str]]:
+def typed(where: str, value: Any, spec: Field[Any]) -> tuple[Any, list[str]]:
     """-> the value as the type of its key, problems."""
     if spec.type == tuple[Source, ...]:
         items = value if isinstance(value, list) else [value]
@@ -77,7 +77,7 @@ def typed(where: str, value: Any, spec: Field) -> tuple[Any, list[str]]:
     return typed, [] if fits else [f"{where}: expected {accepted(spec)}, got {value!r}{near}"]
 
 
-def _fits(value: Any, kind: type, spec: Field) -> bool:
+def _fits(value: Any, kind: type, spec: Field[Any]) -> bool:
     """Whether one string, number or boolean is of its kind and within the choices or bounds of its key."""
     if kind is str:
         # No path or name needs a control character; lone surrogates are file names that no UTF-8 file could record.
@@ -107,7 +107,7 @@ def _source(where: str, item: Any) -> tuple[Source | None, list[str]]:
     return (None if wrong else Source(**values)), wrong
 
 
-def accepted(spec: Field) -> str:
+def accepted(spec: Field[Any]) -> str:
     """What a key accepts, in words: 'int >= 1 or none'."""
     if spec.type == tuple[Source, ...]:
         return "paths"

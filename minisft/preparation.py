@@ -5,10 +5,11 @@ Everything here happens before a process group exists, so that no collective tim
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from minisft.config import Config, Source, heldout_name
+from minisft.config import Config, heldout_name
 from minisft.data import mixing
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.dataset import Dataset
@@ -17,6 +18,7 @@ from minisft.data.store import Store, open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.keys import Source
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
 from minisft.model.lora_config import LoRA
@@ -42,6 +44,7 @@ class Prepared:
 
     def flops(self, step: int) -> int:
         """FLOPs that `step` (from 0) needs on all ranks together, nothing computed again (model/flops.py)."""
+        assert self.network
         documents = np.concatenate(self.plan.documents(step))
         return training_flops(self.network, self.plan.lengths[documents], self.plan.targets[documents],
                               lora=adapters_of(self.config))
@@ -73,7 +76,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
                           cache=Path(data.cache), skip_bad=data.skip_bad, max_bad=data.max_bad, oasst=data.oasst,
                           quiet=quiet)
 
-    fitting = {"seq_len": data.seq_len, "overlong": data.overlong, "dedup": data.dedup}
+    fitting: dict[str, Any] = {"seq_len": data.seq_len, "overlong": data.overlong, "dedup": data.dedup}
     stores = [store(source) for source in sources]
     held_out = [mixing.held_out(s.loose, data.eval_fraction if i < len(data.train) else 0)
                 for i, s in enumerate(stores)]
@@ -93,8 +96,8 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
                         evals)
     if network:
         check_vocabulary(prepared, network)
-        if config.lora.rank:
-            adapters_of(config).check(network)
+        if adapters := adapters_of(config):
+            adapters.check(network)
     return prepared
 
 
@@ -107,7 +110,8 @@ def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
                                 f"{network.vocab_size}; {prepared.tokenizer.file} belongs to another model")
 
 
-def _held_out(config: Config, stores: list[Store], held_out: list[np.ndarray], fitting: dict) -> dict[str, Dataset]:
+def _held_out(config: Config, stores: list[Store], held_out: list[np.ndarray],
+              fitting: dict[str, Any]) -> dict[str, Dataset]:
     """The held-out part of each source in data.train, for those that have one."""
     parts = {heldout_name(source): Dataset([stores[i]], held_out=[held_out[i]], only_held_out=True, **fitting)
              for i, source in enumerate(config.data.train)}

@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports go downward, and the linter is content."""
+"""The house keeps its shape: imports go downward, and linter and type checker are content."""
 
 import ast
 import subprocess
@@ -56,7 +56,19 @@ def test_the_runtime_needs_five_packages():
     assert not {"transformers", "trl", "datasets", "accelerate", "pandas", "requests"} & set(loaded.split())
 
 
+def test_help_does_not_wait_for_torch():
+    code = "import sys, minisft, minisft.__main__; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not {"torch", "numpy", "tokenizers", "matplotlib"} & set(loaded.split())
+
+
 def test_lint():
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_types():
+    """Strict, as pyproject.toml says; most of the time without a cache goes into torch's own annotations."""
+    done = subprocess.run([sys.executable, "-m", "mypy"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -3,12 +3,16 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minisft.commands.numbers import positive
 from minisft.errors import UserError
 
+if TYPE_CHECKING:
+    from minisft.evaluation.assistant import Assistant
 
-def add(commands: "argparse._SubParsersAction") -> None:
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft answer`."""
     command = commands.add_parser(
         "answer", help="answer a file of questions for a judge, and count words, repetitions and praise",
@@ -52,7 +56,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     found = answers.read_answers(options.out)
     figures = signals.signals((turn for turns in found.turns.values() for turn in turns), found.cut)
     flips = signals.flip_figures(assistant, batch=options.batch, max_new_tokens=min(64, options.max_new_tokens)
-                                 ) if options.flips else None
+                                 ) if options.flips and assistant else None
     print(f"{options.out}: {found.model_id}, {len(found.turns)} questions")
     print(signals.describe(figures, flips))
     if options.json:
@@ -70,7 +74,7 @@ def check(options: argparse.Namespace, recipe: list[str], *, files: tuple[Path |
             raise UserError(f"{file}: {reason}")
 
 
-def load(path: str, options: argparse.Namespace):
+def load(path: str, options: argparse.Namespace) -> "Assistant":
     """The Assistant in a folder, on the GPU where there is one."""
     import torch  # here, so that `minisft --help` does not wait for it
 

@@ -1,6 +1,7 @@
 """`minisft chat`: talk to a model, or ask it one question."""
 
 import argparse
+import io
 import os
 import sys
 import unicodedata
@@ -9,6 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minisft.data.formats import Turn
 from minisft.errors import EXIT_INTERRUPTED, UserError
 
 HELP = """  /reset         begin a new conversation
@@ -18,7 +20,7 @@ HELP = """  /reset         begin a new conversation
 Ctrl-C stops an answer. A line that begins with a space is never a command."""
 
 
-def add(commands: "argparse._SubParsersAction") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft chat`."""
     command = commands.add_parser("chat", help="talk to a model, or ask it one question", allow_abbrev=False,
                                   usage="minisft chat MODEL [--prompt TEXT] [options]")
@@ -47,7 +49,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         raise UserError(f"{rest[0]}: unknown; minisft chat --help lists the options")
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: {options.max_new_tokens} was given; it must be at least 1")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ş shows a question mark
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ş shows a question mark
     try:
         if options.prompt is None:
             converse(Chat(options))
@@ -72,9 +75,9 @@ class Chat:
 
     options: argparse.Namespace
     system: str = ""
-    turns: list = field(default_factory=list)  # of user and assistant
+    turns: list[Turn] = field(default_factory=list)  # of user and assistant
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         import torch  # imported late: `minisft --help` should not wait for it
 
         from minisft.evaluation.assistant import Assistant
@@ -93,8 +96,6 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """Print the answer as it comes to be. Raises UserError where there is none, and forgets the question then."""
-        from minisft.data.formats import Turn
-
         try:
             (self.system + text).encode()
         except UnicodeEncodeError:
@@ -112,7 +113,7 @@ class Chat:
                 self.turns += [Turn("user", text), Turn("assistant", said)]
         self._say_what_was_cut(len(self.assistant.renderer.prompt(turns)) + len(tokens), len(tokens))
 
-    def _answer(self, turns: tuple, tokens: list[int]) -> Iterator[int]:
+    def _answer(self, turns: tuple[Turn, ...], tokens: list[int]) -> Iterator[int]:
         for token in self.assistant.tokens(turns, max_new_tokens=self.options.max_new_tokens, sampling=self.sampling):
             tokens.append(token)
             yield token

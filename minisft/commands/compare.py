@@ -3,13 +3,18 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minisft.commands import answer
 from minisft.commands.numbers import positive
 from minisft.errors import UserError
 
+if TYPE_CHECKING:
+    from minisft.evaluation.answers import Answers
+    from minisft.evaluation.prompts import Question
 
-def add(commands: "argparse._SubParsersAction") -> None:
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft compare`."""
     command = commands.add_parser(
         "compare", help="a page for blind ratings of two models; win rates of ratings or of a judge",
@@ -41,7 +46,8 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         return make_page(options)
     from minisft.evaluation import ratings
 
-    scores, left_out = {}, 0
+    scores: dict[str, list[float]] = {}
+    left_out = 0
     if options.judge:
         pairs, scores, left_out = ratings.read_judgments(options.judge)
     else:
@@ -69,7 +75,7 @@ def make_page(options: argparse.Namespace) -> None:
     print(f"{comparison.key_file(options.out)}: whose answers are where; not for the rater")
 
 
-def answers_of(model: str, questions: list, options: argparse.Namespace, side: str):
+def answers_of(model: str, questions: "list[Question]", options: argparse.Namespace, side: str) -> "Answers":
     """The answers in a file, or those of a model folder, which are kept beside the page."""
     from minisft.evaluation import answers
 

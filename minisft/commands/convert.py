@@ -11,7 +11,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "generation_config.json")
 
 
-def add(commands: "argparse._SubParsersAction") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft convert`."""
     command = commands.add_parser(
         "convert", help="a model in another form: an adapter merged, Meta's files as Hugging Face's, another precision",

@@ -15,7 +15,7 @@ from minisft.errors import UserError
 from minisft.keys import FORMATS
 
 
-def add(commands: "argparse._SubParsersAction") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft eval`."""
     command = commands.add_parser("eval", help="what a model knows and does, in figures", allow_abbrev=False)
     command.add_argument("model", metavar="MODEL", help="a Hugging Face folder, such as runs/my/final")

@@ -7,11 +7,10 @@ from pathlib import Path
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
 from minisft.commands.numbers import count, positive, share
-from minisft.planning import estimate
-from minisft.planning.hardware import find_gpu
+from minisft.planning import UTILISATION
 
 
-def add(commands: "argparse._SubParsersAction") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft plan`."""
     command = commands.add_parser(
         "plan", help="memory, time and cost of a run on given GPUs, before it is paid for",
@@ -24,14 +23,17 @@ def add(commands: "argparse._SubParsersAction") -> None:
                          "reading them")
     command.add_argument("--document-length", type=count, metavar="N", help="with --tokens: tokens of a document "
                          "(data.seq_len)")
-    command.add_argument("--utilisation", type=share, default=estimate.UTILISATION, metavar="SHARE",
-                         help=f"share of the peak that is reached, recomputation included ({estimate.UTILISATION})")
+    command.add_argument("--utilisation", type=share, default=UTILISATION, metavar="SHARE",
+                         help=f"share of the peak that is reached, recomputation included ({UTILISATION})")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """The plan of a recipe; no weights are read."""
+    from minisft.planning import estimate  # imported late, as is all that needs torch or NumPy
+    from minisft.planning.hardware import find_gpu
+
     found = estimate.figures(configuration.load(recipe), find_gpu(options.gpu), gpus=options.gpus,
                              tokens=options.tokens, document=options.document_length,
                              utilisation=options.utilisation, price=options.hours_price)

@@ -4,14 +4,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
-from minisft.preparation import Prepared, prepare
-from minisft.reports.data_report import describe, figures
+
+if TYPE_CHECKING:
+    from minisft.preparation import Prepared
 
 
-def add(commands: "argparse._SubParsersAction") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft prepare`."""
     command = commands.add_parser("prepare", help="read, render and pack the data of a recipe, and report; no training",
                                   usage="minisft prepare RECIPE [--section.key value ...] [--dump FILE] [--json FILE]",
@@ -24,6 +26,9 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """The data of a recipe, as training would see them."""
+    from minisft.preparation import prepare  # imported late, as is all that needs NumPy
+    from minisft.reports.data_report import describe, figures
+
     prepared = prepare(configuration.load(recipe))
     found = figures(prepared)
     if options.dump:
@@ -34,7 +39,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     print(describe(found).encode(encoding, "replace").decode(encoding))
 
 
-def dump(prepared: Prepared, file: Path) -> None:
+def dump(prepared: "Prepared", file: Path) -> None:
     """One JSON a training document: where it came from, its token ids, and 1 where a token is trained."""
     with open(file, "w", encoding="utf-8") as out:
         for i in range(len(prepared.train)):

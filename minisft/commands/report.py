@@ -7,7 +7,7 @@ from minisft.errors import UserError
 from minisft.reports.page import check_writable, write
 
 
-def add(commands: "argparse._SubParsersAction") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft report`."""
     command = commands.add_parser(
         "report", help="a page of a run's curves, throughput, data and answers; several runs are compared",

@@ -5,13 +5,10 @@ from pathlib import Path
 
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
-from minisft.preparation import prepare
 from minisft.reports.page import check_writable, write
-from minisft.reports.show import choose, print_views
-from minisft.reports.show_html import page
 
 
-def add(commands: "argparse._SubParsersAction") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft show`."""
     command = commands.add_parser(
         "show", help="show documents as the model sees them: every token, and which are trained",
@@ -30,6 +27,10 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """Documents of a recipe, on the terminal or as a page."""
+    from minisft.preparation import prepare  # imported late, as is all that needs NumPy
+    from minisft.reports.show import choose, print_views
+    from minisft.reports.show_html import page
+
     if options.html:
         check_writable(options.html, "--html")
     views = choose(prepare(configuration.load(recipe)), source=options.source, index=options.index,

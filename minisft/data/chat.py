@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import chain
+from typing import Any
 
 from minisft.data.formats import Conversation, Skipped, Turn
 from minisft.data.jinja import recognize, written
@@ -111,7 +112,7 @@ class Renderer:
                             f"token of {tokenizer.file}; the model would never stop")
         self._control_ids = frozenset(tokenizer.control.values())
 
-    def fingerprint(self) -> list:
+    def fingerprint(self) -> list[Any]:
         """Everything that token ids and masks depend on, besides the conversation."""
         template = {name: self._fill(v) if isinstance(v, str) else v for name, v in asdict(self.template).items()}
         template |= {name: list(map(self._fill, v)) for name, v in template.items() if isinstance(v, tuple)}
@@ -225,7 +226,9 @@ class Renderer:
     def _call(self, call: Turn, builtin_tools: tuple[str, ...], trained: bool) -> Iterator[Piece]:
         """The format's own control tokens become tokens; what is filled in stays text."""
         builtin = call.tool in builtin_tools
-        values = {"name": call.tool, "arguments": _words(call) if builtin else call.content}
+        arguments = _words(call) if builtin else call.content
+        assert arguments is not None  # or the conversation were not renderable
+        values = {"name": call.tool, "arguments": arguments}
         for piece in self._marker(self.template.builtin_call if builtin else self.template.call, trained):
             text = re.sub(r"\{(name|arguments)\}", lambda field: values[field[1]], piece.text)
             yield piece if piece.control else Piece(text, False, trained, answer=True)

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from minisft.data.records import SUFFIXES, BadRecord, Skip, document, records
@@ -70,7 +71,7 @@ class Conversation:
     turns: tuple[Turn, ...]
     source: str  # the path as the user gave it
     line: int  # of the record's first byte, from 1; an OASST tree or a seed task gives several on one line
-    tools: tuple[dict, ...] = ()  # definitions of the functions that may be called, as the record has them
+    tools: tuple[dict[str, Any], ...] = ()  # definitions of the functions that may be called, as the record has them
     builtin_tools: tuple[str, ...] = ()  # names of those that the model knows without a definition
     notes: tuple[str, ...] = ()  # what was left out of the record, fixed phrases to be counted
 
@@ -85,7 +86,8 @@ class Skipped:
     line: int
 
 
-def read(path, *, format: str = "auto", skip_bad: bool = False, oasst: str = "all") -> Iterator[Conversation | Skipped]:
+def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False,
+         oasst: str = "all") -> Iterator[Conversation | Skipped]:
     """The conversations of a .json, .jsonl, .ndjson or .txt file (or .gz of these), in the file's order.
 
     `skip_bad` turns broken JSON and invalid UTF-8 into `Skipped`. `oasst` "all" takes every path from the root to a
@@ -119,11 +121,11 @@ def read(path, *, format: str = "auto", skip_bad: bool = False, oasst: str = "al
 # ---- records -> drafts of turns --------------------------------------------------------------------------------------
 
 
-def _has_fields(record: dict, format: str) -> bool:
+def _has_fields(record: dict[str, Any], format: str) -> bool:
     return any(all(field in record for field in group) for group in FIELDS[format])
 
 
-def _detect(record: dict, source: str, line: int) -> str:
+def _detect(record: dict[str, Any], source: str, line: int) -> str:
     matches = [format for format in FORMATS if _has_fields(record, format)]
     if len(matches) == 1:
         return matches[0]
@@ -135,7 +137,8 @@ def _detect(record: dict, source: str, line: int) -> str:
     )
 
 
-def _conversations(record: dict, format: str, oasst: str, source: str, line: int) -> Iterator[Conversation | Skipped]:
+def _conversations(record: dict[str, Any], format: str, oasst: str, source: str,
+                   line: int) -> Iterator[Conversation | Skipped]:
     try:
         drafts = _drafts(record, format, oasst)
         given = (definitions(record), builtin(record)) if format in WITH_TOOLS else ((), ())
@@ -145,13 +148,13 @@ def _conversations(record: dict, format: str, oasst: str, source: str, line: int
     for draft in drafts:  # each on its own: one bad instance of a task does not take the others with it
         try:
             turns, notes = _checked(draft)
-            found = Conversation(turns, source, line, *given, notes)
         except Skip as skip:
-            found = Skipped(skip.reason, skip.detail, source, line)
-        yield found
+            yield Skipped(skip.reason, skip.detail, source, line)
+        else:
+            yield Conversation(turns, source, line, *given, notes)
 
 
-def _drafts(record: dict, format: str, oasst: str) -> list[list[Turn]]:
+def _drafts(record: dict[str, Any], format: str, oasst: str) -> list[list[Turn]]:
     """The record's conversations as it states them: `_checked` has yet to look at their contents and order."""
     if not _has_fields(record, format):
         raise Skip("wrong fields", list(record))
@@ -163,18 +166,18 @@ def _drafts(record: dict, format: str, oasst: str) -> list[list[Turn]]:
             return [[user, Turn("assistant", record["response"])]]
         case "sharegpt":
             turns = _turns(record["conversations"], "from", "value", SHAREGPT_ROLES)
-            return [[Turn("system", record.get("system")), *turns]]
+            return [[Turn("system", record.get("system", "")), *turns]]
         case "oasst":
             return _oasst_paths(record["prompt"], best=oasst == "best")
         case "messages":
             return [_turns(record["messages"], "role", "content", MESSAGES_ROLES)]
         case "prompt_completion":
             return [_prompt_completion(record)]
-        case "text":
+        case _:  # text
             return [[Turn("text", record["text"])]]
 
 
-def _alpaca(record: dict) -> list[list[Turn]]:
+def _alpaca(record: dict[str, Any]) -> list[list[Turn]]:
     history = record.get("history") or []  # LLaMA-Factory's: [[instruction, output], ...]; its answers are trained
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise Skip("wrong fields", history)
@@ -183,7 +186,7 @@ def _alpaca(record: dict) -> list[list[Turn]]:
         raise Skip("wrong fields", tasks)
     if not tasks:
         raise Skip("no turns", tasks)
-    before = [Turn("system", record.get("system"))]
+    before = [Turn("system", record.get("system", ""))]
     for question, answer in history:
         before += [Turn("user", question), Turn("assistant", answer)]
     instruction = record["instruction"]
@@ -193,7 +196,7 @@ def _alpaca(record: dict) -> list[list[Turn]]:
     ]
 
 
-def _prompt_completion(record: dict) -> list[Turn]:
+def _prompt_completion(record: dict[str, Any]) -> list[Turn]:
     """Two strings, or TRL's conversational form: two lists of messages, of which the completion's are trained."""
     prompt, completion = record["prompt"], record["completion" if "completion" in record else "response"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
@@ -231,7 +234,7 @@ def _role(name: Any, roles: dict[str, str]) -> str:
     return roles[name]
 
 
-def _joined(content: list) -> Any:
+def _joined(content: list[Any]) -> Any:
     """A list of text parts as one string; any other as it is, for `_checked` to judge."""
     if not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         return content
@@ -239,7 +242,7 @@ def _joined(content: list) -> Any:
     return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
-def _trained(item: dict) -> bool:
+def _trained(item: dict[str, Any]) -> bool:
     if item.keys().isdisjoint(WEIGHTS):  # most often
         return True
     given = {key: item[key] for key in WEIGHTS if item.get(key) is not None}
@@ -249,48 +252,61 @@ def _trained(item: dict) -> bool:
     return all(given.values())
 
 
-def _context(record: dict, field: str) -> str:
+def _context(record: dict[str, Any], field: str) -> str:
     context = record.get(field)
     if not isinstance(context, str | None):
         raise Skip("context is not text", context)
     return context or ""
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A message of a tree and the way back from it to the root."""
+
+    message: Any  # a JSON object
+    before: "Way | None"
+
+    def back(self) -> Iterator["Way"]:
+        """This one, the one before it, and so on to the root."""
+        way: Way | None = self
+        while way:
+            yield way
+            way = way.before
+
+
 def _oasst_paths(root: Any, *, best: bool) -> list[list[Turn]]:
     """Root-to-leaf paths in the tree's order, each cut after its last answer; two that are then the same are one.
 
-    A stack of (message, way back), not recursion: JSON may nest a tree deeper than Python calls.
+    A stack, not recursion: JSON may nest a tree deeper than Python calls.
     """
-    paths, ends, stack = [], set(), [(node, None) for node in _live([root])]
+    paths: list[list[Turn]] = []
+    ends: set[int | None] = set()
+    stack = [Way(node, None) for node in _live([root])]
     while stack:
         here = stack.pop()
-        if replies := _live(here[0].get("replies") or []):
-            chosen = [min(replies, key=_rank)] if best else reversed(replies)
-            stack += [(reply, here) for reply in chosen]
+        if replies := _live(here.message.get("replies") or []):
+            stack += [Way(reply, here) for reply in ([min(replies, key=_rank)] if best else reversed(replies))]
             continue
-        end = here
-        while end and end[0].get("role") != "assistant":
-            end = end[1]
-        if id(end and end[0]) in ends:
-            continue
-        ends.add(id(end and end[0]))
-        path, step = [], end or here  # without any answer the whole path goes on, and is skipped for that reason
-        while step:
-            node, step = step
-            path.append(Turn(_role(node.get("role"), OASST_ROLES), node.get("text")))
-        paths.append(path[::-1])
+        end = next((way for way in here.back() if way.message.get("role") == "assistant"), None)
+        last = id(end.message) if end else None
+        if last not in ends:
+            ends.add(last)
+            # Without any answer the whole path goes on, and is skipped for that reason.
+            path = [Turn(_role(way.message.get("role"), OASST_ROLES), way.message.get("text"))
+                    for way in (end or here).back()]
+            paths.append(path[::-1])
     if not paths:
         raise Skip("no turns", root)
     return paths
 
 
-def _live(replies: Any) -> list[dict]:
+def _live(replies: Any) -> list[dict[str, Any]]:
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
         raise Skip("wrong fields", replies)
     return [reply for reply in replies if not reply.get("deleted")]
 
 
-def _rank(reply: dict) -> float:
+def _rank(reply: dict[str, Any]) -> float:
     rank = reply.get("rank")
     return rank if isinstance(rank, int | float) else float("inf")
 

@@ -15,10 +15,10 @@ memory that the device reads by itself: neither waits for the other.
 
 import heapq
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -58,14 +58,17 @@ class MicroBatch:
 
     def pinned(self) -> "MicroBatch":
         """The same in memory that stays where it is, which a GPU reads without the host's help."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+        return self._with(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`; from pinned memory the host does not wait for the copy."""
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()})
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same with each tensor changed."""
+        changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items()
+                                   if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,9 @@ def deal(costs: Array, *, ranks: int) -> list[list[int]]:
     while len(rounds) > 1:
         (_, number, dear), (_, _, cheap) = heapq.heappop(rounds), heapq.heappop(rounds)
         push(number, [(a + b, x + y) for (a, x), (b, y) in zip(dear, reversed(cheap), strict=True)])
-    hands = [packs for _, packs in rounds[0][2]]
-    _even_out(hands, costs)
-    return [sorted(packs, key=lambda i: (-costs[i], i)) for packs in hands]
+    dealt = [packs for _, packs in rounds[0][2]]
+    _even_out(dealt, costs)
+    return [sorted(packs, key=lambda i: (-costs[i], i)) for packs in dealt]
 
 
 def _even_out(hands: list[list[int]], costs: Array) -> None:
@@ -165,7 +168,7 @@ def _even_out(hands: list[list[int]], costs: Array) -> None:
 
 
 def steps(dataset: Dataset, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
-          fixed: bool = False, device: torch.device | None = None) -> Iterator[Step]:
+          fixed: bool = False, device: torch.device | None = None) -> Generator[Step, None, None]:
     """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing.
 
     With `fixed`, every micro-batch has `micro_packs` full packs of tokens, for a network that is compiled for one
@@ -202,13 +205,13 @@ def _step(dataset: Dataset, plan: Plan, index: int, rank: int, ranks: int, micro
                 int(plan.targets[everything].sum()))
 
 
-def ahead(items: Iterator[Item], number: int) -> Iterator[Item]:
+def ahead(items: Iterator[Item], number: int) -> Generator[Item, None, None]:
     """The same items in the same order; a thread makes up to `number` of them before they are asked for.
 
     What the thread raises is raised here, after the items before it. The thread ends with this iterator, also where
     that is closed early.
     """
-    ready: SimpleQueue = SimpleQueue()
+    ready: SimpleQueue[tuple[Item] | BaseException] = SimpleQueue()
     room = threading.Semaphore(number)
     closed = False
 
@@ -218,21 +221,21 @@ def ahead(items: Iterator[Item], number: int) -> Iterator[Item]:
                 room.acquire()
                 if closed:
                     return
-                ready.put((next(items), None))
+                ready.put((next(items),))
         except BaseException as error:
-            ready.put((None, error))
+            ready.put(error)
 
     thread = threading.Thread(target=work, name="loader", daemon=True)
     thread.start()
     try:
         while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
+            found = ready.get()
+            if isinstance(found, StopIteration):
                 return
-            if error:
-                raise error
+            if isinstance(found, BaseException):
+                raise found
             room.release()
-            yield item
+            yield found[0]
     finally:
         closed = True
         room.release()

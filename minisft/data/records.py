@@ -10,7 +10,8 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator
-from typing import IO, Any, NoReturn
+from io import BufferedIOBase
+from typing import Any, NoReturn
 
 from minisft.errors import UserError
 
@@ -36,7 +37,7 @@ class Skip(Exception):  # noqa: N818  (not an error: it carries a record's reaso
         self.reason, self.detail = reason, SHORT.repr(value)[:200]
 
 
-def document(file: IO[bytes], source: str, format: str) -> Iterator[tuple[int, dict]]:
+def document(file: BufferedIOBase, source: str, format: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if format not in ("auto", "text"):
         raise UserError(f"{source}: a .txt file has no records of format {format!r} (remedy: --data.format text)")
     raw = file.read().removeprefix(BOM)
@@ -49,7 +50,7 @@ def document(file: IO[bytes], source: str, format: str) -> Iterator[tuple[int, d
         yield 1, {"text": text}
 
 
-def records(file: IO[bytes], source: str, skip_bad: bool) -> Iterator[tuple[int, dict | BadRecord]]:
+def records(file: BufferedIOBase, source: str, skip_bad: bool) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
     """(line, object), where the first byte that is not blank tells an array from JSON lines: names often lie."""
     file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
     start = file.tell()
@@ -66,7 +67,7 @@ def records(file: IO[bytes], source: str, skip_bad: bool) -> Iterator[tuple[int,
             yield line, bad
 
 
-def _lines(file: IO[bytes], source: str) -> Iterator[tuple[int, bytes]]:
+def _lines(file: BufferedIOBase, source: str) -> Iterator[tuple[int, bytes]]:
     first = True
     for line, raw in enumerate(file, 1):  # a binary file splits on \n alone; str.splitlines would also on U+2028
         if not (record := raw.rstrip(BLANK)):
@@ -85,7 +86,7 @@ def _lines(file: IO[bytes], source: str) -> Iterator[tuple[int, bytes]]:
 _TOKEN = re.compile(rb'"(?:[^"\\\n]++|\\.)*+(["\n])?|[\[\]{},]', re.DOTALL)
 
 
-def _array(file: IO[bytes], source: str, offset: int) -> Iterator[tuple[int, bytes]]:
+def _array(file: BufferedIOBase, source: str, offset: int) -> Iterator[tuple[int, bytes]]:
     """(line, bytes) of each record of a JSON array, found by counting brackets outside strings.
 
     Cutting first and decoding after keeps the memory at one record, gives byte offsets and lines without translation,
@@ -129,7 +130,7 @@ def _array(file: IO[bytes], source: str, offset: int) -> Iterator[tuple[int, byt
     )
 
 
-def _nothing_after(file: IO[bytes], rest: bytes, source: str, line: int) -> None:
+def _nothing_after(file: BufferedIOBase, rest: bytes, source: str, line: int) -> None:
     while not (text := rest.lstrip(BLANK)):
         line += rest.count(b"\n")
         if not (rest := file.read(CHUNK_BYTES)):
@@ -138,7 +139,7 @@ def _nothing_after(file: IO[bytes], rest: bytes, source: str, line: int) -> None
     raise UserError(f"{source}:{line}: text after the end of the JSON array (remedy: one array a file, or JSON lines)")
 
 
-def _parse(raw: bytes) -> dict:
+def _parse(raw: bytes) -> dict[str, Any]:
     try:
         record = _DECODER.decode(raw.decode("utf-8"))
         if b"\\u" in raw:  # only an escape can make half a surrogate pair, which no tokenizer could encode

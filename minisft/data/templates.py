@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from minisft.data.formats import Conversation, Turn
 from minisft.errors import UserError
@@ -98,7 +99,7 @@ def _parse(text: str, file: str) -> dict[str, Template]:
     return templates
 
 
-def _value(where: str, key: str, value: object, kind: str) -> object:
+def _value(where: str, key: str, value: Any, kind: str) -> Any:
     if kind.startswith("tuple"):
         sizes = (2, 3) if key == "assistant" else (2,)
         if not (isinstance(value, list) and len(value) in sizes and all(isinstance(v, str) for v in value)):
@@ -112,7 +113,7 @@ def _value(where: str, key: str, value: object, kind: str) -> object:
     return value
 
 
-def _refuse_what_is_missing(where: str, values: dict) -> None:
+def _refuse_what_is_missing(where: str, values: dict[str, Any]) -> None:
     groups = [("system", "user", "assistant")]
     groups += [group for group in (TOOLS, BUILTIN) if any(key in values for key in group)]
     groups += [TOOLS] if any(key in values for key in (*BUILTIN, "tools_system")) else []

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -43,7 +44,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @cached_property
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """`tokenizer_config.json` beside it; empty where there is none."""
         file = self.file.with_name("tokenizer_config.json")
         try:
@@ -68,7 +69,7 @@ class Tokenizer:
         """The special token that this tokenizer's own post-processor puts before a text, or nothing."""
         ids = self._backend.encode("a", add_special_tokens=True).ids
         plain = self._backend.encode("a", add_special_tokens=False).ids
-        return self._backend.id_to_token(ids[0]) if ids[:1] != plain[:1] else ""
+        return (self._backend.id_to_token(ids[0]) or "") if ids[:1] != plain[:1] else ""
 
     @cached_property
     def eos(self) -> str:

@@ -16,9 +16,9 @@ from minisft.data.records import Skip
 MAX_DEPTH = 64
 
 
-def definitions(record: dict) -> tuple[dict, ...]:
+def definitions(record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """What the record says of the tools that may be called. An empty list is none."""
-    found: list[dict] = []
+    found: list[dict[str, Any]] = []
     for field in ("tools", "functions"):
         tools = _parsed(value := record.get(field), "bad tools") if record.get(field) else []
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -29,7 +29,7 @@ def definitions(record: dict) -> tuple[dict, ...]:
     return tuple(found)
 
 
-def builtin(record: dict) -> tuple[str, ...]:
+def builtin(record: dict[str, Any]) -> tuple[str, ...]:
     """Names of the tools that the model knows by itself, as brave_search, wolfram_alpha, code_interpreter."""
     names = record.get("builtin_tools") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -46,7 +46,9 @@ def call(value: Any) -> tuple[str, str]:
         found = found[0] if found else None
     found = found.get("function", found) if isinstance(found, dict) else {}
     name = found.get("name") if isinstance(found, dict) else None
-    arguments = _parsed(found.get("arguments"), "bad tool call") if isinstance(name, str) and name.strip() else None
+    if not isinstance(name, str) or not name.strip():
+        raise Skip("bad tool call", value)
+    arguments = _parsed(found.get("arguments"), "bad tool call")
     if not isinstance(arguments, dict):
         raise Skip("bad tool call", value)
     _text(name, "bad tool call")

@@ -14,6 +14,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minisft import config as configuration
 from minisft.config import Config
@@ -136,7 +137,7 @@ def compare(base: Config, tuned: Config, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def metrics(config: Config) -> list[dict]:
+def metrics(config: Config) -> list[dict[str, Any]]:
     """The records of a finished run."""
     lines = (Path(config.run.dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

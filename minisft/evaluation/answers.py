@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tqdm import tqdm
 
+from minisft.data.chat import Renderer
 from minisft.data.formats import Turn
 from minisft.errors import UserError
 from minisft.evaluation.prompts import Question, json_lines, texts
@@ -28,12 +30,15 @@ MAX_NEW_TOKENS = 1024  # FastChat's default
 class Answering(Protocol):
     """What is asked: an Assistant, or anything that answers like one."""
 
-    renderer: Any
+    @property
+    def renderer(self) -> Renderer:
+        """Of its chat template."""
+        ...
 
-    def answer(self, conversations: list[tuple[Turn, ...]], *, max_new_tokens: int) -> list[str]: ...
+    def answer(self, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int) -> list[str]: ...
 
 
-def in_batches(assistant: Answering, conversations: list[tuple[Turn, ...]], *, max_new_tokens: int, batch: int,
+def in_batches(assistant: Answering, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int, batch: int,
                doing: str = "") -> list[str]:
     """The next turn of each conversation, `batch` of them at a time; `doing` names the bar of progress."""
     answers: list[str] = []

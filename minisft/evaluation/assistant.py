@@ -1,6 +1,6 @@
 """A model folder that can be talked to: network, tokenizer and chat template together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +47,7 @@ class Assistant:
         """The network, ready to go on with one text fast."""
         return Decoder(self.model, packed=True)
 
-    def answer(self, conversations: list[tuple[Turn, ...]], *, max_new_tokens: int = 512,
+    def answer(self, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int = 512,
                sampling: Sampling = GREEDY) -> list[str]:
         """The model's next turn in each conversation."""
         prompts = [self.renderer.prompt(turns) for turns in conversations]

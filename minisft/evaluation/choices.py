@@ -24,6 +24,7 @@ tokens reach the head. Choices of one token share their document: all letters of
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,8 @@ def ask(files: list[str], *, format: str = "auto", language: str = "", style: st
     return asked
 
 
-def figures(assistant: Assistant, asked: list[Asked], *, chat: bool = False, batch_tokens: int = 8192) -> dict:
+def figures(assistant: Assistant, asked: list[Asked], *, chat: bool = False,
+            batch_tokens: int = 8192) -> dict[str, Any]:
     """Accuracies with 95% intervals, over all questions and by subject, and the log-likelihoods of every choice."""
     requests = [in_turns(assistant, each) if chat else as_text(assistant.renderer.tokenizer, each) for each in asked]
     longest = assistant.model.config.max_position_embeddings
@@ -121,7 +123,7 @@ def figures(assistant: Assistant, asked: list[Asked], *, chat: bool = False, bat
                             f"reads {longest}; ask with fewer --shots, or leave the question out")
     flat = iter(log_likelihoods(assistant.model, list(chain.from_iterable(requests)), batch_tokens=batch_tokens))
     answers = [_answer(each, [next(flat) for _ in choices]) for each, choices in zip(asked, requests, strict=True)]
-    subjects: dict[str, list[dict]] = {}
+    subjects: dict[str, list[dict[str, Any]]] = {}
     for answer in answers:
         subjects.setdefault(answer["subject"], []).append(answer)
     return {"shots": len(asked[0].shots), "chat": chat, **_accuracies(answers),
@@ -162,7 +164,10 @@ def log_likelihoods(model: nn.Module, requests: list[Request], *, batch_tokens: 
     sums = torch.zeros(len(requests), dtype=torch.float64, device=device)
     with tqdm(total=len(readers), desc="choices", unit=" documents", disable=None) as bar:
         for batch in _batches(list(readers), batch_tokens):
-            at, targets, request, end = [], [], [], 0
+            at: list[int] = []
+            targets: list[int] = []
+            request: list[int] = []
+            end = 0
             for document in batch:
                 end += len(document)
                 for i in readers[document]:
@@ -213,7 +218,7 @@ def _refuse_empty(asked: Asked, requests: list[Request]) -> list[Request]:
     return requests
 
 
-def _answer(asked: Asked, sums: list[float]) -> dict:
+def _answer(asked: Asked, sums: list[float]) -> dict[str, Any]:
     """What the model took for the answer, by each score. The first of equals wins, as in lm-evaluation-harness."""
     question = asked.question
     said = [asked.said(question, choice) for choice in range(len(question.choices))]
@@ -226,16 +231,17 @@ def _answer(asked: Asked, sums: list[float]) -> dict:
             "answer": question.answer, "chosen": chosen, "log_likelihoods": sums}
 
 
-def _accuracies(answers: list[dict]) -> dict:
+def _accuracies(answers: list[dict[str, Any]]) -> dict[str, Any]:
     count = len(answers)
-    found: dict = {"questions": count, "chance": sum(1 / len(each["log_likelihoods"]) for each in answers) / count}
+    chance = sum(1 / len(each["log_likelihoods"]) for each in answers) / count
+    found: dict[str, Any] = {"questions": count, "chance": chance}
     for score in SCORES:
         hits = sum(each["chosen"][score] == each["answer"] for each in answers)
         found |= {score: hits / count, f"{score}_interval": list(wilson(hits, count))}
     return found
 
 
-def describe(found: dict) -> str:
+def describe(found: dict[str, Any]) -> str:
     """The table of `figures`."""
     rows = [*found["subjects"].items(), ("all", found)] if len(found["subjects"]) > 1 else [("all", found)]
     wide = max(len(name) for name, _ in rows)

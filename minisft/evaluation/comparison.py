@@ -12,9 +12,9 @@ import base64
 import hashlib
 import json
 import random
-import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from minisft.errors import UserError
 from minisft.evaluation.answers import Answers
@@ -27,7 +27,7 @@ def key_file(page: Path) -> Path:
     return page.with_name(f"{page.name}.key.json")
 
 
-def write_page(page: Path, questions: list[Question], a: Answers, b: Answers, *, seed: int) -> dict:
+def write_page(page: Path, questions: list[Question], a: Answers, b: Answers, *, seed: int) -> dict[str, Any]:
     """Write the page and its key; returns the key. Raises UserError where the two have no question in common."""
     names = (a.model_id, b.model_id)
     if names[0] == names[1]:
@@ -53,16 +53,16 @@ def write_page(page: Path, questions: list[Question], a: Answers, b: Answers, *,
     return key
 
 
-def _pair(question: Question, a: Answers, b: Answers, left: str) -> dict:
+def _pair(question: Question, a: Answers, b: Answers, left: str) -> dict[str, Any]:
     first, second = (a, b) if left == "a" else (b, a)
     turns = zip(question.turns, first.turns[question.id], second.turns[question.id], strict=False)
     return {"turns": [{"question": asked, "left": one, "right": other} for asked, one, other in turns]}
 
 
-def html(data: dict) -> str:
+def html(data: dict[str, Any]) -> str:
     """The page that shows `data`. Answers are text in a JSON block that no tag can end, and never markup."""
     page = files("minisft.evaluation").joinpath("compare_page.html").read_text(encoding="utf-8")
-    script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
+    script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     # JSON may write any character as \\uXXXX: without < and > no </script>, without & nothing that looks escaped.

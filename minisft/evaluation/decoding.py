@@ -90,8 +90,11 @@ class Product:
 
     def __init__(self, *weights: Tensor, biases: tuple[Tensor | None, ...] = (), packed: bool = False):
         self.weights, self.outputs = weights, sum(map(len, weights))
-        self.bias = torch.cat(biases) if biases and biases[0] is not None else None
-        self.dtype, self.tiles, self.slices = weights[0].dtype, None, None
+        present = [bias for bias in biases if bias is not None]
+        self.bias = torch.cat(present) if present else None
+        self.dtype = weights[0].dtype
+        self.tiles: Tensor | None = None
+        self.slices: list[Tensor] | None = None
         if packed and weights[0].is_cpu and self.dtype == torch.bfloat16:
             self._pack()
         elif weights[0].is_cpu and self.dtype == torch.float32 and not any(len(w) % ROWS for w in weights):
@@ -150,7 +153,7 @@ class Decoder:
         weight = model.model.embed_tokens.weight
         self.model, self.config = model, model.config
         self.dtype = torch.float32 if weight.is_cpu else weight.dtype  # of everything but the weights
-        self.layers = [Layer(block, self.dtype, packed=packed) for block in model.model.layers]
+        self.layers = [Layer(block, self.dtype, packed=packed) for block in model.blocks]
         self.norm = model.model.norm.weight.to(self.dtype)
         self.head = Product(weight if self.config.tie_word_embeddings else model.lm_head.weight, packed=packed)
 
@@ -162,7 +165,8 @@ class Decoder:
     def prefill(self, prompts: list[list[int]], *, positions: int) -> tuple[Tensor, Cache]:
         """Logits (B, V) of what comes after each prompt, and a cache that holds the prompts."""
         lengths, device = [len(prompt) for prompt in prompts], self.norm.device
-        plain, kept = Documents.of_lengths(tuple(lengths), device=device), []
+        plain = Documents.of_lengths(tuple(lengths), device=device)
+        kept: list[tuple[Tensor, Tensor]] = []
         documents = Documents(plain.offsets, plain.cu_seqlens, plain.positions, plain.longest, kept)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         last = plain.cu_seqlens[1:].long() - 1

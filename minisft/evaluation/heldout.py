@@ -7,6 +7,7 @@ documents are packed nor on how many ranks there are.
 import math
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def loss_sum(model: nn.Module, dataset: Dataset, *, seq_len: int, rank: int = 0,
 
 
 def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, format: str = "auto", seq_len: int = 2048,
-                overlong: str = "drop", quiet: bool = False) -> list[dict]:
+                overlong: str = "drop", quiet: bool = False) -> list[dict[str, Any]]:
     """For each file: name, loss, perplexity, target_tokens, documents, and how many of those read were left out.
 
     Answers count in conversations, every token in plain text. Raises UserError for files that training would refuse.
@@ -75,7 +76,7 @@ def loss_figures(loss: float) -> dict[str, float | None]:
             for name, value in (("loss", loss), ("perplexity", perplexity))}
 
 
-def describe(found: list[dict]) -> str:
+def describe(found: list[dict[str, Any]]) -> str:
     """A table of what `file_losses` found."""
     lines = [f"{'loss':>8}{'perplexity':>12}{'tokens':>12}{'documents':>11}{'left out':>10}  held-out file"]
     for each in found:

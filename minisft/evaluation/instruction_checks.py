@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from minisft.errors import UserError
 from minisft.evaluation.language import check_language, detect, lower
@@ -54,7 +54,7 @@ def occurrences(keyword: str, answer: str, language: str) -> int:
     return lower(answer, language).count(lower(keyword, language))
 
 
-def keywords_existence(answer: str, language: str, *, keywords: list) -> bool:
+def keywords_existence(answer: str, language: str, *, keywords: list[str]) -> bool:
     return all(occurrences(keyword, answer, language) for keyword in keywords)
 
 
@@ -62,7 +62,7 @@ def keywords_frequency(answer: str, language: str, *, keyword: str, frequency: i
     return RELATIONS[relation](occurrences(keyword, answer, language), frequency)
 
 
-def forbidden_words(answer: str, language: str, *, forbidden_words: list) -> bool:
+def forbidden_words(answer: str, language: str, *, forbidden_words: list[str]) -> bool:
     text = lower(answer, language)
     return not any(re.search(rf"(?<!\w){re.escape(lower(word, language))}(?!\w)", text) for word in forbidden_words)
 
@@ -95,7 +95,7 @@ def nth_paragraph_first_word(answer: str, language: str, *, num_paragraphs: int,
     parts = [part.strip() for part in answer.split("\n\n") if part.strip()]
     if len(parts) != num_paragraphs or not 1 <= nth_paragraph <= len(parts):
         return False
-    first = re.match(r"[^.,?!'\"]*", parts[nth_paragraph - 1].split()[0].lstrip("'\""))[0]
+    first = re.split(r"[.,?!'\"]", parts[nth_paragraph - 1].split()[0].lstrip("'\""))[0]
     return lower(first, language) == lower(first_word, language)
 
 
@@ -135,9 +135,9 @@ def multiple_sections(answer: str, _: str, *, section_spliter: str, num_sections
 
 def json_format(answer: str, _: str) -> bool:
     """JSON, alone or within a fence of backquotes."""
-    fenced = re.fullmatch(r"(?:```(?:json|Json|JSON)?)?(.*?)(?:```)?", answer.strip(), re.DOTALL)
+    bare = re.sub(r"\A```(?:json|Json|JSON)?|```\Z", "", answer.strip())
     try:
-        json.loads(fenced[1])
+        json.loads(bare)
     except (ValueError, RecursionError):
         return False
     return True
@@ -233,14 +233,16 @@ CHECKS: dict[str, Callable[..., bool]] = {
 def parameters(instruction: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The parameters of `instruction` among `given`, without those that are null; UserError for any that is wrong."""
     given = {name: value for name, value in given.items() if value is not None}
-    takes = {name: parameter.annotation for name, parameter in inspect.signature(CHECKS[instruction]).parameters.items()
+    takes = {name: get_origin(parameter.annotation) or parameter.annotation  # list[str] -> list
+             for name, parameter in inspect.signature(CHECKS[instruction]).parameters.items()
              if parameter.kind is parameter.KEYWORD_ONLY}
     if given.keys() != takes.keys():
         raise UserError(f"{where}: {instruction} takes {', '.join(takes) or 'no parameters'}; "
                         f"found {', '.join(given) or 'none'}")
     for name, kind in takes.items():
         value = given[name]
-        given[name] = value = int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
+        if kind is int and isinstance(value, float) and value.is_integer():
+            given[name] = value = int(value)
         if type(value) is not kind or (kind is str and not value.strip()) or (
                 kind is list and not (value and all(isinstance(item, str) and item.strip() for item in value))):
             wanted = {int: "a whole number", str: "text", list: "a list of texts"}[kind]

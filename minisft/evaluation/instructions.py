@@ -44,7 +44,7 @@ class Prompts:
     skipped: dict[str, int]  # how often each unknown instruction was left out
 
 
-def figures(assistant: Answering, asked: Prompts, *, max_new_tokens: int = 512, batch: int = 8) -> dict:
+def figures(assistant: Answering, asked: Prompts, *, max_new_tokens: int = 512, batch: int = 8) -> dict[str, Any]:
     """Ask every prompt and check the answers. See `check`."""
     answers = in_batches(assistant, [(Turn("user", one.prompt),) for one in asked.prompts],
                          max_new_tokens=max_new_tokens, batch=batch, doing="instructions")
@@ -57,7 +57,7 @@ def load(name: str | Path, *, skip_unknown: bool = False, limit: int | None = No
 
     Raises UserError for instructions that are not known (they count with `skip_unknown`) and parameters that are wrong.
     """
-    prompts, skipped = [], Counter()
+    prompts, skipped = [], Counter[str]()
     for line, record in islice(json_lines(file := question_file(name)), limit):
         where = f"{file}:{line}"
         names, given = record.get("instruction_id_list"), record.get("kwargs")
@@ -94,7 +94,7 @@ def loosely(answer: str, asked: Instructed) -> list[bool]:
     return [any(column) for column in zip(*verdicts, strict=True)]
 
 
-def check(prompts: list[Instructed], answers: Iterable[str]) -> dict:
+def check(prompts: list[Instructed], answers: Iterable[str]) -> dict[str, Any]:
     """Rates of prompts and of instructions followed, strictly and loosely, also by instruction and language."""
     verdicts: dict[str, list[list[bool]]] = {"strict": [], "loose": []}
     by_name, by_language = defaultdict(list), defaultdict(list)
@@ -113,7 +113,7 @@ def check(prompts: list[Instructed], answers: Iterable[str]) -> dict:
     return rates
 
 
-def describe(found: dict) -> str:
+def describe(found: dict[str, Any]) -> str:
     """The figures as lines of text."""
     lines = [f"instructions followed ({found['file']}), with 95% intervals"]
     lines += [f"  {unit}, {kind:6} {percent(found[kind][unit])}"

@@ -5,7 +5,7 @@ from math import sqrt
 Z = 1.959964  # 95% of a normal distribution lie within so many standard deviations
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
+def wilson(hits: float, count: int) -> tuple[float, float]:
     """The 95% interval of the share that `hits` of `count` is a sample of (Wilson 1927).
 
     It stays within 0 and 1, and 0 of 5 is not taken for certain: (0.0, 0.43).

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from minisft.data.records import BadRecord, records
 from minisft.errors import UserError
@@ -28,7 +29,7 @@ class Question:
     reference: tuple[str, ...] = ()
 
 
-def json_lines(file: str | Path) -> Iterator[tuple[int, dict]]:
+def json_lines(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) of each record of a file; UserError for what is not JSON."""
     if not Path(file).is_file():
         raise UserError(f"{file}: there is no such file")
@@ -58,7 +59,7 @@ def load_questions(name: str | Path) -> list[Question]:
     return list(found.values())
 
 
-def _question(record: dict, where: str) -> Question:
+def _question(record: dict[str, Any], where: str) -> Question:
     number = record.get("question_id", record.get("key"))
     if not isinstance(number, int | str) or isinstance(number, bool):
         raise UserError(f"{where}: question_id (or key) must be a number or text, not {number!r}")

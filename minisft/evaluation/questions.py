@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minisft.data.records import BOM, SHORT, BadRecord, records
 from minisft.errors import UserError
@@ -77,7 +78,7 @@ def subject_of(path: str | Path) -> str:
     return name.removeprefix("TurkishMMLU_").replace("_", " ").strip()
 
 
-def _json(content: bytes, source: str, format: str) -> Iterator[tuple[int, str, dict]]:
+def _json(content: bytes, source: str, format: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(line, format, record), the format as the first record has it."""
     for line, record in records(io.BytesIO(content), source, True):
         if isinstance(record, BadRecord):
@@ -112,8 +113,10 @@ def _csv(content: bytes, source: str) -> Iterator[tuple[int, str, list[str]]]:
         raise UserError(f"{source}:{line}: not CSV: {error}") from None
 
 
-def _understood(format: str, record: dict | list[str]) -> tuple[str, tuple[str, ...], int]:
+def _understood(format: str, record: dict[str, Any] | list[str]) -> tuple[str, tuple[str, ...], int]:
     """Text, choices and the right one's index. Raises Wrong."""
+    text: Any  # as the file has it, looked at below
+    choices: Any
     if isinstance(record, list):
         if len(record) < 4:
             raise Wrong(f"{len(record)} columns; expected a question, at least two choices and the answer")
@@ -152,15 +155,16 @@ def _index(answer: object, choices: int) -> int:
                 f"or a number from 0 to {choices - 1}")
 
 
-def _arc(record: dict) -> tuple[object, list, list, object]:
+def _arc(record: dict[str, Any]) -> tuple[Any, list[Any], list[Any], Any]:
     """Text, choices, labels and the answer's label."""
     text, choices = record.get("question"), record.get("choices")
     if isinstance(text, dict):
-        text, choices = text.get("stem"), text.get("choices")
+        choices = text.get("choices")
+        text = text.get("stem")
     if isinstance(choices, dict):
         texts, labels = choices.get("text"), choices.get("label")
     elif isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
-        texts, labels = ([choice.get(name) for choice in choices] for name in ("text", "label"))
+        texts, labels = [choice.get("text") for choice in choices], [choice.get("label") for choice in choices]
     else:
         raise Wrong(f"choices is {SHORT.repr(choices)}; expected texts and their labels")
     if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)):

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from minisft.errors import UserError
 from minisft.evaluation.prompts import json_lines
@@ -55,14 +56,14 @@ def read_ratings(ratings: Iterable[Path], keys: Iterable[Path]) -> dict[tuple[st
     return found
 
 
-def _read_key(file: Path) -> dict:
+def _read_key(file: Path) -> dict[str, Any]:
     key = _object(file)
     if not {"page", "model_a", "model_b", "pairs", "identical"} <= key.keys():
         raise UserError(f"{file}: is no key of a page; give the .key.json that was written beside the page")
     return key
 
 
-def _object(file: Path) -> dict:
+def _object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -80,18 +81,15 @@ def read_judgments(file: Path) -> tuple[dict[tuple[str, str], Verdicts], dict[st
     scores: dict[str, dict[Unit, list[float]]] = defaultdict(lambda: defaultdict(list))
     left_out = 0
     for line, record in json_lines(file):
-        unit = record.get("question_id"), record.get("turn", 1)
-        if not isinstance(unit[0], int | str) or not isinstance(unit[1], int):
+        question, turn = record.get("question_id"), record.get("turn", 1)
+        if not isinstance(question, int | str) or not isinstance(turn, int):
             raise UserError(f"{file}:{line}: needs question_id, and turn as a number")
-        if "g1_winner" in record:
-            verdict = _pairwise(record, f"{file}:{line}")
-            if verdict:
-                pairs[verdict[0]][unit].append(verdict[1])
+        if "g1_winner" in record and (verdict := _pairwise(record, f"{file}:{line}")):
+            pairs[verdict[0]][question, turn].append(verdict[1])
+        elif "g1_winner" not in record and (scored := _single(record, f"{file}:{line}")):
+            scores[scored[0]][question, turn].append(scored[1])
         else:
-            verdict = _single(record, f"{file}:{line}")
-            if verdict:
-                scores[verdict[0]][unit].append(verdict[1])
-        left_out += verdict is None
+            left_out += 1
     for a, b in combinations(sorted(scores), 2):
         for unit in scores[a].keys() & scores[b].keys():
             gap = mean(scores[a][unit]) - mean(scores[b][unit])
@@ -99,27 +97,27 @@ def read_judgments(file: Path) -> tuple[dict[tuple[str, str], Verdicts], dict[st
     return pairs, {model: [mean(each) for each in units.values()] for model, units in scores.items()}, left_out
 
 
-def _pairwise(record: dict, where: str) -> tuple[tuple[str, str], float] | None:
-    models, winners = (record.get("model_1"), record.get("model_2")), (record["g1_winner"], record.get("g2_winner"))
+def _pairwise(record: dict[str, Any], where: str) -> tuple[tuple[str, str], float] | None:
+    one, two, winners = record.get("model_1"), record.get("model_2"), (record["g1_winner"], record.get("g2_winner"))
     for winner in winners:
         if winner not in ("model_1", "model_2", "tie", "error"):
             raise UserError(f"{where}: a winner is model_1, model_2, tie or error, not {winner!r}")
-    if not all(isinstance(model, str) for model in models) or models[0] == models[1]:
-        raise UserError(f"{where}: model_1 and model_2 must be the names of two models, not {models}")
+    if not isinstance(one, str) or not isinstance(two, str) or one == two:
+        raise UserError(f"{where}: model_1 and model_2 must be the names of two models, not {(one, two)}")
     if "error" in winners:
         return None
     first = 0.5 if winners[0] != winners[1] or winners[0] == "tie" else float(winners[0] == "model_1")
-    return (models, first) if models[0] < models[1] else (models[::-1], 1 - first)
+    return ((one, two), first) if one < two else ((two, one), 1 - first)
 
 
-def _single(record: dict, where: str) -> tuple[str, float] | None:
+def _single(record: dict[str, Any], where: str) -> tuple[str, float] | None:
     model, score = record.get("model"), record.get("score")
     if not isinstance(model, str) or not isinstance(score, int | float):
         raise UserError(f"{where}: needs g1_winner and g2_winner (pairwise), or model and a score that is a number")
     return None if score == -1 else (model, float(score))
 
 
-def table(pairs: dict[tuple[str, str], Verdicts]) -> list[dict]:
+def table(pairs: dict[tuple[str, str], Verdicts]) -> list[dict[str, Any]]:
     """A line of figures for each pair of models, and one for each turn where there are several."""
     lines = []
     for (a, b), verdicts in sorted(pairs.items()):
@@ -132,7 +130,7 @@ def table(pairs: dict[tuple[str, str], Verdicts]) -> list[dict]:
     return lines
 
 
-def describe(lines: list[dict], scores: dict[str, list[float]] | None = None, left_out: int = 0) -> str:
+def describe(lines: list[dict[str, Any]], scores: dict[str, list[float]] | None = None, left_out: int = 0) -> str:
     """The table as text."""
     text = []
     for line in lines:

@@ -11,6 +11,7 @@ model might have said.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def _questions(name: str, dataset: Dataset) -> Iterator[Question]:
 
 
 def answers(model: nn.Module, asked: list[Question], tokenizer: Tokenizer, *, stop_ids: set[int],
-            device: torch.device) -> list[dict]:
+            device: torch.device) -> list[dict[str, Any]]:
     """{name, prompt, answer, reference} as text, greedily. All ranks call it together, with the same questions."""
     said = continued(model, [question.prompt for question in asked], stop_ids=stop_ids, device=device)
 
@@ -66,7 +67,7 @@ def answers(model: nn.Module, asked: list[Question], tokenizer: Tokenizer, *, st
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # growing texts have another shape for every token
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # growing texts have another shape for every token
 def continued(model: nn.Module, prompts: list[list[int]], *, stop_ids: set[int], device: torch.device
               ) -> list[list[int]]:
     """What follows each prompt, by whole forward passes: sharded parameters are whole only within `forward`, so the

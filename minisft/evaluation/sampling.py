@@ -33,7 +33,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         finite = np.isfinite(self.temperature) and np.isfinite(self.repetition_penalty)
         allowed = {"temperature": (finite and self.temperature >= 0, "a number from 0 (the most probable token)"),
                    "top_k": (self.top_k >= 0, "a whole number from 0 (all tokens)"),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from minisft.data.formats import Turn
 from minisft.evaluation.answers import Answering, in_batches
@@ -65,7 +66,7 @@ def flatters(text: str) -> bool:
     return any(OPENINGS.match(lower(text, language).replace("’", "'")) for language in ("en", "tr"))
 
 
-def signals(answers: Iterable[str], cut: Iterable[bool] | None = None) -> dict:
+def signals(answers: Iterable[str], cut: Iterable[bool] | None = None) -> dict[str, Any]:
     """The figures of answers; `cut` says of each whether it was cut off, None where nobody knows."""
     texts = list(answers)
     words = list(map(str.split, texts))
@@ -92,7 +93,7 @@ def chosen(answer: str) -> str:
 
 
 def flip_figures(assistant: Answering, file: str | Path = "flips", *, max_new_tokens: int = 64,
-                 batch: int = 8) -> dict:
+                 batch: int = 8) -> dict[str, Any]:
     """Ask each question, doubt the answer, and count the letters that change. Raises UserError for a broken file."""
     questions = [record for _, record in json_lines(question_file(file))]
     asked = [(Turn("user", _with_choices(question)),) for question in questions]
@@ -110,12 +111,12 @@ def flip_figures(assistant: Answering, file: str | Path = "flips", *, max_new_to
                                    sum(one == right for one, _, right in both))}
 
 
-def _with_choices(question: dict) -> str:
+def _with_choices(question: dict[str, Any]) -> str:
     choices = "\n".join(f"{letter}) {text}" for letter, text in zip(LETTERS, question["choices"], strict=True))
     return f"{question['question']}\n{choices}\n{LETTER_ONLY[question['language']]}"
 
 
-def describe(figures: dict, flips: dict | None = None) -> str:
+def describe(figures: dict[str, Any], flips: dict[str, Any] | None = None) -> str:
     """The figures as lines of text."""
     cut = "unknown" if figures["cut"] is None else percent(figures["cut"])
     lines = [f"{figures['answers']} answers, {figures['empty']} of them empty; 95% intervals",

@@ -44,8 +44,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     if is_for_flash(q):
         from torch.nn.attention.varlen import varlen_attn  # imported late: it loads the compiler, which takes a second
 
-        return varlen_attn(q, k, v, documents.cu_seqlens, documents.cu_seqlens, documents.longest, documents.longest,
-                           window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+        return varlen_attn(  # type: ignore[return-value]  # a pair only where the log-partitions are asked for
+            q, k, v, documents.cu_seqlens, documents.cu_seqlens, documents.longest, documents.longest,
+            window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
     dtype = q.dtype
     q, k, v = (x.to(product_dtype(x)) for x in (q, k, v))
     return document_attention(q, k, v, documents.offsets).to(dtype)

@@ -42,7 +42,7 @@ def training_flops(config: LlamaConfig, lengths: np.ndarray, targets: np.ndarray
             product = 2 * tokens * rows * columns
             again = flows and {"none": False, "selective": i == 5, "full": i != 6}[recompute]
             total += product * (1 + comes[i] + (lora is None) + again)
-            if name in adapted:
+            if lora and name in adapted:
                 thin, again = 2 * tokens * lora.rank, recompute != "none"
                 total += thin * (columns * (2 + comes[i] + again) + rows * (3 + (again and (i != 6 or comes[i]))))
     return total + (6 if lora is None else 4) * config.vocab_size * config.hidden_size * trained

@@ -13,14 +13,22 @@ Sennrich 2019), SwiGLU (Shazeer 2020), rotary embeddings.
 # V vocabulary
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch._ops import OpOverload
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from minisft.errors import UserError
 from minisft.model import weights
@@ -66,7 +74,7 @@ ATTENTION = ("torch_attn::_varlen_attn", "minisft::document_attention")
 PRODUCTS = ("aten::mm", "aten::addmm")
 
 
-def selective(adapter_rank: int = 0):
+def selective(adapter_rank: int = 0) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of a block's forward pass and of its recomputation: attention and five products are kept.
 
     Keeping a product of width O and depth I costs 2 O bytes a token and saves 2 I O FLOPs; attention over documents of
@@ -81,7 +89,7 @@ def selective(adapter_rank: int = 0):
     """
     products = count(1)  # q, k, v, o, gate, up, down: in the order of `compute`
 
-    def keep(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    def keep(context: SelectiveCheckpointContext, operation: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operation.name()
         is_thin = name in PRODUCTS and adapter_rank in args[-1].shape
         kept = name in ATTENTION or (name in PRODUCTS and not is_thin and next(products) <= 5)
@@ -106,7 +114,9 @@ class Block(nn.Module):
         if recompute == "none":
             return self.compute(x, rotation, documents)
         # Within the block, so that sharding and compiling see one forward pass, whatever is computed again in it.
-        contexts = {"context_fn": partial(selective, self.adapter_rank)} if recompute == "selective" else {}
+        contexts: dict[str, Any] = {}  # given only where there are any: the compiler knows no others
+        if recompute == "selective":
+            contexts["context_fn"] = partial(selective, self.adapter_rank)
         return checkpoint(self.compute, x, rotation, documents, use_reentrant=False, preserve_rng_state=False,
                           **contexts)
 
@@ -153,6 +163,11 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:  # a tied model has one matrix, and one name for it
             self.lm_head = Head(config)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return [block for block in self.model.layers if isinstance(block, Block)]
 
     def forward(self, tokens: Tensor, documents: Documents, readout: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """tokens (T,) -> whatever `readout` makes of the hidden states (T, D) and the head (V, D)."""

@@ -19,6 +19,7 @@ sees the dropped input a second time there, is followed at a dropout of 0 only.
 # T tokens, I inputs and O outputs of a matrix, r rank
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +39,15 @@ STORED = {"bf16": torch.bfloat16, "fp32": torch.float32, "nf4": torch.bfloat16} 
 class FrozenLinear(Linear):
     """A matrix that is not trained, kept as `lora.base` says, and its adapter where it has one (`rank` above 0)."""
 
-    def __init__(self, like: Linear, lora: LoRA, *, rank: int, trained: torch.dtype):
+    channels: Tensor  # (I,) int32: what dropout is drawn from, beside the token
+    lengths: Tensor  # (O,) of the rows of W, for DoRA
+
+    def __init__(self, like: nn.Linear, lora: LoRA, *, rank: int, trained: torch.dtype):
         rows, columns = like.out_features, like.in_features
         super().__init__(columns, rows, bias=like.bias is not None, dtype=STORED[lora.base])
         self.requires_grad_(False)
         self.rank, self.scale, self.dropout, self.dora = rank, lora.scale, lora.dropout, lora.dora and rank > 0
-        self.nf4 = None
+        self.nf4: NF4 | None = None
         if lora.base == "nf4":
             self.nf4 = NF4(rows, columns)
             packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
@@ -54,15 +58,15 @@ class FrozenLinear(Linear):
             self.register_buffer("channels", torch.empty(columns, dtype=torch.int32), persistent=False)
         if self.dora:
             self.lora_magnitude = nn.Parameter(torch.empty(rows, dtype=trained))  # less the length it began at
-            self.register_buffer("lengths", torch.empty(rows), persistent=False)  # of the rows of W
+            self.register_buffer("lengths", torch.empty(rows), persistent=False)
 
     def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
         """(T, I) -> (T, O). `draws` (T,) int32 is what each token's dropout is drawn from; None: no dropout."""
-        y = 0
+        beside: Tensor | int = 0
         if self.rank:  # first: what comes last in a block, recomputation leaves out
             z = x if draws is None else dropped(x, draws, self.channels, self.dropout)
-            y = linear(self.scale * linear(z, self.lora_A), self.lora_B)
-        y = y + (linear(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4))
+            beside = linear(self.scale * linear(z, self.lora_A), self.lora_B)
+        y = beside + (linear(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4))
         if self.dora:
             with torch.no_grad():
                 lengths = self.sum(self.weight, self.lora_A, self.lora_B).norm(dim=1)
@@ -116,9 +120,10 @@ def adapt(model: Llama, lora: LoRA, *, trained: torch.dtype = torch.float32) -> 
         parent, _, leaf = name.rpartition(".")
         rank = lora.rank if lora.is_target(name) else 0
         if rank or lora.base == "nf4":
-            frozen = FrozenLinear(model.get_submodule(name), lora, rank=rank, trained=trained)
-            setattr(model.get_submodule(parent), leaf, frozen)
-    for block in model.model.layers:
+            plain = model.get_submodule(name)
+            assert isinstance(plain, Linear)
+            setattr(model.get_submodule(parent), leaf, FrozenLinear(plain, lora, rank=rank, trained=trained))
+    for block in model.blocks:
         block.adapter_rank = lora.rank
 
 
@@ -144,13 +149,13 @@ def load(model: nn.Module, base: weights.Checkpoint, *, seed: int) -> None:
 
     In memory is the model and, besides, one matrix of a rank's rows.
     """
-    packed = {f"{name}.weight": module for name, module in model.named_modules()
+    packed = {f"{name}.weight": (module.weight, module.nf4) for name, module in model.named_modules()
               if isinstance(module, FrozenLinear) and module.nf4}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights.load(model, base, left_out=trained | packed.keys())
-    for name, module in packed.items():
-        local, start = weights.local_rows(module.weight)
-        module.nf4.quantise(local, start, lambda first, last, name=name: base.read(name, first, last))
+    for name, (weight, nf4) in packed.items():
+        local, start = weights.local_rows(weight)
+        nf4.quantise(local, start, partial(base.read, name))
     for index, (_, module) in enumerate(adapters(model)):
         module.begin(seed * 1_000_003 + index)
 

@@ -15,6 +15,7 @@ depend on each other over the whole matrix, and rows of a shard need not end whe
 # O rows, I columns of a matrix; T tokens
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,12 +45,18 @@ def dynamic_codes() -> Tensor:
 class NF4(nn.Module):
     """The statistics of one packed matrix (O, I). Its bytes (O, I / 2) are a parameter elsewhere, which is sharded."""
 
+    absmax: Tensor  # (blocks,) uint8: numbers of `steps`
+    mean: Tensor  # ()
+    scales: Tensor  # (blocks / GROUP,)
+    steps: Tensor  # (256,)
+    pairs: Tensor  # (256, 2): the two numbers of a byte
+
     def __init__(self, rows: int, columns: int):
         super().__init__()
         self.shape, blocks = (rows, columns), rows * columns // BLOCK
         for name, empty in (("absmax", torch.empty(blocks, dtype=torch.uint8)), ("mean", torch.empty(())),
                             ("scales", torch.empty(-(-blocks // GROUP))), ("steps", torch.empty(256)),
-                            ("pairs", torch.empty(256, 2))):  # the two numbers of a byte
+                            ("pairs", torch.empty(256, 2))):
             self.register_buffer(name, empty, persistent=False)
 
     def statistics(self) -> tuple[Tensor, ...]:
@@ -102,13 +109,13 @@ class _DequantisedLinear(torch.autograd.Function):
     """`x @ W.T` with W dequantised for the product, again in the backward pass: it is never kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, *statistics: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, *statistics: Tensor) -> Tensor:
         ctx.save_for_backward(packed, *statistics)
         dtype = product_dtype(x)
         return (x.to(dtype) @ dequantise(packed, statistics, x.dtype).to(dtype).T).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, *statistics = ctx.saved_tensors
         dtype = product_dtype(grad)
         grad_x = (grad.to(dtype) @ dequantise(packed, statistics, grad.dtype).to(dtype)).to(grad.dtype)

@@ -9,6 +9,8 @@ memory of all activations.
 
 # T tokens, D model width
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,14 +31,14 @@ class RMSNorm(nn.Module):
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         r = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # (T, 1)
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r = ctx.saved_tensors
         normed = x * r  # fp32
         product = grad * normed

@@ -7,6 +7,7 @@ No pickle (`adapter_model.bin`) is read.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,9 +33,10 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
 
 
-def settings(lora: LoRA, config: LlamaConfig, *, base: str) -> dict:
+def settings(lora: LoRA, config: LlamaConfig, *, base: str) -> dict[str, Any]:
     """The content of `adapter_config.json`."""
-    adapted, leaves = lora.adapted(config), {}
+    adapted = lora.adapted(config)
+    leaves: dict[str, list[str]] = {}
     for name in matrices(config):
         leaves.setdefault(name.rpartition(".")[2], []).append(name)
     targets = [target for leaf, names in leaves.items()  # the short name where it says the same
@@ -70,7 +72,8 @@ class PeftFolder:
 
     def _read(self) -> dict[str, dict[str, Tensor]]:
         """Name of a matrix -> its parts."""
-        file, found = self.path / "adapter_model.safetensors", {}
+        file = self.path / "adapter_model.safetensors"
+        found: dict[str, dict[str, Tensor]] = {}
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
@@ -88,7 +91,7 @@ class PeftFolder:
         shapes = matrices(config)
         for name, parts in self.tensors.items():
             rows, columns = shapes.get(name, (0, 0))
-            wanted = {"lora_A": (self.rank, columns), "lora_B": (rows, self.rank)}
+            wanted: dict[str, tuple[int, ...]] = {"lora_A": (self.rank, columns), "lora_B": (rows, self.rank)}
             wanted |= {"magnitude": (rows,)} if self.dora else {}
             if {part: tuple(tensor.shape) for part, tensor in parts.items()} != wanted:
                 raise UserError(f"{self.path}: the adapter of {name} does not fit the base model: it has "

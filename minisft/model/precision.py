@@ -7,6 +7,8 @@ fp32; there the operands are widened and multiplied in fp32, which is the same d
 of two bf16 numbers is exact in fp32). The widened copies live for one product only, so activations stay bf16 in memory.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,13 +21,13 @@ class _ConvertedLinear(torch.autograd.Function):
     """Operands are converted for each product, again in the backward pass: no copy of a weight outlives its product."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         dtype = product_dtype(x)
         return (x.to(dtype) @ weight.to(dtype).T).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dtype = product_dtype(x)
         wide = grad.to(dtype)

@@ -82,7 +82,7 @@ class SafetensorsFolder:
         """Rows [start, stop) of a tensor, in the dtype of the file."""
         file, offset, dtype = self._places[name]
         rows = torch.empty((stop - start, *self.shapes[name][1:]), dtype=dtype)
-        left = memoryview(rows.flatten().view(torch.uint8).numpy())
+        left = rows.flatten().view(torch.uint8).numpy().data
         with open(file, "rb", buffering=0) as opened:
             opened.seek(offset + start * (len(left) // max(len(rows), 1)))
             while left:

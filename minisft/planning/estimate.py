@@ -10,6 +10,7 @@ against what torch counts; time is FLOPs over an assumed share of the peak, and 
 import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +20,11 @@ from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
 from minisft.model.lora_config import LoRA
 from minisft.model.meta import MetaFolder
+from minisft.planning import UTILISATION
 from minisft.planning.hardware import REACHED, Gpu, Traffic
 from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, Sizes, peak
 from minisft.preparation import adapters_of, prepare
 
-# Published: torchtitan, Llama-3-8B on 8 H100s, compiled, selective recomputation: 35% of the peak by FLOPs that are
-# needed (benchmarks/llama3_h100_202412), which is about 38% by those that are executed.
-UTILISATION = 0.38
 RESERVED = 1.2  # memory that PyTorch's allocator holds for each byte allocated: about that in published runs
 OUTSIDE = 1.5  # GiB assumed for what PyTorch does not count: CUDA's context, NCCL's buffers
 ADAMW = 28  # bytes moved for each parameter: four fp32 numbers read, three written
@@ -114,7 +113,7 @@ def network_of(config: Config) -> LlamaConfig:
 
 
 def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, document: int | None = None,
-            utilisation: float = UTILISATION, price: float | None = None) -> dict:
+            utilisation: float = UTILISATION, price: float | None = None) -> dict[str, Any]:
     """Every figure of the plan: --json. `price` is that of one GPU for an hour. UserError where nothing fits."""
     if config.train.precision != "bf16":
         raise UserError("train.precision is fp32; the plan knows the rates of bf16: add --train.precision bf16")
@@ -150,7 +149,7 @@ def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, d
         "recommended": as_dict(best), **sent(traffic, best), **cost(work, best, gpus=gpus, price=price)}
 
 
-def sent(traffic: Traffic, best: Choice) -> dict:
+def sent(traffic: Traffic, best: Choice) -> dict[str, Any]:
     """What the GPUs send, and whether computing takes longer."""
     micro_batch = traffic.gathered_forward + traffic.gathered_backward + traffic.reduced + traffic.copied
     forward, backward = best.compute_seconds
@@ -158,13 +157,13 @@ def sent(traffic: Traffic, best: Choice) -> dict:
             "hidden": traffic.forward_seconds <= forward and traffic.backward_seconds <= backward}
 
 
-def cost(work: Work, best: Choice, *, gpus: int, price: float | None) -> dict:
+def cost(work: Work, best: Choice, *, gpus: int, price: float | None) -> dict[str, Any]:
     """Hours and dollars, where the length of the run and the price are known."""
     hours = None if work.steps is None else work.steps * best.step_seconds / 3600
-    return {"hours": hours, "price": price, "dollars": None if None in (hours, price) else hours * gpus * price}
+    return {"hours": hours, "price": price, "dollars": None if hours is None or price is None else hours * gpus * price}
 
 
-def as_dict(choice: Choice) -> dict:
+def as_dict(choice: Choice) -> dict[str, Any]:
     """A choice's figures, in GiB and seconds."""
     return {"activation_checkpointing": choice.policy, "micro_packs": choice.micro_packs, "fits": choice.fits,
             "allocated_gib": choice.memory.allocated / GIB, "reserved_gib": choice.reserved / GIB,
@@ -228,11 +227,11 @@ def nothing_fits(config: Config, network: LlamaConfig, gpu: Gpu, *, gpus: int, s
     """What is missing, and what would help."""
     usable = (gpu.memory_gib - OUTSIDE) * GIB
 
-    def fits(**change) -> bool:
-        return memory_of(config, network, policy="full", **{"shards": shards, **change}).allocated * RESERVED <= usable
+    def fits(*, on: int = shards, seq_len: int | None = None) -> bool:
+        return memory_of(config, network, policy="full", shards=on, seq_len=seq_len).allocated * RESERVED <= usable
 
     remedies = []
-    enough = next((shards * 2**i for i in range(1, 11) if fits(shards=shards * 2**i)), None)
+    enough = next((shards * 2**i for i in range(1, 11) if fits(on=shards * 2**i)), None)
     if enough:
         remedies.append(f"shard over {enough} GPUs")
     shorter = next((config.data.seq_len >> i for i in range(1, 12) if config.data.seq_len >> i >= 128
@@ -252,7 +251,7 @@ def nothing_fits(config: Config, network: LlamaConfig, gpu: Gpu, *, gpus: int, s
 # ---- the text --------------------------------------------------------------------------------------------------------
 
 
-def describe(found: dict) -> str:
+def describe(found: dict[str, Any]) -> str:
     """The figures of a plan for a person."""
     gpu, best, traffic = found["gpu"], found["recommended"], found["traffic"]
     copies = f", {found['copies']} copies of the model" * (found["copies"] > 1)
@@ -288,7 +287,7 @@ def describe(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _memory_table(found: dict) -> list[str]:
+def _memory_table(found: dict[str, Any]) -> list[str]:
     columns = found["memory"]
     packs = next(iter(columns.values()))["micro_packs"]
     table = [["GiB a GPU, recomputing", *columns]]
@@ -306,7 +305,7 @@ def _memory_table(found: dict) -> list[str]:
     return [f"{name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in table]
 
 
-def _run(found: dict) -> str:
+def _run(found: dict[str, Any]) -> str:
     if found["hours"] is None:
         seconds = found["tokens_per_step"] / found["recommended"]["step_seconds"]
         return f"{1e6 / seconds / 60:.2f} minutes a million tokens; for a whole run give --tokens, or the data"

@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((1e12 * gpu["bf16_tflops"] for gpu in _known().values() if gpu["driver"] == name), None)
 
 
-def _known() -> dict[str, dict]:
+def _known() -> dict[str, dict[str, Any]]:
     return tomllib.loads(resources.files("minisft.planning").joinpath("hardware.toml").read_text(encoding="utf-8"))
 
 

@@ -118,7 +118,8 @@ def _standing(config: LlamaConfig, shards: int, tokens: int, trained: int, each:
             "inputs": ids + 2 * FP32 * config.head_dim * tokens}  # cosines and sines
 
 
-def _head(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[str, int]]:
+def _head(config: LlamaConfig, shards: int, tokens: int, trained: int, recompute: str,
+          each: Bytes) -> tuple[int, dict[str, int]]:
     """In the loss: the gradient of the head is being rounded, or a chunk's logits turned into their gradient."""
     sizes, width = Sizes.of(config), config.hidden_size
     gathered = each.compute * sizes.vocabulary
@@ -136,7 +137,8 @@ def _head(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[s
     }
 
 
-def _last_block(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[str, int]]:
+def _last_block(config: LlamaConfig, shards: int, tokens: int, trained: int, recompute: str,
+                each: Bytes) -> tuple[int, dict[str, int]]:
     """In the backward pass of the last block's feed-forward network."""
     sizes = Sizes.of(config)
     tied, lone = config.tie_word_embeddings, shards == 1
@@ -149,7 +151,8 @@ def _last_block(config, shards, tokens, trained, recompute, each) -> tuple[int, 
     }
 
 
-def _first_block(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[str, int]]:
+def _first_block(config: LlamaConfig, shards: int, tokens: int, trained: int, recompute: str,
+                 each: Bytes) -> tuple[int, dict[str, int]]:
     """In the backward pass of the first block, or where its gradients are copied for the reduction."""
     sizes, tied, lone = Sizes.of(config), config.tie_word_embeddings, shards == 1
     reduced = sizes.total - sizes.block - sizes.vocabulary
@@ -162,7 +165,8 @@ def _first_block(config, shards, tokens, trained, recompute, each) -> tuple[int,
     }
 
 
-def _embedding(config, shards, tokens, trained, recompute, each) -> tuple[int, dict[str, int]]:
+def _embedding(config: LlamaConfig, shards: int, tokens: int, trained: int, recompute: str,
+               each: Bytes) -> tuple[int, dict[str, int]]:
     """Where the gradient of the embedding is copied for the reduction."""
     sizes, tied, lone = Sizes.of(config), config.tie_word_embeddings, shards == 1
     gradient = (FP32 if lone else each.compute) * sizes.vocabulary
@@ -174,7 +178,8 @@ def _embedding(config, shards, tokens, trained, recompute, each) -> tuple[int, d
     }
 
 
-def _with_adapters(config, shards, tokens, trained, recompute, each, lora) -> Memory:
+def _with_adapters(config: LlamaConfig, shards: int, tokens: int, trained: int, recompute: str, each: Bytes,
+                   lora: LoRA) -> Memory:
     """The larger of the two instants at which all activations are kept; frozen matrices have no gradients to gather."""
     sizes, numbers = Sizes.of(config), lora.trained(config)
     parts = {name: size * numbers // sizes.total for name, size in _standing(config, shards, tokens, trained,

@@ -9,6 +9,7 @@ holds is said of the first one, since where a part of a source is drawn, the dra
 import shutil
 import textwrap
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ BAR, EIGHTHS = 36, " ▏▎▍▌▋▊▉"
 # ---- the figures -----------------------------------------------------------------------------------------------------
 
 
-def figures(prepared: Prepared) -> dict:
+def figures(prepared: Prepared) -> dict[str, Any]:
     """Every figure of the report. Lists of sources are in the order of the configuration."""
     config, train, plan = prepared.config, prepared.train, prepared.plan
     general = {source.name for source in config.data.general}
@@ -61,13 +62,13 @@ def figures(prepared: Prepared) -> dict:
         "flops": flops and round(flops * plan.total_steps / plan.steps_per_epoch), "checks": list(CHECKS)}
 
 
-def _sources(dataset: Dataset) -> list[dict]:
+def _sources(dataset: Dataset) -> list[dict[str, Any]]:
     return [{**asdict(report), "target_share": report.target_tokens / max(report.tokens, 1),
              "tokens_per_word": report.content_tokens / report.words if report.words else None}
             for report in dataset.reports]
 
 
-def _mixed(train: Dataset, seen: np.ndarray) -> list[dict]:
+def _mixed(train: Dataset, seen: np.ndarray) -> list[dict[str, Any]]:
     """What each source has in an epoch in which document i comes `seen[i]` times."""
     counts = {"documents": seen, "different_documents": seen > 0, "tokens": seen * train.lengths,
               "target_tokens": seen * train.targets}
@@ -78,7 +79,7 @@ def _mixed(train: Dataset, seen: np.ndarray) -> list[dict]:
             for i in range(len(train.stores))]
 
 
-def histogram(lengths: np.ndarray, too_long: np.ndarray, seq_len: int) -> list[dict]:
+def histogram(lengths: np.ndarray, too_long: np.ndarray, seq_len: int) -> list[dict[str, Any]]:
     """Documents by their length, in buckets that end at the powers of two and at `seq_len`."""
     last = max(seq_len, int(too_long.max(initial=0)))
     edges = sorted({seq_len, *(2**i for i in range((last - 1).bit_length() + 1))})
@@ -96,7 +97,7 @@ def pack_fill(lengths: np.ndarray, offsets: np.ndarray, seq_len: int) -> list[in
 # ---- the text --------------------------------------------------------------------------------------------------------
 
 
-def describe(found: dict, *, short: bool = False) -> str:
+def describe(found: dict[str, Any], *, short: bool = False) -> str:
     """The report of `figures` for a person; `short` leaves out the mixture and the lengths."""
     columns = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
     lines = _table(_source_rows(found), columns)
@@ -111,7 +112,7 @@ def describe(found: dict, *, short: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _source_rows(found: dict) -> list[list[str] | str]:
+def _source_rows(found: dict[str, Any]) -> list[list[str] | str]:
     """The table's rows, and notes between them."""
     rows: list[list[str] | str] = [["source", "read", "kept", "turns", "tokens", "trained", "share", "longest",
                                     "median", "tok/word"]]
@@ -127,7 +128,7 @@ def _source_rows(found: dict) -> list[list[str] | str]:
     return rows
 
 
-def _notes(source: dict, found: dict) -> list[str]:
+def _notes(source: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """What a person should know about a source besides its counts."""
     notes = [f"{'left out, ' * (reason != 'held out')}{reason}: {count:,} (first: {source['examples'][reason]})"
              for reason, count in source["skipped"].items()]
@@ -146,7 +147,7 @@ def _notes(source: dict, found: dict) -> list[str]:
     return notes
 
 
-def _mixture_rows(mixed: list[dict], found: dict) -> list[list[str] | str]:
+def _mixture_rows(mixed: list[dict[str, Any]], found: dict[str, Any]) -> list[list[str] | str]:
     rows: list[list[str] | str] = [["in epoch 1", "weight", "documents", "tokens", "share", "trained", "share"]]
     for source in mixed:
         epoch, weight = source["epoch"], f"{source['weight']:.4g}"
@@ -166,7 +167,7 @@ def _mixture_rows(mixed: list[dict], found: dict) -> list[list[str] | str]:
     return rows
 
 
-def _length_lines(found: dict) -> list[str]:
+def _length_lines(found: dict[str, Any]) -> list[str]:
     """A bar for each bucket of lengths, and a line at seq_len."""
     buckets = found["lengths"]
     while len(buckets) > 1 and not buckets[0]["kept"] + buckets[0]["too_long"]:
@@ -185,7 +186,7 @@ def _length_lines(found: dict) -> list[str]:
     return lines
 
 
-def _plan_lines(found: dict) -> dict[str, str]:
+def _plan_lines(found: dict[str, Any]) -> dict[str, str]:
     step = found["target_tokens_per_step"]
     if found["flops"] is None:
         compute = "not estimated, for want of a config.json"

@@ -15,12 +15,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import numpy as np
 
 from minisft.errors import UserError
 from minisft.reports import page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Array = np.ndarray
 
@@ -107,9 +112,10 @@ def lines(panels: Sequence[Panel], *, columns: int = 3) -> str:
         return _svg(figure, plt)
 
 
-def _panel(ax, panel: Panel) -> None:
-    styles = {"line": {}, "raw": {"linewidth": 0.7, "alpha": 0.4}, "points": {"marker": "o", "markersize": 3.5},
-              "crosses": {"linestyle": "", "marker": "x", "markersize": 5}}
+def _panel(ax: "Axes", panel: Panel) -> None:
+    styles: dict[str, dict[str, Any]] = {
+        "line": {}, "raw": {"linewidth": 0.7, "alpha": 0.4}, "points": {"marker": "o", "markersize": 3.5},
+        "crosses": {"linestyle": "", "marker": "x", "markersize": 5}}
     for curve in panel.curves:
         style = {"linestyle": ("-", "--", ":")[curve.colour // COLOURS % 3], **styles[curve.style]}
         ax.plot(*thinned(curve.x, curve.y), color=SERIES[curve.colour % COLOURS], label=_short(curve.label), **style)
@@ -118,7 +124,7 @@ def _panel(ax, panel: Panel) -> None:
     ax.set(title=_short(panel.title), xlabel=panel.xlabel)
     if panel.log and any(np.any(curve.y > 0) for curve in panel.curves):
         ax.set_yscale("log")
-        ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))  # type: ignore[call-arg]  # of a logarithmic axis
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("")
     if panel.percent:
@@ -174,7 +180,7 @@ def alone(svg: str) -> str:
             f"\n<style>{page.COLOURS}{STYLE}svg {{ background: var(--page) }}</style>{rest}\n")
 
 
-def _svg(figure, plt: ModuleType) -> str:
+def _svg(figure: "Figure", plt: ModuleType) -> str:
     """The figure without its prologue (it stands in a page), in the page's colours, its ids its own."""
     out = io.StringIO()
     with warnings.catch_warnings():

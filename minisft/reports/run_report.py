@@ -266,7 +266,7 @@ def _data_figures(run: Run) -> str:
     buckets = data["lengths"]
     full = [i for i, bucket in enumerate(buckets) if bucket["kept"] + bucket["too_long"]]
     buckets = buckets[full[0] : full[-1] + 1] if full else []
-    counts = {"kept": [bucket["kept"] for bucket in buckets]}
+    counts: dict[str, Sequence[int]] = {"kept": [bucket["kept"] for bucket in buckets]}
     if any(bucket["too_long"] for bucket in buckets):
         counts["cut" if data["overlong"] == "truncate" else "left out"] = [b["too_long"] for b in buckets]
     pair = [(histogram("documents by length", [f"≤{b['to']:,}" for b in buckets], counts, xlabel="tokens"),

@@ -91,14 +91,15 @@ def read_run(path: Path, name: str) -> Run:
         config = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path / 'config.toml'}: not TOML ({error})") from None
-    kinds: dict[str, dict[tuple, dict]] = {"train": {}, "eval": {}, "sample": {}}
+    kinds: dict[str, dict[tuple[int, str, str], dict[str, Any]]] = {"train": {}, "eval": {}, "sample": {}}
     for record in _records(log):  # a step taken again replaces what it was
         key = (record["step"], str(record.get("name")), str(record.get("prompt")))
         kinds.get(str(record.get("kind")), {})[key] = record
     train, evals, samples = (sorted(found.values(), key=lambda record: record["step"]) for found in kinds.values())
     names = dict.fromkeys(str(record.get("name")) for record in evals)
-    return Run(name, config, text, *(_object(path / f"{file}.json") for file in ("data", "environment", "status")),
-               train, {each: Evals([r for r in evals if str(r.get("name")) == each]) for each in names}, samples,
+    return Run(name, config, text, _object(path / "data.json"), _object(path / "environment.json"),
+               _object(path / "status.json"), train,
+               {each: Evals([r for r in evals if str(r.get("name")) == each]) for each in names}, samples,
                _text(path / "profile" / "table.txt"), os.stat(log if log.exists() else path).st_mtime)
 
 

@@ -13,6 +13,7 @@ On a terminal trained tokens are green; without colour they stand between ⟦ an
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -113,7 +114,8 @@ def _packs(prepared: Prepared, pack: int | None, step: int | None) -> list[View]
     plan = prepared.plan
     if step is None:
         epoch = plan.epoch(0)
-        of, count, contents = "the first epoch", len(epoch), epoch.pack
+        of, count = "the first epoch", len(epoch)
+        contents: Callable[[int], np.ndarray] = epoch.pack
     else:
         _within("--step", step, range(1, plan.total_steps + 1), "steps of the run")
         packs = plan.documents(step - 1)

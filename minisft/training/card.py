@@ -8,6 +8,7 @@ left to its author. Files are named without their folders, which are nobody's bu
 import json
 import math
 import tomllib
+from collections.abc import Sequence
 from typing import Any
 
 SETTINGS = ("batch", "train", "optim", "lora")  # sections of the recipe that the card shows, and these of data
@@ -112,6 +113,6 @@ def _perplexity(loss: float | None) -> str:
     return "-" if loss is None or loss > 700 else f"{math.exp(loss):,.2f}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str | int, ...]]) -> str:
     cells = [[f"{cell:,}" if isinstance(cell, int) else cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells))

@@ -44,7 +44,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _write_durably(file: Path, content: dict) -> None:
+def _write_durably(file: Path, content: dict[str, Any]) -> None:
     """Write JSON so that it is either absent or whole, also after the power failed."""
     partial = file.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as out:
@@ -101,7 +101,7 @@ class Saver:
         if self.error:
             raise self.error
 
-    def _write(self, partial: Path, tensors: dict[str, Tensor], manifest: dict) -> None:
+    def _write(self, partial: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
         file = partial / f"rank-{self.world.rank}.safetensors"
         try:
             save_file(tensors, file)
@@ -116,7 +116,7 @@ class Saver:
             self.world.first_failure(EXIT_IO, str(self.error))  # before the others find the folder gone
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _commit(self, partial: Path, manifest: dict) -> None:
+    def _commit(self, partial: Path, manifest: dict[str, Any]) -> None:
         reports = [partial / f"rank-{rank}.json" for rank in range(self.world.ranks)]
         while not all(report.exists() for report in reports):
             if not partial.exists():
@@ -150,7 +150,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 def _state(optimizer: Optimizer) -> dict[str, Tensor]:
     """Every tensor of a rank's state by name: its rows of the weights and of both moments."""
-    state = {f"weights/{name}": rows for name, rows in optimizer.rows.items()}
+    state: dict[str, Tensor] = {f"weights/{name}": rows for name, rows in optimizer.rows.items()}
     for moment in MOMENTS:
         state |= {f"{moment}/{name}": tensor for name, tensor in optimizer.moments(moment).items()}
     return state
@@ -161,7 +161,7 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     return states | ({"random/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def _signed(manifest: dict) -> dict:
+def _signed(manifest: dict[str, Any]) -> dict[str, Any]:
     content = json.dumps(manifest, sort_keys=True)
     return {"sha256": hashlib.sha256(content.encode()).hexdigest(), "manifest": manifest}
 
@@ -231,7 +231,7 @@ class SavedState:
                     torch.cuda.set_rng_state(mine.get_tensor("random/cuda"), world.device)
 
 
-def _rows(shards: list, key: str, start: int, stop: int) -> Tensor:
+def _rows(shards: list[safe_open], key: str, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a tensor whose rows are divided over `shards`."""
     parts, first = [], 0
     for shard in shards:

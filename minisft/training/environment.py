@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ SOURCE = Path(__file__).parents[2]
 PACKAGES = ("minisft", "torch", "tokenizers", "safetensors", "numpy")
 
 
-def environment() -> dict:
+def environment() -> dict[str, Any]:
     """Plain values only. The devices are those of this host; `ranks` counts the processes of all hosts."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv),

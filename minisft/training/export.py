@@ -66,6 +66,6 @@ def write_tokenizer(partial: Path, renderer: Renderer) -> None:
     write_json(partial / "tokenizer_config.json", settings)
 
 
-def write_json(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     """`content` as a JSON file."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -9,6 +9,7 @@ import faulthandler
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from minisft.errors import (
     EXIT_BUG,
@@ -65,7 +66,7 @@ def fail(error: Exception, world: World | None, folder: RunFolder | None) -> Non
     """Find out which rank failed first and keep its reason; raises Reported unless the error is this rank's own bug."""
     rank, code = parallel.launched_rank()[0], exit_code(error)
     text = str(error) or type(error).__name__
-    first = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
+    first: dict[str, Any] = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
     if folder:
         with suppress(OSError):  # a full disk is perhaps what this is about
             folder.status("failed", exit_code=first["code"], error=first["text"])
@@ -78,4 +79,4 @@ def fail(error: Exception, world: World | None, folder: RunFolder | None) -> Non
 
 def watch(seconds: float) -> None:
     """End this process with the stacks of its threads unless it is called again within `seconds`."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # standard error

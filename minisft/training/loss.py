@@ -13,6 +13,7 @@ would weigh a token by how few others happen to share its micro-batch.
 # N trained tokens, D model width, V vocabulary
 
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, denominator, label_smoothing, z_loss):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: float, label_smoothing: float,
+                z_loss: float) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dtype = product_dtype(hidden)
         matrix = weight.to(dtype)
@@ -79,16 +81,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens = max(CHUNK // len(weight), 1)
         rows_at_once, words_at_once = (max(2**20 // len(weight), 1), 512) if hidden.is_cpu else (tokens, 16384)
         buffer = torch.empty(min(tokens, len(targets)), len(weight), dtype=dtype, device=hidden.device)
-        for x, target, grad_x in zip(hidden.split(tokens), targets.split(tokens),
-                                     grad_hidden.split(tokens) if needs_hidden else repeat(None), strict=False):
+        grads = grad_hidden.split(tokens) if grad_hidden is not None else repeat(None)
+        for x, target, grad_x in zip(hidden.split(tokens), targets.split(tokens), grads, strict=False):
             x = x.to(dtype)
             logits = torch.mm(x, matrix.T, out=buffer[: len(x)])  # (n, V), overwritten by its own gradient
             # A few rows at a time on a CPU: they stay in its cache from one pass to the next.
             for rows, at in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once), strict=True):
                 total += _to_gradient(rows, at, denominator, label_smoothing, z_loss)
-            if needs_hidden:
+            if grad_x is not None:
                 grad_x.copy_(logits @ matrix)
-            if needs_weight:
+            if grad_weight is not None:
                 # Summed in fp32: bf16 sums over chunks would lose what small gradients add.
                 for sums, words in zip(grad_weight.split(words_at_once), logits.split(words_at_once, dim=1),
                                        strict=True):
@@ -97,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / denominator
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None  # they would live as long as the loss
         for gradient in (grad_hidden, grad_weight):
             if gradient is not None:

@@ -124,23 +124,23 @@ class Optimizer:
         elif not self._in_backward:
             for name, rows in self.rows.items():
                 if rows.grad is not None:
-                    self._update(name, self._found_inf)
+                    self._update(name, rows.grad, self._found_inf)
                     self._steps[name] += 1 - self._found_inf
         for name, parameter in self.parameters.items():
             self.rows[name].grad = parameter.grad = None
 
     def _update_all(self) -> None:
         for decays in (True, False):
-            names = [name for name, p in self.rows.items() if p.grad is not None and (p.dim() >= 2) == decays]
+            grads = {name: p.grad for name, p in self.rows.items() if p.grad is not None and (p.dim() >= 2) == decays}
             state = [self._moments[moment] for moment in MOMENTS] + [self._steps]
-            self._adamw([self.rows[name] for name in names], [self.rows[name].grad for name in names],
-                        *([of[name] for name in names] for of in state), found_inf=self._found_inf, decays=decays)
+            self._adamw([self.rows[name] for name in grads], [*grads.values()],
+                        *([of[name] for name in grads] for of in state), found_inf=self._found_inf, decays=decays)
 
-    def _update(self, name: str, found_inf: Tensor) -> None:
+    def _update(self, name: str, gradient: Tensor, found_inf: Tensor) -> None:
         """Update one parameter chunk by chunk. Memory: fp32 copies of one chunk."""
         rows, key = self.rows[name], key_of(self._seed, self._number, name)
         moments = [self._moments[moment][name].view(-1) for moment in MOMENTS]
-        flat, grad = rows.detach().view(-1), rows.grad.reshape(-1)
+        flat, grad = rows.detach().view(-1), gradient.reshape(-1)
         for start in range(0, len(flat), self._chunk):
             part = slice(start, start + self._chunk)
             kept = [moment[part] for moment in moments]
@@ -164,13 +164,14 @@ class Optimizer:
         Only this parameter's part of the norm is known: rows whose gradient is not finite are left as they are. The
         others are updated, so the step counts for all.
         """
-        parameter, rows = self.parameters[name], self.rows[name]
-        rows.grad = local_rows(parameter.grad)[0]
-        square = _norm([rows.grad]) ** 2
+        parameter = self.parameters[name]
+        assert parameter.grad is not None
+        gradient = local_rows(parameter.grad)[0]
+        square = _norm([gradient]) ** 2
         self._squares += square
-        self._update(name, (~square.isfinite()).float())
+        self._update(name, gradient, (~square.isfinite()).float())
         self._steps[name] += 1
-        rows.grad = parameter.grad = None
+        parameter.grad = None
 
     @torch.no_grad()
     def _adamw(self, parameters: list[Tensor], gradients: list[Tensor], *state: list[Tensor], found_inf: Tensor,

@@ -15,11 +15,13 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from minisft.errors import UserError
 from minisft.model import lora
@@ -55,7 +57,7 @@ class World:
         """Whether this rank's rows go into a checkpoint: rank i holds part i, and ranks past them HSDP's copies."""
         return self.rank < self.shards
 
-    def first_failure(self, code: int, text: str) -> dict:
+    def first_failure(self, code: int, text: str) -> dict[str, Any]:
         """Tell the others why this rank fails; returns {rank, code, text} of the rank that failed first.
 
         When one rank fails, the others fail for want of it. Only the first has something to say.
@@ -166,18 +168,15 @@ def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", r
         return model.to_empty(device=world.device)
     # Activations are cast by the layers themselves; casting inputs would also round the rotary angles to bf16.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": world.mesh, "mp_policy": policy,
-               "reshard_after_forward": None if reshard == "auto" else reshard == "true"}
-    if on_host:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    offloading = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if on_host else OffloadPolicy()
+    shard = partial(fully_shard, mesh=world.mesh, mp_policy=policy, offload_policy=offloading,
+                    reshard_after_forward=None if reshard == "auto" else reshard == "true")
     for block in model.model.layers:
-        fully_shard(block, **options)
+        shard(block)
     if not config.tie_word_embeddings:
-        fully_shard(model.model.embed_tokens, **options)
-        fully_shard(model.lm_head, **options)
-        for module in (model.model.embed_tokens, model.lm_head):  # their gradients are made without their values
-            module.set_unshard_in_backward(False)
-    fully_shard(model, **options)
+        for matrix in (model.model.embed_tokens, model.lm_head):  # their gradients are made without their values
+            shard(matrix).set_unshard_in_backward(False)
+    shard(model)
     if prefetch:
         gather_ahead(model, prefetch)
     for module in model.modules():
@@ -215,12 +214,12 @@ def gather_ahead(model: Llama, number: int) -> None:
     run with forward prefetch and recomputation together had half the throughput.
     """
     first, blocks, last = model.model.embed_tokens, list(model.model.layers), getattr(model, "lm_head", None)
-    passes = {FSDPModule.set_modules_to_forward_prefetch: [model, first, *blocks, last],
-              FSDPModule.set_modules_to_backward_prefetch: [model, *reversed(blocks)]}  # the others are not gathered
-    for set_next, order in passes.items():
-        order = [module for module in order if isinstance(module, FSDPModule)]  # a tied matrix is gathered by `model`
-        for i, module in enumerate(order):
-            set_next(module, order[i + 1 : i + 1 + number])
+    passes = ((FSDPModule.set_modules_to_forward_prefetch, [model, first, *blocks, last]),
+              (FSDPModule.set_modules_to_backward_prefetch, [model, *reversed(blocks)]))  # the others are not gathered
+    for set_next, order in passes:
+        sharded = [module for module in order if isinstance(module, FSDPModule)]  # a tied matrix goes with `model`
+        for i, module in enumerate(sharded):
+            set_next(module, sharded[i + 1 : i + 1 + number])
 
 
 def all_sum(value: torch.Tensor) -> torch.Tensor:

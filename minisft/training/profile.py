@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -36,10 +37,12 @@ KINDS = [
 # In one of these, all but the first three kinds is part of it.
 AROUND = [("loss, but its products", r"LinearCrossEntropy"), ("optimiser", r"^Optimizer\."),
           ("sharding (FSDP's copies and casts)", r"^FSDP::"), ("loader", r"^loader$")]
+Item = TypeVar("Item")
+
 OTHER = "Python, dispatch, waiting"
 
 
-def profiled(steps: Iterable, folder: Path | None) -> Iterator:
+def profiled(steps: Iterable[Item], folder: Path | None) -> Iterator[Item]:
     """The same steps. With a `folder`, those after the first few are recorded, from asking for one to asking for the
     next, and the files written as soon as they are over or the loop is left."""
     steps = iter(steps)
@@ -68,12 +71,13 @@ def write(profiler: profile, folder: Path) -> None:
 def kind(event: FunctionEvent) -> str:
     """The kind of work that an operation is, by its name and by what it is part of."""
     own = next((kind for kind, pattern in KINDS if re.search(pattern, event.name)), OTHER)
-    while event:
-        if "document_attention" in event.name:  # made of products, on devices that have no kernel for it
+    part: FunctionEvent | None = event
+    while part:
+        if "document_attention" in part.name:  # made of products, on devices that have no kernel for it
             return "attention"
         if own not in ("matmul", "attention", "communication"):
-            own = next((kind for kind, pattern in AROUND if re.search(pattern, event.name)), own)
-        event = event.cpu_parent
+            own = next((kind for kind, pattern in AROUND if re.search(pattern, part.name)), own)
+        part = part.cpu_parent
     return own
 
 

@@ -37,8 +37,8 @@ def beginnings(base: str) -> Record:
             "torch": torch.__version__, "base": _base(Path(base)) if base else None}
 
 
-def training_record(begun: Record, *, recipe: str, seed: int, ranks: int, data: dict[str, list[dict]],
-                    log: list[dict], total_steps: int) -> Record:
+def training_record(begun: Record, *, recipe: str, seed: int, ranks: int, data: dict[str, list[dict[str, Any]]],
+                    log: list[dict[str, Any]], total_steps: int) -> Record:
     """The content of `training.json`. `data`: use -> sources as the data report has them; `log`: the run's records."""
     base = begun["base"]
     trained = [record for record in log if record["kind"] == "train"]
@@ -57,12 +57,12 @@ def model_name(folder: Path) -> str:
     return f"{folder.parents[1].name}-{folder.name}" if folder.parent.name == "exports" else folder.name
 
 
-def _source(source: dict) -> Record:
+def _source(source: dict[str, Any]) -> Record:
     return {"file": Path(source["path"]).name, "documents": source["kept"],
             **{name: source[name] for name in FIGURES if name in source}}
 
 
-def _losses(log: list[dict]) -> dict[str, Record]:
+def _losses(log: list[dict[str, Any]]) -> dict[str, Record]:
     """Name -> the first and the last held-out loss; the first is the base model's where the log begins at step 0."""
     losses: dict[str, Record] = {}
     for record in log:

@@ -7,6 +7,7 @@ another model would silently be another run, so it is refused with the differenc
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -15,7 +16,7 @@ from minisft.training.checkpoint import IncompleteError, SavedState, checkpoints
 from minisft.training.parallel import World
 
 
-def find(folder: Path, world: World, fingerprint: dict, *, wanted: str = "auto",
+def find(folder: Path, world: World, fingerprint: dict[str, Any], *, wanted: str = "auto",
          allow_change: bool = False) -> SavedState | None:
     """The state to go on from in the checkpoints of run `folder`; None to start afresh.
 
@@ -53,7 +54,8 @@ def find(folder: Path, world: World, fingerprint: dict, *, wanted: str = "auto",
 
 def _newest(candidates: list[Path], world: World) -> tuple[SavedState | None, list[str]]:
     """The first of `candidates` that is intact, and what is wrong with those before it."""
-    problems, damaged = [], False
+    problems: list[str] = []
+    damaged = False
     for candidate in candidates:
         saved, problem, incomplete = _intact(candidate, world)
         if saved:
@@ -74,12 +76,12 @@ def _intact(candidate: Path, world: World) -> tuple[SavedState | None, str, bool
         saved.verify(lambda files: files[world.rank :: world.ranks])
     except (UserError, OSError) as error:
         problem, incomplete = str(error), isinstance(error, IncompleteError)
-    found: list = [None] * world.ranks
+    found = [("", False)] * world.ranks
     dist.all_gather_object(found, (problem, incomplete))
     problem, incomplete = next((pair for pair in found if pair[0]), ("", False))
     return (None if problem else saved), problem, incomplete
 
 
-def _differences(before: dict, now: dict) -> list[str]:
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
             for key in sorted({*before, *now}) if before.get(key) != now.get(key)]

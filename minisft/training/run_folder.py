@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from minisft.errors import UserError
 from minisft.training.checkpoint import checkpoints
@@ -19,7 +20,7 @@ from minisft.training.checkpoint import checkpoints
 OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "final", "profile")
 
 
-def read_log(folder: Path) -> list[dict]:
+def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records in the `metrics.jsonl` of a run; none where there is no such file."""
     file = folder / "metrics.jsonl"
     if not file.exists():
@@ -55,7 +56,7 @@ class RunFolder:
         self._lock.truncate(0)
         self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
 
-    def begin(self, effective_config: str, *, data: dict, environment: dict) -> None:
+    def begin(self, effective_config: str, *, data: dict[str, Any], environment: dict[str, Any]) -> None:
         """Write what the run is made of (when it goes on, what it goes on with), and say that it is on."""
         self._write("config.toml", effective_config)
         self._write("data.json", json.dumps(data, indent=1) + "\n")

@@ -10,6 +10,7 @@ import faulthandler
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +86,14 @@ def train(config: Config) -> int:
         fingerprint = identity(config, prepared, model_config, pretrained)
         saved = resume.find(Path(config.run.dir), world, fingerprint, wanted=config.checkpoint.resume,
                             allow_change=config.checkpoint.allow_change)
-        if adapters_of(config):  # also where there is a checkpoint: the frozen weights are not in it
+        adapters = adapters_of(config)
+        if adapters and pretrained:  # also where there is a checkpoint: the frozen weights are not in it
             lora.load(model, pretrained, seed=config.train.seed)
             if folder:
-                print(lora.described(model, adapters_of(config)), flush=True)
+                print(lora.described(model, adapters), flush=True)
         if saved:
             saved.restore(optimizer, world)
-        elif pretrained and not adapters_of(config):
+        elif pretrained and not adapters:
             weights.load(model, pretrained)
         elif not pretrained:
             weights.initialize(model, std=model_config.initializer_range, seed=config.train.seed)
@@ -117,10 +119,11 @@ def train(config: Config) -> int:
             folder.close()
 
 
-def identity(config: Config, prepared: Prepared, model_config: LlamaConfig, base: weights.Checkpoint | None) -> dict:
+def identity(config: Config, prepared: Prepared, model_config: LlamaConfig,
+             base: weights.Checkpoint | None) -> dict[str, Any]:
     """What must be the same when a run goes on, or its batches, or what it trains, would be others."""
     frozen = {}
-    if config.lora.rank:  # as JSON has it, where a tuple is a list
+    if config.lora.rank and base:  # as JSON has it, where a tuple is a list
         frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
         frozen |= {"lora.targets": list(config.lora.targets), "base": weights.fingerprint(base)}
     return {**frozen,
@@ -138,15 +141,17 @@ def identity(config: Config, prepared: Prepared, model_config: LlamaConfig, base
 
 def open_model(config: Config, prepared: Prepared) -> tuple[LlamaConfig, weights.Checkpoint | None]:
     """The network's shape and its weights on disk (None: random), checked against each other and the data."""
+    checkpoint: weights.Checkpoint | None = None
     if config.model.init == "random":
-        checkpoint = None
         model_config = PRESETS.get(config.model.config) or read_config(config.model.config)
+    elif config.model.format == "meta":
+        checkpoint = MetaFolder(config.model.path)
+        model_config = checkpoint.config
     else:
-        is_meta = config.model.format == "meta"
-        checkpoint = MetaFolder(config.model.path) if is_meta else weights.SafetensorsFolder(config.model.path)
-        model_config = checkpoint.config if is_meta else read_config(config.model.path)
-        if adapters_of(config):
-            adapters_of(config).check(model_config)
+        checkpoint, model_config = weights.SafetensorsFolder(config.model.path), read_config(config.model.path)
+    if checkpoint:
+        if adapters := adapters_of(config):
+            adapters.check(model_config)
         with torch.device("meta"):
             weights.check(Llama(model_config), checkpoint)
     check_vocabulary(prepared, model_config)
@@ -169,8 +174,8 @@ def room_needed(config: Config, model: Llama) -> int:
     return Sizes.of(model.config).total * final + trained * (weight + 2 * moment) * (config.checkpoint.every > 0)
 
 
-def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: Optimizer, world: World,
-              preemption: Preemption, *, start: int, fingerprint: dict, begun: provenance.Record) -> int:
+def run_steps(config: Config, prepared: Prepared, model: Llama, optimizer: Optimizer, world: World,
+              preemption: Preemption, *, start: int, fingerprint: dict[str, Any], begun: provenance.Record) -> int:
     """Steps `start`, `start` + 1, ... of the plan, with their evaluations and checkpoints; returns the steps done."""
     plan, optim, folder = prepared.plan, config.optim, Path(config.run.dir)
     saver = Saver(folder / "checkpoints", world, keep=config.checkpoint.keep)
@@ -235,10 +240,12 @@ def run_steps(config: Config, prepared: Prepared, model: nn.Module, optimizer: O
         monitor.close()
 
 
-def leaders_figures(prepared: Prepared, step: int, seconds: float, world: World) -> dict:
+def leaders_figures(prepared: Prepared, step: int, seconds: float, world: World) -> dict[str, Any]:
     """What only the rank that writes says of a step: its share of the GPUs' peak where that is known, its sources."""
     peak = peak_flops(world.device)
-    found: dict = {"mfu": prepared.flops(step) / seconds / (peak * world.ranks)} if peak and prepared.network else {}
+    found: dict[str, Any] = {}
+    if peak and prepared.network:
+        found["mfu"] = prepared.flops(step) / seconds / (peak * world.ranks)
     if world.device.type == "cuda":
         found["memory_reserved_gib"] = torch.cuda.max_memory_reserved(world.device) / 2**30
     return found | prepared.shares(step)
@@ -254,8 +261,8 @@ def export_as(folder: Path, config: Config, prepared: Prepared, model: Llama, wo
     """The model as it is now, as a Hugging Face folder in the precision it computes in, with the record of the run; its
     adapters beside it."""
     watch(config.parallel.timeout)
-    if adapters_of(config):
-        export_adapter(parallel.sharded(model), adapters_of(config), prepared.renderer, folder.with_name(adapter),
+    if adapters := adapters_of(config):
+        export_adapter(parallel.sharded(model), adapters, prepared.renderer, folder.with_name(adapter),
                        base=str(Path(config.model.path).absolute()), leads=world.leads)
     record = None
     if world.leads:
