@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from minisft.__main__ import main
-from minisft.reports import drawing, run_report
+from minisft.errors import UserError
+from minisft.reports import drawing, run_data, run_report
 from minisft.reports.runs import read_runs
 
 pytest.importorskip("matplotlib")
@@ -121,8 +122,9 @@ def report(*folders, out=None):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without their figures, which take most of the time."""
-    for name in ("lines", "histogram", "shares"):
-        monkeypatch.setattr(run_report, name, lambda *args, **named: "<svg></svg>")
+    for module, names in ((run_report, ("lines", "shares")), (run_data, ("lines", "histogram", "shares"))):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *args, **named: "<svg></svg>")
 
 
 def failing(capsys, *argv):
@@ -270,6 +272,69 @@ def test_what_is_no_run_is_refused(write_run, tmp_path, capsys):
     (run / "config.toml").unlink()
     (run / "status.json").unlink()
     assert f"metrics.jsonl:{40 + 3 + 2 + 1}: not a record of a run; delete the line" in failing(capsys, run)
+
+
+@pytest.mark.parametrize(("file", "text", "expected"), [
+    ("data.json", {**DATA, "lengths": [{**DATA["lengths"][0], "kept": "x"}]},
+     "lengths[0].kept is 'x', expected a whole number; delete the file, and the report does without"),
+    ("data.json", {**DATA, "packs": 1.5}, "packs is 1.5, expected a whole number"),
+    ("data.json", {**DATA, "packing_efficiency": True}, "packing_efficiency is True, expected a number"),
+    ("data.json", {**DATA, "train": {"a": 1}}, "train is {'a': 1}, expected a list"),
+    ("data.json", {**DATA, "replay": [{"name": "web"}]}, "epoch is missing in replay[0]"),
+    ("data.json", {"seq_len": 128}, "overlong is missing"),
+    ("data.json", '{"overlong": "\\ud800"}', "not JSON ('utf-8' codec can't encode"),
+    ("data.json", "[" * 100_000, "not JSON (maximum recursion depth exceeded"),
+    ("config.toml", "optim = 3", "optim is 3, expected an object"),
+    ("config.toml", "eval.forgetting_bound = 'low'", "eval.forgetting_bound is 'low', expected a number"),
+    ("config.toml", "lora = {rank = 8.5}", "lora.rank is 8.5, expected a whole number")])
+def test_a_broken_file_is_one_line(write_run, capsys, file, text, expected):
+    run = write_run()
+    (run / file).write_text(text if isinstance(text, str) else json.dumps(text))
+    assert failing(capsys, run).startswith(f"error: {run / file}: {expected}")
+
+
+@pytest.mark.parametrize("line", [
+    '{"step": 1e3}', '{"step": true}', '{"step": 9223372036854775808}', '{"kind": "train"}',
+    '{"step": 1, "sources": 3}', '{"step": 1, "sources": {"a": "b"}}', '{"step": 1, "name": "\\udc00"}', "[" * 100_000])
+def test_a_broken_record_is_one_line(write_run, capsys, line):
+    run = write_run(records=[])
+    (run / "metrics.jsonl").write_text(f"{line}\n")
+    assert failing(capsys, run).startswith(f"error: {run / 'metrics.jsonl'}:1: not a record of a run; delete the line")
+
+
+def places(value, path=()):
+    """Of everything within `value`."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def test_whatever_stands_in_data_json_there_is_a_page_or_one_line(write_run, undrawn):
+    run = write_run(records=[*steps(3)])
+    small = {**DATA, "lengths": DATA["lengths"][:1], "pack_fill": [0, 7]}
+    missing, pages = object(), 0
+    for *path, last in places(small):
+        for other in (missing, None, "x", 0, -1, float("nan"), 10**400, True, [], [None], {}):
+            data = json.loads(json.dumps(small))
+            within = data
+            for key in path:
+                within = within[key]
+            if other is missing:
+                del within[last]
+            else:
+                within[last] = other
+            (run / "data.json").write_text(json.dumps(data))
+            try:
+                pages += run_report.page(read_runs([run])).count("<h2>Environment")
+            except UserError as error:
+                assert str(error).startswith(f"{run / 'data.json'}: ")  # noqa: PT017
+    assert pages > 80
+
+
+@pytest.mark.parametrize("change", [{"lengths": [], "train": [], "pack_fill": []},
+                                    {"pack_fill": [0] * 20, "epoch_tokens": 0, "packs": 0, "seq_len": 0}])
+def test_data_of_nothing_are_drawn(write_run, change):
+    assert "Data" in report(write_run(records=list(steps(2)), data={**DATA, **change})).headings
 
 
 def test_without_matplotlib(write_run, monkeypatch, capsys):

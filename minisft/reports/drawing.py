@@ -83,6 +83,11 @@ def running_mean(values: Array, window: int) -> Array:
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
+def window(steps: int) -> int:
+    """Steps that the running mean goes over: a twentieth of the run, up to 101, and as many before as after."""
+    return min(steps // 20, 100) | 1
+
+
 def thinned(x: Array, y: Array, most: int = MOST) -> tuple[Array, Array]:
     """At most `most` points with the same envelope: of each stretch of the curve, its least and its greatest."""
     if len(x) <= most:

@@ -38,6 +38,11 @@ def render(title: str, style: str, body: str) -> str:
             f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style></head>\n<body>\n{body}</body></html>\n")
 
 
+def figure(svg: str, caption: str) -> str:
+    """A figure as HTML; the caption is plain text."""
+    return f"<figure>{svg}\n<figcaption>{escape(caption)}</figcaption></figure>\n"
+
+
 def write(file: Path, text: str) -> None:
     """Write `text`, all of it or nothing."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")

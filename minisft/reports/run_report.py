@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
+from itertools import starmap
 
 import numpy as np
 
 from minisft.reports import page as pages
 from minisft.reports.drawing import STYLE as COLOURS
-from minisft.reports.drawing import Curve, Panel, histogram, lines, running_mean, shares
+from minisft.reports.drawing import Curve, Panel, lines, running_mean, shares, window
+from minisft.reports.run_data import data_figures
 from minisft.reports.runs import Run
 
 STYLE = COLOURS + """
@@ -123,11 +125,6 @@ def _smoothed(runs: Sequence[Run], name: str) -> list[Curve]:
         curves += [Curve(raw, run.steps, values, i, "raw"),
                    Curve(mean, run.steps, running_mean(values, window(len(values))), i)]
     return curves
-
-
-def window(steps: int) -> int:
-    """Steps that the running mean goes over: a twentieth of the run, up to 101, and as many before as after."""
-    return min(steps // 20, 100) | 1
 
 
 def _present(runs: Sequence[Run], name: str) -> bool:
@@ -243,7 +240,7 @@ def token_shares(run: Run) -> dict[str, float]:
     before = (run.steps.astype(int) - 1) % per_epoch * packs
     room = float(np.minimum(packs, run.data["packs"] - before).sum()) * run.data["seq_len"]
     tokens, trained = run.total("tokens"), run.total("target_tokens")
-    room = max(room, tokens)  # a later epoch can have a pack more than the first
+    room = max(room, tokens, 1)  # a later epoch can have a pack more than the first
     return {"trained": trained / room, "context": (tokens - trained) / room, "empty": 1 - tokens / room}
 
 
@@ -257,49 +254,8 @@ def _data(runs: Sequence[Run]) -> str:
         if run.data and run.data not in seen:
             seen.append(run.data)
             heading = f"<h3>{escape(run.name)}</h3>\n" if len(runs) > 1 else ""
-            parts.append(heading + _data_figures(run))
+            parts.append(heading + data_figures(run))
     return f"<h2>Data</h2>\n{''.join(parts)}" if parts else ""
-
-
-def _data_figures(run: Run) -> str:
-    data = run.data
-    buckets = data["lengths"]
-    full = [i for i, bucket in enumerate(buckets) if bucket["kept"] + bucket["too_long"]]
-    buckets = buckets[full[0] : full[-1] + 1] if full else []
-    counts: dict[str, Sequence[int]] = {"kept": [bucket["kept"] for bucket in buckets]}
-    if any(bucket["too_long"] for bucket in buckets):
-        counts["cut" if data["overlong"] == "truncate" else "left out"] = [b["too_long"] for b in buckets]
-    pair = [(histogram("documents by length", [f"≤{b['to']:,}" for b in buckets], counts, xlabel="tokens"),
-             f"Look for documents beyond data.seq_len = {data['seq_len']:,}.")]
-    if fill := data.get("pack_fill"):
-        first = next(i for i, packs in enumerate(fill) if packs)
-        labels = [f"≤{5 * (i + 1)}%" for i in range(20)]
-        pair.append((histogram("packs by fill", labels[first:], {"packs": fill[first:]}, xlabel="tokens of the room"),
-                     f"{data['packs']:,} packs in the first epoch, {data['packing_efficiency']:.1%} full. Look for a "
-                     "tail to the left: documents that fit badly together."))
-    html = f'<div class="pair">{"".join(map(_figure, pair))}</div>\n'
-    sources = [*data["train"], *data["replay"]]
-    whole = {"documents": data["epoch_documents"], "tokens": data["epoch_tokens"],
-             "trained tokens": data["epoch_target_tokens"]}
-    keys = ("documents", "tokens", "target_tokens")
-    rows = {f"{what} {total:,}": {source["name"]: source["epoch"][key] / total for source in sources}
-            for (what, total), key in zip(whole.items(), keys, strict=True)}
-    html += _figure((shares(rows), "Each source's share of the first epoch. Look for one whose share of the trained "
-                     "tokens, which are what the loss weighs, is not what you meant.")) if len(sources) > 1 else ""
-    return html + _sources_over_steps(run)
-
-
-def _sources_over_steps(run: Run) -> str:
-    """Each source's share of the trained tokens of a step."""
-    names = list(dict.fromkeys(name for record in run.train for name in record.get("sources", {})))
-    if not names:
-        return ""
-    counts = np.array([[record.get("sources", {}).get(name, 0) for name in names] for record in run.train], float)
-    parts = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (steps, sources)
-    curves = [Curve(name, run.steps, running_mean(parts[:, i], window(len(parts))), i) for i, name in enumerate(names)]
-    return _figure((lines([Panel("share of trained tokens, running mean", curves, percent=True)]),
-                    "Look for sources that come and go: the mixture should be the same from the first step to the "
-                    "last."))
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -359,13 +315,8 @@ def _table(runs: Sequence[Run], rows: dict[str, list[str]]) -> str:
 
 
 def _section(title: str, figures: list[tuple[str, str]], *, empty: str = "") -> str:
-    content = "".join(map(_figure, figures)) or (f"<p>{empty}</p>\n" if empty else "")
+    content = "".join(starmap(pages.figure, figures)) or (f"<p>{empty}</p>\n" if empty else "")
     return f"<h2>{title}</h2>\n{content}" if content else ""
-
-
-def _figure(figure: tuple[str, str]) -> str:
-    svg, caption = figure
-    return f"<figure>{svg}\n<figcaption>{escape(caption)}</figcaption></figure>\n"
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,16 @@ from typing import Any
 import numpy as np
 
 from minisft.errors import UserError
+from minisft.reports.shapes import is_number, misfit
+
+# What a page reads of these files (shapes.py); there is more in them.
+SOURCE = {"name": str, "epoch": {"documents": int, "tokens": int, "target_tokens": int}}
+DATA = {"seq_len": int, "overlong": str, "lengths": [{"to": int, "kept": int, "too_long": int}], "packs": int,
+        "packing_efficiency": float, "pack_fill?": [int], "packs_per_step?": int, "steps_per_epoch?": int,
+        "total_steps?": int, "train": [SOURCE], "replay": [SOURCE], "epoch_documents": int, "epoch_tokens": int,
+        "epoch_target_tokens": int}
+CONFIG = {"model?": {}, "data?": {}, "lora?": {"rank?": int}, "optim?": {"clip_norm?": float},
+          "eval?": {"forgetting_bound?": float}}
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,10 @@ class Run:
 
     def sources(self) -> list[str]:
         """The names of what was trained on."""
-        data = self.config.get("data", {})
         known = [source["name"] for source in (*self.data.get("train", ()), *self.data.get("replay", ()))]
+        configured = self.config.get("data", {}).get("train", [])
         return known or [Path(str(source.get("path", "") if isinstance(source, dict) else source)).stem
-                         for source in data.get("train", ())]
+                         for source in (configured if isinstance(configured, list) else [configured])]
 
 
 class Evals:
@@ -87,20 +97,28 @@ def read_run(path: Path, name: str) -> Run:
         raise UserError(f"{path}: holds no run (no status.json, metrics.jsonl or config.toml); name the folder of a "
                         "run (run.dir)")
     log, text = path / "metrics.jsonl", _text(path / "config.toml")
-    try:
-        config = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path / 'config.toml'}: not TOML ({error})") from None
+    config = _configuration(path / "config.toml", text)
     kinds: dict[str, dict[tuple[int, str, str], dict[str, Any]]] = {"train": {}, "eval": {}, "sample": {}}
     for record in _records(log):  # a step taken again replaces what it was
         key = (record["step"], str(record.get("name")), str(record.get("prompt")))
         kinds.get(str(record.get("kind")), {})[key] = record
     train, evals, samples = (sorted(found.values(), key=lambda record: record["step"]) for found in kinds.values())
     names = dict.fromkeys(str(record.get("name")) for record in evals)
-    return Run(name, config, text, _object(path / "data.json"), _object(path / "environment.json"),
+    return Run(name, config, text, _object(path / "data.json", DATA), _object(path / "environment.json"),
                _object(path / "status.json"), train,
                {each: Evals([r for r in evals if str(r.get("name")) == each]) for each in names}, samples,
                _text(path / "profile" / "table.txt"), os.stat(log if log.exists() else path).st_mtime)
+
+
+def _configuration(file: Path, text: str) -> dict[str, Any]:
+    """The effective configuration; empty where there is no file."""
+    try:
+        config = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not TOML ({error})") from None
+    if wrong := misfit(config, CONFIG):
+        raise UserError(f"{file}: {wrong}")
+    return config
 
 
 def _records(log: Path) -> list[dict[str, Any]]:
@@ -108,26 +126,36 @@ def _records(log: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(_text(log).split("\n")[:-1], 1):
         try:
-            record = json.loads(line)
+            record = _json(line)
         except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        if misfit(record, {"step": int, "sources?": {}}) or not all(map(is_number, record.get("sources", {}).values())):
             raise UserError(f"{log}:{number}: not a record of a run; delete the line, or restore the file: "
                             f"{line[:80]!r}")
         records.append(record)
     return records
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
+def _object(file: Path, shape: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object of `shape`; empty where there is no file, or nothing in it."""
     text = _text(file)
     try:
-        found = json.loads(text) if text else {}
+        found = _json(text) if text else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error}); delete it, and the report does without") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(found).__name__}; delete it, and the report "
                         "does without")
+    if found and (wrong := misfit(found, shape or {})):
+        raise UserError(f"{file}: {wrong}; delete the file, and the report does without")
+    return found
+
+
+def _json(text: str) -> Any:
+    """Raises ValueError or RecursionError for what is not JSON, or text that no page could hold."""
+    found = json.loads(text)
+    if "\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode()  # fails where half of a surrogate pair stands alone
     return found
 
 
@@ -138,5 +166,4 @@ def _text(file: Path) -> str:
 def _column(records: list[dict[str, Any]], name: str) -> np.ndarray:
     """(n,) one figure of each record; NaN where it is missing, null or no number."""
     values = (record.get(name) for record in records)
-    return np.array([value if isinstance(value, int | float) and not isinstance(value, bool) else np.nan
-                     for value in values], dtype=float)
+    return np.array([value if is_number(value) else np.nan for value in values], dtype=float)
