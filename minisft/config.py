@@ -13,15 +13,15 @@ of a saved configuration reaches the sources that had inherited it.
 """
 
 import os
-import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib import resources
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError
-from minisft.keys import FORMATS, Source, accepted, from_text, key, nearest, to_toml, typed
+from minisft.given import in_recipe, on_command_line, shipped_recipes
+from minisft.keys import FORMATS, Source, accepted, key, to_toml, typed
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,6 @@ class Config:
 
 
 SECTIONS: dict[str, type[Any]] = {section.name: type(section.default) for section in fields(Config)}
-SHORT = {"--profile": "--run.profile=true"}
 KEYS = {f"{section}.{spec.name}": spec for section, cls in SECTIONS.items() for spec in fields(cls)}
 
 
@@ -227,15 +226,20 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
         (optim.in_backward and config.parallel.offload == "parameters", ("optim.in_backward", "parallel.offload"),
          "gradients reach the host only after the backward pass; offload the optimizer, or update after it"),
     ]
+    return [(keys, message) for wrong, keys, message in (*checks, *_name_checks(data)) if wrong]
+
+
+def _name_checks(data: Data) -> Iterator[tuple[bool, tuple[str, ...], str]]:
+    """Whether a source has no path, or the name of another beside which it is reported."""
     held_out = [replace(source, name=heldout_name(source)) for source in data.train if data.eval_fraction]
-    for name, sources, others in (("data.train", data.train, ()), ("data.eval", data.eval, held_out),
-                                  ("data.general", data.general, (*data.eval, *held_out)),
-                                  ("data.replay", data.replay, data.train)):
+    beside: dict[str, tuple[Sequence[Source], Sequence[Source]]] = {
+        "data.train": (data.train, ()), "data.eval": (data.eval, held_out),
+        "data.general": (data.general, (*data.eval, *held_out)), "data.replay": (data.replay, data.train)}
+    for name, (sources, others) in beside.items():
         names, taken = [source.name for source in sources], [source.name for source in others]
         twice = sorted({n for n in names if (names + taken).count(n) > 1})
-        checks.append((any(not source.path for source in sources), (name,), "a path is empty"))
-        checks.append((bool(twice), (name,), f"several sources are named {', '.join(twice)}; names must differ"))
-    return [(keys, message) for wrong, keys, message in checks if wrong]
+        yield any(not source.path for source in sources), (name,), "a path is empty"
+        yield bool(twice), (name,), f"several sources are named {', '.join(twice)}; names must differ"
 
 
 def load(argv: list[str]) -> Config:
@@ -246,8 +250,8 @@ def load(argv: list[str]) -> Config:
     if {"-h", "--help"} & set(argv):
         print(help_text())
         raise SystemExit(0)
-    recipe, overrides, wrong = _command_line(argv)
-    label, given, unreadable = _recipe(recipe)
+    recipe, overrides, wrong = on_command_line(argv, KEYS)
+    label, given, unreadable = in_recipe(recipe, KEYS)
     wrong = unreadable + wrong
     origin: dict[str, str] = {}
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
@@ -289,70 +293,6 @@ def help_text() -> str:
             default = to_toml(spec.default).strip('[]"')
             lines.append(f"{f'  --{section}.{spec.name} = {default}':<42}  {spec.metadata['doc']} [{accepted(spec)}]")
     return "\n".join(lines)
-
-
-def shipped_recipes() -> dict[str, Any]:
-    """Name -> file of the recipes that come with the package."""
-    found = resources.files("minisft").joinpath("recipes").iterdir()
-    return {entry.name.removesuffix(".toml"): entry for entry in sorted(found, key=lambda entry: entry.name)
-            if entry.name.endswith(".toml")}
-
-
-def _command_line(argv: list[str]) -> tuple[str, list[tuple[str, str, Any]], list[str]]:
-    """-> recipe, [(where, key, value)], problems. Values are what a recipe would hold, still unchecked."""
-    recipe, given, wrong, left = None, {}, [], list(argv)
-    while left:
-        argument = left.pop(0)
-        if not argument.startswith("-"):
-            if recipe is None and len(left) == len(argv) - 1:
-                recipe = argument
-            else:
-                wrong.append(f"command line: unexpected {argument!r}; one recipe may be named, before the options")
-            continue
-        option, has_value, text = SHORT.get(argument, argument).partition("=")
-        where, name = f"command line: {option}", option.removeprefix("--")
-        # Also after an unknown option: its value is no second problem.
-        if not has_value and left and not left[0].startswith("--"):
-            has_value, text = "=", left.pop(0)
-        if not option.startswith("--") or name not in KEYS:
-            wrong.append(f"{where}: unknown option{nearest(name, KEYS, '--')}; --help lists them all")
-        elif not has_value:
-            wrong.append(f"{where}: the value is missing; expected {accepted(KEYS[name])}")
-        elif name in given:
-            wrong.append(f"{where}: given twice")
-        else:
-            given[name] = (where, name, from_text(text, KEYS[name].type))
-    return "demo" if recipe is None else recipe, list(given.values()), wrong
-
-
-def _recipe(recipe: str) -> tuple[str, list[tuple[str, str, Any]] | None, list[str]]:
-    """-> label for messages, [(where, key, value)] or None where it could not be read at all, problems."""
-    shipped = shipped_recipes()
-    if Path(recipe).is_file():
-        label, file = recipe, Path(recipe)
-    elif recipe in shipped:
-        label, file = f"shipped recipe {recipe}", shipped[recipe]
-    else:
-        remedy = f"give a TOML file or a shipped recipe: {', '.join(shipped)}"
-        return recipe, None, [f"command line: {recipe!r} is neither a file nor a shipped recipe; {remedy}"]
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:                 # bad TOML, or not UTF-8
-        return label, None, [f"{label}: not a TOML file: {error}"]
-    given, wrong = [], []
-    for section, content in table.items():
-        if section in SECTIONS and isinstance(content, dict):
-            given += [(f"{label}: {section}.{leaf}", f"{section}.{leaf}", value) for leaf, value in content.items()]
-        elif section in SECTIONS:
-            wrong.append(f"{label}: {section}: expected a section [{section}], got {content!r}")
-        elif isinstance(content, dict):
-            near = nearest(section, SECTIONS)
-            wrong.append(f"{label}: {section}: unknown section{near}; sections are {', '.join(SECTIONS)}")
-        else:
-            wrong.append(f"{label}: {section}: unknown key outside a section{nearest(section, KEYS)}")
-    wrong += [f"{where}: unknown key{nearest(name, KEYS)}; --help lists them all"
-              for where, name, _ in given if name not in KEYS]
-    return label, [entry for entry in given if entry[1] in KEYS], wrong
 
 
 def _default_cache() -> str:

@@ -131,7 +131,7 @@ def test_shipped_recipes_are_found_by_name_and_none_means_demo(recipe, tmp_path,
     (tmp_path / "shipped").mkdir()
     for name, file in shipped.items():
         file.write_text(MINIMAL.replace("base", f"{name}-base"))
-    monkeypatch.setattr(configuration, "shipped_recipes", lambda: shipped)
+    monkeypatch.setattr("minisft.given.shipped_recipes", lambda: shipped)
     for argv, name in (([], "demo"), (["demo"], "demo"), (["other"], "other"), (["--optim.lr", "1"], "demo")):
         config = load(argv)
         assert (config.model.path, config.run.dir) == (f"{name}-base", f"runs/{name}")
