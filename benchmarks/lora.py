@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 
 from minisft.model.nf4 import NF4
-from minisft.training import trainer
+from minisft.training import run, trainer
 from minisft.training.optimizer import MOMENTS, Optimizer
 
 VARIANTS = {
@@ -68,7 +68,7 @@ class Measured(Optimizer):
 
 def run_variant(argv: list[str]) -> None:
     """One run in this process; its figures are the last line printed."""
-    trainer.Optimizer = Measured
+    run.Optimizer = Measured
     code = trainer.main(argv)
     if not code:
         Measured.figures["cpu seconds"] = statistics.median(b - a for a, b in pairwise(Measured.clock))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from minisft.training import optimizer as optimizer_module
-from minisft.training import trainer
+from minisft.training import run, trainer
 from minisft.training.optimizer import MOMENTS, Optimizer
 
 BF16 = {"optim.parameters": "bf16"}
@@ -77,7 +77,7 @@ class Measured(Optimizer):
 
 def run_variant(name: str, argv: list[str]) -> None:
     """One run in this process; its figures of memory are the last line printed."""
-    trainer.Optimizer = Measured
+    run.Optimizer = Measured
     if name == "nearest":
         optimizer_module.round_ = lambda target, values, bits: target.copy_(values)
     code = trainer.main(argv)

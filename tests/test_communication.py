@@ -22,6 +22,7 @@ from minisft.preparation import prepare
 from minisft.training import parallel
 from minisft.training.optimizer import Optimizer
 from minisft.training.preemption import Preemption
+from minisft.training.run import Base, Run
 from minisft.training.trainer import run_steps
 
 RANKS, STEPS, MICRO_STEPS = 8, 2, 2
@@ -94,8 +95,8 @@ def test_bytes_of_a_step(base, tmp_path, monkeypatch, ranks, precision, tied, re
     (tmp_path / "run").mkdir()
     try:
         with Bytes() as sent:
-            done = run_steps(settings, prepared, model, optimizer, ranks, preemption, start=0, fingerprint={},
-                             begun={})
+            done = run_steps(Run(settings, prepared, ranks, Base(config, None, {}), model, optimizer), preemption,
+                             start=0)
     finally:
         preemption.close()
     assert done == STEPS

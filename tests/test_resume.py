@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from small_runs import HERE, assert_same, final_weights, log, options, train
 
 from minisft.data.dataset import Dataset
+from minisft.model import weights
 from minisft.training import trainer
 from minisft.training.trainer import main
 
@@ -188,8 +189,8 @@ def test_interrupted_before_the_first_step(base, tmp_path, monkeypatch, capsys):
 
 
 def test_asked_to_stop_while_the_model_is_read(base, tmp_path, monkeypatch):
-    load = trainer.weights.load
-    monkeypatch.setattr(trainer.weights, "load", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or load(*args))
+    load = weights.load
+    monkeypatch.setattr(weights, "load", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or load(*args))
     assert main(options(base, tmp_path, **SMALL)) == 75
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
@@ -204,7 +205,7 @@ def test_a_folder_that_cannot_hold_the_run_is_found_before_the_model_is_read(bas
     disk.mkdir()
     if os.system(f"mount -t tmpfs -o {options_} tmpfs {disk} 2>/dev/null"):
         pytest.skip("no small file system can be mounted here")
-    monkeypatch.setattr(trainer.weights, "load", lambda *args: pytest.fail("the model was read"))
+    monkeypatch.setattr(weights, "load", lambda *args: pytest.fail("the model was read"))
     try:
         assert main(options(base, tmp_path, **SMALL)) == 4
         assert str(disk) in capsys.readouterr().err

@@ -98,6 +98,10 @@ class Saver:
         if self._thread:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise OSError where the save under way has failed by now."""
         if self.error:
             raise self.error
 

@@ -8,6 +8,7 @@ from them (to stop, to give up) they decide together, without another word.
 import json
 import math
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,13 @@ class Monitor:
         self._waiting: tuple[dict[str, Any], Later] | None = None
         self._skipped_in_a_row = self._spikes = 0
         self._mean: float | None = None
+        self._lapped = time.perf_counter()
         self.stop = False  # some rank was asked to stop
+
+    def lap(self) -> float:
+        """Seconds since this was asked before, or since the beginning."""
+        before, self._lapped = self._lapped, time.perf_counter()
+        return self._lapped - before
 
     def step(self, record: dict[str, Any], loss: Tensor, grad_norm: Tensor, asked: Tensor) -> None:
         """Take the record of a step and its figures, and settle the step before."""

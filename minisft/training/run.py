@@ -1,0 +1,149 @@
+"""What a run consists of, opened one after the other: base, ranks, model, optimiser, weights.
+
+    configuration, data -> Base -> Run, its parameters empty -> filled from the base, a checkpoint, or at random
+
+Whatever can be refused is refused before anything is allocated. The loop that works on it is in trainer.py.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisft.config import Config
+from minisft.data import packing
+from minisft.model import lora, weights
+from minisft.model.config import PRESETS, LlamaConfig, read_config
+from minisft.model.llama import Llama
+from minisft.model.meta import MetaFolder
+from minisft.planning.memory import Sizes
+from minisft.preparation import Prepared, adapters_of, check_vocabulary
+from minisft.training import parallel, provenance
+from minisft.training.checkpoint import SavedState, check_room
+from minisft.training.optimizer import Optimizer
+from minisft.training.parallel import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run begins with."""
+
+    network: LlamaConfig
+    checkpoint: weights.Checkpoint | None  # None: random weights
+    record: provenance.Record
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run consists of, once all of it is open."""
+
+    config: Config
+    prepared: Prepared
+    world: World
+    base: Base
+    model: Llama
+    optimizer: Optimizer
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.run.dir)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """See `identity`."""
+        return identity(self.config, self.prepared, self.base.network, self.base.checkpoint)
+
+
+def check_ranks(config: Config) -> None:
+    """Raise UserError where the ranks that torchrun has started cannot share a step as the configuration wants it."""
+    parallel.check_split(config.batch.packs, shard=config.parallel.shard, replicate=config.parallel.replicate)
+    if config.optim.in_backward:
+        parallel.check_one_micro_batch(config.batch.packs, config.batch.micro_packs)
+
+
+def open_base(config: Config, prepared: Prepared) -> Base:
+    """The network's shape and its weights on disk, checked against each other and the data."""
+    checkpoint: weights.Checkpoint | None = None
+    if config.model.init == "random":
+        network = PRESETS.get(config.model.config) or read_config(config.model.config)
+    elif config.model.format == "meta":
+        checkpoint = MetaFolder(config.model.path)
+        network = checkpoint.config
+    else:
+        checkpoint, network = weights.SafetensorsFolder(config.model.path), read_config(config.model.path)
+    if checkpoint:
+        if adapters := adapters_of(config):
+            adapters.check(network)
+        with torch.device("meta"):
+            weights.check(Llama(network), checkpoint)
+    check_vocabulary(prepared, network)
+    return Base(network, checkpoint, provenance.beginnings(config.model.path if checkpoint else ""))
+
+
+def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Run:
+    """The model, allocated and not yet filled, and its optimiser. Raises OSError where the disk has no room."""
+    parts, optim = config.parallel, config.optim
+    model = parallel.build_model(
+        base.network, world, precision=config.train.precision, recompute=parts.activation_checkpointing,
+        parameters=DTYPES[optim.parameters], compiled=is_compiled(config, world), reshard=parts.reshard,
+        prefetch=parts.prefetch, offload=parts.offload, adapters=adapters_of(config))
+    if world.leads:
+        check_room(Path(config.run.dir), room_needed(config, model))
+    optimizer = Optimizer(
+        model, world.mesh, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps,
+        moments=DTYPES[optim.moments], in_backward=optim.in_backward, offload=parts.offload == "optimizer",
+        seed=config.train.seed)
+    return Run(config, prepared, world, base, model, optimizer)
+
+
+def fill(run: Run, saved: SavedState | None) -> None:
+    """Give the model the weights of the checkpoint to go on from, of the base model, or random ones."""
+    seed, adapters, checkpoint = run.config.train.seed, adapters_of(run.config), run.base.checkpoint
+    if adapters and checkpoint:  # also where there is something to go on from: the frozen weights are not in it
+        lora.load(run.model, checkpoint, seed=seed)
+        if run.world.leads:
+            print(lora.described(run.model, adapters), flush=True)
+    if saved:
+        saved.restore(run.optimizer, run.world)
+    elif not checkpoint:
+        weights.initialize(run.model, std=run.base.network.initializer_range, seed=seed)
+    elif not adapters:
+        weights.load(run.model, checkpoint)
+
+
+def identity(config: Config, prepared: Prepared, model_config: LlamaConfig,
+             base: weights.Checkpoint | None) -> dict[str, Any]:
+    """What must be the same when a run goes on, or its batches, or what it trains, would be others."""
+    frozen = {}
+    if config.lora.rank and base:  # as JSON has it, where a tuple is a list
+        frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
+        frozen |= {"lora.targets": list(config.lora.targets), "base": weights.fingerprint(base)}
+    return {**frozen,
+            "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
+            "packing": packing.VERSION,
+            "data.replay": [source.path for source in config.data.replay],
+            "data.replay_ratio": config.data.replay_ratio, "data.eval_fraction": config.data.eval_fraction,
+            "data.seq_len": config.data.seq_len, "data.overlong": config.data.overlong,
+            "data.dedup": config.data.dedup, "data.shuffle": config.data.shuffle, "data.train_on": config.data.train_on,
+            "template": prepared.renderer.template.name, "tokenizer": prepared.tokenizer.sha256,
+            "batch.packs": config.batch.packs, "train.seed": config.train.seed,
+            "train.precision": config.train.precision, "optim.parameters": config.optim.parameters,
+            "optim.moments": config.optim.moments, "model": model_config.to_dict(dtype="float32")}
+
+
+def room_needed(config: Config, model: Llama) -> int:
+    """Bytes on the disk without which a run cannot end well: a checkpoint, where there are any, and the final model."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)  # of all ranks
+    final, weight, moment = (DTYPES[precision].itemsize for precision in (
+        config.train.precision, config.optim.parameters, config.optim.moments))
+    return Sizes.of(model.config).total * final + trained * (weight + 2 * moment) * (config.checkpoint.every > 0)
+
+
+def is_compiled(config: Config, world: World) -> bool:
+    """Whether the layers are compiled, and packs padded to one shape for that."""
+    return parallel.is_on(config.parallel.compile, auto=world.device.type == "cuda")
