@@ -35,7 +35,8 @@ import numpy as np
 import tokenizers
 
 from minisft.data.chat import Renderer
-from minisft.data.formats import Conversation, read
+from minisft.data.conversation import Conversation
+from minisft.data.formats import read
 from minisft.data.loader import deal
 from minisft.data.packing import Plan
 from minisft.data.store import BATCH, open_store

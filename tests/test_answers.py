@@ -8,7 +8,7 @@ import pytest
 from oracles.tiny_llama import write_tiny_llama
 
 from minisft.__main__ import main
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.errors import UserError
 from minisft.evaluation.answers import answer_turns, model_name, read_answers, unanswered, write_answers
 from minisft.evaluation.language import detect

@@ -18,7 +18,8 @@ from oracles.tiny_llama import tiny_tokenizer, write_tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from minisft.data.chat import TRAIN_ON, Renderer
-from minisft.data.formats import Conversation, Turn, read
+from minisft.data.conversation import Conversation, Turn
+from minisft.data.formats import read
 from minisft.data.jinja import recognize
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minisft.__main__ import main
 from minisft.commands import chat
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.sampling import Sampling

@@ -13,8 +13,8 @@ from oracles.tiny_llama import write_tiny_llama
 
 from minisft.data.chat import TRAIN_ON, Renderer
 from minisft.data.checks import Laws
+from minisft.data.conversation import Conversation, Turn
 from minisft.data.encoding import encode, render
-from minisft.data.formats import Conversation, Turn
 from minisft.data.store import open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer

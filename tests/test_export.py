@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from small_runs import train
 
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.evaluation.assistant import Assistant
 from minisft.model import weights
 from minisft.training import export

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from minisft import keys
 from minisft.data import formats
 from minisft.data import records as reader
-from minisft.data.formats import FORMATS, Conversation, Skipped, Turn, read
+from minisft.data.conversation import Conversation, Skipped, Turn
+from minisft.data.formats import FORMATS, read
 from minisft.errors import UserError
 
 U, A, S = "user", "assistant", "system"

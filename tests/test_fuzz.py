@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from oracles.tiny_llama import tiny_tokenizer, write_tiny_llama
 
 from minisft.data.chat import TRAIN_ON, Renderer
-from minisft.data.formats import FORMATS, Conversation, Skipped, read
+from minisft.data.conversation import Conversation, Skipped
+from minisft.data.formats import FORMATS, read
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minisft.__main__ import main
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.errors import UserError
 from minisft.evaluation.instruction_checks import CHECKS
 from minisft.evaluation.instructions import Instructed, check, describe, figures, follows, load, loosely

@@ -19,9 +19,10 @@ from oracles.tiny_llama import write_tiny_llama
 
 from minisft.data import store as module
 from minisft.data.chat import Renderer
+from minisft.data.conversation import Conversation, Turn
 from minisft.data.dataset import Dataset
 from minisft.data.encoding import loose_hash
-from minisft.data.formats import Conversation, Turn, read
+from minisft.data.formats import read
 from minisft.data.store import open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer

@@ -17,7 +17,8 @@ from oracles.tiny_llama import write_tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from minisft.data.chat import Renderer
-from minisft.data.formats import Conversation, Skipped, Turn, read
+from minisft.data.conversation import Conversation, Skipped, Turn
+from minisft.data.formats import read
 from minisft.data.store import open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer

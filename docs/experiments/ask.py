@@ -9,7 +9,7 @@ import json
 import unicodedata
 from pathlib import Path
 
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.demo.world import exact_match
 from minisft.evaluation.assistant import Assistant
 

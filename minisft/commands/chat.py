@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.errors import EXIT_INTERRUPTED, UserError
 
 HELP = """  /reset         begin a new conversation

@@ -25,7 +25,7 @@ from functools import cache
 from itertools import chain
 from typing import Any
 
-from minisft.data.formats import Conversation, Skipped, Turn
+from minisft.data.conversation import Conversation, Skipped, Turn
 from minisft.data.jinja import recognize, written
 from minisft.data.records import SHORT
 from minisft.data.templates import BUILTIN, TOOLS, Template

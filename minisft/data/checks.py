@@ -19,8 +19,8 @@ from typing import NoReturn
 import numpy as np
 
 from minisft.data.chat import Renderer
+from minisft.data.conversation import Conversation
 from minisft.data.encoding import Documents
-from minisft.data.formats import Conversation
 from minisft.errors import UserError
 
 Array = np.ndarray

@@ -19,7 +19,7 @@ from itertools import chain
 import numpy as np
 
 from minisft.data.chat import Renderer
-from minisft.data.formats import Conversation, Turn
+from minisft.data.conversation import Conversation, Turn
 
 Array = np.ndarray
 

@@ -7,7 +7,7 @@ A model's own Jinja is recognised where it stands for one of our templates. For 
 import re
 from collections.abc import Callable
 
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.data.templates import Template
 
 

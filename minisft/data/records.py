@@ -124,6 +124,10 @@ def _array(file: BufferedIOBase, source: str, offset: int) -> Iterator[tuple[int
         yield line, pending
         pending, count, offset = b"", count + 1, offset + len(pending)
     inside = f"inside the record that starts at byte {offset}" if pending else f"at byte {offset}, without its ]"
+    _refuse_cut_off(source, line, inside, count)
+
+
+def _refuse_cut_off(source: str, line: int, inside: str, count: int) -> NoReturn:
     raise UserError(
         f"{source}:{line}: the JSON array is cut off: the file ends {inside}, after {count} complete records "
         f"(remedy: fetch the file again, or cut it after the last complete record and write ] there)"

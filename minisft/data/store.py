@@ -37,9 +37,10 @@ from tqdm import tqdm
 
 from minisft.data.chat import Renderer
 from minisft.data.checks import Laws
+from minisft.data.conversation import Conversation, Skipped
 from minisft.data.digest import content_digest, file_state
 from minisft.data.encoding import Documents, Rendered, encode, loose_hash, render
-from minisft.data.formats import Conversation, Skipped, read
+from minisft.data.formats import read
 from minisft.errors import UserError
 
 LAYOUT = 5  # of these files: raise it when they change, so that old folders are not opened

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from minisft.data.formats import Conversation, Turn
+from minisft.data.conversation import Conversation, Turn
 from minisft.errors import UserError
 
 TOOLS = ("call", "result", "tools_user")  # these belong together,

@@ -19,7 +19,7 @@ from typing import Any
 from minisft import config as configuration
 from minisft.config import Config
 from minisft.data.chat import Renderer
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.demo import bpe, world

@@ -20,7 +20,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from minisft.data.chat import Renderer
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.errors import UserError
 from minisft.evaluation.prompts import Question, json_lines, texts
 

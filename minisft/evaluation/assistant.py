@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from minisft.data.chat import Renderer, choose_template
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.decoding import Decoder

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.errors import UserError
 from minisft.evaluation.answers import Answering, in_batches
 from minisft.evaluation.instruction_checks import CHECKS, parameters

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from minisft.data.formats import Turn
+from minisft.data.conversation import Turn
 from minisft.evaluation.answers import Answering, in_batches
 from minisft.evaluation.language import lower
 from minisft.evaluation.prompts import json_lines, question_file
