@@ -52,6 +52,25 @@ def test_imports_go_downward(file):
         assert str(place) in READS_CONFIG, f"{place} reads the configuration; give it plain arguments"
 
 
+@pytest.mark.parametrize("file", [*sorted(PACKAGE.rglob("*.py")), ROOT / "train.py"], ids=lambda f: f.name)
+def test_files_and_functions_are_short(file):
+    """At most 350 lines a file and 40 a function, from `def` to its last line: docstring, blanks and comments count."""
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 40, f"{file.name}: {node.name} has over 40 lines; what wants a name?"
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_what_is_public_says_what_it_is(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in (tree, *tree.body):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+            name = getattr(node, "name", "the module")
+            assert name.startswith("_") or ast.get_docstring(node), f"{file.name}: {name} has no docstring"
+
+
 def test_the_runtime_needs_five_packages():
     code = "import sys, minisft, minisft.training.trainer, minisft.__main__; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout

@@ -74,13 +74,19 @@ def check(options: argparse.Namespace, recipe: list[str], *, files: tuple[Path |
             raise UserError(f"{file}: {reason}")
 
 
-def load(path: str, options: argparse.Namespace) -> "Assistant":
-    """The Assistant in a folder, on the GPU where there is one."""
+def precision_of(options: argparse.Namespace) -> str:
+    """Of the weights, where the options do not say: bf16 on a GPU, fp32 without one."""
+    import torch
+
+    return options.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+
+
+def load(path: str, options: argparse.Namespace, *, template: str = "") -> "Assistant":
+    """The Assistant in a folder, on the GPU where there is one; `template` where the options name none."""
     import torch  # here, so that `minisft --help` does not wait for it
 
     from minisft.evaluation.assistant import Assistant
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = options.precision or ("bf16" if device == "cuda" else "fp32")
-    return Assistant.load(path, template=options.template, templates=options.templates, device=device,
-                          dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
+    return Assistant.load(path, template=options.template or template, templates=options.templates,
+                          device="cuda" if torch.cuda.is_available() else "cpu",
+                          dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision_of(options)])

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from minisft.commands import answer
 from minisft.commands.numbers import natural, positive
 from minisft.errors import UserError
 from minisft.keys import FORMATS
@@ -55,29 +56,19 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """All evaluations that the options ask for, of one model."""
-    import torch  # here, so that `minisft --help` does not wait for it
+    from minisft.evaluation import choices, heldout, instructions  # late: `minisft --help` does not wait for torch
 
-    from minisft.evaluation import choices, heldout, instructions
-    from minisft.evaluation.assistant import Assistant
-
-    if recipe:
-        raise UserError(f"unknown argument {recipe[0]}; `minisft eval --help` lists the options")
+    answer.check(options, recipe, files=(options.json,))
     if not (options.choices or options.instructions or options.data):
         raise UserError("nothing to evaluate; give --choices FILE ..., --instructions FILE or --data FILE ...")
-    if options.json and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     # All files are read before the weights are: an error in them should not take a minute.
     asked = choices.ask(options.choices, format=options.format, language=options.language, style=options.style,
                         shots=options.shots, shots_from=options.shots_from, limit=options.limit)
     prompts = instructions.load(options.instructions, skip_unknown=options.skip_unknown,
                                 limit=options.limit) if options.instructions else None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = options.precision or ("bf16" if device == "cuda" else "fp32")
     # A base model has no chat template and needs none where nothing is asked in turns.
-    template = options.template or ("" if options.chat or prompts or options.data else "text")
-    assistant = Assistant.load(options.model, template=template, templates=options.templates, device=device,
-                               dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
-    found: dict[str, Any] = {"model": options.model, "precision": precision}
+    assistant = answer.load(options.model, options, template="" if options.chat or prompts or options.data else "text")
+    found: dict[str, Any] = {"model": options.model, "precision": answer.precision_of(options)}
     if asked:
         found["choices"] = choices.figures(assistant, asked, chat=options.chat, batch_tokens=options.batch_tokens)
         print(choices.describe(found["choices"]))

@@ -26,18 +26,23 @@ SHORT.maxlevel = 3
 
 
 class BadRecord(Exception):  # noqa: N818  (raised to stop the run, or handed on to be counted)
+    """A record that is no JSON object; `lines_down` is where in it, from its first line."""
+
     def __init__(self, reason: str, detail: str, lines_down: int = 0):
         super().__init__(reason)
         self.reason, self.detail, self.lines_down = reason, detail, lines_down
 
 
 class Skip(Exception):  # noqa: N818  (not an error: it carries a record's reason to the one place that counts it)
+    """What makes a record none that can be trained on; `value` is at fault."""
+
     def __init__(self, reason: str, value: Any):
         super().__init__(reason)
         self.reason, self.detail = reason, SHORT.repr(value)[:200]
 
 
 def document(file: BufferedIOBase, source: str, format: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The whole file as one record of text; nothing where it is empty."""
     if format not in ("auto", "text"):
         raise UserError(f"{source}: a .txt file has no records of format {format!r} (remedy: --data.format text)")
     raw = file.read().removeprefix(BOM)

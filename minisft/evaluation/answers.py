@@ -35,7 +35,9 @@ class Answering(Protocol):
         """Of its chat template."""
         ...
 
-    def answer(self, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int) -> list[str]: ...
+    def answer(self, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int) -> list[str]:
+        """The next turn of each conversation."""
+        ...
 
 
 def in_batches(assistant: Answering, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int, batch: int,

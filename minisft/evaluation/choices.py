@@ -66,6 +66,7 @@ class Asked:
         return "\n".join([head, *lettered, answers])
 
     def said(self, question: Question, choice: int) -> str:
+        """How a choice is said: its letter, or its text."""
         return LETTERS[choice] if self.style == "letter" else question.choices[choice]
 
     def opening(self) -> str:
@@ -76,10 +77,12 @@ class Asked:
         return f"The following are multiple choice questions (with answers) about {question.subject}.\n\n"
 
     def text(self) -> str:
+        """The prompt as plain text, solved questions first."""
         solved = [f"{self.user(shot)} {self.said(shot, shot.answer)}\n\n" for shot in self.shots]
         return "".join([self.opening(), *solved, self.user(self.question)])
 
     def turns(self) -> tuple[Turn, ...]:
+        """The prompt as turns of a chat; what opens the text stands in the first."""
         turns: list[Turn] = []
         for shot in self.shots:
             turns += Turn("user", self.user(shot)), Turn("assistant", self.said(shot, shot.answer))

@@ -55,27 +55,33 @@ def occurrences(keyword: str, answer: str, language: str) -> int:
 
 
 def keywords_existence(answer: str, language: str, *, keywords: list[str]) -> bool:
+    """All keywords occur."""
     return all(occurrences(keyword, answer, language) for keyword in keywords)
 
 
 def keywords_frequency(answer: str, language: str, *, keyword: str, frequency: int, relation: str) -> bool:
+    """The keyword occurs so often."""
     return RELATIONS[relation](occurrences(keyword, answer, language), frequency)
 
 
 def forbidden_words(answer: str, language: str, *, forbidden_words: list[str]) -> bool:
+    """None of the words stands there as a whole word."""
     text = lower(answer, language)
     return not any(re.search(rf"(?<!\w){re.escape(lower(word, language))}(?!\w)", text) for word in forbidden_words)
 
 
 def letter_frequency(answer: str, language: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
+    """The letter, which may be any character, occurs so often."""
     return RELATIONS[let_relation](occurrences(letter, answer, language), let_frequency)
 
 
 def response_language(answer: str, _: str, *, language: str) -> bool:
+    """The answer is in the language, or may be."""
     return language in detect(answer)
 
 
 def number_sentences(answer: str, _: str, *, num_sentences: int, relation: str) -> bool:
+    """So many sentences."""
     return RELATIONS[relation](sentences(answer), num_sentences)
 
 
@@ -86,6 +92,7 @@ def number_paragraphs(answer: str, _: str, *, num_paragraphs: int) -> bool:
 
 
 def number_words(answer: str, _: str, *, num_words: int, relation: str) -> bool:
+    """So many words."""
     return RELATIONS[relation](words(answer), num_words)
 
 
@@ -100,6 +107,7 @@ def nth_paragraph_first_word(answer: str, language: str, *, num_paragraphs: int,
 
 
 def number_placeholders(answer: str, _: str, *, num_placeholders: int) -> bool:
+    """At least so many [such] pieces."""
     return len(re.findall(r"\[.*?\]", answer)) >= num_placeholders
 
 
@@ -130,6 +138,7 @@ def number_highlighted_sections(answer: str, _: str, *, num_highlights: int) -> 
 
 
 def multiple_sections(answer: str, _: str, *, section_spliter: str, num_sections: int) -> bool:
+    """At least so many headings such as "Section 1"."""
     return len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", answer)) >= num_sections
 
 
@@ -144,6 +153,7 @@ def json_format(answer: str, _: str) -> bool:
 
 
 def title(answer: str, _: str) -> bool:
+    """A title in <<such>> brackets, in one line."""
     return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", answer))
 
 
@@ -155,14 +165,17 @@ def two_responses(answer: str, _: str) -> bool:
 
 
 def repeat_prompt(answer: str, language: str, *, prompt_to_repeat: str) -> bool:
+    """The prompt is said again first, in any case."""
     return lower(answer.strip(), language).startswith(lower(prompt_to_repeat.strip(), language))
 
 
 def start_checker(answer: str, language: str, *, start_phrase: str) -> bool:
+    """The phrase begins the answer, in any case; quotation marks around it all do not count."""
     return lower(answer.strip().strip('"'), language).startswith(lower(start_phrase.strip(), language))
 
 
 def end_checker(answer: str, language: str, *, end_phrase: str) -> bool:
+    """The phrase ends the answer, as above."""
     return lower(answer.strip().strip('"'), language).endswith(lower(end_phrase.strip(), language))
 
 
@@ -173,14 +186,17 @@ def capital_word_frequency(answer: str, _: str, *, capital_frequency: int, capit
 
 
 def english_capital(answer: str, _: str) -> bool:
+    """English without a small letter."""
     return answer.isupper() and "en" in detect(answer)
 
 
 def english_lowercase(answer: str, _: str) -> bool:
+    """English without a capital letter."""
     return answer.islower() and "en" in detect(answer)
 
 
 def turkish_capital(answer: str, _: str) -> bool:
+    """Turkish without a small letter."""
     return answer.isupper() and "tr" in detect(answer)
 
 
@@ -190,10 +206,12 @@ def turkish_lowercase(answer: str, _: str) -> bool:
 
 
 def no_comma(answer: str, _: str) -> bool:
+    """Not one comma."""
     return "," not in answer
 
 
 def quotation(answer: str, _: str) -> bool:
+    """All of it stands between double quotation marks."""
     text = answer.strip()
     return len(text) > 1 and text[0] == text[-1] == '"'
 

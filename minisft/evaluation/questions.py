@@ -29,6 +29,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """A question with its choices, and where it comes from."""
+
     text: str
     choices: tuple[str, ...]
     answer: int  # index of the right choice
@@ -40,11 +42,12 @@ class Question:
 
     @property
     def where(self) -> str:
+        """File and line."""
         return f"{self.source}:{self.line}"
 
 
-class Wrong(Exception):  # noqa: N818  (what is wrong with a record; the reader adds file and line)
-    pass
+class Wrong(Exception):  # noqa: N818  (not an error: what is raised is one)
+    """What is wrong with a record; the reader adds file and line."""
 
 
 def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[Question]:

@@ -32,6 +32,7 @@ class Documents:
 
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu") -> "Documents":
+        """Documents of so many tokens each, one after another."""
         offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
         positions = torch.cat([torch.arange(length) for length in lengths])
         return cls(offsets, offsets.to(device), positions.to(device), max(lengths))

@@ -42,6 +42,8 @@ from minisft.model.rope import rotate, rotations
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: H query heads share K key/value heads."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         width, self.head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -60,6 +62,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """The feed-forward network: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -67,6 +71,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, draws: Tensor | None) -> Tensor:
+        """(T, D) -> (T, D)."""
         return self.down_proj(F.silu(self.gate_proj(x, draws)) * self.up_proj(x, draws), draws)  # (T, F) inside
 
 
@@ -99,6 +104,8 @@ def selective(adapter_rank: int = 0) -> tuple[AbstractContextManager[None], Abst
 
 
 class Block(nn.Module):
+    """Attention and feed-forward network, each after a norm and added to the stream."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.adapter_rank = 0
@@ -121,6 +128,7 @@ class Block(nn.Module):
                           **contexts)
 
     def compute(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        """(T, D) -> (T, D), whatever is kept of it."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, documents)
         return x + self.mlp(self.post_attention_layernorm(x), documents.draws)
 
@@ -143,6 +151,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, hidden: Tensor, readout: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What `readout` makes of hidden states (T, D) and the matrix (V, D)."""
         return readout(hidden, self.weight)
 
 
@@ -183,7 +192,10 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """tokens (T,) -> (T, V). `cu_seqlens` (N + 1,) are the documents' offsets; without it the stream is one."""
+        """tokens (T,) -> (T, V). `cu_seqlens` (N + 1,) are the documents' offsets; without it the stream is one.
+
+        Raises ValueError for offsets that do not rise from 0 to T.
+        """
         ends = [0, len(tokens)] if cu_seqlens is None else cu_seqlens.tolist()
         lengths = tuple(b - a for a, b in pairwise(ends))
         if ends[:1] != [0] or sum(lengths) != len(tokens) or min(lengths, default=0) < 1:
@@ -199,7 +211,7 @@ class Llama(nn.Module):
         `path` may be an adapter in PEFT's format: then it is its base model with the adapter merged into it. The base
         is in `base`, or else where the adapter says, in `format`.
 
-        Raises UserError for files that are missing, broken or do not belong together.
+        Raises UserError for files that are missing, broken or do not belong together, ValueError for another `format`.
         """
         if format not in ("hf", "meta"):
             raise ValueError(f"format is {format!r}; it is \"hf\" or \"meta\"")
@@ -218,7 +230,7 @@ class Llama(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write `config.json` and safetensors into the folder `path`, which must not hold a model yet."""
+        """Write `config.json` and safetensors into the folder `path`. Raises UserError where it holds a model."""
         if Path(path).exists() and any(Path(path).glob("model*.safetensors*")):
             raise UserError(f"{path}: holds a model already; choose another folder")
         weights.save(self, self.config, path, dtype=dtype)

@@ -77,6 +77,7 @@ def missing(config: Config) -> list[str]:
 
 def flops_per_token(network: LlamaConfig, lengths: np.ndarray, targets: np.ndarray,
                     lora: LoRA | None) -> dict[str, float]:
+    """FLOPs a token of documents (n,) with `targets` (n,) trained tokens, by what is recomputed."""
     return {policy: training_flops(network, lengths, targets, recompute=policy, lora=lora) / int(lengths.sum())
             for policy in POLICIES}
 

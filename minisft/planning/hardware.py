@@ -73,6 +73,7 @@ class Traffic:
     @classmethod
     def of(cls, config: LlamaConfig, gpu: Gpu, *, shards: int, copies: int, each: Bytes | None = None,
            lora: LoRA | None = None) -> "Traffic":
+        """For a model over `shards` GPUs, in so many copies (HSDP)."""
         sizes, each = Sizes.of(config), each or Bytes()
         if shards * copies == 1:
             return cls(0, 0, 0, 0, 0.0, 0.0)

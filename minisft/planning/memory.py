@@ -55,6 +55,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: LlamaConfig) -> "Sizes":
+        """Counted from the shape of the network."""
         width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
         shared, inner = config.num_key_value_heads * config.head_dim, config.intermediate_size
         block = 2 * width * (heads + shared) + 3 * width * inner + 2 * width
@@ -73,6 +74,7 @@ class Memory:
 
     @property
     def allocated(self) -> int:
+        """All parts together."""
         return sum(self.parts.values())
 
 

@@ -39,6 +39,7 @@ class Document:
 
     @property
     def heading(self) -> str:
+        """Which document, where it comes from, its tokens."""
         return f"document {self.index} · {self.origin} · {counts(len(self.trained), int(self.trained.sum()))}"
 
 
@@ -52,14 +53,17 @@ class View:
 
     @property
     def tokens(self) -> int:
+        """Of all documents."""
         return sum(len(document.trained) for document in self.documents)
 
     @property
     def target_tokens(self) -> int:
+        """Trained tokens of all documents."""
         return sum(int(document.trained.sum()) for document in self.documents)
 
     @property
     def heading(self) -> str:
+        """What is shown, its tokens, and how full the pack is."""
         heading = f"{self.title} · {counts(self.tokens, self.target_tokens)}"
         if not self.room:
             return heading

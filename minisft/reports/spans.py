@@ -36,6 +36,7 @@ class Span:
 
     @property
     def text(self) -> str:
+        """What is shown for all tokens."""
         return "".join(shown for _, shown in self.tokens)
 
 
