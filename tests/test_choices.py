@@ -228,7 +228,9 @@ def test_the_command(base, tmp_path, capsys):
     (["--choices", SKY, "--shots", "9"], f"{SKY}:1: --shots 9, but there are 3 other questions about 'night sky'; ask "
                                          "for fewer, or name files that have them with --shots-from"),
     (["--choices", SKY, "--shot", "9"], "unknown argument --shot; `minisft eval --help` lists the options"),
-    (["--choices", SKY, "--json", "none/a.json"], "--json none/a.json: there is no folder none; make it first"),
+    (["--choices", SKY, "--json", "none/a.json"], "none/a.json: there is no folder none; make it first"),
+    (["--choices", SKY, "--json", str(HERE)], f"{HERE}: is a folder; name a file"),
+    (["--choices", SKY, "--json", SKY], f"{SKY}: is named twice, and one would overwrite the other; name another file"),
     (["--choices", SKY, "--chat", "--template", "jinja"], "--template: no template is called 'jinja'; choose with "
      "--template: llama3, llama3.1, chatml, alpaca, text; or write your own and name its file in --templates"),
 ])

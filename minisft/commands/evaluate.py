@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from minisft.commands.answer import check
 from minisft.commands.numbers import natural, positive
 from minisft.errors import UserError
 from minisft.keys import FORMATS
@@ -49,7 +50,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
                        help="conversations, whose answers count, and plain text, in which every token does")
     group.add_argument("--data-format", choices=FORMATS, default="auto", help="how these files are laid out (auto)")
     group.add_argument("--seq-len", type=positive, default=2048, metavar="N",
-                       help="longer documents are left out, and counted (2048)")
+                       help="longer documents are left out, and counted (2048, or the model's context if that is less)")
     command.set_defaults(run=run)
 
 
@@ -60,12 +61,10 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.evaluation import choices, heldout, instructions
     from minisft.evaluation.assistant import Assistant
 
-    if recipe:
-        raise UserError(f"unknown argument {recipe[0]}; `minisft eval --help` lists the options")
+    check(options, recipe, writes=(options.json,),
+          reads=(*options.choices, *options.shots_from, options.instructions, *options.data))
     if not (options.choices or options.instructions or options.data):
         raise UserError("nothing to evaluate; give --choices FILE ..., --instructions FILE or --data FILE ...")
-    if options.json and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     # All files are read before the weights are: an error in them should not take a minute.
     asked = choices.ask(options.choices, format=options.format, language=options.language, style=options.style,
                         shots=options.shots, shots_from=options.shots_from, limit=options.limit)
