@@ -123,6 +123,6 @@ def describe(found: dict) -> str:
               for unit in ("prompts", "instructions") for kind in ("strict", "loose")]
     lines += [f"  prompts in {code}, strict: {percent(figure)}" for code, figure in found["by_language"].items()
               if len(found["by_language"]) > 1]
-    lines += [f"    {name:44} {percent(figure)}" for name, figure in found["by_instruction"].items()]
+    lines += [f"    {name:45} {percent(figure)}" for name, figure in found["by_instruction"].items()]
     lines += [f"  not checked: {name} ({count} times)" for name, count in found["skipped"].items()]
     return "\n".join(lines)
