@@ -2,10 +2,12 @@
 
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -216,6 +218,23 @@ def test_a_judges_pairs_are_counted_as_fastchat_does(tmp_path):
     assert lines[0]["win_rate"]["rate"] == pytest.approx(3.5 / 6)
     assert "m against n, turn 2" in describe(lines, scores, left_out)
     assert "1 lines without a verdict were left out" in describe(lines, scores, left_out)
+
+
+def test_a_judges_table_is_fastchats(tmp_path, capsys):
+    """FastChat's own show_result over the same verdicts, in every order of the models."""
+    pytest.importorskip("pandas")
+    shown = pytest.importorskip("fastchat.llm_judge.show_result")
+    r = random.Random(0)
+    verdicts = [verdict(i, *r.choices(("model_1", "model_2", "tie", "error"), (5, 3, 2, 1), k=2), turn=turn,
+                        models=r.choice((("m", "n"), ("n", "m")))) for i in range(40) for turn in (1, 2)]
+    file = judged(tmp_path, *verdicts)
+    shown.display_result_pairwise(SimpleNamespace(input_file=str(file), model_list=None, baseline_model=None))
+    theirs = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("m "))
+    pairs, _, left_out = read_judgments(file)
+    line = table(pairs)[0]
+    assert [line["wins"], line["losses"], line["ties"]] == [int(count) for count in theirs[1:4]]
+    assert line["win_rate"]["rate"] == pytest.approx(float(theirs[-1]), abs=1e-6)
+    assert left_out == sum("error" in (each["g1_winner"], each["g2_winner"]) for each in verdicts) > 0
 
 
 def test_a_judges_scores_give_the_same_table(tmp_path):
