@@ -81,8 +81,8 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
     from minisft.model import weights
     from minisft.model.config import read_config
     from minisft.training import parallel
+    from minisft.training.loss import batch_loss
     from minisft.training.optimizer import Optimizer
-    from minisft.training.trainer import forward
 
     def stream(packs: list[list[dict]]):
         documents = [(np.array(d["ids"]), np.array(d["trained"])) for pack in packs for d in pack]
@@ -101,7 +101,7 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
         targets, total = sum(sum(d["trained"]) for pack in packs for d in pack), torch.zeros(())
         for batch in map(stream, in_micro_batches(packs, job)):
             batch = padded(batch, size, longest=config.data.seq_len) if compiled else batch
-            loss = forward(model, batch, targets, config, world)
+            loss = batch_loss(model, batch, device=world.device, denominator=targets)
             loss.backward()
             total += loss.detach()
         optimizer.clip(CLIP)

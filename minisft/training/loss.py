@@ -77,22 +77,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
         tokens = max(CHUNK // len(weight), 1)
-        rows_at_once, words_at_once = (max(2**20 // len(weight), 1), 512) if hidden.is_cpu else (tokens, 16384)
+        # On a CPU a few rows stay in its cache from one pass to the next, and sums of a few words between two products.
+        rows_at_once, words_at_once = (max(2**19 // len(weight), 1), 1024) if hidden.is_cpu else (tokens, 16384)
         buffer = torch.empty(min(tokens, len(targets)), len(weight), dtype=dtype, device=hidden.device)
         for x, target, grad_x in zip(hidden.split(tokens), targets.split(tokens),
                                      grad_hidden.split(tokens) if needs_hidden else repeat(None), strict=False):
             x = x.to(dtype)
             logits = torch.mm(x, matrix.T, out=buffer[: len(x)])  # (n, V), overwritten by its own gradient
-            # A few rows at a time on a CPU: they stay in its cache from one pass to the next.
             for rows, at in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once), strict=True):
                 total += _to_gradient(rows, at, denominator, label_smoothing, z_loss)
+            # Summed in fp32: bf16 sums over words and chunks would lose what small gradients add.
+            sum_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needs_hidden else None
+            for start in range(0, len(weight), words_at_once):
+                words = slice(start, start + words_at_once)
+                if needs_hidden:
+                    _add_product(sum_x, logits[:, words], matrix[words])
+                if needs_weight:
+                    _add_product(grad_weight[words], logits[:, words].T, x)
             if needs_hidden:
-                grad_x.copy_(logits @ matrix)
-            if needs_weight:
-                # Summed in fp32: bf16 sums over chunks would lose what small gradients add.
-                for sums, words in zip(grad_weight.split(words_at_once), logits.split(words_at_once, dim=1),
-                                       strict=True):
-                    sums += words.T @ x
+                grad_x.copy_(sum_x)
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         return total / denominator
 
@@ -103,6 +106,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 gradient *= grad_loss.to(gradient.dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """sums += left @ right, where sums are fp32 and the others may be narrower."""
+    if left.dtype == sums.dtype:
+        sums.addmm_(left, right)
+    else:
+        sums += left @ right
 
 
 def _to_gradient(logits: Tensor, target: Tensor, denominator: float, label_smoothing: float, z_loss: float) -> Tensor:
