@@ -3,10 +3,11 @@
     python benchmarks/choices.py MODEL FILE... [--style letter|text] [--shots K] [--limit N] [--chat] [--json FILE]
 
 lm-evaluation-harness runs its own tasks, with its own prompts: mmlu_* and turkishmmlu_* for `letter`, arc_easy for
-`text`; only their data are replaced by what Python's csv and json read from each FILE (MMLU's CSV with a first row of
-names, or TurkishMMLU's JSON). Where questions serve as each other's shots, both take the first others of the file.
-Both compute in fp32, lm-evaluation-harness with one request a batch. With `--chat` its description is in a system turn,
-where minisft's is in the first user turn, so `--chat` takes files without one: TurkishMMLU's, or any as `text`.
+`text`; only their data are replaced by what Python's csv and json read from each FILE: MMLU's CSV with a first row of
+names, TurkishMMLU's JSON, or with `--style text` ARC's JSON lines. Where questions serve as each other's shots, both
+take the first others of the file. Both compute in fp32, lm-evaluation-harness with one request a batch. With `--chat`
+its description is in a system turn, where minisft's is in the first user turn, so `--chat` takes files without one:
+TurkishMMLU's, or any as `text`.
 """
 
 import argparse
@@ -37,6 +38,10 @@ def task(manager: object, file: Path, style: str, folder: Path) -> dict:
         found = [(row["question"], [row[name] for name in names], int(row["answer"])) for row in rows]
         name = f"mmlu_{file.stem.removesuffix('_dev').removesuffix('_test')}"
         records = [{"question": q, "choices": c, "answer": a} for q, c, a in found]
+    elif file.suffix == ".jsonl":
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        found = [(q["question"], q["choices"]["text"], q["choices"]["label"].index(q["answerKey"])) for q in records]
+        name = "arc_easy"
     else:
         found = [(q["question"], q["choices"], LETTERS.index(q["answer"])) for q in json.loads(file.read_bytes())]
         name = f"turkishmmlu_{file.stem.removeprefix('TurkishMMLU_').lower().replace(' ', '_')}"

@@ -74,6 +74,26 @@ def test_a_stopped_command_goes_on_behind_the_last_whole_line(tmp_path):
         unanswered(QUESTIONS, file, model_id="other")
 
 
+@pytest.mark.parametrize("content", [
+    "my notes\nwithout a newline at the end", '{"question_id": 1, "turns": ["a question"]}',
+    '{"question_id": 1, "turns": ["a question"]}\n{"question_id": 2, "turns": ["cut', "{}", "[",
+])
+def test_a_file_of_another_kind_stays_as_it_is(tmp_path, content):
+    (file := tmp_path / "notes.txt").write_text(content)
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        unanswered(QUESTIONS, file, model_id="m")
+    assert file.read_text() == content
+
+
+def test_a_last_line_that_only_lacks_its_newline_is_kept(tmp_path):
+    whole, file = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    write_answers(Echo(), QUESTIONS, whole, model_id="m")
+    file.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:2])[:-1])
+    write_answers(echo := Echo(), QUESTIONS, file, model_id="m")
+    assert echo.patience == 99 - 3, "only the last question was asked, in three turns"
+    assert read_answers(file) == read_answers(whole)
+
+
 @pytest.mark.parametrize(("line", "message"), [
     ('{"question_id": 1, "model_id": "m"}', "choices must be a list"),
     ('{"question_id": 1, "choices": []}', "needs question_id, and model_id that is text"),
@@ -91,6 +111,9 @@ def test_answers_of_two_models_in_one_file_are_refused(tmp_path):
     lines = [f'{{"question_id": 0, "model_id": "{m}", "choices": [{{"turns": ["x"]}}]}}\n' for m in "mn"]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     with pytest.raises(UserError, match="holds the answers of 2 models"):
+        read_answers(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"a\.jsonl: holds no answers"):
         read_answers(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_text(lines[0])
     assert read_answers(tmp_path / "a.jsonl").cut is None, "the file does not say it"
@@ -145,7 +168,24 @@ def test_command_answers_and_then_only_counts(tmp_path, capsys):
 @pytest.mark.parametrize(("options", "message"), [
     (["--questions", "nothing.jsonl"], "nothing.jsonl: there is no such file"),
     (["--questions", "mt-en", "--colour"], "unknown argument --colour; `minisft answer --help` lists the options"),
+    (["--questions", "mt-en"], "nowhere: no such folder; name a Hugging Face folder, such as runs/my/final"),
+    (["--questions", "mt-en", "--json", "a.jsonl"], "a.jsonl: is named twice, and one would overwrite the other; name "
+                                                    "another file"),
+    (["--questions", "./a.jsonl"], "a.jsonl: is named twice, and one would overwrite the other; name another file"),
+    (["--questions", "mt-en", "--json", "."], ".: is a folder; name a file"),
 ])
-def test_bad_arguments_end_in_one_line(tmp_path, capsys, options, message):
-    assert main(["answer", "nowhere", "--out", str(tmp_path / "a.jsonl"), *options]) == 2
+def test_bad_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["answer", "nowhere", "--out", "a.jsonl", *options]) == 2
     assert capsys.readouterr().err.strip() == f"error: {message}"
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_question_past_the_context_is_named(tmp_path, capsys, base):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "turns": ["Hi", "so long " * 200]}))
+    command = ["answer", str(base), "--questions", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "a.jsonl")]
+    assert main([*command, "--template", "llama3", "--max-new-tokens", "9"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2]
+    assert "error: 'so long so long " in error
+    assert error.endswith("tokens with all that was said before, and the model's context has 1,024; shorten the "
+                          "question, or the answers before it with --max-new-tokens")

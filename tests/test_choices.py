@@ -229,6 +229,7 @@ def test_the_command(base, tmp_path, capsys):
                                          "for fewer, or name files that have them with --shots-from"),
     (["--choices", SKY, "--shot", "9"], "unknown argument --shot; `minisft eval --help` lists the options"),
     (["--choices", SKY, "--json", "none/a.json"], "none/a.json: there is no folder none; make it first"),
+    (["--choices", SKY, "--json", str(HERE)], f"{HERE}: is a folder; name a file"),
     (["--choices", SKY, "--chat", "--template", "jinja"], "--template: no template is called 'jinja'; choose with "
      "--template: llama3, llama3.1, chatml, alpaca, text; or write your own and name its file in --templates"),
 ])
@@ -236,6 +237,15 @@ def test_bad_input_is_one_line(base, capsys, arguments, message):
     assert main(["eval", str(base), *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"error: {message}\n")
+
+
+def test_figures_do_not_overwrite_the_questions(base, tmp_path, capsys):
+    copy = tmp_path / "sky.csv"
+    copy.write_bytes(Path(SKY).read_bytes())
+    assert main(["eval", str(base), "--choices", str(copy), "--json", str(copy)]) == 2
+    assert capsys.readouterr().err == (f"error: {copy}: is named twice, and one would overwrite the other; "
+                                       "name another file\n")
+    assert copy.read_bytes() == Path(SKY).read_bytes()
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """A page hides whose answers are whose; ratings and a judge's verdicts become win rates with an interval."""
 
 import json
+import math
+import random
 import re
 import shutil
 import subprocess
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,20 +167,36 @@ def test_what_several_people_rated_counts_once(tmp_path):
     ({"page": "KEY", "ratings": {"7": "left"}}, "rating 7: 'left' is not of this page"),
     ({"page": "KEY", "ratings": {"0": "a"}}, "rating 0: 'a' is not of this page; a choice is left, right or tie"),
     ({"page": "KEY", "ratings": {"-1": "tie"}}, "rating -1"),
+    ({"page": "KEY", "ratings": {"0": ["left"]}}, "rating 0: ['left'] is not of this page"),
+    ({"page": "KEY", "ratings": {"9" * 5000: "left"}}, "rating 99999999999999999999: 'left' is not of this page"),
+    ({"page": ["KEY"], "ratings": {}}, "is no file of ratings"),
     ([], "must hold one JSON object"),
+    ("[" * 10**5, "bad JSON: "), ("", "bad JSON: "),
 ])
 def test_ratings_that_do_not_belong_are_refused(tmp_path, ratings, message):
     key = write_page(tmp_path / "p.html", questions(2), answers("x", 2), answers("y", 2), seed=0)
-    if "page" in ratings:
-        ratings["page"] = ratings["page"].replace("KEY", key["page"])
-    (tmp_path / "r.json").write_text(json.dumps(ratings))
+    text = ratings if isinstance(ratings, str) else json.dumps(ratings)
+    (tmp_path / "r.json").write_text(text.replace("KEY", key["page"]))
     with pytest.raises(UserError, match=r"r.json: ") as error:
         read_ratings([tmp_path / "r.json"], [key_file(tmp_path / "p.html")])
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("wrong", [
+    {"page": ["x"]}, {"model_a": 3}, {"pairs": 3}, {"pairs": [1, 2]}, {"pairs": [{"question_id": 1}]},
+    {"pairs": [{"question_id": [1], "left": "a"}]}, {"identical": 3}, {"identical": [[1]]},
+])
+def test_a_key_that_is_none_is_refused(tmp_path, wrong):
+    key = write_page(tmp_path / "p.html", questions(2), answers("x", 2), answers("y", 2), seed=0)
+    file = rate(tmp_path, "r.json", key, "ab")
+    (tmp_path / "k.json").write_text(json.dumps(key | wrong))
+    with pytest.raises(UserError, match=r"k.json: is no key of a page; give the .key.json that was written beside"):
+        read_ratings([file], [tmp_path / "k.json"])
+
+
 def judged(folder, *records):
-    (folder / "j.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "j.jsonl").write_text(lines.replace("Infinity", "1e999"))  # which JSON allows, and Python reads as inf
     return folder / "j.jsonl"
 
 
@@ -201,6 +220,23 @@ def test_a_judges_pairs_are_counted_as_fastchat_does(tmp_path):
     assert "1 lines without a verdict were left out" in describe(lines, scores, left_out)
 
 
+def test_a_judges_table_is_fastchats(tmp_path, capsys):
+    """FastChat's own show_result over the same verdicts, in every order of the models."""
+    pytest.importorskip("pandas")
+    shown = pytest.importorskip("fastchat.llm_judge.show_result")
+    r = random.Random(0)
+    verdicts = [verdict(i, *r.choices(("model_1", "model_2", "tie", "error"), (5, 3, 2, 1), k=2), turn=turn,
+                        models=r.choice((("m", "n"), ("n", "m")))) for i in range(40) for turn in (1, 2)]
+    file = judged(tmp_path, *verdicts)
+    shown.display_result_pairwise(SimpleNamespace(input_file=str(file), model_list=None, baseline_model=None))
+    theirs = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("m "))
+    pairs, _, left_out = read_judgments(file)
+    line = table(pairs)[0]
+    assert [line["wins"], line["losses"], line["ties"]] == [int(count) for count in theirs[1:4]]
+    assert line["win_rate"]["rate"] == pytest.approx(float(theirs[-1]), abs=1e-6)
+    assert left_out == sum("error" in (each["g1_winner"], each["g2_winner"]) for each in verdicts) > 0
+
+
 def test_a_judges_scores_give_the_same_table(tmp_path):
     def score(question, model, value):
         return {"question_id": question, "model": model, "score": value, "turn": 1, "judge": ["j", "single-v1"]}
@@ -217,6 +253,8 @@ def test_a_judges_scores_give_the_same_table(tmp_path):
 @pytest.mark.parametrize(("record", "message"), [
     ({"question_id": 1, "turn": 1}, "needs g1_winner and g2_winner"),
     ({"turn": 1, "model": "m", "score": 3}, "needs question_id"),
+    ({"question_id": 1, "model": "m", "score": True}, "a score that is a number"),
+    ({"question_id": 1, "model": "m", "score": math.inf}, "a score that is a number"),
     ({**verdict(1, "A", "B")}, "a winner is model_1, model_2, tie or error, not 'A'"),
     ({**verdict(1, "tie", "tie", models=("m", "m"))}, "must be the names of two models"),
 ])
@@ -252,9 +290,18 @@ def test_command_from_answers_to_win_rates(tmp_path, capsys):
     (["a", "b", "--judge", "j"], "give two models, or --ratings, or --judge; `minisft compare --help` shows each"),
     (["a.jsonl", "b.jsonl", "--questions", "mt-en", "--out", "p.html"], "a.jsonl: there is no such file"),
     (["--ratings", "nowhere.json", "--key", "no.json"], "no.json: there is no such file"),
+    (["--ratings", "nowhere.json", "--key", "."], ".: there is no such file"),
     (["a", "b", "--questions", "mt-en", "--out", "no/p.html"], "no/p.html: there is no folder no; make it first"),
+    (["a", "b", "--questions", "mt-en", "--out", "b"], "b: is named twice, and one would overwrite the other; name "
+                                                       "another file"),
+    (["--judge", "empty.jsonl", "--json", "empty.jsonl"], "empty.jsonl: is named twice, and one would overwrite the "
+                                                          "other; name another file"),
+    (["--judge", "empty.jsonl"], "empty.jsonl: holds no verdicts"),
+    (["a", "b", "--questions", "mt-en", "--out", "p.html", "--json", "p.json"], "--json: a page has no figures; they "
+                                                                               "come with --ratings or --judge"),
 ])
 def test_bad_arguments_end_in_one_line(capsys, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
     assert main(["compare", *arguments]) == 2
     assert capsys.readouterr().err.strip() == f"error: {message}"

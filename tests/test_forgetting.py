@@ -171,6 +171,9 @@ def test_losses_of_files_are_those_of_their_documents(base, tmp_path, general):
     assert found[1]["loss"] == pytest.approx(naive(base, options(base, tmp_path, data__general=general)), abs=1e-5)
     short, = file_losses(assistant, [str(conversations)], cache=tmp_path / "cache", seq_len=128, quiet=True)
     assert short["left_out"] == sum(len(document["ids"]) > 128 for document in oracle["documents"])
+    assistant.model.config = replace(assistant.model.config, max_position_embeddings=128)
+    assert file_losses(assistant, [str(conversations)], cache=tmp_path / "cache", quiet=True) == [short], (
+        "a model says nothing past its context")
 
 
 def test_a_file_of_another_tokenizer_is_refused(base, tmp_path, general):

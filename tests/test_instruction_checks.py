@@ -1,11 +1,14 @@
 """Verdicts on instructions are those of lm_eval's IFEval program; Turkish and the rest against words of the tests."""
 
+import os
 import random
 
 import pytest
 
 from minisft.errors import UserError
+from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.instruction_checks import CHECKS, parameters, sentences
+from minisft.evaluation.instructions import figures, load
 from minisft.evaluation.language import detect, languages, lower, upper
 
 SENTENCES = ("The cat sat on the mat.", "Why not?", "It was cold!", "We saw Rome, Paris and Bonn.", "I have a plan.",
@@ -229,3 +232,23 @@ def test_wrong_parameters_are_named(instruction, given, message):
 def test_null_parameters_are_as_good_as_none():
     given = {"num_words": 3.0, "relation": "at least", "keywords": None, "language": None}
     assert parameters("length_constraints:number_words", given, "f:1") == {"num_words": 3, "relation": "at least"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MINISFT_SMOLLM2" not in os.environ, reason="MINISFT_SMOLLM2 names no model")
+def test_answers_of_a_model_are_judged_as_ifeval_judges_them(oracle):
+    """The shipped prompts, as far as IFEval knows their instructions: without Turkish ones and without "exactly"."""
+    from lm_eval.tasks.ifeval import utils
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    asked = load("instructions")
+    found = figures(Assistant.load(os.environ["MINISFT_SMOLLM2"]), asked, max_new_tokens=128)["answers"]
+    judged = 0
+    for prompt, said in zip(asked.prompts, found, strict=True):
+        for (name, given), *verdicts in zip(prompt.instructions, said["strict"], said["loose"], strict=True):
+            if name in INSTRUCTION_DICT and given.get("relation") != "exactly" and given.get("language") != "tr":
+                document = {"key": 1, "prompt": prompt.prompt, "instruction_id_list": [name], "kwargs": [given]}
+                wanted = utils.process_results(document, [said["answer"]])
+                assert verdicts == [wanted[f"inst_level_{kind}_acc"][0] for kind in ("strict", "loose")], (name, said)
+                judged += 1
+    assert judged == 34

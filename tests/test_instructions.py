@@ -45,6 +45,8 @@ def test_figures_count_prompts_and_instructions(tmp_path):
     assert found["by_instruction"]["keywords:existence"]["rate"] == 1
     assert {name: figure["count"] for name, figure in found["by_language"].items()} == {"en": 1, "tr": 1}
     assert "instructions, strict 33.3% (6.1% to 79.2%) of 3" in describe(found)
+    assert found["answers"] == [{"key": 1, "answer": "a, b", "strict": [False], "loose": [False]},
+                                {"key": 2, "answer": "ILIK", "strict": [True, False], "loose": [True, False]}]
 
 
 def test_the_interval_is_wilsons():
@@ -113,6 +115,8 @@ def test_an_unknown_instruction_is_refused_by_name_or_counted(tmp_path):
     ({**NO_COMMA, "kwargs": [[]]}, "an object for each name"),
     ({**NO_COMMA, "instruction_id_list": []}, "needs instruction_id_list"),
     ({**NO_COMMA, "kwargs": [{"x": 2}]}, "takes no parameters; found x"),
+    ({**NO_COMMA, "language": "TR"}, "no language 'TR' can be told here; choose from ar,"),
+    ({**NO_COMMA, "language": ["tr"]}, "no language \"['tr']\" can be told here"),
 ])
 def test_what_is_wrong_with_a_record_is_said_with_its_line(tmp_path, record, message):
     with pytest.raises(UserError, match=r"asked.jsonl:2: ") as error:

@@ -48,7 +48,8 @@ def test_figures_of_a_file():
 
 @pytest.mark.parametrize(("answer", "letter"), [
     ("B", "B"), ("B) Mercury", "B"), ("The answer is (C).", "C"), ("**D**", "D"), ("Mercury", ""),
-    ("B12 is a vitamin", ""), ("A's and O's", ""), ("", ""),
+    ("A hexagon has six sides.", ""), ("A is right", "A"), ("A şıkkı", "A"), ("A planet: A", "A"), ("A\n\nsix", "A"),
+    ("A) six", "A"), ("B12 is a vitamin", ""), ("A's and O's", ""), ("", ""),
 ])
 def test_the_letter_of_an_answer(answer, letter):
     assert chosen(answer) == letter

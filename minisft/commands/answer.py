@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """Answer, then describe the answers."""
     from minisft.evaluation import answers, prompts, signals
 
-    check(options, recipe, files=(options.out, options.json))
+    check(options, recipe, writes=(options.out, options.json), reads=(options.questions,))
     questions = prompts.load_questions(options.questions)[: options.limit]
     model_id = options.model_id or answers.model_name(options.model)
     assistant = None
@@ -64,14 +64,19 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check(options: argparse.Namespace, recipe: list[str], *, files: tuple[Path | None, ...]) -> None:
-    """Raise UserError for arguments that nobody knows and for files that cannot be written."""
+def check(options: argparse.Namespace, recipe: list[str], *, writes: tuple[Path | None, ...],
+          reads: tuple[str | Path | None, ...]) -> None:
+    """Raise UserError for arguments that nobody knows, and for files that cannot be written or are read as well."""
     if recipe:
         raise UserError(f"unknown argument {recipe[0]}; `minisft {options.command} --help` lists the options")
-    for file in files:
-        if file and (file.is_dir() or not file.parent.is_dir()):
+    taken = {Path(file).resolve() for file in reads if file}
+    for file in filter(None, writes):
+        if file.is_dir() or not file.parent.is_dir():
             reason = "is a folder; name a file" if file.is_dir() else f"there is no folder {file.parent}; make it first"
             raise UserError(f"{file}: {reason}")
+        if file.resolve() in taken:
+            raise UserError(f"{file}: is named twice, and one would overwrite the other; name another file")
+        taken.add(file.resolve())
 
 
 def precision_of(options: argparse.Namespace) -> str:

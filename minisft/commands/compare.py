@@ -39,7 +39,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """One of three: make a page, read ratings, read a judge's verdicts."""
-    answer.check(options, recipe, files=(options.out, options.json))
+    answer.check(options, recipe, writes=(options.out, options.json),
+                 reads=(*options.models, options.questions, *options.ratings, *options.key, options.judge))
     if sum(map(bool, (options.models, options.ratings, options.judge))) != 1:
         raise UserError("give two models, or --ratings, or --judge; `minisft compare --help` shows each")
     if options.models:
@@ -65,6 +66,8 @@ def make_page(options: argparse.Namespace) -> None:
 
     if len(options.models) != 2 or not options.questions or not options.out:
         raise UserError("a page needs two models, --questions FILE and --out PAGE.html")
+    if options.json:
+        raise UserError("--json: a page has no figures; they come with --ratings or --judge")
     questions = prompts.load_questions(options.questions)[: options.limit]
     a, b = (answers_of(model, questions, options, side)
             for model, side in zip(options.models, ("a", "b"), strict=True))

@@ -50,7 +50,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
                        help="conversations, whose answers count, and plain text, in which every token does")
     group.add_argument("--data-format", choices=FORMATS, default="auto", help="how these files are laid out (auto)")
     group.add_argument("--seq-len", type=positive, default=2048, metavar="N",
-                       help="longer documents are left out, and counted (2048)")
+                       help="longer documents are left out, and counted (2048, or the model's context if that is less)")
     command.set_defaults(run=run)
 
 
@@ -58,7 +58,8 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """All evaluations that the options ask for, of one model."""
     from minisft.evaluation import choices, heldout, instructions  # late: `minisft --help` does not wait for torch
 
-    answer.check(options, recipe, files=(options.json,))
+    answer.check(options, recipe, writes=(options.json,),
+                 reads=(*options.choices, *options.shots_from, options.instructions, *options.data))
     if not (options.choices or options.instructions or options.data):
         raise UserError("nothing to evaluate; give --choices FILE ..., --instructions FILE or --data FILE ...")
     # All files are read before the weights are: an error in them should not take a minute.

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -93,19 +93,35 @@ def _line(question: Question, turns: list[str], cut: list[bool], model_id: str) 
 
 
 def unanswered(questions: list[Question], file: Path, *, model_id: str) -> list[Question]:
-    """The questions whose answers `file` lacks. A last line that was cut off in writing is removed from the file."""
-    if not file.exists():
-        return list(questions)
-    whole = file.read_bytes()
-    if whole and not whole.endswith(b"\n"):
-        with open(file, "r+b") as out:
-            out.truncate(whole.rfind(b"\n") + 1)
-    if file.stat().st_size == 0:
-        return list(questions)
-    done = read_answers(file)
-    if done.model_id != model_id:
-        raise UserError(f"{file}: holds the answers of {done.model_id!r}, not of {model_id!r}; give another --out")
-    return [question for question in questions if question.id not in done.turns]
+    """The questions whose answers `file` lacks. A last line that was cut off in writing is removed from the file, and
+    one that lacks its newline gets it.
+
+    Raises UserError for a file of another kind or another model, which stays as it is.
+    """
+    whole = file.read_bytes() if file.exists() else b""
+    end = whole.rfind(b"\n") + 1
+    kept = whole[:end] if _cut_in_writing(whole[end:]) else whole
+    done: Collection[int | str] = ()
+    if kept:
+        found = read_answers(file, end=len(kept))
+        if found.model_id != model_id:
+            raise UserError(f"{file}: holds the answers of {found.model_id!r}, not of {model_id!r}; give another --out")
+        done = found.turns
+    if whole[end:]:
+        with open(file, "ab") as out:
+            out.truncate(len(kept))
+            out.write(b"\n" * (len(kept) > end))
+    return [question for question in questions if question.id not in done]
+
+
+def _cut_in_writing(line: bytes) -> bool:
+    """Whether `line` is the beginning of an answer's line, and not a whole one that only lacks its newline."""
+    begins = b'{"question_id": '
+    try:
+        json.loads(line)
+    except ValueError:
+        return line[: len(begins)] == begins[: len(line)]
+    return False
 
 
 @dataclass(frozen=True)
@@ -117,12 +133,15 @@ class Answers:
     cut: list[bool] | None  # of all turns, where the file says it of every one
 
 
-def read_answers(file: Path) -> Answers:
-    """The answers of one model. Of several choices the first counts. Raises UserError, with file and line."""
+def read_answers(file: Path, *, end: int | None = None) -> Answers:
+    """The answers of one model, in a file or in its first `end` bytes. Of several choices the first counts.
+
+    Raises UserError, with file and line.
+    """
     turns: dict[int | str, tuple[str, ...]] = {}
     models: set[str] = set()
     cut: dict[int | str, list[bool]] = {}
-    for line, record in json_lines(file):
+    for line, record in json_lines(file, end=end):
         where = f"{file}:{line}"
         number, model, choices = record.get("question_id"), record.get("model_id"), record.get("choices")
         if not isinstance(number, int | str) or not isinstance(model, str):
@@ -133,6 +152,8 @@ def read_answers(file: Path) -> Answers:
         turns[number] = texts(choices[0].get("turns"), f"{where}: choices[0].turns")
         if isinstance(said := choices[0].get("cut"), list) and len(said) == len(turns[number]):
             cut[number] = [bool(one) for one in said]
+    if not models:
+        raise UserError(f"{file}: holds no answers")
     if len(models) != 1:
         raise UserError(f"{file}: holds the answers of {len(models)} models; one file a model")
     return Answers(models.pop(), turns, [one for said in cut.values() for one in said] if cut.keys() == turns.keys()

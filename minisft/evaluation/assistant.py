@@ -9,8 +9,10 @@ import torch
 
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.conversation import Turn
+from minisft.data.records import SHORT
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
+from minisft.errors import UserError
 from minisft.evaluation.decoding import Decoder
 from minisft.evaluation.generate import generate, stream
 from minisft.evaluation.sampling import GREEDY, Sampling
@@ -34,6 +36,8 @@ class Assistant:
         `template` is the name of a chat template, built in or of the TOML file `templates`; empty: the one that the
         folder tells. Raises UserError for folders that are broken, and where no template is known.
         """
+        if not Path(path).is_dir():
+            raise UserError(f"{path}: no such folder; name a Hugging Face folder, such as runs/my/final")
         home = path  # of the tokenizer
         if is_adapter(path) and not (Path(path) / "tokenizer.json").exists():
             home = PeftFolder(path).base
@@ -49,8 +53,14 @@ class Assistant:
 
     def answer(self, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int = 512,
                sampling: Sampling = GREEDY) -> list[str]:
-        """The model's next turn in each conversation."""
+        """The model's next turn in each conversation. Raises UserError for one that fills the model's context."""
         prompts = [self.renderer.prompt(turns) for turns in conversations]
+        context = self.model.config.max_position_embeddings
+        for turns, prompt in zip(conversations, prompts, strict=True):
+            if len(prompt) >= context:
+                raise UserError(f"{SHORT.repr(turns[-1].content)}: {len(prompt):,} tokens with all that was said "
+                                f"before, and the model's context has {context:,}; shorten the question, or the "
+                                "answers before it with --max-new-tokens")
         answers = generate(self.model, prompts, max_new_tokens=max_new_tokens, stop_ids=self.renderer.stop_ids(),
                            sampling=sampling)
         return [self.renderer.tokenizer.decode(ids) for ids in answers]

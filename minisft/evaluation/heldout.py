@@ -52,9 +52,10 @@ def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, fo
                 overlong: str = "drop", quiet: bool = False) -> list[dict[str, Any]]:
     """For each file: name, loss, perplexity, target_tokens, documents, and how many of those read were left out.
 
-    Answers count in conversations, every token in plain text. Raises UserError for files that training would refuse.
+    Answers count in conversations, every token in plain text. Documents past the model's context are over length too:
+    its losses there would say nothing. Raises UserError for files that training would refuse.
     """
-    found = []
+    seq_len, found = min(seq_len, assistant.model.config.max_position_embeddings), []
     for file in files:
         store = open_store(file, name=file, format=format, renderer=assistant.renderer, cache=Path(cache), quiet=quiet)
         dataset = Dataset([store], seq_len=seq_len, overlong=overlong)

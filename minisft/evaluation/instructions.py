@@ -21,6 +21,7 @@ from minisft.data.conversation import Turn
 from minisft.errors import UserError
 from minisft.evaluation.answers import Answering, in_batches
 from minisft.evaluation.instruction_checks import CHECKS, parameters
+from minisft.evaluation.language import check_language
 from minisft.evaluation.prompts import json_lines, question_file
 from minisft.evaluation.rates import percent, rate
 
@@ -73,8 +74,9 @@ def load(name: str | Path, *, skip_unknown: bool = False, limit: int | None = No
         skipped.update(unknown)
         known = tuple((name, parameters(name, kwargs, where))
                       for name, kwargs in zip(names, given, strict=True) if name in CHECKS)
+        language = check_language(str(record.get("language") or "en"), where)  # "TR" would compare as English
         if known:
-            prompts.append(Instructed(record["key"], record["prompt"], str(record.get("language") or "en"), known))
+            prompts.append(Instructed(record["key"], record["prompt"], language, known))
     if not prompts:
         raise UserError(f"{file}: no prompts with instructions that can be checked")
     return Prompts(str(name), prompts, dict(skipped))
@@ -95,22 +97,24 @@ def loosely(answer: str, asked: Instructed) -> list[bool]:
 
 
 def check(prompts: list[Instructed], answers: Iterable[str]) -> dict[str, Any]:
-    """Rates of prompts and of instructions followed, strictly and loosely, also by instruction and language."""
-    verdicts: dict[str, list[list[bool]]] = {"strict": [], "loose": []}
+    """Rates of prompts and of instructions followed, strictly and loosely, also by instruction and language; and each
+    answer with its verdicts, in the order of its instructions."""
+    said: list[dict[str, Any]] = [
+        {"key": asked.key, "answer": answer, "strict": follows(answer, asked), "loose": loosely(answer, asked)}
+        for asked, answer in zip(prompts, answers, strict=True)]
     by_name, by_language = defaultdict(list), defaultdict(list)
-    for asked, answer in zip(prompts, answers, strict=True):
-        verdicts["strict"].append(strict := follows(answer, asked))
-        verdicts["loose"].append(loosely(answer, asked))
+    for asked, strict in zip(prompts, (each["strict"] for each in said), strict=True):
         by_language[asked.language].append(all(strict))
         for (name, _), followed in zip(asked.instructions, strict, strict=True):
             by_name[name].append(followed)
     rates: dict[str, Any] = {}
-    for kind, rows in verdicts.items():
-        each = [followed for row in rows for followed in row]
-        rates[kind] = {"prompts": rate(sum(map(all, rows)), len(rows)), "instructions": rate(sum(each), len(each))}
+    for kind in ("strict", "loose"):
+        rows = [each[kind] for each in said]
+        flat = [followed for row in rows for followed in row]
+        rates[kind] = {"prompts": rate(sum(map(all, rows)), len(rows)), "instructions": rate(sum(flat), len(flat))}
     rates["by_instruction"] = {name: rate(sum(found), len(found)) for name, found in sorted(by_name.items())}
     rates["by_language"] = {name: rate(sum(found), len(found)) for name, found in sorted(by_language.items())}
-    return rates
+    return rates | {"answers": said}
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -120,6 +124,6 @@ def describe(found: dict[str, Any]) -> str:
               for unit in ("prompts", "instructions") for kind in ("strict", "loose")]
     lines += [f"  prompts in {code}, strict: {percent(figure)}" for code, figure in found["by_language"].items()
               if len(found["by_language"]) > 1]
-    lines += [f"    {name:44} {percent(figure)}" for name, figure in found["by_instruction"].items()]
+    lines += [f"    {name:45} {percent(figure)}" for name, figure in found["by_instruction"].items()]
     lines += [f"  not checked: {name} ({count} times)" for name, count in found["skipped"].items()]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ Shipped are mt-en and mt-tr, forty questions of two turns each in English and in
 following can be checked (instructions.py). All were written for this package.
 """
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -29,15 +30,14 @@ class Question:
     reference: tuple[str, ...] = ()
 
 
-def json_lines(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, object) of each record of a file; UserError for what is not JSON."""
+def json_lines(file: str | Path, *, end: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of each record of a file, or of its first `end` bytes; UserError for what is not JSON."""
     if not Path(file).is_file():
         raise UserError(f"{file}: there is no such file")
-    with open(file, "rb") as stream:
-        for line, record in records(stream, str(file), skip_bad=True):
-            if isinstance(record, BadRecord):
-                raise UserError(f"{file}:{line + record.lines_down}: {record.reason}: {record.detail}")
-            yield line, record
+    for line, record in records(io.BytesIO(Path(file).read_bytes()[:end]), str(file), skip_bad=True):
+        if isinstance(record, BadRecord):
+            raise UserError(f"{file}:{line + record.lines_down}: {record.reason}: {record.detail}")
+        yield line, record
 
 
 def question_file(name: str | Path) -> Path:

@@ -17,10 +17,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import combinations
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from minisft.data.records import SHORT
 from minisft.errors import UserError
 from minisft.evaluation.prompts import json_lines
 from minisft.evaluation.rates import percent, rate, sign_test
@@ -32,22 +34,23 @@ Verdicts = dict[Unit, list[float]]  # of each unit 1 where the first model won, 
 
 def read_ratings(ratings: Iterable[Path], keys: Iterable[Path]) -> dict[tuple[str, str], Verdicts]:
     """The verdicts of raters, by pair of models. Raises UserError for files that do not belong together."""
-    by_page = {key.get("page"): key for key in map(_read_key, keys)}
+    by_page = {key["page"]: key for key in map(_read_key, keys)}
     found: dict[tuple[str, str], Verdicts] = defaultdict(lambda: defaultdict(list))
     used = {}
     for file in ratings:
         rated = _object(file)
-        if not isinstance(rated.get("ratings"), dict):
+        if not (isinstance(rated.get("ratings"), dict) and isinstance(rated.get("page"), str)):
             raise UserError(f"{file}: is no file of ratings that a page of `minisft compare` has saved")
-        if (key := by_page.get(rated.get("page"))) is None:
-            raise UserError(f"{file}: rates page {rated.get('page')!r}, whose key is not among --key; give the "
+        if (key := by_page.get(rated["page"])) is None:
+            raise UserError(f"{file}: rates page {rated['page']!r}, whose key is not among --key; give the "
                             ".key.json that was written beside the page")
         used[key["page"]] = key
+        pairs = {str(i): pair for i, pair in enumerate(key["pairs"])}
         for index, choice in rated["ratings"].items():
-            if not (index.isdecimal() and int(index) < len(key["pairs"])) or choice not in ("left", "right", "tie"):
-                raise UserError(f"{file}: rating {index}: {choice!r} is not of this page; a choice is left, right or "
-                                "tie")
-            pair = key["pairs"][int(index)]
+            if index not in pairs or choice not in ("left", "right", "tie"):
+                raise UserError(f"{file}: rating {index:.20}: {SHORT.repr(choice)} is not of this page; a choice is "
+                                "left, right or tie")
+            pair = pairs[index]
             score = 0.5 if choice == "tie" else float((choice == "left") == (pair["left"] == "a"))
             found[key["model_a"], key["model_b"]][pair["question_id"], 0].append(score)
     for key in used.values():
@@ -58,17 +61,21 @@ def read_ratings(ratings: Iterable[Path], keys: Iterable[Path]) -> dict[tuple[st
 
 def _read_key(file: Path) -> dict[str, Any]:
     key = _object(file)
-    if not {"page", "model_a", "model_b", "pairs", "identical"} <= key.keys():
+    pairs, same = key.get("pairs"), key.get("identical")
+    names = all(isinstance(key.get(name), str) for name in ("page", "model_a", "model_b"))
+    if not (names and isinstance(pairs, list) and isinstance(same, list)
+            and all(isinstance(pair, dict) and pair.get("left") in ("a", "b") for pair in pairs)
+            and all(isinstance(number, int | str) for number in [*same, *(pair.get("question_id") for pair in pairs)])):
         raise UserError(f"{file}: is no key of a page; give the .key.json that was written beside the page")
     return key
 
 
 def _object(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: there is no such file") from None
-    except ValueError as error:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))  # an editor may have put a byte order mark there
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: bad JSON: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: must hold one JSON object")
@@ -79,7 +86,7 @@ def read_judgments(file: Path) -> tuple[dict[tuple[str, str], Verdicts], dict[st
     """Verdicts by pair of models, the scores of each model (of a file of scores), and how many lines were left out."""
     pairs: dict[tuple[str, str], Verdicts] = defaultdict(lambda: defaultdict(list))
     scores: dict[str, dict[Unit, list[float]]] = defaultdict(lambda: defaultdict(list))
-    left_out = 0
+    line = left_out = 0
     for line, record in json_lines(file):
         question, turn = record.get("question_id"), record.get("turn", 1)
         if not isinstance(question, int | str) or not isinstance(turn, int):
@@ -90,6 +97,8 @@ def read_judgments(file: Path) -> tuple[dict[tuple[str, str], Verdicts], dict[st
             scores[scored[0]][question, turn].append(scored[1])
         else:
             left_out += 1
+    if not line:
+        raise UserError(f"{file}: holds no verdicts")
     for a, b in combinations(sorted(scores), 2):
         for unit in scores[a].keys() & scores[b].keys():
             gap = mean(scores[a][unit]) - mean(scores[b][unit])
@@ -112,7 +121,8 @@ def _pairwise(record: dict[str, Any], where: str) -> tuple[tuple[str, str], floa
 
 def _single(record: dict[str, Any], where: str) -> tuple[str, float] | None:
     model, score = record.get("model"), record.get("score")
-    if not isinstance(model, str) or not isinstance(score, int | float):
+    if not isinstance(model, str) or not isinstance(score, int | float) or isinstance(score, bool) \
+            or not isfinite(score):
         raise UserError(f"{where}: needs g1_winner and g2_winner (pairwise), or model and a score that is a number")
     return None if score == -1 else (model, float(score))
 
