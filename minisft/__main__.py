@@ -23,14 +23,19 @@ from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
 COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare, report, convert)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """Every command and its options; also what tools that write shell completions ask for (README)."""
     parser = argparse.ArgumentParser(prog="minisft", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    options, recipe = parser.parse_known_args(argv)  # what is left over are keys of a recipe
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options, recipe = parser().parse_known_args(argv)  # what is left over are keys of a recipe
     try:
         options.run(options, recipe)
         return 0
