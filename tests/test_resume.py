@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -183,7 +184,12 @@ def test_a_failed_run_says_how_far_it_came(base, tmp_path, monkeypatch):
 
 
 def test_interrupted_before_the_first_step(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "prepare", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):  # another thread may be the one that is told; this one hears of it a little later
+            time.sleep(0.01)
+
+    monkeypatch.setattr(trainer, "prepare", interrupted)
     assert main(options(base, tmp_path, **SMALL)) == 130
     assert "interrupted before the first step; there is nothing to save" in capsys.readouterr().err
 
