@@ -235,3 +235,13 @@ def test_every_step_of_a_checkpoint_is_in_the_log(base, tmp_path, monkeypatch, u
             main(options(base, tmp_path, **SMALL))
     train(base, tmp_path, **SMALL)
     assert_same(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("line", ["no JSON", "[1]", '{"kind": "train"}', '{"step": "1"}'])
+def test_a_broken_line_in_the_log_is_named(base, tmp_path, monkeypatch, capsys, line):
+    run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=4)
+    file = tmp_path / "run/metrics.jsonl"
+    first, *others = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([first, line, *others, '{"kind": "tra']), encoding="utf-8")  # and a last one cut off
+    assert main(options(base, tmp_path, **SMALL)) == 2
+    assert f"{file}:2: is no record of a run; mend the line or delete it" in capsys.readouterr().err

@@ -10,8 +10,9 @@ else, or a run that is finished, is never written over.
 import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from minisft.errors import UserError
 from minisft.training.checkpoint import checkpoints
@@ -21,12 +22,26 @@ OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkp
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records in the `metrics.jsonl` of a run; none where there is no such file."""
+    """The records in the `metrics.jsonl` of a run; none where there is no such file. UserError for what is none."""
     file = folder / "metrics.jsonl"
     if not file.exists():
         return []
-    with open(file, encoding="utf-8") as log:
-        return [json.loads(line) for line in log if line.endswith("\n")]  # the last may have been cut off by a crash
+    with open(file, "rb") as log:
+        return [record for _, record in _records(log, file)]
+
+
+def _records(log: BinaryIO, file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line and its record; not a last line that was cut off by a crash."""
+    for number, line in enumerate(log, start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UserError(f"{file}:{number}: is no record of a run; mend the line or delete it")
+        yield line, record
 
 
 class RunFolder:
@@ -84,8 +99,8 @@ class RunFolder:
         file, partial = self.path / "metrics.jsonl", self.path / "metrics.jsonl.tmp"
         if not file.exists():
             return
-        with open(file, encoding="utf-8") as old, open(partial, "w", encoding="utf-8") as new:
-            new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
+        with open(file, "rb") as old, open(partial, "wb") as new:
+            new.writelines(line for line, record in _records(old, file) if record["step"] <= step)
         os.replace(partial, file)
 
     def close(self) -> None:
