@@ -42,10 +42,10 @@ from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.model.attention import Documents, attend
+from minisft.model.precision import DTYPES
 
 # H query heads, K key/value heads, E head width, T tokens
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 0.03, "fp32": 1e-4}
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minisft.evaluation.decoding import Decoder
 from minisft.evaluation.generate import generate
 from minisft.model.llama import Llama
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from minisft.model.precision import DTYPES
 
 
 def minisft(folder: str, dtype: torch.dtype) -> tuple[Callable[[list[int], int], list[int]], int]:

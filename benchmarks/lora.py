@@ -24,6 +24,7 @@ import torch
 from minisft.model.nf4 import NF4
 from minisft.training import run, trainer
 from minisft.training.optimizer import MOMENTS, Optimizer
+from minisft.training.run_folder import read_log
 
 VARIANTS = {
     "full": {"optim.lr": 2e-5},
@@ -91,7 +92,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path, turn: int) -
                           check=False)
     if done.returncode:
         raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stdout}")
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(run)
     steps = [record for record in log if record["kind"] == "train"]
     return {**json.loads(done.stdout.splitlines()[-1]), "loss": steps[-1]["loss"],
             "tokens/s": statistics.median(record["tokens_per_second"] for record in steps[1:]),

@@ -27,6 +27,7 @@ from typing import ClassVar
 from minisft.training import optimizer as optimizer_module
 from minisft.training import run, trainer
 from minisft.training.optimizer import MOMENTS, Optimizer
+from minisft.training.run_folder import read_log
 
 BF16 = {"optim.parameters": "bf16"}
 SAVERS = {**BF16, "optim.moments": "bf16", "optim.in_backward": "true", "parallel.offload": "optimizer"}
@@ -102,7 +103,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict:
                           check=False)
     if done.returncode:
         raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stdout}")
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(run)
     losses = [record["loss"] for record in log if record["kind"] == "train"]
     heldout = [record["loss"] for record in log if record["kind"] == "eval"]
     seconds = [record["seconds"] for record in log if record["kind"] == "train"]

@@ -25,12 +25,12 @@ COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare, report, conver
 
 def parser() -> argparse.ArgumentParser:
     """Every command and its options; also what tools that write shell completions ask for (README)."""
-    parser = argparse.ArgumentParser(prog="minisft", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    whole = argparse.ArgumentParser(prog="minisft", description=__doc__, allow_abbrev=False,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    return whole
 
 
 def main(argv: list[str] | None = None) -> int:

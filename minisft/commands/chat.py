@@ -82,7 +82,7 @@ class Chat:
 
         from minisft.evaluation.assistant import Assistant
         from minisft.evaluation.sampling import Sampling
-        from minisft.model.precision import CPU_MATMULS_IN_BF16
+        from minisft.model.precision import CPU_MATMULS_IN_BF16, DTYPES
 
         options, device = self.options, "cuda" if torch.cuda.is_available() else "cpu"
         self.sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
@@ -90,8 +90,7 @@ class Chat:
         fast = "bf16" if device == "cuda" or CPU_MATMULS_IN_BF16 else "fp32"
         precision = fast if options.precision == "auto" else options.precision
         self.assistant = Assistant.load(options.model, template=options.template, templates=options.templates,
-                                        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision],
-                                        device=device)
+                                        dtype=DTYPES[precision], device=device)
         self.system = options.system
 
     def ask(self, text: str) -> None:

@@ -30,10 +30,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """SOURCE as TARGET, which appears in one rename when it is complete."""
-    import torch
-
-    from minisft.model.llama import Llama
+    from minisft.model.llama import Llama  # imported late: torch takes seconds
     from minisft.model.peft import PeftFolder, is_adapter
+    from minisft.model.precision import DTYPES
 
     source, target = options.source, options.target
     if recipe:
@@ -48,7 +47,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     partial = target.with_name(target.name + ".tmp")
     if partial.exists():
         raise UserError(f"{partial}: is in the way, left by a conversion that was killed; delete it")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    dtype = DTYPES[options.dtype]
     model = Llama.from_pretrained(source, dtype=dtype, format=options.format, base=options.base)
     homes = [source, *([options.base or PeftFolder(source).base] if options.merge else [])]
     try:

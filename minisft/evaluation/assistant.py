@@ -71,9 +71,3 @@ class Assistant:
         found = stream(self.decoder, [self.renderer.prompt(turns)], max_new_tokens=max_new_tokens,
                        stop_ids=self.renderer.stop_ids(), sampling=sampling)
         return (token for _, token in found)
-
-    def speak(self, turns: tuple[Turn, ...], *, max_new_tokens: int = 512,
-              sampling: Sampling = GREEDY) -> Iterator[str]:
-        """The text of the model's next turn, piece by piece; no piece ends within a character."""
-        return self.renderer.tokenizer.decode_stream(
-            self.tokens(turns, max_new_tokens=max_new_tokens, sampling=sampling))

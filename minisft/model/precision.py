@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that recipes and options have for them
+
 # The only public question PyTorch answers is about the whole library, so the CPU's flags are asked.
 CPU_MATMULS_IN_BF16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

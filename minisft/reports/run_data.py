@@ -18,7 +18,7 @@ def data_figures(run: Run) -> str:
 
 
 def _by_length(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """None where there are no documents."""
+    """Empty where there are no documents."""
     buckets = data["lengths"]
     full = [i for i, bucket in enumerate(buckets) if bucket["kept"] + bucket["too_long"]]
     if not full:
@@ -32,7 +32,7 @@ def _by_length(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _by_fill(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """None for a run that does not tell."""
+    """Empty for a run that does not tell."""
     fill = data.get("pack_fill", [])
     first = next((i for i, packs in enumerate(fill) if packs), len(fill))
     if first == len(fill):

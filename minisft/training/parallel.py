@@ -28,6 +28,7 @@ from minisft.model import lora
 from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
 from minisft.model.lora_config import LoRA
+from minisft.model.precision import DTYPES
 
 TIMEOUT = timedelta(minutes=30)  # the longest wait is for the leading rank to write the model
 
@@ -154,7 +155,7 @@ def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", r
     `reshard` says whether a layer's gathered parameters are freed after its forward pass, to be gathered again for
     the backward pass; "auto" frees all but those of the whole model, which the backward pass begins with.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     on_host = offload == "parameters"
     with torch.device("meta"):
         model = Llama(config, recompute=recompute, dtype=dtype)

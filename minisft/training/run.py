@@ -15,17 +15,16 @@ import torch
 from minisft.config import Config
 from minisft.data import packing
 from minisft.model import lora, weights
-from minisft.model.config import PRESETS, LlamaConfig, read_config
+from minisft.model.config import LlamaConfig, read_config
 from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder
+from minisft.model.precision import DTYPES
 from minisft.planning.memory import Sizes
 from minisft.preparation import Prepared, adapters_of, check_vocabulary
 from minisft.training import parallel, provenance
 from minisft.training.checkpoint import SavedState, check_room
 from minisft.training.optimizer import Optimizer
 from minisft.training.parallel import World
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def open_base(config: Config, prepared: Prepared) -> Base:
     """The network's shape and its weights on disk, checked against each other and the data."""
     checkpoint: weights.Checkpoint | None = None
     if config.model.init == "random":
-        network = PRESETS.get(config.model.config) or read_config(config.model.config)
+        network = prepared.network or read_config(config.model.config)
     elif config.model.format == "meta":
         checkpoint = MetaFolder(config.model.path)
         network = checkpoint.config

@@ -37,7 +37,7 @@ def _records(log: BinaryIO, file: Path) -> Iterator[tuple[bytes, dict[str, Any]]
             return
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise UserError(f"{file}:{number}: is no record of a run; mend the line or delete it")

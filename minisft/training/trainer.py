@@ -24,6 +24,7 @@ from minisft.errors import EXIT_PREEMPTED
 from minisft.evaluation import samples
 from minisft.evaluation.forgetting import Forgetting
 from minisft.evaluation.heldout import heldout_loss, loss_figures
+from minisft.model.precision import DTYPES
 from minisft.noise import key_of
 from minisft.planning.hardware import peak_flops
 from minisft.preparation import Prepared, adapters_of, prepare
@@ -40,7 +41,7 @@ from minisft.training.optimizer import learning_rate
 from minisft.training.parallel import World
 from minisft.training.preemption import Preemption
 from minisft.training.profile import profiled
-from minisft.training.run import DTYPES, Run, check_ranks, fill, is_compiled, open_base, open_run
+from minisft.training.run import Run, check_ranks, fill, is_compiled, open_base, open_run
 from minisft.training.run_folder import RunFolder, read_log
 
 
