@@ -53,6 +53,7 @@ def read(tmp_path: Path, raw: Any) -> LlamaConfig:
     ({"head_dim": 5}, "head_dim is 5; rotary embeddings need an even number"),
     ({"rope_theta": "500000"}, "rope_theta is '500000'; a positive number is needed"),
     ({"rope_theta": 0}, "rope_theta is 0"), ({"rope_theta": float("nan")}, "rope_theta is nan"),
+    ({"rope_theta": 8e-60}, "rope_theta is 8e-60; a positive number is needed, one whose powers fp32 can hold"),
     ({"rope_theta": 10**400}, "rope_theta is 1000"), ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"), ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; true or false is needed"),

@@ -144,8 +144,8 @@ def _size(name: str, value: Any) -> int:
 
 
 def _positive(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not 0 < value < 1e30:  # also false for NaN
-        raise ValueError(f"{name} is {value!r}; a positive number is needed")
+    if type(value) not in (int, float) or not 1e-30 < value < 1e30:  # also false for NaN
+        raise ValueError(f"{name} is {value!r}; a positive number is needed, one whose powers fp32 can hold")
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, **other: Any) -> LlamaConfig:
