@@ -15,6 +15,7 @@
 """
 
 import argparse
+import os
 import sys
 
 from minisft.commands import answer, chat, compare, convert, evaluate, plan, prepare, report, show
@@ -38,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     options, recipe = parser().parse_known_args(argv)  # what is left over are keys of a recipe
     try:
         options.run(options, recipe)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -77,6 +77,7 @@ def test_a_stopped_command_goes_on_behind_the_last_whole_line(tmp_path):
 @pytest.mark.parametrize("content", [
     "my notes\nwithout a newline at the end", '{"question_id": 1, "turns": ["a question"]}',
     '{"question_id": 1, "turns": ["a question"]}\n{"question_id": 2, "turns": ["cut', "{}", "[",
+    '[{"question_id": 1, "model_id": "m", "choices": [{"index": 0, "turns": ["an answer"]}]}]\n',
 ])
 def test_a_file_of_another_kind_stays_as_it_is(tmp_path, content):
     (file := tmp_path / "notes.txt").write_text(content)

@@ -309,13 +309,15 @@ def test_colour_only_where_it_is_wanted(prepared):
     assert (piped.returncode, piped.stdout, piped.stderr) == (0, plain, "")
 
 
-def test_a_reader_that_stops_early_is_no_error(here):
+@pytest.mark.parametrize("argv", [["show", "r.toml", "--step", "1"], ["prepare", "r.toml"]])
+def test_a_reader_that_stops_early_is_no_error(here, argv):
     head = subprocess.Popen(["head", "-c", "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     head.stdin.write(b"x")
     head.stdin.flush()
     head.wait(60)
-    done = subprocess.run(**command("--step", "1"), stdout=head.stdin, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([sys.executable, "-m", "minisft", *argv], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          stdout=head.stdin, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0 and "Broken pipe" not in done.stderr
 
 
 def test_an_ascii_terminal_gets_escapes(here):

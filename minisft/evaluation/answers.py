@@ -99,6 +99,8 @@ def unanswered(questions: list[Question], file: Path, *, model_id: str) -> list[
     Raises UserError for a file of another kind or another model, which stays as it is.
     """
     whole = file.read_bytes() if file.exists() else b""
+    if whole.lstrip().startswith(b"["):
+        raise UserError(f"{file}: is one JSON list, and answers are appended line by line; give another --out")
     end = whole.rfind(b"\n") + 1
     kept = whole[:end] if _cut_in_writing(whole[end:]) else whole
     done: Collection[int | str] = ()

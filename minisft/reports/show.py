@@ -169,10 +169,7 @@ def print_views(views: list[View], *, ids: bool = False) -> None:
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     text = as_text(views, color=color, ids=ids)
     encoding = sys.stdout.encoding
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def as_text(views: list[View], *, color: bool, ids: bool = False) -> str:
