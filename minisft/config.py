@@ -290,7 +290,7 @@ def help_text() -> str:
     for section, cls in SECTIONS.items():
         lines += ["", f"{section}: {cls.__doc__}"]
         for spec in fields(cls):
-            default = to_toml(spec.default).strip('[]"')
+            default = to_toml(spec.default).strip('[]"').replace('", "', ",")
             lines.append(f"{f'  --{section}.{spec.name} = {default}':<42}  {spec.metadata['doc']} [{accepted(spec)}]")
     return "\n".join(lines)
 

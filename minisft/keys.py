@@ -41,7 +41,7 @@ class Source:
 def from_text(text: str, kind: Any) -> Any:
     """The value a recipe would hold for this text. Text that does not convert stays text, for `typed` to refuse."""
     if kind in (tuple[Source, ...], tuple[str, ...]):
-        return text.split(",") if text else []
+        return [part.strip() for part in text.split(",")] if text else []
     if get_origin(kind) is tuple:
         return [from_text(part, float) for part in text.split(",")]
     kind = get_args(kind)[0] if get_origin(kind) is UnionType else kind

@@ -57,7 +57,7 @@ def refused(capsys, *argv, code=2):
 
 def test_the_command_reports_dumps_and_writes_json(here):
     command = [sys.executable, "-m", "minisft", "prepare", "r.toml", "--dump", "dump.jsonl", "--data.overlong", "drop",
-               "--json", "report.json", "--train.epochs=2"]
+               "--json", "report.json", "--train.epochs=2", "--optim.warmup_steps=0"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
@@ -89,6 +89,13 @@ def test_the_command_reports_dumps_and_writes_json(here):
                                f"packs; {targets / report['steps_per_epoch']:,.0f} trained tokens each (")
     assert rest[-4].startswith("compute  about ")
     assert rest[-3].startswith("checks   held: one beginning-of-text token a document where ")
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(10, False), (11, True)])
+def test_a_warmup_that_never_ends_is_said(here, capsys, warmup, warned):
+    assert main(["prepare", "r.toml", "--train.max_steps", "11", "--train.epochs", "20", "--optim.warmup_steps",
+                 str(warmup)]) == 0
+    assert ("beware   optim.warmup_steps = 11 is not less than the steps in all" in capsys.readouterr().out) == warned
 
 
 def test_a_user_error_leaves_the_program_with_2_and_one_message(here):
@@ -326,7 +333,7 @@ def test_bad_data(here, capsys, content, message):
     (["--data.template", "chatml"], "template chatml: system has <|im_start|>, which is not a special token of model"),
     (["--data.templates", "no.toml"], "no.toml: data.templates cannot be read: "),
     (["--data.seq_length", "7"], "--data.seq_length: unknown option (did you mean --data.seq_len?)"),
-    (["--model.path", "nowhere"], "nowhere: No such file or directory; model.tokenizer is a folder with"),
+    (["--model.path", "nowhere"], "nowhere: no such folder; model.tokenizer, or else model.path, is a folder with"),
     (["--dmup", "x"], "--dmup: unknown option"),
     (["--data.overlong", "error", "--data.seq_len", "30"], "tokens, but data.seq_len is 30 ("),
     (["--data.seq_len", "2"], "no conversation is left to train on:\n  chats.jsonl: 32 read; over length: 32 (first: "),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -217,6 +218,19 @@ def test_a_folder_that_cannot_hold_the_run_is_found_before_the_model_is_read(bas
         assert str(disk) in capsys.readouterr().err
     finally:
         os.system(f"umount {disk}")
+
+
+def test_the_room_asked_for_is_what_a_run_takes_at_most(base, tmp_path, monkeypatch, capsys):
+    parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
+    most = 4 * parameters * (3 * 3 + 1)  # keep = 2: three checkpoints of weights and two moments; the model in fp32
+    settings = {**SMALL, "checkpoint__every": 1, "checkpoint__keep": 2}
+    usage = shutil.disk_usage(tmp_path)
+    free = most - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free))
+    assert main(options(base, tmp_path, **settings)) == 4
+    assert f"the run needs {most:,} bytes and {free:,} are free" in capsys.readouterr().err
+    free = most
+    assert main(options(base, tmp_path, **settings)) == 0
 
 
 def test_every_step_of_a_checkpoint_is_in_the_log(base, tmp_path, monkeypatch, uninterrupted):

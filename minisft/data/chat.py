@@ -25,7 +25,7 @@ from functools import cache
 from itertools import chain
 from typing import Any
 
-from minisft.data.conversation import Conversation, Skipped, Turn
+from minisft.data.conversation import ANSWERS, Conversation, Skipped, Turn
 from minisft.data.jinja import recognize, written
 from minisft.data.records import SHORT
 from minisft.data.templates import BUILTIN, TOOLS, Template
@@ -34,7 +34,6 @@ from minisft.errors import UserError
 
 VERSION = 4  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
 
-ANSWERS = ("assistant", "call")  # what the model says
 TRAIN_ON = ("assistant", "last_assistant", "all")
 
 
@@ -156,7 +155,7 @@ class Renderer:
         return {self.tokenizer.control[name] for name in names}
 
     def encode(self, rendered: list[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
-        """Token ids and mask of many rendered conversations, tokenised together on all cores."""
+        """Token ids and mask of rendered conversations, the plain way; encoding.py does the same for files, faster."""
         texts = [piece.text for pieces in rendered for piece in pieces if not piece.control]
         encoded = iter(self.tokenizer.encode_batch(texts))
         documents = []

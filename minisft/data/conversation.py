@@ -23,7 +23,7 @@ class Turn:
     role: str  # "system" | "user" | "assistant" | "call" | "result" | "text" (a document, alone in its conversation)
     content: str  # of a call: its arguments, of a result: the result, both as JSON
     context: str = ""  # Alpaca's `input`, Dolly's `context`: the template says how it joins; text beside a call
-    trained: bool = True  # False: this answer must not be trained on; only meaningful on assistant turns and calls
+    trained: bool = True  # False: not trained on. Of turns that are no answers it counts with train_on = all alone
     tool: str = ""  # the name of the function that a call calls
 
 

@@ -1,6 +1,7 @@
 """This rank's share of each step, ready for the model.
 
-A micro-batch is a stream: the documents of `micro_packs` packs one after another, without padding.
+A micro-batch is a stream: the documents of `micro_packs` packs one after another, and no padding; only for a compiled
+network, which wants one shape, a stream is filled up at its end (`padded`).
 
     tokens      a0 a1 a2 a3 | b0 b1 b2        lengths (4, 3), cu_seqlens 0 4 7
     positions    0  1  2  3 |  0  1  2
@@ -8,9 +9,10 @@ A micro-batch is a stream: the documents of `micro_packs` packs one after anothe
     target_at       1  2    |  4  5           positions whose next token is trained
     targets         a2 a3   |  b1 b2          those next tokens
 
-Targets are shifted here and nowhere else. The last token of a document predicts nothing. `target_at` is computed on
-the host, so that the device never has to count. A thread makes the next steps while the device works on this one, in
-memory that the device reads by itself: neither waits for the other.
+Targets are token ids here (those of data sets and plans are counts), and they are shifted here and nowhere else. The
+last token of a document predicts nothing. `target_at` is computed on the host, so that the device never has to count. A
+thread makes the next steps while the device works on this one, in memory that the device reads by itself: neither waits
+for the other.
 """
 
 import heapq

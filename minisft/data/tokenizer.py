@@ -23,6 +23,10 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         path = Path(path)
+        if not path.exists():
+            raise UserError(f"{path}: no such folder; model.tokenizer, or else model.path, is a folder with a "
+                            "tokenizer.json, of a model that was downloaded or trained (`torchrun train.py` makes the "
+                            "demo's)")
         self.file = path / "tokenizer.json" if path.is_dir() else path
         try:
             content = self.file.read_bytes()

@@ -142,7 +142,7 @@ class Layer:
 
 
 class Decoder:
-    """A network that continues texts.
+    """A network that continues texts (`llama.Decoder` is another thing: the layers of the network).
 
     With `packed`, bf16 weights on a CPU get a second copy that a single text is continued from, faster. Otherwise it
     holds the model's own weights and costs nothing.

@@ -53,7 +53,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        """(T, D) -> (T, D). A token attends to itself and the earlier tokens of its own document."""
+        """(T, D) -> (T, D). A token attends to itself and the earlier tokens of its own document.
+
+        `documents.draws` are for the dropout of adapters (lora.py); a plain `Linear` does nothing with them.
+        """
         q = self.q_proj(x, documents.draws).unflatten(1, (-1, self.head_dim))  # (T, H, E)
         k = self.k_proj(x, documents.draws).unflatten(1, (-1, self.head_dim))  # (T, K, E)
         v = self.v_proj(x, documents.draws).unflatten(1, (-1, self.head_dim))  # (T, K, E)
@@ -151,7 +154,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, hidden: Tensor, readout: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What `readout` makes of hidden states (T, D) and the matrix (V, D)."""
+        """What `readout` makes of hidden states (T, D) and the matrix (V, D); see `Llama`."""
         return readout(hidden, self.weight)
 
 

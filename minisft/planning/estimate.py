@@ -71,7 +71,8 @@ class Work:
 
 def missing(config: Config) -> list[str]:
     """Files that must be read to count the data, and are not there."""
-    paths = [source.path for source in (*config.data.train, *config.data.replay, *config.data.eval)]
+    paths = [source.path for source in (*config.data.train, *config.data.replay, *config.data.eval,
+                                            *config.data.general)]
     return [path for path in (*paths, config.model.tokenizer) if not Path(path).exists()]
 
 
@@ -109,8 +110,9 @@ def network_of(config: Config) -> LlamaConfig:
     try:
         return MetaFolder(named).config if config.model.format == "meta" else read_config(named)
     except UserError as error:
-        raise UserError(f"{error}. To plan without the model's files: --model.init random --model.config with one of "
-                        f"{', '.join(PRESETS)}") from None
+        raise UserError(f"{error}. To plan without the weights: a folder with the model's config.json alone" + (
+            "" if config.lora.rank else f", or --model.init random --model.config with one of {', '.join(PRESETS)}"
+            )) from None
 
 
 def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, document: int | None = None,
@@ -180,8 +182,9 @@ def split(config: Config, gpus: int) -> tuple[int, int]:
     copies = replicate or max(gpus // (shard or gpus), 1)
     shards = gpus // copies
     if shards * copies != gpus or shard not in (0, shards):
-        raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}; 0 for "
-                        "one of them takes all that the other leaves")
+        raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}; give "
+                        f"--gpus a multiple of {shard or replicate}, or set one of the two to 0, which takes what the "
+                        "other leaves")
     if config.batch.packs < gpus:
         raise UserError(f"batch.packs = {config.batch.packs} cannot be split over {gpus} GPUs; raise it to at least "
                         f"{gpus}, or take fewer GPUs")
@@ -275,11 +278,11 @@ def describe(found: dict[str, Any]) -> str:
                 f"{found['traffic_per_step'] / GIB:.1f} a step: {traffic['forward_seconds'] * 1e3:,.0f} ms forward and "
                 f"{traffic['backward_seconds'] * 1e3:,.0f} backward at {REACHED:.0%} of {network}; "
                 f"{'hidden behind compute' if found['hidden'] else 'longer than compute'}",
-        "speed": f"{best['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, {best['step_seconds']:.2f} s a step",
-        "run": _run(found),
         "best": f"--parallel.activation_checkpointing {best['activation_checkpointing']} --batch.micro_packs "
                 f"{best['micro_packs']}, accumulating {best['micro_steps']}: "
-                f"{best['reserved_gib']:.1f} GiB reserved ({best['allocated_gib']:.1f} allocated)",
+                f"{best['reserved_gib']:.1f} GiB reserved ({best['allocated_gib']:.1f} allocated); with these",
+        "speed": f"{best['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, {best['step_seconds']:.2f} s a step",
+        "run": _run(found),
         "note": "computed, not measured: memory is counted tensor by tensor, times are as good as the assumed share",
     }
     for title, text in rows.items():

@@ -56,6 +56,7 @@ def figures(prepared: Prepared) -> dict[str, Any]:
         "pack_fill": pack_fill(train.lengths[epoch.documents], epoch.offsets, plan.seq_len),
         "packs": len(epoch), "packs_per_step": plan.packs_per_step, "packing_efficiency": plan.fill(),
         "steps_per_epoch": plan.steps_per_epoch, "total_steps": plan.total_steps,
+        "warmup_steps": config.optim.warmup_steps,
         "target_tokens_per_step": {"mean": float(step_targets.mean()), "least": int(step_targets.min()),
                                    "most": int(step_targets.max())},
         "recompute": recompute, "flops_per_epoch": flops,
@@ -197,8 +198,15 @@ def _plan_lines(found: dict[str, Any]) -> dict[str, str]:
                      f"template {found['template']}",
             "steps": f"{found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all, of "
                      f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} "
-                     f"to {step['most']:,})",
+                     f"to {step['most']:,})", **_warning(found),
             "compute": compute, "checks": f"held: {', '.join(found['checks'])}"}
+
+
+def _warning(found: dict[str, Any]) -> dict[str, str]:
+    if not found["warmup_steps"] >= found["total_steps"] > 1:
+        return {}
+    return {"beware": f"optim.warmup_steps = {found['warmup_steps']:,} is not less than the steps in all: the rate has "
+                      "no time to fall, or even to reach optim.lr; set it to a tenth of the steps"}
 
 
 def _count(number: int) -> str:

@@ -4,11 +4,10 @@
                 step-000100/      rank-0.safetensors  rank-1.safetensors ...  manifest.json   in one rename, at the end
 
 Each rank writes the rows that it holds: weights and both moments of AdamW, in the precision that the optimiser keeps
-them in; and the states of its random generators.
-The copies that HSDP keeps write those alone. The training step that saves stalls for a copy to the host's memory; the
-disk is left to a thread. When the digests of all parts are there, the leading rank writes the manifest, makes
-everything durable, and renames the folder. So a folder without `.tmp` is complete, whichever byte the process died at;
-older checkpoints go only after that.
+them in; and the states of its random generators. Ranks of a further copy (HSDP) write their generators alone. The
+training step that saves stalls for a copy to the host's memory; the disk is left to a thread. When the digests of all
+parts are there, the leading rank writes the manifest, makes everything durable, and renames the folder. So a folder
+without `.tmp` is complete, whichever byte the process died at; older checkpoints go only after that.
 
 The formats are safetensors and JSON: no pickle is read. A flipped bit would be loaded silently by any tensor format,
 hence the digests. Another number of ranks reads the rows it needs from whichever shards hold them.
@@ -144,11 +143,11 @@ class Saver:
                 shutil.rmtree(old)
 
 
-def check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int, what: str = "a checkpoint needs") -> None:
     """Raise OSError unless `needed` bytes are free where `folder` is."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; nothing that was there "
+        raise OSError(f"{folder}: {what} {needed:,} bytes and {free:,} are free; nothing that was there "
                       "is lost, free some space and start again")
 
 

@@ -1,16 +1,16 @@
 """The loss: how surprised the model is by the tokens it should have said.
 
-`masked_cross_entropy` is the plain definition. `linear_cross_entropy` is what training uses: the same value and the
-same gradients, with the head's matrix product inside, so that it can work on a few hundred tokens at a time. Logits
-for all T tokens never exist: at 8,192 tokens and Llama-3's 128,256 words they would take 4.2 GB in fp32, and their
-gradient as much again. The gradients are computed together with the loss, while a chunk's logits are at hand, so
-nothing is computed twice and nothing large waits for the backward pass.
+`masked_cross_entropy` is the plain definition. `linear_cross_entropy` is what training uses: the same value, where
+`denominator` is the number of targets, and the same gradients, with the head's matrix product inside, so that it can
+work on a few hundred tokens at a time. Logits for all T tokens never exist: at 8,192 tokens and Llama-3's 128,256 words
+they would take 4.2 GB in fp32, and their gradient as much again. The gradients are computed together with the loss,
+while a chunk's logits are at hand, so nothing is computed twice and nothing large waits for the backward pass.
 
 Losses are sums, divided once by the trained tokens of the whole step. A mean of the means of micro-batches or ranks
 would weigh a token by how few others happen to share its micro-batch.
 """
 
-# N trained tokens, D model width, V vocabulary
+# N trained tokens, D model width, V vocabulary, whose entries are called words
 
 from itertools import repeat
 from typing import Any

@@ -81,7 +81,8 @@ def check_split(packs_per_step: int, *, shard: int, replicate: int) -> None:
                         f"work; raise batch.packs to at least {ranks}, or start fewer processes")
     if (shard and shard * replicate != ranks) or ranks % replicate:
         raise UserError(f"parallel.shard = {shard} times parallel.replicate = {replicate} is not the number of ranks, "
-                        f"{ranks}; 0 for one of them takes all that the other leaves")
+                        f"{ranks}; start a multiple of {shard or replicate} ranks, or set one of the two to 0, which "
+                        "takes all that the other leaves")
 
 
 def check_one_micro_batch(packs_per_step: int, micro_packs: int) -> None:

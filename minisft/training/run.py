@@ -22,7 +22,7 @@ from minisft.model.precision import DTYPES
 from minisft.planning.memory import Sizes
 from minisft.preparation import Prepared, adapters_of, check_vocabulary
 from minisft.training import parallel, provenance
-from minisft.training.checkpoint import SavedState, check_room
+from minisft.training.checkpoint import SavedState, check_room, checkpoints
 from minisft.training.optimizer import Optimizer
 from minisft.training.parallel import World
 
@@ -92,7 +92,7 @@ def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Ru
         parameters=DTYPES[optim.parameters], compiled=is_compiled(config, world), reshard=parts.reshard,
         prefetch=parts.prefetch, offload=parts.offload, adapters=adapters_of(config))
     if world.leads:
-        check_room(Path(config.run.dir), room_needed(config, model))
+        check_room(Path(config.run.dir), room_needed(config, model, prepared.plan.total_steps), "the run needs")
     optimizer = Optimizer(
         model, world.mesh, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps,
         moments=DTYPES[optim.moments], in_backward=optim.in_backward, offload=parts.offload == "optimizer",
@@ -135,12 +135,17 @@ def identity(config: Config, prepared: Prepared, model_config: LlamaConfig,
             "optim.moments": config.optim.moments, "model": model_config.to_dict(dtype="float32")}
 
 
-def room_needed(config: Config, model: Llama) -> int:
-    """Bytes on the disk without which a run cannot end well: a checkpoint, where there are any, and the final model."""
+def room_needed(config: Config, model: Llama, steps: int) -> int:
+    """Bytes on the disk without which a run of `steps` steps cannot end well: models and checkpoints, less those that
+    are there. An old checkpoint goes only when the new one is complete, so there is one more than are kept."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)  # of all ranks
     final, weight, moment = (DTYPES[precision].itemsize for precision in (
         config.train.precision, config.optim.parameters, config.optim.moments))
-    return Sizes.of(model.config).total * final + trained * (weight + 2 * moment) * (config.checkpoint.every > 0)
+    folder, keep = Path(config.run.dir), config.checkpoint.keep
+    saves, exports = (steps // n if n else 0 for n in (config.checkpoint.every, config.checkpoint.export_every))
+    models = 1 + max(exports - len([*folder.glob("exports/step-*[0-9]")]), 0)
+    states = max((min(keep + 1, saves) if keep else saves) - len(checkpoints(folder / "checkpoints")), 0)
+    return models * Sizes.of(model.config).total * final + states * trained * (weight + 2 * moment)
 
 
 def is_compiled(config: Config, world: World) -> bool:

@@ -107,7 +107,7 @@ def run_steps(run: Run, preemption: Preemption, *, start: int) -> int:
             optimizer.begin(lr, step.index)
             for batch in step.micro_batches:
                 loss = forward(run.model, batch, step, config, world)
-                loss.backward()
+                loss.backward()  # adds to .grad, over micro-batches and ranks: sums, and no means
                 shared[0] += loss.detach()
             grad_norm = optimizer.clip(config.optim.clip_norm)
             optimizer.step()
