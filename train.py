@@ -6,6 +6,7 @@ key. The loop itself is in minisft/training/trainer.py.
 
 import os
 import sys
+import traceback
 
 # Without it, tensors whose sizes follow from the documents (the trained tokens' logits) leave gaps in GPU memory
 # that no other fits into. torch reads the setting when it is loaded; what the user has set stands.
@@ -25,8 +26,13 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a thread of torch's that outlives the interpreter's end can abort a process whose work is done.
+    # Not sys.exit: a thread of torch's that outlives the interpreter's end can abort a process whose work is done, and
+    # after a failure NCCL would wait there for ranks that never come.
     os._exit(code)

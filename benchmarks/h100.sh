@@ -4,13 +4,15 @@
 #     bash benchmarks/h100.sh TOKENIZER DATA [OUT]
 #
 # TOKENIZER is a Llama-3 folder or tokenizer.json; DATA a file of conversations that minisft reads, 15 million tokens or
-# more for all rows. The weights of Llama-3-8B are random, so no model is needed: speed does not depend on them. Each row
+# more for all rows; `pip install -e '.[test]'` comes before. The weights of Llama-3-8B are random, so no model is needed: speed does not depend on them. Each row
 # is a run of 30 steps in a folder of OUT (h100-results), which needs 20 GB. A row that fails says so, and the next one
 # starts; rows that are done are kept, so it may be started again after an interruption. At the end OUT/table.md has the
 # rows of the results template. Not run yet: written on a machine without a GPU.
 set -uo pipefail
+tokenizer=$(realpath "${1:?TOKENIZER, a Llama-3 folder or tokenizer.json}")
+data=$(realpath "${2:?DATA, a file of conversations}")
+out=$(realpath "${3:-h100-results}")
 cd "$(dirname "$0")/.."
-tokenizer=${1:?TOKENIZER, a Llama-3 folder or tokenizer.json} data=${2:?DATA, a file of conversations} out=${3:-h100-results}
 gpus=$(nvidia-smi --list-gpus | wc -l)
 mkdir -p "$out"
 { date -u; git rev-parse HEAD; nvidia-smi; nvidia-smi topo -m; python -c \
@@ -34,8 +36,8 @@ run() {  # NAME GPUS PACKS_OF_A_STEP [--section.key value ...]
     rm -rf "$out/$name/final"  # 16 GB
 }
 
-# First contact: the CUDA branches against the CPU's, kernels instead of stand-ins.
-python -m pytest -q tests/test_cuda_paths.py tests/test_attention.py tests/test_model.py > "$out/tests.txt" 2>&1
+# First contact: what the GPU computes against the CPU.
+python -m pytest -q -m gpu > "$out/tests.txt" 2>&1
 tail -n 1 "$out/tests.txt"
 
 ac=--parallel.activation_checkpointing

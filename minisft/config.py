@@ -223,6 +223,9 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
          "adapters change what a pretrained model does; random weights are trained in full"),
         (config.lora.base == "nf4" and config.parallel.offload == "parameters", ("lora.base", "parallel.offload"),
          "a base in 4 bits stays on the device; set parallel.offload to none or optimizer"),
+        (config.parallel.offload == "parameters" and (config.lora.dropout > 0 or config.lora.dora),
+         ("parallel.offload", "lora.dropout", "lora.dora"),
+         "dropout and DoRA keep tensors on the device; set parallel.offload to none or optimizer"),
         (optim.in_backward and config.parallel.offload == "parameters", ("optim.in_backward", "parallel.offload"),
          "gradients reach the host only after the backward pass; offload the optimizer, or update after it"),
     ]

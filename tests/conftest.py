@@ -9,6 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":  # all other tests are about the CPU, also where there is a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The base model of small runs; nobody writes into its folder."""

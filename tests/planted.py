@@ -4,6 +4,7 @@
     raise   the rank fails with a bug in the forward pass
     disk    the rank's disk is full when it writes its part of the first checkpoint after the step
     hang    the rank never comes back from the forward pass
+    deaf    the rank fails with a bug, and rank 0 is stuck where it does not notice
     die     the rank is killed in the middle of the forward pass
 
 After a restart by torchrun nothing is planted.
@@ -37,8 +38,10 @@ def main(argv: list[str]) -> int:
         current = 0  # once a step
         if fault == "raise":
             raise RuntimeError("planted bug")
-        if fault == "hang":
+        if fault == "hang" or (fault == "deaf" and launched_rank()[0] == 0):
             time.sleep(3600)
+        if fault == "deaf":
+            raise RuntimeError("planted bug")
         if fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return loss * float("nan") if fault == "nan" else loss
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> int:
             raise OSError(28, "No space left on device")
         save_file(*args)
 
-    if launched_rank()[0] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if (launched_rank()[0] == rank or fault == "deaf") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         trainer.steps, trainer.forward = watched, planted_forward
         if fault == "disk":
             checkpoint.save_file = full_disk

@@ -158,7 +158,8 @@ def test_memory_savers_of_one_gpu(recipe, capsys):
     (["--gpus", "64"], "batch.packs = 32 cannot be split over 64 GPUs; raise it to at least 64"),
     (["--train.precision", "fp32"], "the plan knows the rates of bf16: add --train.precision bf16"),
     (["--model.config", "away.json"], "away.json: no such file; a Hugging Face model folder has a config.json. To plan "
-     "without the weights: a folder with the model's config.json alone, or --model.init random --model.config with one of llama-3-8b,"),
+     "without the weights: a folder with the model's config.json alone, or --model.init random --model.config with one "
+     "of llama-3-8b,"),
 ])
 def test_what_cannot_be_planned_is_said(recipe, capsys, options, message):
     assert message in refused(capsys, *options)

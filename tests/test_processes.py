@@ -118,6 +118,14 @@ def test_a_rank_that_fails_speaks_and_the_others_are_silent(base, tmp_path):
     assert status(tmp_path) == {"state": "failed", "exit_code": 1, "step": 2, "error": "planted bug"}
 
 
+def test_a_leading_rank_that_waits_for_one_that_failed_hears_of_it(base, tmp_path):
+    process = launch(base, tmp_path, ranks=2, program=[PLANTED, "deaf", 1, 3], **LONG)
+    printed = process.communicate(timeout=200)[0]
+    assert process.returncode != 0
+    assert printed.count("RuntimeError: planted bug") == 1, printed
+    assert status(tmp_path) | {"step": 0} == {"state": "failed", "exit_code": 1, "step": 0, "error": "planted bug"}
+
+
 def test_a_full_disk_under_one_rank(base, tmp_path):
     process = launch(base, tmp_path, ranks=2, program=[PLANTED, "disk", 1, 3], **LONG | {"checkpoint__every": 2})
     printed = process.communicate(timeout=200)[0]

@@ -220,6 +220,27 @@ def test_a_folder_that_cannot_hold_the_run_is_found_before_the_model_is_read(bas
         os.system(f"umount {disk}")
 
 
+def test_too_little_memory_on_a_gpu_ends_with_what_helps(base, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    monkeypatch.setattr(trainer, "forward", full)
+    assert main(options(base, tmp_path, **SMALL)) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB. To need less: parallel.activation_checkpointing = full, "
+        "a lower batch.micro_packs or data.seq_len, or what docs/memory.md has\n")
+    assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 2
+
+
+def test_more_processes_than_gpus_are_refused(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert main(options(base, tmp_path, **SMALL)) == 2
+    assert "process 3 on a host with 2 GPUs; start one for each (torchrun --nproc-per-node 2)" in \
+        capsys.readouterr().err
+
+
 def test_the_room_asked_for_is_what_a_run_takes_at_most(base, tmp_path, monkeypatch, capsys):
     parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
     most = 4 * parameters * (3 * 3 + 1)  # keep = 2: three checkpoints of weights and two moments; the model in fp32

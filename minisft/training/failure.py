@@ -1,15 +1,21 @@
 """How a run fails: every rank in bounded time, and one of them saying why.
 
 When one rank fails, the others fail for want of it, a moment later and with words that help nobody. So each asks the
-store that all ranks share who was first. The first one speaks, and the leading rank keeps its reason in `status.json`.
+store that all ranks share who was first. The first one speaks, and the leading rank keeps its reason in `status.json`,
+also where it sits in a kernel that waits for the other and would never come to fail itself (`listen`).
 A rank that hangs does not even fail: each is watched by a thread that ends it after `parallel.timeout`.
 """
 
 import faulthandler
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+
+import torch
 
 from minisft.errors import (
     EXIT_BUG,
@@ -23,6 +29,8 @@ from minisft.errors import (
 from minisft.training import parallel
 from minisft.training.parallel import World
 from minisft.training.run_folder import RunFolder
+
+GRACE = 5  # seconds that the leading rank has to fail by itself, when another one has
 
 
 def guarded(run: Callable[[], int]) -> int:
@@ -62,8 +70,26 @@ def exit_code(error: Exception) -> int:
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_BUG)
 
 
+def listen(world: World, folder: RunFolder) -> None:
+    """Let a thread end the leading rank, which owns `folder`, where another has failed and it does not notice."""
+    def hear() -> None:
+        while not (first := world.heard_failure()):
+            time.sleep(1)
+        time.sleep(GRACE)
+        if folder.is_ours:
+            with suppress(OSError):
+                folder.status("failed", exit_code=first["code"], error=first["text"])
+            os._exit(first["code"])
+
+    if world.ranks > 1:
+        threading.Thread(target=hear, name="listener", daemon=True).start()
+
+
 def fail(error: Exception, world: World | None, folder: RunFolder | None) -> None:
     """Find out which rank failed first and keep its reason; raises Reported unless the error is this rank's own bug."""
+    if isinstance(error, torch.OutOfMemoryError):
+        error = UserError(f"{str(error).splitlines()[0]} To need less: parallel.activation_checkpointing = full, a "
+                          "lower batch.micro_packs or data.seq_len, or what docs/memory.md has")
     rank, code = parallel.launched_rank()[0], exit_code(error)
     text = str(error) or type(error).__name__
     first: dict[str, Any] = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}

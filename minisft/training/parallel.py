@@ -30,7 +30,7 @@ from minisft.model.llama import Llama
 from minisft.model.lora_config import LoRA
 from minisft.model.precision import DTYPES
 
-TIMEOUT = timedelta(minutes=30)  # the longest wait is for the leading rank to write the model
+PATIENCE = timedelta(minutes=5)  # beyond parallel.timeout, at which every rank has said where it hangs
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class World:
         mine = json.dumps({"rank": self.rank, "code": code, "text": text})
         return json.loads(self.store.compare_set("first failure", "", mine))
 
+    def heard_failure(self) -> dict[str, Any] | None:
+        """The same of a failure that any rank has told, without one of this rank's own."""
+        return json.loads(self.store.get("first failure")) if self.store.check(["first failure"]) else None
+
 
 def launched_rank() -> tuple[int, int]:
     """Rank and number of ranks as torchrun says; (0, 1) without it. Needs no process group."""
@@ -100,20 +104,31 @@ def copies(ranks: int, *, shard: int, replicate: int) -> int:
     return replicate or max(ranks // (shard or ranks), 1)
 
 
-def start(*, shard: int = 0, replicate: int = 1) -> World:
-    """Join the process group that torchrun prepared, or form one of a single process."""
+def start(*, shard: int = 0, replicate: int = 1, timeout: float = 1800.0) -> World:
+    """Join the process group that torchrun prepared, or form one of a single process. `timeout` is that of a step, in
+    seconds. Raises UserError where there are more processes than GPUs."""
     rank, ranks = launched_rank()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    device, patience = _device(), timedelta(seconds=timeout) + PATIENCE
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0] if "RANK" in os.environ else dist.HashStore()
+    store = next(dist.rendezvous("env://", timeout=patience))[0] if "RANK" in os.environ else dist.HashStore()
     store = _fresh(store, rank, ranks)
-    dist.init_process_group(backend, rank=rank, world_size=ranks, store=store, timeout=TIMEOUT)
+    dist.init_process_group(backend, rank=rank, world_size=ranks, store=store, timeout=patience)
     replicate = copies(ranks, shard=shard, replicate=replicate)
     mesh = init_device_mesh(device.type, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
     return World(rank, ranks, device, mesh if replicate > 1 else mesh["shard"], store)
+
+
+def _device() -> torch.device:
+    """This process's own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= there:
+        raise UserError(f"process {local + 1} on a host with {there} GPU{'s' * (there > 1)}; start one for each "
+                        f"(torchrun --nproc-per-node {there})")
+    torch.cuda.set_device(local)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32, as precision.py has it
+    return torch.device("cuda", local)
 
 
 def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
@@ -136,9 +151,10 @@ def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
     return dist.PrefixStore(name, store)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def stop(*, failed: bool = False) -> None:
+    """Leave the process group; after a failure not NCCL's, whose farewell waits for collectives that others have begun
+    and this rank never joins. There the end of the process does it."""
+    if dist.is_initialized() and not (failed and dist.get_world_size() > 1 and torch.cuda.is_available()):
         dist.destroy_process_group()
 
 

@@ -103,6 +103,11 @@ class RunFolder:
             new.writelines(line for line, record in _records(old, file) if record["step"] <= step)
         os.replace(partial, file)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was not let go of yet."""
+        return not self._lock.closed
+
     def close(self) -> None:
         """Let go of the folder."""
         self._lock.close()

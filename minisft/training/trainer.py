@@ -7,6 +7,7 @@
 """
 
 import faulthandler
+import sys
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -34,7 +35,7 @@ from minisft.training.adapter import export_adapter
 from minisft.training.checkpoint import Saver
 from minisft.training.environment import environment
 from minisft.training.export import export
-from minisft.training.failure import fail, guarded, watch
+from minisft.training.failure import fail, guarded, listen, watch
 from minisft.training.loss import batch_loss
 from minisft.training.metrics import Monitor, memory_gib
 from minisft.training.optimizer import learning_rate
@@ -66,7 +67,10 @@ def train(config: Config) -> int:
             print(describe(found, short=True), flush=True)
             folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never")
             folder.begin(config.to_toml(), data=found, environment=environment())
-        world = parallel.start(shard=config.parallel.shard, replicate=config.parallel.replicate)
+        world = parallel.start(shard=config.parallel.shard, replicate=config.parallel.replicate,
+                               timeout=config.parallel.timeout)
+        if folder:
+            listen(world, folder)
         watch(config.parallel.timeout)
         run = open_run(config, prepared, world, base)
         saved = resume.find(run.folder, world, run.fingerprint, wanted=config.checkpoint.resume,
@@ -84,8 +88,8 @@ def train(config: Config) -> int:
         fail(error, world, folder)
         raise
     finally:
+        parallel.stop(failed=sys.exc_info()[0] is not None)
         faulthandler.cancel_dump_traceback_later()
-        parallel.stop()
         preemption.close()
         if folder:
             folder.close()

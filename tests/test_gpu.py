@@ -1,0 +1,84 @@
+"""What a GPU computes is what the CPU computes, with the real kernels. Skipped without a GPU."""
+
+import pytest
+import torch
+from small_runs import train
+from test_cuda_paths import TINY
+
+from minisft.model.attention import Documents, attend
+from minisft.model.llama import Llama
+from minisft.training.loss import linear_cross_entropy
+from minisft.training.optimizer import Optimizer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("lengths", [(7, 1, 30, 26), (1,) * 64, (4096,), (1000, 24, 3072)])
+@pytest.mark.parametrize(("shared", "width"), [(1, 64), (4, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention(lengths, shared, width, dtype):
+    torch.manual_seed(0)
+    qkv = [torch.randn(sum(lengths), heads, width).to(dtype) for heads in (8, 8 // shared, 8 // shared)]
+    grad, found = torch.randn(sum(lengths), 8, width).to(dtype), []
+    for device in DEVICES:
+        x = [tensor.to(device, copy=True).requires_grad_() for tensor in qkv]
+        out = attend(*x, Documents.of_lengths(lengths, device=device))
+        found.append([t.float().cpu() for t in (out, *torch.autograd.grad(out, x, grad.to(device)))])
+    near = 0.03 if dtype == torch.bfloat16 else 1e-3
+    for cpu, gpu in zip(*found, strict=True):
+        torch.testing.assert_close(gpu, cpu, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("extras", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}])
+def test_loss(dtype, extras):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(3000, 64), torch.randn(50_000, 64) * 0.1, torch.randint(50_000, (3000,))
+    found = []
+    for device in DEVICES:
+        h, w = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
+        loss = linear_cross_entropy(h, w, targets.to(device), denominator=3000, **extras)
+        found.append([t.detach().float().cpu() for t in (loss, *torch.autograd.grad(loss, (h, w)))])
+    for cpu, gpu in zip(*found, strict=True):
+        scale = float(cpu.abs().max())
+        torch.testing.assert_close(gpu, cpu, rtol=0, atol=scale * (0.02 if dtype == torch.bfloat16 else 1e-3))
+
+
+@pytest.mark.parametrize("savers", [{}, {"moments": torch.bfloat16}])
+def test_moments_that_visit_from_the_host_change_nothing(savers):
+    """Three streams that race would give other weights."""
+    found = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = Llama(TINY).cuda()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        optimizer = Optimizer(model, offload=offload, **savers)
+        for step in range(5):
+            optimizer.begin(1e-3, step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.clip(1.0)
+            optimizer.step()
+        found.append({name: parameter.detach().cpu() for name, parameter in model.named_parameters()})
+    for name, value in found[0].items():
+        assert torch.allclose(found[1][name], value, rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.parametrize("change", [
+    {"parallel__compile": "false"}, {"parallel__activation_checkpointing": "selective"},
+    {"parallel__activation_checkpointing": "full"}, {"parallel__offload": "parameters"},
+    {"lora__rank": 4, "lora__dropout": 0.0},
+])
+def test_a_run_learns_and_ends(base, tmp_path, change):
+    losses = [record["loss"] for record in train(base, tmp_path, train__precision="bf16", **change)]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "run/final/model.safetensors").exists()
+
+
+def test_runs_that_should_be_the_same_nearly_are(base, tmp_path):
+    found = [train(base, tmp_path / str(i), train__precision="bf16", **change) for i, change in enumerate((
+        {"parallel__compile": "false"}, {}, {"parallel__activation_checkpointing": "selective"}))]
+    for records in found[1:]:
+        assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in found[0]], rel=0.01)
