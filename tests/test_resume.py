@@ -235,6 +235,7 @@ def test_too_little_memory_on_a_gpu_ends_with_what_helps(base, tmp_path, monkeyp
 def test_more_processes_than_gpus_are_refused(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert main(options(base, tmp_path, **SMALL)) == 2
     assert "process 3 on a host with 2 GPUs; start one for each (torchrun --nproc-per-node 2)" in \
