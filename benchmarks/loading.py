@@ -172,7 +172,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return worker(options.folder, options.worker)
-    if not (options.keep and options.folder.exists()):
+    if options.folder.exists() and not options.keep:
+        parser.error(f"{options.folder} exists; name a folder that does not, or give --keep to use what is in it")
+    if not options.folder.exists():
         write(options.folder, options.gib)
     size = sum(file.stat().st_size for file in files(options.folder))
     print(f"{size:,} bytes in {len(files(options.folder))} files; GB/s of the files: median (least, most) of "
