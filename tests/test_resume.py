@@ -227,7 +227,8 @@ def test_too_little_memory_on_a_gpu_ends_with_what_helps(base, tmp_path, monkeyp
     monkeypatch.setattr(trainer, "forward", full)
     assert main(options(base, tmp_path, **SMALL)) == 2
     assert capsys.readouterr().err.endswith(
-        "error: CUDA out of memory. Tried to allocate 2.00 GiB. To need less: parallel.activation_checkpointing = full, "
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB. To need less: "
+        "parallel.activation_checkpointing = full, "
         "a lower batch.micro_packs or data.seq_len, or what docs/memory.md has\n")
     assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 2
 

@@ -70,8 +70,11 @@ def exit_code(error: Exception) -> int:
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_BUG)
 
 
-def listen(world: World, folder: RunFolder) -> None:
+def listen(world: World, folder: RunFolder | None) -> None:
     """Let a thread end the leading rank, which owns `folder`, where another has failed and it does not notice."""
+    if not folder or world.ranks == 1:
+        return
+
     def hear() -> None:
         while not (first := world.heard_failure()):
             time.sleep(1)
@@ -81,8 +84,7 @@ def listen(world: World, folder: RunFolder) -> None:
                 folder.status("failed", exit_code=first["code"], error=first["text"])
             os._exit(first["code"])
 
-    if world.ranks > 1:
-        threading.Thread(target=hear, name="listener", daemon=True).start()
+    threading.Thread(target=hear, name="listener", daemon=True).start()
 
 
 def fail(error: Exception, world: World | None, folder: RunFolder | None) -> None:

@@ -58,8 +58,7 @@ def train(config: Config) -> int:
     prepared = prepare(config, quiet=not leads)
     if config.eval.samples:
         samples.questions(prepared.evals, config.eval.samples)  # whether there are any is known before training
-    base = open_base(config, prepared)
-    preemption = Preemption()
+    base, preemption = open_base(config, prepared), Preemption()
     folder = world = None
     try:
         if leads:
@@ -67,11 +66,10 @@ def train(config: Config) -> int:
             print(describe(found, short=True), flush=True)
             folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never")
             folder.begin(config.to_toml(), data=found, environment=environment())
-        world = parallel.start(shard=config.parallel.shard, replicate=config.parallel.replicate,
-                               timeout=config.parallel.timeout)
-        if folder:
-            listen(world, folder)
-        watch(config.parallel.timeout)
+        parts = config.parallel
+        world = parallel.start(shard=parts.shard, replicate=parts.replicate, timeout=parts.timeout)
+        listen(world, folder)
+        watch(parts.timeout)
         run = open_run(config, prepared, world, base)
         saved = resume.find(run.folder, world, run.fingerprint, wanted=config.checkpoint.resume,
                             allow_change=config.checkpoint.allow_change)
