@@ -191,7 +191,11 @@ def test_interrupted_before_the_first_step(base, tmp_path, monkeypatch, capsys):
             time.sleep(0.01)
 
     monkeypatch.setattr(trainer, "prepare", interrupted)
-    assert main(options(base, tmp_path, **SMALL)) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+    try:
+        assert main(options(base, tmp_path, **SMALL)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted before the first step; there is nothing to save" in capsys.readouterr().err
 
 
