@@ -4,13 +4,14 @@
 #     bash benchmarks/h100.sh TOKENIZER DATA [OUT]
 #
 # TOKENIZER is a Llama-3 folder or tokenizer.json; DATA a file of conversations that minisft reads, 15 million tokens or
-# more for all rows; `pip install -e '.[test]'` comes before. The weights of Llama-3-8B are random, so no model is needed: speed does not depend on them. Each row
-# is a run of 30 steps in a folder of OUT (h100-results), which needs 20 GB. A row that fails says so, and the next one
-# starts; rows that are done are kept, so it may be started again after an interruption. At the end OUT/table.md has the
-# rows of the results template. Not run yet: written on a machine without a GPU.
+# more for all rows; `pip install -e '.[test]'` comes before. The weights of Llama-3-8B are random, so no model is needed:
+# speed does not depend on them. Each row is a run of 30 steps in a folder of OUT (h100-results), which needs 20 GB. A row
+# that fails says so, and the next one starts; rows that are done are kept, so it may be started again after an
+# interruption. At the end OUT/table.md has the rows of the results template. Not run yet: written on a machine without a
+# GPU.
 set -uo pipefail
-tokenizer=$(realpath "${1:?TOKENIZER, a Llama-3 folder or tokenizer.json}")
-data=$(realpath "${2:?DATA, a file of conversations}")
+: "${1:?TOKENIZER, a Llama-3 folder or tokenizer.json}" "${2:?DATA, a file of conversations}"
+tokenizer=$(realpath -e "$1") && data=$(realpath -e "$2") || exit 2
 out=$(realpath "${3:-h100-results}")
 cd "$(dirname "$0")/.."
 gpus=$(nvidia-smi --list-gpus | wc -l)

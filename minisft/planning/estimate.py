@@ -72,7 +72,7 @@ class Work:
 def missing(config: Config) -> list[str]:
     """Files that must be read to count the data, and are not there."""
     paths = [source.path for source in (*config.data.train, *config.data.replay, *config.data.eval,
-                                            *config.data.general)]
+                                         *config.data.general)]
     return [path for path in (*paths, config.model.tokenizer) if not Path(path).exists()]
 
 
@@ -182,9 +182,8 @@ def split(config: Config, gpus: int) -> tuple[int, int]:
     copies = replicate or max(gpus // (shard or gpus), 1)
     shards = gpus // copies
     if shards * copies != gpus or shard not in (0, shards):
-        raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}; give "
-                        f"--gpus a multiple of {shard or replicate}, or set one of the two to 0, which takes what the "
-                        "other leaves")
+        raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}: it "
+                        "must be their product, or where one of them is 0 a multiple of the other")
     if config.batch.packs < gpus:
         raise UserError(f"batch.packs = {config.batch.packs} cannot be split over {gpus} GPUs; raise it to at least "
                         f"{gpus}, or take fewer GPUs")

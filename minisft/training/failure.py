@@ -76,10 +76,12 @@ def listen(world: World, folder: RunFolder | None) -> None:
         return
 
     def hear() -> None:
-        while not (first := world.heard_failure()):
+        first = world.heard_failure()
+        while folder.is_ours and not first:
             time.sleep(1)
+            first = world.heard_failure()
         time.sleep(GRACE)
-        if folder.is_ours:
+        if first and folder.is_ours:
             with suppress(OSError):
                 folder.status("failed", exit_code=first["code"], error=first["text"])
             os._exit(first["code"])

@@ -85,8 +85,7 @@ def check_split(packs_per_step: int, *, shard: int, replicate: int) -> None:
                         f"work; raise batch.packs to at least {ranks}, or start fewer processes")
     if (shard and shard * replicate != ranks) or ranks % replicate:
         raise UserError(f"parallel.shard = {shard} times parallel.replicate = {replicate} is not the number of ranks, "
-                        f"{ranks}; start a multiple of {shard or replicate} ranks, or set one of the two to 0, which "
-                        "takes all that the other leaves")
+                        f"{ranks}: it must be their product, or where one of them is 0 a multiple of the other")
 
 
 def check_one_micro_batch(packs_per_step: int, micro_packs: int) -> None:
