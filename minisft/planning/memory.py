@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from minisft.model.config import LlamaConfig
 from minisft.model.lora_config import BLOCK, LoRA, matrices
-from minisft.training.loss import CHUNK
+from minisft.training.loss import CHUNK, SOFTMAX
 
 FP32 = 4
 POLICIES = ("none", "selective", "full")
@@ -34,7 +34,7 @@ class Bytes:
     gradient: int = FP32
     moments: int = 2 * FP32
     compute: int = 2  # gathered weights and activations: bf16
-    softmax: int = CHUNK  # logits whose softmax is taken at once; a CPU's cache holds fewer
+    softmax: int = SOFTMAX  # logits whose softmax is taken at once; a CPU's cache holds fewer
 
 
 @dataclass(frozen=True)

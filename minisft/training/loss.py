@@ -22,7 +22,8 @@ from minisft.data.loader import MicroBatch
 from minisft.model.attention import Documents
 from minisft.model.precision import product_dtype
 
-CHUNK = 2**26  # logits that exist at one time: those of 523 tokens with Llama-3's vocabulary, 134 MB in bf16
+CHUNK = 2**27  # logits that exist at one time: those of 1,046 tokens with Llama-3's vocabulary, 268 MB in bf16
+CPU_SOFTMAX, SOFTMAX = 2**19, 2**25  # of them in fp32: few enough for a core's cache, enough to keep a GPU busy
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -80,7 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
         tokens = max(CHUNK // len(weight), 1)
         # On a CPU a few rows stay in its cache from one pass to the next, and sums of a few words between two products.
-        rows_at_once, words_at_once = (max(2**19 // len(weight), 1), 1024) if hidden.is_cpu else (tokens, 16384)
+        softmax, words_at_once = (CPU_SOFTMAX, 1024) if hidden.is_cpu else (SOFTMAX, 16384)
+        rows_at_once = max(softmax // len(weight), 1)
         buffer = torch.empty(min(tokens, len(targets)), len(weight), dtype=dtype, device=hidden.device)
         grads = grad_hidden.split(tokens) if grad_hidden is not None else repeat(None)
         for x, target, grad_x in zip(hidden.split(tokens), targets.split(tokens), grads, strict=False):
