@@ -1,6 +1,7 @@
 """`minisft convert`: every way from one folder to another, against transformers, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,6 +44,8 @@ def test_the_base_may_be_elsewhere(base, tmp_path, adapter, capsys):
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "some/model"}))
     assert main(["convert", str(folder), str(tmp_path / "merged"), "--merge"]) == 2
+    assert f"convert {folder} TARGET --merge --base FOLDER` makes one" in capsys.readouterr().err
+    assert main(["chat", str(folder), "--prompt", "Hello"]) == 2
     assert "its base model 'some/model' is not a folder here" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
     assert main(["convert", str(folder), str(tmp_path / "merged"), "--merge", "--base", str(base)]) == 0
@@ -55,6 +58,16 @@ def test_another_precision_is_a_rounding(base, tmp_path):
     assert theirs.dtype == torch.bfloat16
     for name, weight in tiny_weights().items():
         assert torch.equal(theirs.get_parameter(name), torch.from_numpy(weight).bfloat16())
+
+
+def test_the_record_of_the_rounds_goes_along(base, tmp_path, adapter):
+    """A model's own; an adapter's base has another history."""
+    trained = shutil.copytree(base, tmp_path / "trained")
+    (trained / "training.json").write_text('{"steps": 1}')
+    assert main(["convert", str(trained), str(tmp_path / "narrow")]) == 0
+    assert (tmp_path / "narrow" / "training.json").read_text() == '{"steps": 1}'
+    assert main(["convert", str(adapter[0]), str(tmp_path / "merged"), "--merge", "--base", str(trained)]) == 0
+    assert not (tmp_path / "merged" / "training.json").exists()
 
 
 def test_metas_files_become_hugging_faces(tmp_path):

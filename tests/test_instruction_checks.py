@@ -138,6 +138,13 @@ SPOKEN = {
 }
 
 
+@pytest.mark.parametrize(("language", "text"), [
+    ("it", "Perché la città è più bella? C'è un caffè laggiù."), ("it", "È un caffè."),
+    ("pt", "Você vê três bebês."), ("fr", "Où est la fenêtre du salon ?")])
+def test_an_accent_that_languages_share_decides_for_none(language, text):
+    assert detect(text) == {language}
+
+
 @pytest.mark.parametrize("language", sorted(SPOKEN))
 def test_a_sentence_is_in_its_language_and_langdetect_agrees(language):
     assert detect(SPOKEN[language]) == {language}

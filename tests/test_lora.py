@@ -102,7 +102,8 @@ def test_a_run_is_pefts_and_so_is_its_adapter(base, tmp_path, peft, kind):
     torch.testing.assert_close(Llama.from_pretrained(run / "final").logits(IDS), expected, rtol=0, atol=2e-4)
     torch.testing.assert_close(Llama.from_pretrained(run / "adapter").logits(IDS), expected, rtol=0, atol=2e-4)
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
-    assert (run / "adapter" / "tokenizer.json").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):  # so merged, it ends alike
+        assert (run / "adapter" / name).read_bytes() == (run / "final" / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

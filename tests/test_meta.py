@@ -148,6 +148,13 @@ def test_the_inner_width_is_the_published_one(params: dict[str, Any], inner: int
     assert config.intermediate_size == inner
 
 
+def test_llama_3s_text_begins_and_ends_as_it_does() -> None:
+    """params.json does not say; without them transformers would generate to its limit. Other vocabularies: unknown."""
+    config = _config(PARAMS, vocab_size=128_256, tied=False)
+    assert (config.bos_token_id, config.eos_token_id) == (128_000, 128_001)  # <|begin_of_text|>, <|end_of_text|>
+    assert _config(PARAMS, vocab_size=VOCAB, tied=False).eos_token_id is None
+
+
 def test_rows_are_read_in_any_pieces(tmp_path: Path) -> None:
     """FSDP ranks ask for rows: the pieces are those of the whole, also where they cut a head."""
     source = MetaFolder(write(tmp_path, PARAMS, random_state(PARAMS), 2))

@@ -9,6 +9,7 @@ from minisft.errors import UserError
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "generation_config.json")
+RECORD = "training.json"  # where a model came from (training/provenance.py); a base's is not its adapter's
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -49,11 +50,12 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         raise UserError(f"{partial}: is in the way, left by a conversion that was killed; delete it")
     dtype = DTYPES[options.dtype]
     model = Llama.from_pretrained(source, dtype=dtype, format=options.format, base=options.base)
-    homes = [source, *([options.base or PeftFolder(source).base] if options.merge else [])]
+    homes = [source, *([PeftFolder(source).base_folder(options.base)] if options.merge else [])]
     try:
         model.save_pretrained(partial, dtype=dtype)
         copied = [next(file for home in homes if (file := home / name).is_file()) for name in COMPANIONS
                   if any((home / name).is_file() for home in homes)]
+        copied += [source / RECORD] if (source / RECORD).is_file() else []
         for file in copied:
             shutil.copyfile(file, partial / file.name)
         os.replace(partial, target)

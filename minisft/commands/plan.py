@@ -8,6 +8,7 @@ from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
 from minisft.commands.numbers import count, positive, share
 from minisft.planning import UTILISATION
+from minisft.reports.page import check_writable
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,6 +35,8 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.planning import estimate  # imported late, as is all that needs torch or NumPy
     from minisft.planning.hardware import find_gpu
 
+    if options.json:
+        check_writable(options.json, "--json")
     found = estimate.figures(configuration.load(recipe), find_gpu(options.gpu), gpus=options.gpus,
                              tokens=options.tokens, document=options.document_length,
                              utilisation=options.utilisation, price=options.hours_price)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
+from minisft.reports.page import check_writable
 
 if TYPE_CHECKING:
     from minisft.preparation import Prepared
@@ -29,6 +30,9 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.preparation import prepare  # imported late, as is all that needs NumPy
     from minisft.reports.data_report import describe, figures
 
+    for file, option in ((options.dump, "--dump"), (options.json, "--json")):
+        if file:
+            check_writable(file, option)
     prepared = prepare(configuration.load(recipe))
     found = figures(prepared)
     if options.dump:

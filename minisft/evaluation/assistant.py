@@ -40,7 +40,7 @@ class Assistant:
             raise UserError(f"{path}: no such folder; name a Hugging Face folder, such as runs/my/final")
         home = path  # of the tokenizer
         if is_adapter(path) and not (Path(path) / "tokenizer.json").exists():
-            home = PeftFolder(path).base
+            home = PeftFolder(path).base_folder()
         tokenizer = Tokenizer(home)
         chosen = choose_template(template, load_templates(templates or None), tokenizer, option="--template")
         renderer = Renderer(chosen, tokenizer)

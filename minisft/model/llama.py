@@ -219,9 +219,8 @@ class Llama(nn.Module):
         if format not in ("hf", "meta"):
             raise ValueError(f"format is {format!r}; it is \"hf\" or \"meta\"")
         adapter = PeftFolder(path) if is_adapter(path) else None
-        if adapter and not (path := Path(base or adapter.base)).is_dir():
-            raise UserError(f"{adapter.path}: its base model {str(path)!r} is not a folder here; download it, and name "
-                            "its folder as the base")
+        if adapter:
+            path = adapter.base_folder(base)
         source = MetaFolder(path) if format == "meta" else weights.SafetensorsFolder(path)
         with torch.device("meta"):
             model = cls(source.config if isinstance(source, MetaFolder) else read_config(path)).to(dtype)

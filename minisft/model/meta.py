@@ -115,11 +115,13 @@ def _config(params: dict[str, Any], *, vocab_size: int, tied: bool) -> LlamaConf
     inner = int((params.get("ffn_dim_multiplier") or 1) * inner)
     inner = -(-inner // params["multiple_of"]) * params["multiple_of"]
     scaled = params.get("use_scaled_rope", False)
+    # params.json does not say with which tokens a text begins and ends; these are Llama-3's.
+    bos, eos = (128_000, 128_001) if vocab_size == 128_256 else (None, None)
     return LlamaConfig(
         vocab_size=vocab_size, hidden_size=width, intermediate_size=inner, num_hidden_layers=params["n_layers"],
         num_attention_heads=heads, num_key_value_heads=params.get("n_kv_heads") or heads, head_dim=width // heads,
         rope_theta=params["rope_theta"], rms_norm_eps=params["norm_eps"], tie_word_embeddings=tied,
-        max_position_embeddings=131_072 if scaled else 8192,
+        max_position_embeddings=131_072 if scaled else 8192, bos_token_id=bos, eos_token_id=eos,
         # params.json says only that the rotary embeddings are scaled: by 32 in 3.2's text models, the only tied ones,
         # and by 8 in all others. (Meta's own code has 8 for all, an error: meta-llama/llama-models#166, #241.)
         rope_scaling=RopeScaling(params.get("rope_scaling_factor") or (32.0 if tied else 8.0), 1.0, 4.0, 8192)

@@ -70,6 +70,14 @@ class PeftFolder:
                             "understood; merge it with peft (merge_and_unload) and use the merged model")
         self.tensors = self._read()
 
+    def base_folder(self, given: str | Path | None = None) -> Path:
+        """The folder of the base model: `given`, or where the adapter says. Raises UserError where there is none."""
+        folder = Path(given or self.base)
+        if not folder.is_dir():
+            raise UserError(f"{self.path}: its base model {str(folder)!r} is not a folder here; download it, then "
+                            f"`minisft convert {self.path} TARGET --merge --base FOLDER` makes one model of both")
+        return folder
+
     def _read(self) -> dict[str, dict[str, Tensor]]:
         """Name of a matrix -> its parts."""
         file = self.path / "adapter_model.safetensors"

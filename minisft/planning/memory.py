@@ -127,14 +127,16 @@ def _head(config: LlamaConfig, shards: int, tokens: int, trained: int, recompute
     gathered = each.compute * sizes.vocabulary
     # FSDP frees the buffer that a gather arrived in when the next one arrives: here the head's own, or a block's.
     buffer = each.compute * sizes.block if config.tie_word_embeddings else gathered
-    logits = min(max(CHUNK // config.vocab_size, 1), trained) * config.vocab_size
+    at_once = max(CHUNK // config.vocab_size, 1)
+    logits = min(at_once, trained) * config.vocab_size
     chunk = each.compute * logits + 2 * FP32 * min(logits, each.softmax)  # logits; the softmax in fp32, and its input
-    # A lone process converts the matrix and sums into the parameter's own gradient.
-    copies = max(each.compute * sizes.vocabulary, chunk) if shards > 1 else chunk
+    # A lone process converts the matrix and sums into the parameter's own gradient; one chunk is not summed.
+    sums = FP32 if trained > at_once else each.compute if shards > 1 else each.parameter
+    copies = max(each.compute * sizes.vocabulary, chunk) if shards > 1 and sums == FP32 else chunk
     return 0, {
         "activations": _activations(config, tokens, recompute, each)
         + each.compute * width * (tokens + 2 * trained),  # norm's output, the trained part of it and its gradient
-        "head": FP32 * sizes.vocabulary + copies,
+        "head": sums * sizes.vocabulary + copies,
         "gathered": gathered + (buffer if shards > 1 else 0) if each.compute < FP32 or shards > 1 else 0,
     }
 

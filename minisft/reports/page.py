@@ -23,7 +23,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def check_writable(file: Path, option: str) -> None:
-    """Raise UserError where no page can be written at `file`, before any work is done for it."""
+    """Raise UserError where nothing can be written at `file`, before any work is done for it."""
     if not file.parent.is_dir():
         raise UserError(f"{option} {file}: there is no folder {file.parent}; make it first")
     if file.is_dir():

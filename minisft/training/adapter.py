@@ -1,4 +1,4 @@
-"""The trained adapter as a folder that `peft` loads, with the tokenizer beside it.
+"""The trained adapter as a folder that `peft` loads, with the tokenizer and the end of an answer beside it.
 
 Together with the base model it is what `final/` is, in a hundredth of the bytes. With a base in NF4 there is a
 difference: `final/` is merged into the dequantised base, which is what the adapter was trained beside, while whoever
@@ -13,7 +13,7 @@ from minisft.data.chat import Renderer
 from minisft.model import lora, peft
 from minisft.model.llama import Llama
 from minisft.model.lora_config import LoRA
-from minisft.training.export import appearing, write_json, write_tokenizer
+from minisft.training.export import appearing, write_companions, write_json
 
 
 def export_adapter(model: Llama, settings: LoRA, renderer: Renderer, folder: Path, *, base: str,
@@ -24,4 +24,4 @@ def export_adapter(model: Llama, settings: LoRA, renderer: Renderer, folder: Pat
         if leads:
             save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
             write_json(partial / "adapter_config.json", peft.settings(settings, model.config, base=base))
-            write_tokenizer(partial, renderer)
+            write_companions(partial, renderer, model.config)

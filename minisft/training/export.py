@@ -33,9 +33,7 @@ def export(model: nn.Module, config: LlamaConfig, renderer: Renderer, folder: Pa
     with appearing(folder, leads=leads) as partial:
         weights.save(model, config, partial, dtype=dtype)
         if leads:
-            write_tokenizer(partial, renderer)
-            generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(renderer.stop_ids())}
-            write_json(partial / "generation_config.json", generation)
+            write_companions(partial, renderer, config)
             if record:
                 write_json(partial / FILE, record)
                 (partial / "README.md").write_text(model_card(model_name(folder), record), encoding="utf-8")
@@ -58,12 +56,14 @@ def appearing(folder: Path, *, leads: bool) -> Iterator[Path]:
     dist.barrier()  # no rank goes on to read a folder that is not there yet
 
 
-def write_tokenizer(partial: Path, renderer: Renderer) -> None:
-    """The tokenizer, and the chat template as Jinja text."""
+def write_companions(partial: Path, renderer: Renderer, config: LlamaConfig) -> None:
+    """The tokenizer, the chat template as Jinja text, and the tokens at which generation ends."""
     tokenizer = renderer.tokenizer
     shutil.copyfile(tokenizer.file, partial / "tokenizer.json")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.settings, "chat_template": renderer.jinja()}
     write_json(partial / "tokenizer_config.json", settings)
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(renderer.stop_ids())}
+    write_json(partial / "generation_config.json", generation)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

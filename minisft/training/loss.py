@@ -77,27 +77,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = product_dtype(hidden)
         matrix = weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
         tokens = max(CHUNK // len(weight), 1)
+        # Summed in fp32: bf16 sums over words and chunks would lose what small gradients add. One chunk is no sum.
+        sums = weight.dtype if len(targets) <= tokens else torch.float32
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.empty(weight.shape, dtype=sums, device=weight.device) if needs_weight else None
         # On a CPU a few rows stay in its cache from one pass to the next, and sums of a few words between two products.
         softmax, words_at_once = (CPU_SOFTMAX, 1024) if hidden.is_cpu else (SOFTMAX, 16384)
         rows_at_once = max(softmax // len(weight), 1)
         buffer = torch.empty(min(tokens, len(targets)), len(weight), dtype=dtype, device=hidden.device)
         grads = grad_hidden.split(tokens) if grad_hidden is not None else repeat(None)
-        for x, target, grad_x in zip(hidden.split(tokens), targets.split(tokens), grads, strict=False):
+        for i, (x, target, grad_x) in enumerate(zip(hidden.split(tokens), targets.split(tokens), grads, strict=False)):
             x = x.to(dtype)
             logits = torch.mm(x, matrix.T, out=buffer[: len(x)])  # (n, V), overwritten by its own gradient
             for rows, at in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once), strict=True):
                 total += _to_gradient(rows, at, denominator, label_smoothing, z_loss)
-            # Summed in fp32: bf16 sums over words and chunks would lose what small gradients add.
-            sum_x = None if grad_x is None else torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            sum_x = None if grad_x is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
             for start in range(0, len(weight), words_at_once):
                 words = slice(start, start + words_at_once)
                 if sum_x is not None:
-                    _add_product(sum_x, logits[:, words], matrix[words])
+                    _add_product(sum_x, logits[:, words], matrix[words], begins=start == 0)
                 if grad_weight is not None:
-                    _add_product(grad_weight[words], logits[:, words].T, x)
+                    _add_product(grad_weight[words], logits[:, words].T, x, begins=i == 0)
             if grad_x is not None:
                 grad_x.copy_(sum_x)
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
@@ -112,10 +113,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """sums += left @ right, where sums are fp32 and the others may be narrower."""
+def _add_product(sums: Tensor, left: Tensor, right: Tensor, *, begins: bool) -> None:
+    """sums += left @ right, or = where the sum begins; left and right may be narrower than the sums."""
     if left.dtype == sums.dtype:
-        sums.addmm_(left, right)
+        sums.addmm_(left, right, beta=0 if begins else 1)
+    elif begins:
+        sums.copy_(left @ right)
     else:
         sums += left @ right
 
