@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,16 @@ def test_what_is_incomplete_is_never_taken_and_that_is_said(tmp_path, world, cap
     shutil.rmtree(folder / "step-000003")
     assert resume.find(tmp_path, world, {"data": "a"}) is None
     assert "no checkpoint to go on from, beginning at step 0 (passed over" in capsys.readouterr().out
+
+
+def test_ranks_look_at_what_the_leading_one_sees(tmp_path, monkeypatch):
+    """On a network's disk a host may see a new folder later than another: two ranks must not go on from two states."""
+    def gather(found, mine):
+        found[:] = [[tmp_path / "step-000004", tmp_path / "step-000002"], mine]
+
+    monkeypatch.setattr(resume.dist, "all_gather_object", gather)
+    mine = [tmp_path / "step-000002"]
+    assert resume._as_leader(mine, SimpleNamespace(ranks=2)) == [tmp_path / "step-000004", *mine]
 
 
 def test_where_all_are_damaged_a_person_has_to_look(tmp_path, world):

@@ -107,6 +107,14 @@ def test_sharegpt_roles_and_system(one):
     assert turns(one({"conversations": talk})) == [(S, "s"), (U, "Merhaba"), (A, "Selam")]
 
 
+def test_a_system_field_beside_the_messages_is_their_system_turn(one):
+    for talk in ({"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b"}]},
+                 {"prompt": "a", "completion": "b"},
+                 {"prompt": [{"role": U, "content": "a"}], "completion": [{"role": A, "content": "b"}]}):
+        assert turns(one({**talk, "system": "s"})) == [(S, "s"), (U, "a"), (A, "b")]
+        assert turns(one({**talk, "system": None})) == turns(one({**talk, "system": " "})) == [(U, "a"), (A, "b")]
+
+
 def test_messages_of_strings_and_of_parts(one):
     parts = [{"type": "text", "text": "Mer"}, {"type": "text", "value": "haba"}]
     record = messages(("developer", "s"), (U, parts), (A, [{"type": "text", "value": "Selam"}]))

@@ -77,8 +77,65 @@ def test_changed_settings_are_refused(base, tmp_path, monkeypatch, capsys, chang
     assert main(options(base, tmp_path, **{**SMALL, **change})) == 2
     printed = capsys.readouterr().err
     assert named in printed
+    config = (tmp_path / "run/config.toml").read_text()  # of the run, not of the start that was refused
+    assert not any(f"{name.partition('__')[2]} = {value}\n" in config for name, value in change.items())
     assert "--checkpoint.allow_change" in printed
     assert main(options(base, tmp_path, **{**SMALL, **change}, checkpoint__allow_change="true")) == 0
+
+
+def test_a_start_that_fails_early_is_no_preempted_run(base, tmp_path, monkeypatch, capfd):
+    """Or a script that starts preempted runs again would do so for ever."""
+    monkeypatch.setattr(weights, "load", lambda *args, load=weights.load: os.kill(os.getpid(), 15) or load(*args))
+    assert main(options(base, tmp_path, **SMALL)) == 75
+    assert main(options(base, tmp_path, **SMALL, data__eval=tmp_path / "gone.json")) == 2
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert "gone.json" in status["error"]
+    assert capfd.readouterr().err.count("gone.json") == 1
+
+
+def test_fewer_steps_than_were_taken_are_refused(base, tmp_path, monkeypatch, capsys):
+    run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=6)
+    assert main(options(base, tmp_path, **{**SMALL, "train__max_steps": 3})) == 2
+    assert "step-000004: is of step 4, and the run has 3 steps now; raise train.epochs" in capsys.readouterr().err
+    train(base, tmp_path, **{**SMALL, "train__max_steps": 4})
+    assert (tmp_path / "run/final/config.json").exists()
+
+
+def test_asked_to_stop_in_the_last_step_it_saves_before_it_exports(base, tmp_path, monkeypatch):
+    calls, forward = [], trainer.forward
+
+    def asked(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args)
+
+    monkeypatch.setattr(trainer, "forward", asked)
+    monkeypatch.setattr(trainer, "export_as", lambda *args, **kwargs: os.listdir(tmp_path / "run/checkpoints").index(
+        "step-000001"))
+    assert main(options(base, tmp_path, **{**SMALL, "train__max_steps": 1, "checkpoint__every": 0})) == 0
+    assert len(calls) == 4
+
+
+def saved(run):
+    """The checkpoints, once the save under way is complete."""
+    for _ in range(500):
+        if not list(run.glob("checkpoints/*.tmp")):
+            break
+        time.sleep(0.02)
+    return sorted(path.name for path in run.glob("checkpoints/*"))
+
+
+def test_going_back_by_hand_replaces_what_came_after(base, tmp_path, monkeypatch, capsys):
+    """A future that was given up is neither kept for its number nor gone on from."""
+    run, settings = tmp_path / "run", {**SMALL, "train__max_steps": 9, "checkpoint__keep": 2}
+    run_until_death(monkeypatch, options(base, tmp_path, **settings), step=7)
+    assert saved(run) == ["step-000004", "step-000006"]
+    back = {"checkpoint__resume": run / "checkpoints/step-000004", "checkpoint__every": 5, "optim__lr": 1e-5}
+    run_until_death(monkeypatch, options(base, tmp_path, **{**settings, **back}), step=2)  # dies in step 6
+    assert "step-000004, after step 4; the next checkpoint takes the place of step-000006\n" in capsys.readouterr().out
+    assert saved(run) == ["step-000004", "step-000005"]
 
 
 def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, monkeypatch):
@@ -241,9 +298,9 @@ def test_more_processes_than_gpus_are_refused(base, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert main(options(base, tmp_path, **SMALL)) == 2
-    assert "process 3 on a host with 2 GPUs; start one for each (torchrun --nproc-per-node 2)" in \
+    assert "3 processes on a host with 2 GPUs; start one for each (torchrun --nproc-per-node 2)" in \
         capsys.readouterr().err
 
 
@@ -256,7 +313,9 @@ def test_the_room_asked_for_is_what_a_run_takes_at_most(base, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free))
     assert main(options(base, tmp_path, **settings)) == 4
     assert f"the run needs {most:,} bytes and {free:,} are free" in capsys.readouterr().err
-    free = most
+    (tmp_path / "run/checkpoints/step-000004.tmp").mkdir(parents=True)  # a save that was killed will be removed
+    (tmp_path / "run/checkpoints/step-000004.tmp/rank-0.safetensors").write_bytes(bytes(1000))
+    free = most - 1000
     assert main(options(base, tmp_path, **settings)) == 0
 
 

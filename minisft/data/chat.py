@@ -32,7 +32,7 @@ from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
-VERSION = 4  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
+VERSION = 5  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
 
 TRAIN_ON = ("assistant", "last_assistant", "all")
 

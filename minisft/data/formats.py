@@ -131,15 +131,20 @@ def _drafts(record: dict[str, Any], format: str, oasst: str) -> list[list[Turn]]
             return [[user, Turn("assistant", record["response"])]]
         case "sharegpt":
             turns = _turns(record["conversations"], "from", "value", SHAREGPT_ROLES)
-            return [[Turn("system", record.get("system", "")), *turns]]
+            return [[_system(record), *turns]]
         case "oasst":
             return _oasst_paths(record["prompt"], best=oasst == "best")
         case "messages":
-            return [_turns(record["messages"], "role", "content", MESSAGES_ROLES)]
+            return [[_system(record), *_turns(record["messages"], "role", "content", MESSAGES_ROLES)]]
         case "prompt_completion":
-            return [_prompt_completion(record)]
+            return [[_system(record), *_prompt_completion(record)]]
         case _:  # text
             return [[Turn("text", record["text"])]]
+
+
+def _system(record: dict[str, Any]) -> Turn:
+    """The system turn that stands beside the others; a blank one is none."""
+    return Turn("system", record.get("system", ""))
 
 
 def _alpaca(record: dict[str, Any]) -> list[list[Turn]]:
@@ -151,7 +156,7 @@ def _alpaca(record: dict[str, Any]) -> list[list[Turn]]:
         raise Skip("wrong fields", tasks)
     if not tasks:
         raise Skip("no turns", tasks)
-    before = [Turn("system", record.get("system", ""))]
+    before = [_system(record)]
     for question, answer in history:
         before += [Turn("user", question), Turn("assistant", answer)]
     instruction = record["instruction"]

@@ -138,9 +138,10 @@ class Saver:
         os.rename(partial, final)
         _sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        if self.keep:
-            for old in checkpoints(self.folder)[self.keep :]:
-                shutil.rmtree(old)
+        there = checkpoints(self.folder)
+        here = there.index(final)  # later ones: damaged, or of a future that the run went back behind
+        for other in there[:here] + (there[here + self.keep :] if self.keep else []):
+            shutil.rmtree(other)
 
 
 def check_room(folder: Path, needed: int, what: str = "a checkpoint needs") -> None:
@@ -172,7 +173,12 @@ def _signed(manifest: dict[str, Any]) -> dict[str, Any]:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first. Whether each is intact, its manifest tells."""
     named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(named, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that were finished when it was saved, as its name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def leftovers(folder: Path) -> list[Path]:

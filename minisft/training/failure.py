@@ -34,14 +34,15 @@ GRACE = 5  # seconds that the leading rank has to fail by itself, when another o
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """The exit code of `run`. Errors that a person can mend become one message, once however many processes run."""
-    rank, _ = parallel.launched_rank()
+    """The exit code of `run`. Errors that a person can mend become one message on each host, however many processes
+    run."""
+    rank, local = parallel.launched_rank()[0], int(os.environ.get("LOCAL_RANK", "0"))
     try:
         return run()
     except Reported as failure:
         return failure.code
     except (UserError, NumericsError, OSError) as error:
-        if rank == 0 or isinstance(error, OSError):  # bad input is the same on all ranks, a bad disk is not
+        if local == 0 or isinstance(error, OSError):  # bad input is the same on all ranks, a bad disk is not
             say_error(error)
         return exit_code(error)
     except KeyboardInterrupt:
@@ -100,6 +101,8 @@ def fail(error: Exception, world: World | None, folder: RunFolder | None) -> Non
     if folder:
         with suppress(OSError):  # a full disk is perhaps what this is about
             folder.status("failed", exit_code=first["code"], error=first["text"])
+    if not world:  # each rank by itself: `guarded` says it
+        return
     if first["rank"] != rank:
         raise Reported(code) from None
     if code != EXIT_BUG:

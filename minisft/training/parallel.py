@@ -121,9 +121,10 @@ def _device() -> torch.device:
     """This process's own."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= there:
-        raise UserError(f"process {local + 1} on a host with {there} GPU{'s' * (there > 1)}; start one for each "
+    local, processes = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"),
+                                                                                 ("LOCAL_WORLD_SIZE", "1")))
+    if processes > (there := torch.cuda.device_count()):
+        raise UserError(f"{processes} processes on a host with {there} GPU{'s' * (there > 1)}; start one for each "
                         f"(torchrun --nproc-per-node {there})")
     torch.cuda.set_device(local)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32, as precision.py has it

@@ -2,8 +2,8 @@
 
 `auto` takes the newest one that is intact and says which it passed over and why; a folder named by hand must be intact.
 Where checkpoints are there and all are damaged, a person has to look: to begin again would throw the run away. All
-ranks look, each at its share of the files, and all come to the same answer. Going on with other data, another batch or
-another model would silently be another run, so it is refused with the differences.
+ranks look at those that the leading one sees, each at its share of the files, and all come to the same answer. Going on
+with other data, another batch or another model would silently be another run, so it is refused with the differences.
 """
 
 from pathlib import Path
@@ -12,23 +12,25 @@ from typing import Any
 import torch.distributed as dist
 
 from minisft.errors import UserError
-from minisft.training.checkpoint import IncompleteError, SavedState, checkpoints, leftovers
+from minisft.training.checkpoint import IncompleteError, SavedState, checkpoints, leftovers, step_of
 from minisft.training.parallel import World
 
 
 def find(folder: Path, world: World, fingerprint: dict[str, Any], *, wanted: str = "auto",
-         allow_change: bool = False) -> SavedState | None:
+         allow_change: bool = False, total_steps: int | None = None) -> SavedState | None:
     """The state to go on from in the checkpoints of run `folder`; None to start afresh.
 
     `wanted` is "auto", "never" or a checkpoint's folder. Raises UserError where that one, or every one, is damaged, or
-    where `fingerprint` differs from the saved one and `allow_change` is not given.
+    where `fingerprint` differs from the saved one and `allow_change` is not given, or where it is beyond the
+    `total_steps` of the run.
     """
     if wanted == "never":
         return None
     saved, passed_over = None, []
+    there = _as_leader(checkpoints(folder / "checkpoints"), world)
     if wanted == "auto":
         passed_over = [f"{path}: its save was not finished" for path in leftovers(folder / "checkpoints")]
-        saved, damaged = _newest(checkpoints(folder / "checkpoints"), world)
+        saved, damaged = _newest(there, world)
         passed_over += damaged
     else:
         saved, problem, _ = _intact(Path(wanted), world)
@@ -44,12 +46,29 @@ def find(folder: Path, world: World, fingerprint: dict[str, Any], *, wanted: str
         raise UserError(f"{saved.folder}: the run was started with other settings, so its batches would not be the "
                         "same; go back to them, choose another run.dir, or pass --checkpoint.allow_change true:"
                         + "".join(f"\n  {line}" for line in changed))
+    if total_steps is not None and saved.step > total_steps:
+        raise UserError(f"{saved.folder}: is of step {saved.step}, and the run has {total_steps} steps now; raise "
+                        "train.epochs or train.max_steps, name an older one with checkpoint.resume, or choose another "
+                        "run.dir")
     if world.leads:
-        ranks = saved.manifest["ranks"]
-        resharded = "" if ranks == world.ranks else (f"; saved by {ranks} ranks, now {world.ranks}: the same global "
-                                                     "batches, but not bit-exact")
-        print(f"going on from {saved.folder}, after step {saved.step}{resharded}{skipped}", flush=True)
+        changes = _changes(saved, world, there if wanted != "auto" else [])
+        print(f"going on from {saved.folder}, after step {saved.step}{changes}{skipped}", flush=True)
     return saved
+
+
+def _changes(saved: SavedState, world: World, there: list[Path]) -> str:
+    """What will be other than before, for a person."""
+    ranks, later = saved.manifest["ranks"], [path.name for path in there if step_of(path) > saved.step]
+    resharded = f"; saved by {ranks} ranks, now {world.ranks}: the same global batches, but not bit-exact"
+    replaced = f"; the next checkpoint takes the place of {', '.join(later)}"
+    return (resharded if ranks != world.ranks else "") + (replaced if later else "")
+
+
+def _as_leader(found: list[Path], world: World) -> list[Path]:
+    """What the leading rank has found: on a network's disk others may see a new folder later."""
+    everyones = [found] * world.ranks
+    dist.all_gather_object(everyones, found)
+    return everyones[0]
 
 
 def _newest(candidates: list[Path], world: World) -> tuple[SavedState | None, list[str]]:

@@ -14,6 +14,7 @@ import torch
 
 from minisft.config import Config
 from minisft.data import packing
+from minisft.evaluation import samples
 from minisft.model import lora, weights
 from minisft.model.config import LlamaConfig, read_config
 from minisft.model.llama import Llama
@@ -81,6 +82,8 @@ def open_base(config: Config, prepared: Prepared) -> Base:
         with torch.device("meta"):
             weights.check(Llama(network), checkpoint)
     check_vocabulary(prepared, network)
+    if config.eval.samples:
+        samples.questions(prepared.evals, config.eval.samples)  # whether there are any is known before training
     return Base(network, checkpoint, provenance.beginnings(config.model.path if checkpoint else ""))
 
 
@@ -145,7 +148,9 @@ def room_needed(config: Config, model: Llama, steps: int) -> int:
     saves, exports = (steps // n if n else 0 for n in (config.checkpoint.every, config.checkpoint.export_every))
     models = 1 + max(exports - len([*folder.glob("exports/step-*[0-9]")]), 0)
     states = max((min(keep + 1, saves) if keep else saves) - len(checkpoints(folder / "checkpoints")), 0)
-    return models * Sizes.of(model.config).total * final + states * trained * (weight + 2 * moment)
+    # What a save or an export that was killed has left makes room for its like.
+    unfinished = sum(file.stat().st_size for file in folder.glob("**/*.tmp/*"))
+    return models * Sizes.of(model.config).total * final + states * trained * (weight + 2 * moment) - unfinished
 
 
 def is_compiled(config: Config, world: World) -> bool:

@@ -72,11 +72,10 @@ class RunFolder:
         self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
 
     def begin(self, effective_config: str, *, data: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Write what the run is made of (when it goes on, what it goes on with), and say that it is on."""
+        """Write what the run is made of; when it goes on, what it goes on with."""
         self._write("config.toml", effective_config)
         self._write("data.json", json.dumps(data, indent=1) + "\n")
         self._write("environment.json", json.dumps(environment, indent=1) + "\n")
-        self.status("running")
 
     def status(self, state: str, *, exit_code: int | None = None, error: str = "") -> None:
         """Replace `status.json`; torchrun hides a process's exit code, so it is kept here."""

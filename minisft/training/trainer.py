@@ -53,29 +53,27 @@ def main(argv: list[str]) -> int:
 
 def train(config: Config) -> int:
     """One run, from the data to `final/` in the run folder. Returns 0, or 75 where it was asked to stop and saved."""
-    leads = parallel.launched_rank()[0] == 0
-    check_ranks(config)
-    prepared = prepare(config, quiet=not leads)
-    if config.eval.samples:
-        samples.questions(prepared.evals, config.eval.samples)  # whether there are any is known before training
-    base, preemption = open_base(config, prepared), Preemption()
-    folder = world = None
+    leads, parts = parallel.launched_rank()[0] == 0, config.parallel
+    preemption = folder = world = None
     try:
+        if leads and Path(config.run.dir, "status.json").exists():  # no longer "preempted", whatever comes
+            folder = own_folder(config)
+        check_ranks(config)
+        prepared = prepare(config, quiet=not leads)
+        base, preemption = open_base(config, prepared), Preemption()
         if leads:
-            found = figures(prepared)
-            print(describe(found, short=True), flush=True)
-            folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never")
-            folder.begin(config.to_toml(), data=found, environment=environment())
-        parts = config.parallel
+            print(describe(figures(prepared), short=True), flush=True)
+            folder = folder or own_folder(config)
         world = parallel.start(shard=parts.shard, replicate=parts.replicate, timeout=parts.timeout)
         listen(world, folder)
         watch(parts.timeout)
         run = open_run(config, prepared, world, base)
         saved = resume.find(run.folder, world, run.fingerprint, wanted=config.checkpoint.resume,
-                            allow_change=config.checkpoint.allow_change)
-        fill(run, saved)
+                            allow_change=config.checkpoint.allow_change, total_steps=prepared.plan.total_steps)
         if folder:
+            folder.begin(config.to_toml(), data=figures(prepared), environment=environment())
             folder.rewind_log(saved.step if saved else -1)  # step 0 is evaluated again
+        fill(run, saved)
         finished = run_steps(run, preemption, start=saved.step if saved else 0) == prepared.plan.total_steps
         if finished:
             export_as(run, run.folder / "final", adapter="adapter")
@@ -88,9 +86,17 @@ def train(config: Config) -> int:
     finally:
         parallel.stop(failed=sys.exc_info()[0] is not None)
         faulthandler.cancel_dump_traceback_later()
-        preemption.close()
+        if preemption:
+            preemption.close()
         if folder:
             folder.close()
+
+
+def own_folder(config: Config) -> RunFolder:
+    """The run folder, which no other process may use from now on."""
+    folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never")
+    folder.status("running")
+    return folder
 
 
 def run_steps(run: Run, preemption: Preemption, *, start: int) -> int:
@@ -128,7 +134,8 @@ def run_steps(run: Run, preemption: Preemption, *, start: int) -> int:
             saver.check()
             if is_due(number, config.checkpoint.every):
                 save(run, saver, monitor, number)
-        if number < plan.total_steps:  # asked to stop
+        monitor.settle()
+        if monitor.stop and saver.step != number:  # also after the last step: the export may outlive the patience
             save(run, saver, monitor, number)
         saver.finish()
     return number
