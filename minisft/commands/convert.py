@@ -9,7 +9,6 @@ from minisft.errors import UserError
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "generation_config.json")
-RECORD = "training.json"  # where a model came from (training/provenance.py); a base's is not its adapter's
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,6 +33,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.model.llama import Llama  # imported late: torch takes seconds
     from minisft.model.peft import PeftFolder, is_adapter
     from minisft.model.precision import DTYPES
+    from minisft.training.provenance import FILE
 
     source, target = options.source, options.target
     if recipe:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         model.save_pretrained(partial, dtype=dtype)
         copied = [next(file for home in homes if (file := home / name).is_file()) for name in COMPANIONS
                   if any((home / name).is_file() for home in homes)]
-        copied += [source / RECORD] if (source / RECORD).is_file() else []
+        copied += [source / FILE] if (source / FILE).is_file() else []  # a base's record is not its adapter's
         for file in copied:
             shutil.copyfile(file, partial / file.name)
         os.replace(partial, target)

@@ -121,9 +121,9 @@ def _device() -> torch.device:
     """This process's own."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local, processes = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"),
-                                                                                 ("LOCAL_WORLD_SIZE", "1")))
-    if processes > (there := torch.cuda.device_count()):
+    local, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    there = torch.cuda.device_count()
+    if processes > there:
         raise UserError(f"{processes} processes on a host with {there} GPU{'s' * (there > 1)}; start one for each "
                         f"(torchrun --nproc-per-node {there})")
     torch.cuda.set_device(local)

@@ -62,7 +62,7 @@ def train(config: Config) -> int:
         prepared = prepare(config, quiet=not leads)
         base, preemption = open_base(config, prepared), Preemption()
         if leads:
-            print(describe(figures(prepared), short=True), flush=True)
+            print(describe(found := figures(prepared), short=True), flush=True)
             folder = folder or own_folder(config)
         world = parallel.start(shard=parts.shard, replicate=parts.replicate, timeout=parts.timeout)
         listen(world, folder)
@@ -71,7 +71,7 @@ def train(config: Config) -> int:
         saved = resume.find(run.folder, world, run.fingerprint, wanted=config.checkpoint.resume,
                             allow_change=config.checkpoint.allow_change, total_steps=prepared.plan.total_steps)
         if folder:
-            folder.begin(config.to_toml(), data=figures(prepared), environment=environment())
+            folder.begin(config.to_toml(), data=found, environment=environment())
             folder.rewind_log(saved.step if saved else -1)  # step 0 is evaluated again
         fill(run, saved)
         finished = run_steps(run, preemption, start=saved.step if saved else 0) == prepared.plan.total_steps
