@@ -120,10 +120,9 @@ def test_asked_to_stop_in_the_last_step_it_saves_before_it_exports(base, tmp_pat
 
 def saved(run):
     """The checkpoints, once the save under way is complete."""
-    for _ in range(500):
-        if not list(run.glob("checkpoints/*.tmp")):
-            break
-        time.sleep(0.02)
+    for thread in threading.enumerate():
+        if thread.name == "saver":
+            thread.join()
     return sorted(path.name for path in run.glob("checkpoints/*"))
 
 

@@ -89,7 +89,8 @@ class Saver:
         manifest = {"step": step, "shards": self.world.shards, "ranks": self.world.ranks,
                     "rows": {name: p.shape[0] for name, p in optimizer.parameters.items()}, "progress": progress}
         self.step = step
-        self._thread = threading.Thread(target=self._write, args=(partial, tensors, manifest), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(partial, tensors, manifest), name="saver",
+                                        daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -132,16 +133,17 @@ class Saver:
             report.unlink()
         _sync(partial)
         final = partial.with_suffix("")
+        for later in checkpoints(self.folder):  # damaged, or of a future that the run went back behind
+            if step_of(later) > step_of(final):
+                shutil.rmtree(later)
         replaced = self.folder / f"{final.name}-replaced.tmp"
         if final.exists():  # a damaged one, that the run went back behind
             os.rename(final, replaced)
         os.rename(partial, final)
         _sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        there = checkpoints(self.folder)
-        here = there.index(final)  # later ones: damaged, or of a future that the run went back behind
-        for other in there[:here] + (there[here + self.keep :] if self.keep else []):
-            shutil.rmtree(other)
+        for older in checkpoints(self.folder)[self.keep :] if self.keep else []:
+            shutil.rmtree(older)
 
 
 def check_room(folder: Path, needed: int, what: str = "a checkpoint needs") -> None:
