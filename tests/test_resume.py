@@ -46,6 +46,9 @@ def run_until_death(monkeypatch, argv, *, step, micro_batches=4):
         with pytest.raises(Death) as death:  # which keeps the loop's variables
             main(argv)
         assert death
+        for thread in threading.enumerate():  # the save under way is complete, whatever the machine's load
+            if thread.name == "saver":
+                thread.join()
         assert "loader" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -112,17 +115,15 @@ def test_asked_to_stop_in_the_last_step_it_saves_before_it_exports(base, tmp_pat
         return forward(*args)
 
     monkeypatch.setattr(trainer, "forward", asked)
-    monkeypatch.setattr(trainer, "export_as", lambda *args, **kwargs: os.listdir(tmp_path / "run/checkpoints").index(
-        "step-000001"))
+    found = []
+    monkeypatch.setattr(trainer, "export_as", lambda *args, **kwargs: found.append(
+        (saved(tmp_path / "run"), json.loads((tmp_path / "run/status.json").read_text())["state"])))
     assert main(options(base, tmp_path, **{**SMALL, "train__max_steps": 1, "checkpoint__every": 0})) == 0
-    assert len(calls) == 4
+    assert found == [(["step-000001"], "preempted")]  # killed from here on, a scheduler starts it again
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "done"
 
 
 def saved(run):
-    """The checkpoints, once the save under way is complete."""
-    for thread in threading.enumerate():
-        if thread.name == "saver":
-            thread.join()
     return sorted(path.name for path in run.glob("checkpoints/*"))
 
 
@@ -132,9 +133,37 @@ def test_going_back_by_hand_replaces_what_came_after(base, tmp_path, monkeypatch
     run_until_death(monkeypatch, options(base, tmp_path, **settings), step=7)
     assert saved(run) == ["step-000004", "step-000006"]
     back = {"checkpoint__resume": run / "checkpoints/step-000004", "checkpoint__every": 5, "optim__lr": 1e-5}
-    run_until_death(monkeypatch, options(base, tmp_path, **{**settings, **back}), step=2)  # dies in step 6
+    run_until_death(monkeypatch, options(base, tmp_path, **{**settings, **back}), step=1)  # dies in step 5
     assert "step-000004, after step 4; the next checkpoint takes the place of step-000006\n" in capsys.readouterr().out
+    assert saved(run) == ["step-000004", "step-000006.given-up"]
+    run_until_death(monkeypatch, options(base, tmp_path, **{**settings, "optim__lr": 1e-5, "checkpoint__every": 5}),
+                    step=2)  # of itself it goes on from where it went back to
+    assert "step-000004, after step 4\n" in capsys.readouterr().out
     assert saved(run) == ["step-000004", "step-000005"]
+    train(base, tmp_path, **settings)
+    assert [record["step"] for record in log(tmp_path)] == list(range(1, 10))
+
+
+def test_the_command_that_goes_back_goes_on_when_it_is_started_again(base, tmp_path, monkeypatch, capsys):
+    """As a scheduler does: a run that went back again at every start would never end."""
+    run, settings = tmp_path / "run", {**SMALL, "train__max_steps": 11, "checkpoint__keep": 1}
+    run_until_death(monkeypatch, options(base, tmp_path, **settings), step=5)
+    back = options(base, tmp_path, **settings, checkpoint__resume=run / "checkpoints/step-000004", optim__lr=1e-5)
+    for died_in, goes_on in ((5, 4), (7, 4), (9, 6), (10, 8)):
+        run_until_death(monkeypatch, back, step=died_in - goes_on)
+        assert f"going on from {run}/checkpoints/step-{goes_on:06}, after step {goes_on}\n" in capsys.readouterr().out
+    assert main(back) == 0
+    assert [record["step"] for record in log(tmp_path)] == list(range(1, 12))
+
+
+def test_going_back_to_another_runs_checkpoint_gives_up_ones_own(base, tmp_path, monkeypatch):
+    run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=3)
+    run_until_death(monkeypatch, options(base, tmp_path / "other", **SMALL), step=5)
+    back = options(base, tmp_path, **SMALL, checkpoint__resume=tmp_path / "other/run/checkpoints/step-000004")
+    run_until_death(monkeypatch, back, step=1)
+    assert saved(tmp_path / "run") == ["step-000002.given-up"]
+    run_until_death(monkeypatch, back, step=3)
+    assert saved(tmp_path / "run") == ["step-000006"]
 
 
 def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, monkeypatch):
@@ -146,6 +175,7 @@ def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "config.toml").unlink()
     run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=4)
     assert main(options(base, tmp_path, **SMALL, checkpoint__resume="never")) == 2
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert 'holds checkpoints, and checkpoint.resume is "never"' in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
     checkpoints/step-000100.tmp/  rank-0.safetensors  rank-0.json  rank-1.safetensors ...     while it is written
                 step-000100/      rank-0.safetensors  rank-1.safetensors ...  manifest.json   in one rename, at the end
+                step-000200.given-up/     damaged, or of a future that a run went back behind; goes with the next save
 
 Each rank writes the rows that it holds: weights and both moments of AdamW, in the precision that the optimiser keeps
 them in; and the states of its random generators. Ranks of a further copy (HSDP) write their generators alone. The
@@ -21,6 +22,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,10 @@ class Saver:
             self.error = OSError(f"{partial}: the checkpoint could not be written ({error}); this rank's part needs "
                                  f"{size:,} bytes. The older checkpoints are intact")
             self.world.first_failure(EXIT_IO, str(self.error))  # before the others find the folder gone
-            shutil.rmtree(partial, ignore_errors=True)
+            failed = partial.with_name(f"{partial.stem}-failed.tmp")  # no rank can write into it any more
+            with suppress(OSError):
+                os.rename(partial, failed)
+            shutil.rmtree(failed, ignore_errors=True)
 
     def _commit(self, partial: Path, manifest: dict[str, Any]) -> None:
         reports = [partial / f"rank-{rank}.json" for rank in range(self.world.ranks)]
@@ -133,17 +138,11 @@ class Saver:
             report.unlink()
         _sync(partial)
         final = partial.with_suffix("")
-        for later in checkpoints(self.folder):  # damaged, or of a future that the run went back behind
-            if step_of(later) > step_of(final):
-                shutil.rmtree(later)
-        replaced = self.folder / f"{final.name}-replaced.tmp"
-        if final.exists():  # a damaged one, that the run went back behind
-            os.rename(final, replaced)
         os.rename(partial, final)
         _sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for older in checkpoints(self.folder)[self.keep :] if self.keep else []:
-            shutil.rmtree(older)
+        older = checkpoints(self.folder)[self.keep :] if self.keep else []
+        for folder in [*older, *self.folder.glob("step-*.given-up")]:
+            shutil.rmtree(folder)
 
 
 def check_room(folder: Path, needed: int, what: str = "a checkpoint needs") -> None:
@@ -181,6 +180,14 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The steps that were finished when it was saved, as its name says."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def give_up(folders: list[Path]) -> None:
+    """Set checkpoints aside that a run does not go on from: none of them is taken for its newest one any more."""
+    for checkpoint in folders:
+        aside = checkpoint.with_suffix(".given-up")
+        shutil.rmtree(aside, ignore_errors=True)  # of the same step, given up before
+        os.rename(checkpoint, aside)
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -99,7 +99,7 @@ def fail(error: Exception, world: World | None, folder: RunFolder | None) -> Non
     text = str(error) or type(error).__name__
     first: dict[str, Any] = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
     if folder:
-        with suppress(OSError):  # a full disk is perhaps what this is about
+        with suppress(OSError, UserError):  # a full disk, or a broken log, is perhaps what this is about
             folder.status("failed", exit_code=first["code"], error=first["text"])
     if not world:  # each rank by itself: `guarded` says it
         return

@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from.
 
-`auto` takes the newest one that is intact and says which it passed over and why; a folder named by hand must be intact.
+`auto` takes the newest one that is intact and says which it passed over and why; a folder named by hand must be intact,
+and is gone back to once: the same command again, after a crash, goes on with what was saved since.
 Where checkpoints are there and all are damaged, a person has to look: to begin again would throw the run away. All
 ranks look at those that the leading one sees, each at its share of the files, and all come to the same answer. Going on
 with other data, another batch or another model would silently be another run, so it is refused with the differences.
@@ -16,19 +17,21 @@ from minisft.training.checkpoint import IncompleteError, SavedState, checkpoints
 from minisft.training.parallel import World
 
 
-def find(folder: Path, world: World, fingerprint: dict[str, Any], *, wanted: str = "auto",
+def find(folder: Path, world: World, fingerprint: dict[str, Any], *, wanted: str = "auto", again: bool = False,
          allow_change: bool = False, total_steps: int | None = None) -> SavedState | None:
     """The state to go on from in the checkpoints of run `folder`; None to start afresh.
 
-    `wanted` is "auto", "never" or a checkpoint's folder. Raises UserError where that one, or every one, is damaged, or
-    where `fingerprint` differs from the saved one and `allow_change` is not given, or where it is beyond the
-    `total_steps` of the run.
+    `wanted` is "auto", "never" or a checkpoint's folder; `again`, as the leading rank says it: the run was last started
+    in just this way. Raises UserError where the wanted one, or every one, is damaged, where there are some and none is
+    wanted, and where `_check` does.
     """
-    if wanted == "never":
-        return None
+    there, again = _as_leader((checkpoints(folder / "checkpoints"), again), world)
     saved, passed_over = None, []
-    there = _as_leader(checkpoints(folder / "checkpoints"), world)
-    if wanted == "auto":
+    if wanted == "never":
+        if there:
+            raise UserError(f"{folder}: holds checkpoints, and checkpoint.resume is \"never\"; choose another folder "
+                            "with run.dir, or delete them")
+    elif wanted == "auto" or (again and there):
         passed_over = [f"{path}: its save was not finished" for path in leftovers(folder / "checkpoints")]
         saved, damaged = _newest(there, world)
         passed_over += damaged
@@ -41,6 +44,23 @@ def find(folder: Path, world: World, fingerprint: dict[str, Any], *, wanted: str
         if world.leads and skipped:
             print(f"no checkpoint to go on from, beginning at step 0{skipped}", flush=True)
         return None
+    _check(saved, fingerprint, allow_change=allow_change, total_steps=total_steps)
+    if world.leads:
+        changes = _changes(saved, world, [] if skipped else there)
+        print(f"going on from {saved.folder}, after step {saved.step}{changes}{skipped}", flush=True)
+    return saved
+
+
+def given_up(saved: SavedState | None, there: list[Path]) -> list[Path]:
+    """Those of a run's checkpoints, newest first, that are not on the way to `saved`, which it goes on from."""
+    if saved is None or saved.folder.resolve() not in [path.resolve() for path in there]:
+        return there
+    return [path for path in there if step_of(path) > saved.step]
+
+
+def _check(saved: SavedState, fingerprint: dict[str, Any], *, allow_change: bool, total_steps: int | None) -> None:
+    """Raise UserError where `fingerprint` differs from the saved one and `allow_change` is not given, or where the run
+    has fewer steps than the state."""
     changed = _differences(saved.progress["fingerprint"], fingerprint)
     if changed and not allow_change:
         raise UserError(f"{saved.folder}: the run was started with other settings, so its batches would not be the "
@@ -50,21 +70,17 @@ def find(folder: Path, world: World, fingerprint: dict[str, Any], *, wanted: str
         raise UserError(f"{saved.folder}: is of step {saved.step}, and the run has {total_steps} steps now; raise "
                         "train.epochs or train.max_steps, name an older one with checkpoint.resume, or choose another "
                         "run.dir")
-    if world.leads:
-        changes = _changes(saved, world, there if wanted != "auto" else [])
-        print(f"going on from {saved.folder}, after step {saved.step}{changes}{skipped}", flush=True)
-    return saved
 
 
 def _changes(saved: SavedState, world: World, there: list[Path]) -> str:
     """What will be other than before, for a person."""
-    ranks, later = saved.manifest["ranks"], [path.name for path in there if step_of(path) > saved.step]
+    ranks, others = saved.manifest["ranks"], [path.name for path in given_up(saved, there)]
     resharded = f"; saved by {ranks} ranks, now {world.ranks}: the same global batches, but not bit-exact"
-    replaced = f"; the next checkpoint takes the place of {', '.join(later)}"
-    return (resharded if ranks != world.ranks else "") + (replaced if later else "")
+    replaced = f"; the next checkpoint takes the place of {', '.join(others)}"
+    return (resharded if ranks != world.ranks else "") + (replaced if others else "")
 
 
-def _as_leader(found: list[Path], world: World) -> list[Path]:
+def _as_leader(found: tuple[list[Path], bool], world: World) -> tuple[list[Path], bool]:
     """What the leading rank has found: on a network's disk others may see a new folder later."""
     everyones = [found] * world.ranks
     dist.all_gather_object(everyones, found)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minisft.errors import UserError
-from minisft.training.checkpoint import checkpoints
 
 # What a run would write over.
 OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "final", "profile")
@@ -50,7 +49,7 @@ class RunFolder:
     Raises UserError where the folder is another run's or holds something else, OSError where it cannot be written.
     """
 
-    def __init__(self, path: Path, *, fresh: bool):
+    def __init__(self, path: Path):
         self.path = path
         foreign = [name for name in OURS if (path / name).exists()]
         if foreign and not (path / "status.json").exists():
@@ -65,11 +64,13 @@ class RunFolder:
             raise UserError(f"{path}: in use by {holder}; wait for it, or choose another folder with run.dir") from None
         if (path / "final").exists():
             raise UserError(f"{path}: holds a finished run; choose another folder with run.dir, or delete it")
-        if fresh and checkpoints(path / "checkpoints"):
-            raise UserError(f"{path}: holds checkpoints, and checkpoint.resume is \"never\"; choose another folder "
-                            "with run.dir, or delete them")
         self._lock.truncate(0)
         self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
+
+    def was_begun_with(self, effective_config: str) -> bool:
+        """Whether the last start that was accepted had this configuration."""
+        file = self.path / "config.toml"
+        return file.exists() and file.read_text(encoding="utf-8") == effective_config
 
     def begin(self, effective_config: str, *, data: dict[str, Any], environment: dict[str, Any]) -> None:
         """Write what the run is made of; when it goes on, what it goes on with."""

@@ -10,7 +10,7 @@ import faulthandler
 import sys
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from minisft import config as configuration
 from minisft.config import Config
 from minisft.data import packing
 from minisft.data.loader import MicroBatch, Step, steps
-from minisft.errors import EXIT_PREEMPTED
+from minisft.errors import EXIT_PREEMPTED, UserError
 from minisft.evaluation import samples
 from minisft.evaluation.forgetting import Forgetting
 from minisft.evaluation.heldout import heldout_loss, loss_figures
@@ -32,7 +32,7 @@ from minisft.preparation import Prepared, adapters_of, prepare
 from minisft.reports.data_report import describe, figures
 from minisft.training import parallel, provenance, resume
 from minisft.training.adapter import export_adapter
-from minisft.training.checkpoint import Saver
+from minisft.training.checkpoint import SavedState, Saver, checkpoints, give_up
 from minisft.training.environment import environment
 from minisft.training.export import export
 from minisft.training.failure import fail, guarded, listen, watch
@@ -56,31 +56,32 @@ def train(config: Config) -> int:
     leads, parts = parallel.launched_rank()[0] == 0, config.parallel
     preemption = folder = world = None
     try:
-        if leads and Path(config.run.dir, "status.json").exists():  # no longer "preempted", whatever comes
-            folder = own_folder(config)
         check_ranks(config)
         prepared = prepare(config, quiet=not leads)
         base, preemption = open_base(config, prepared), Preemption()
         if leads:
             print(describe(found := figures(prepared), short=True), flush=True)
-            folder = folder or own_folder(config)
+            folder = own_folder(config)
         world = parallel.start(shard=parts.shard, replicate=parts.replicate, timeout=parts.timeout)
         listen(world, folder)
         watch(parts.timeout)
         run = open_run(config, prepared, world, base)
         saved = resume.find(run.folder, world, run.fingerprint, wanted=config.checkpoint.resume,
+                            again=folder is not None and folder.was_begun_with(config.to_toml()),
                             allow_change=config.checkpoint.allow_change, total_steps=prepared.plan.total_steps)
-        if folder:
-            folder.begin(config.to_toml(), data=found, environment=environment())
-            folder.rewind_log(saved.step if saved else -1)  # step 0 is evaluated again
         fill(run, saved)
+        if folder:
+            begin(folder, config, saved, data=found)
         finished = run_steps(run, preemption, start=saved.step if saved else 0) == prepared.plan.total_steps
+        if folder and (preemption.asked or not finished):  # it has saved, and may be killed while it exports
+            folder.status("preempted", exit_code=EXIT_PREEMPTED)
         if finished:
             export_as(run, run.folder / "final", adapter="adapter")
-        if folder:
-            folder.status("done" if finished else "preempted", exit_code=0 if finished else EXIT_PREEMPTED)
+            if folder:
+                folder.status("done", exit_code=0)
         return 0 if finished else EXIT_PREEMPTED
     except Exception as error:
+        folder = folder or (earlier_folder(config) if leads else None)
         fail(error, world, folder)
         raise
     finally:
@@ -94,9 +95,24 @@ def train(config: Config) -> int:
 
 def own_folder(config: Config) -> RunFolder:
     """The run folder, which no other process may use from now on."""
-    folder = RunFolder(Path(config.run.dir), fresh=config.checkpoint.resume == "never")
+    folder = RunFolder(Path(config.run.dir))
     folder.status("running")
     return folder
+
+
+def begin(folder: RunFolder, config: Config, saved: SavedState | None, *, data: dict[str, Any]) -> None:
+    """Note in the folder what was accepted: a start from `saved`. The run goes on from nothing else any more."""
+    give_up(resume.given_up(saved, checkpoints(folder.path / "checkpoints")))
+    folder.begin(config.to_toml(), data=data, environment=environment())
+    folder.rewind_log(saved.step if saved else -1)  # step 0 is evaluated again
+
+
+def earlier_folder(config: Config) -> RunFolder | None:
+    """The folder of a run that goes on no further, whose "preempted" would be started again and again; None where there
+    is none, or it is finished or another's."""
+    with suppress(UserError, OSError):
+        return own_folder(config) if Path(config.run.dir, "status.json").exists() else None
+    return None
 
 
 def run_steps(run: Run, preemption: Preemption, *, start: int) -> int:
