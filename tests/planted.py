@@ -46,10 +46,10 @@ def main(argv: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss * float("nan") if fault == "nan" else loss
 
-    def full_disk(*args):
-        if current >= at:
+    def full_disk(tensors, file):
+        if checkpoint.step_of(file.parent.with_suffix("")) >= at:
             raise OSError(28, "No space left on device")
-        save_file(*args)
+        save_file(tensors, file)
 
     if (launched_rank()[0] == rank or fault == "deaf") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         trainer.steps, trainer.forward = watched, planted_forward

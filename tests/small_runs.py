@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def wait_for_step(folder, step, process, seconds=90):
             return
         time.sleep(0.02)
     raise AssertionError(process.communicate()[0])
+
+
+def wait_for_savers():
+    """The save that was under way when a run died in this process is complete, whatever the machine's load."""
+    for thread in threading.enumerate():
+        if thread.name == "saver":
+            thread.join()
 
 
 def workers(process):

@@ -234,7 +234,7 @@ CONTENTS = st.lists(PARTS, min_size=1, max_size=4).map("".join).filter(str.strip
 
 
 @given(st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3), st.none() | CONTENTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_text_stays_text_and_answers_are_tokenised_as_they_are_generated(renderers, exchanges, system):
     turns = [Turn("system", system)] if system else []
     for question, answer in exchanges:

@@ -152,7 +152,7 @@ def test_characters_of_several_tokens_appear_whole(base):
 
 
 @given(ids=st.lists(st.integers(0, 319), max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_pieces_of_any_tokens_are_their_text(ids, base):
     tokenizer = Tokenizer(base)
     assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)

@@ -180,7 +180,7 @@ printable = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1)
 finite = st.floats(0, 1e18)
 
 
-@settings(deadline=None, database=None)
+@settings(database=None)
 @given(path=printable, files=st.lists(st.tuples(printable, finite.filter(bool)), min_size=1, max_size=3), lr=finite,
        steps=st.none() | st.integers(1, 2**62), shuffle=st.booleans())
 def test_any_configuration_survives_toml(tmp_path_factory, path, files, lr, steps, shuffle):

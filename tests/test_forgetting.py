@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import HERE, log, options, train
+from small_runs import HERE, log, options, train, wait_for_savers
 
 from minisft import config as configuration
 from minisft.__main__ import main as command
@@ -83,6 +83,7 @@ def test_a_run_that_goes_on_measures_against_the_same_base(base, tmp_path, gener
         patch.setattr(trainer, "evaluate", dying)
         with pytest.raises(Death):
             main(options(base, tmp_path / "died", **settings))
+        wait_for_savers()
     train(base, tmp_path / "died", **settings)
     died, whole = ([{name: value for name, value in record.items() if name != "seconds"}
                     for record in log(tmp_path / run, "eval")] for run in ("died", "whole"))

@@ -194,7 +194,7 @@ def naive_paths(node):
 
 
 @given(shape=st.recursive(st.booleans(), lambda children: st.lists(children, max_size=4), max_leaves=25))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_oasst_paths_equal_a_recursive_walk(write, shape):
     names = iter(range(10**6))
 
@@ -461,7 +461,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
     max_leaves=15,
 )
-fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(

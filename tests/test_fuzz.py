@@ -294,7 +294,7 @@ def other_records(draw):
 
 
 @given(st.lists(records_of_talk() | other_records(), min_size=1, max_size=3), st.booleans(), st.integers(0, 2))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_any_record(renderers, tmp_path_factory, records, skip_bad, which):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     content = "\n".join(map(json.dumps, records)).encode()

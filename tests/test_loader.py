@@ -66,7 +66,7 @@ def test_the_drawing_in_the_module():
 
 
 @given(MASKS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_targets_are_those_of_each_document_alone(masks):
     documents = Documents(masks)
     batch = micro_batch(documents, list(range(len(masks))))
@@ -113,7 +113,7 @@ def test_the_deal_in_the_docstring():
 
 
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=50), st.integers(1, 12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_dealing_is_a_partition_into_equal_numbers_dearest_first(costs, ranks):
     hands = deal(np.array(costs), ranks=ranks)
     assert len(hands) == ranks
@@ -125,7 +125,7 @@ def test_dealing_is_a_partition_into_equal_numbers_dearest_first(costs, ranks):
 
 
 @given(st.lists(st.integers(1, 100), min_size=6, max_size=6), st.integers(2, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_small_deal_is_near_the_best_of_all(costs, ranks):
     def dearest(hands):
         return max(sum(costs[pack] for pack in hand) for hand in hands)
@@ -174,7 +174,7 @@ def test_starting_late_is_skipping(start):
 
 
 @given(MASKS, st.integers(0, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_padding_changes_nothing_but_the_number_of_tokens(masks, missing):
     batch = micro_batch(Documents(masks), list(range(len(masks))))
     size = len(batch.tokens) + missing
@@ -199,7 +199,7 @@ def test_fixed_steps_have_one_shape_and_the_same_targets_and_counts(ranks):
 
 
 @given(MASKS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_offsets_and_positions_are_those_of_each_document(masks):
     batch = micro_batch(Documents(masks), list(range(len(masks))))
     assert batch.cu_seqlens.tolist() == [sum(batch.lengths[:i]) for i in range(len(masks) + 1)]

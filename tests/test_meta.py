@@ -252,7 +252,7 @@ def test_every_llama_3_states_its_theta(folder: Path) -> None:
     assert "KeyError: 'rope_theta'" in refusal(folder)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(
     st.sampled_from([*PARAMS, "use_scaled_rope", "rope_scaling_factor"]),
     st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3) | st.just(10**400)

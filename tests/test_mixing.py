@@ -75,7 +75,7 @@ def tokens(documents, *files):
 
 @given(st.lists(st.tuples(st.floats(0.01, 4), st.lists(st.integers(1, 500), min_size=1, max_size=40)),
                 min_size=1, max_size=4, unique_by=lambda source: source[0]), st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_source_has_its_weight_in_tokens_to_within_one_document(sources, seed):
     lengths = np.concatenate([own for _, own in sources])
     weights = np.concatenate([np.full(len(own), weight) for weight, own in sources])
@@ -129,7 +129,7 @@ def test_weights_in_a_run_are_drawn_anew_each_epoch_and_the_same_for_the_same_se
 
 @given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(0.01, 100), st.booleans()), min_size=2, max_size=6),
        st.floats(0.001, 0.999))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_replay_weights_give_the_ratio_and_keep_the_rest(sources, ratio):
     sources[0], sources[1] = (*sources[0][:2], False), (*sources[1][:2], True)
     counts, given_weights, replayed = map(np.array, zip(*sources, strict=True))

@@ -168,7 +168,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Llama]:
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(lengths=LENGTHS, seed=st.integers(0, 99))
 def test_packed_documents_are_computed_as_if_alone(pair: tuple[Any, Llama], lengths: list[int], seed: int) -> None:
     theirs, ours = pair

@@ -112,7 +112,7 @@ FIELDS = [*RAW, "head_dim", "rope_scaling", "rope_parameters", "tie_word_embeddi
 ROPE = st.dictionaries(st.sampled_from([*LLAMA3, "type", "rope_theta"]), ANY_JSON | st.just("llama3"), max_size=3)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5),
                                ANY_JSON | st.integers(1, 8) | ROPE | ROPE.map(lambda rope: LLAMA3 | rope), max_size=3))
 def test_any_config_is_a_network_or_a_user_error(tmp_path: Path, changes: dict[str, Any]) -> None:

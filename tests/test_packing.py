@@ -45,7 +45,7 @@ def plan_of(lengths, **settings):
 
 
 @given(st.integers(1, 40), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_packs_are_those_of_best_fit_decreasing(capacity, data):
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
     packs = best_fit_decreasing(np.array(lengths, dtype=np.int64), capacity)
@@ -65,7 +65,7 @@ def test_items_of_one_length_are_placed_together():
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=100), st.integers(0, 30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bundles_are_those_between_two_marks(lengths, size):
     expected, end, first_behind = [], 0, {}
     for document, length in enumerate(lengths):
@@ -82,7 +82,7 @@ def test_bundles_are_those_between_two_marks(lengths, size):
 
 
 @given(st.integers(1, 64), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bundles_never_cost_a_small_set_a_pack(capacity, data):
     lengths = np.array(data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=80)))
     packs = pack_documents(lengths, capacity)
@@ -136,7 +136,7 @@ def test_packs_are_as_full_as_those_of_the_definition(median, sigma, seq_len):
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=80), st.integers(0, 2**32 - 1), st.integers(0, 5),
        st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_document_once_an_epoch_and_no_pack_too_long(lengths, seed, epoch, shuffle):
     lengths = np.array(lengths)
     packed = pack_epoch(lengths, seq_len=64, seed=seed, epoch=epoch, shuffle=shuffle)
@@ -177,7 +177,7 @@ def test_unshuffled_packs_follow_the_file():
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=60), st.integers(1, 7), st.integers(1, 4),
        st.none() | st.integers(1, 40))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_steps_walk_through_the_epochs(lengths, packs_per_step, epochs, max_steps):
     plan = plan_of(lengths, packs_per_step=packs_per_step, epochs=epochs, max_steps=max_steps)
     expected = []

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import HERE, assert_same, final_weights, log, options, train
+from small_runs import HERE, assert_same, final_weights, log, options, train, wait_for_savers
 
 from minisft.data.dataset import Dataset
 from minisft.model import weights
@@ -46,9 +46,7 @@ def run_until_death(monkeypatch, argv, *, step, micro_batches=4):
         with pytest.raises(Death) as death:  # which keeps the loop's variables
             main(argv)
         assert death
-        for thread in threading.enumerate():  # the save under way is complete, whatever the machine's load
-            if thread.name == "saver":
-                thread.join()
+        wait_for_savers()
         assert "loader" not in {thread.name for thread in threading.enumerate()}
 
 

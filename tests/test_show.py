@@ -1,5 +1,6 @@
 """`minisft show`: what is shown is what the model sees, nothing can pass for a mark, and nothing leaves the page."""
 
+import contextlib
 import html.parser
 import json
 import os
@@ -294,7 +295,11 @@ def on_a_terminal(**environment):
     outer, inner = pty.openpty()
     done = subprocess.run(**command("--index", "7", **environment), stdout=inner, stderr=subprocess.PIPE)
     os.close(inner)
-    said = os.read(outer, 100_000).decode().replace("\r\n", "\n")
+    pieces = []
+    with contextlib.suppress(OSError):  # nobody has the other end open any more
+        while piece := os.read(outer, 100_000):
+            pieces.append(piece)
+    said = b"".join(pieces).decode().replace("\r\n", "\n")
     os.close(outer)
     assert done.returncode == 0, done.stderr
     return said

@@ -153,7 +153,7 @@ HEADERS = st.binary(max_size=60) | st.recursive(
 ).map(lambda value: json.dumps(value).encode())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=HEADERS, length=st.none() | st.integers(0, 2**64 - 1))
 def test_a_garbage_header_is_refused(folder: Path, header: bytes, length: int | None) -> None:
     claimed = struct.pack("<Q", len(header) if length is None else length)
@@ -276,7 +276,7 @@ ANY_JSON = st.recursive(
 FILE_NAME = st.text(max_size=9).map(lambda name: f"{name}.safetensors")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.one_of(
     st.binary(max_size=30), ANY_JSON.map(lambda value: json.dumps(value).encode()),
     ANY_JSON.map(lambda value: json.dumps({"weight_map": value}).encode()),

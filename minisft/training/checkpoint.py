@@ -117,13 +117,14 @@ class Saver:
                 self._commit(partial, manifest)
         except (OSError, SafetensorError) as error:
             size = sum(tensor.nbytes for tensor in tensors.values())
-            self.error = OSError(f"{partial}: the checkpoint could not be written ({error}); this rank's part needs "
-                                 f"{size:,} bytes. The older checkpoints are intact")
-            self.world.first_failure(EXIT_IO, str(self.error))  # before the others find the folder gone
+            failure = OSError(f"{partial}: the checkpoint could not be written ({error}); this rank's part needs "
+                              f"{size:,} bytes. The older checkpoints are intact")
+            self.world.first_failure(EXIT_IO, str(failure))  # before the others find the folder gone
             failed = partial.with_name(f"{partial.stem}-failed.tmp")  # no rank can write into it any more
             with suppress(OSError):
                 os.rename(partial, failed)
             shutil.rmtree(failed, ignore_errors=True)
+            self.error = failure  # the process may end as soon as this is seen
 
     def _commit(self, partial: Path, manifest: dict[str, Any]) -> None:
         reports = [partial / f"rank-{rank}.json" for rank in range(self.world.ranks)]

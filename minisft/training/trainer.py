@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from minisft import config as configuration
@@ -73,13 +74,7 @@ def train(config: Config) -> int:
         if folder:
             begin(folder, config, saved, data=found)
         finished = run_steps(run, preemption, start=saved.step if saved else 0) == prepared.plan.total_steps
-        if folder and (preemption.asked or not finished):  # it has saved, and may be killed while it exports
-            folder.status("preempted", exit_code=EXIT_PREEMPTED)
-        if finished:
-            export_as(run, run.folder / "final", adapter="adapter")
-            if folder:
-                folder.status("done", exit_code=0)
-        return 0 if finished else EXIT_PREEMPTED
+        return end(run, folder, finished=finished, asked=preemption.asked)
     except Exception as error:
         folder = folder or (earlier_folder(config) if leads else None)
         fail(error, world, folder)
@@ -105,6 +100,19 @@ def begin(folder: RunFolder, config: Config, saved: SavedState | None, *, data: 
     give_up(resume.given_up(saved, checkpoints(folder.path / "checkpoints")))
     folder.begin(config.to_toml(), data=data, environment=environment())
     folder.rewind_log(saved.step if saved else -1)  # step 0 is evaluated again
+
+
+def end(run: Run, folder: RunFolder | None, *, finished: bool, asked: bool) -> int:
+    """Export the model of a run that is `finished`, and note how it ended; returns the exit code."""
+    if folder and (asked or not finished):  # it has saved, and may be killed while it exports
+        folder.status("preempted", exit_code=EXIT_PREEMPTED)
+    if not finished:
+        dist.barrier()  # where one has left torchrun ends the others: not before the leading one has noted that
+        return EXIT_PREEMPTED
+    export_as(run, run.folder / "final", adapter="adapter")
+    if folder:
+        folder.status("done", exit_code=0)
+    return 0
 
 
 def earlier_folder(config: Config) -> RunFolder | None:
