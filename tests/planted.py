@@ -5,6 +5,7 @@
     disk    the rank's disk is full when it writes its part of the first checkpoint after the step
     hang    the rank never comes back from the forward pass
     deaf    the rank fails with a bug, and rank 0 is stuck where it does not notice
+    slow    the rank takes three seconds more to complete a checkpoint from the step on
     die     the rank is killed in the middle of the forward pass
 
 After a restart by torchrun nothing is planted.
@@ -22,7 +23,8 @@ from minisft.training.parallel import launched_rank
 
 def main(argv: list[str]) -> int:
     fault, rank, at = argv[0], int(argv[1]), int(argv[2])
-    current, forward, save_file = 0, trainer.forward, checkpoint.save_file
+    current, forward = 0, trainer.forward
+    save_file, write_durably = checkpoint.save_file, checkpoint._write_durably
 
     def watched(*args, **kwargs):
         nonlocal current
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
     def planted_forward(*args):
         nonlocal current
         loss = forward(*args)
-        if current != at or fault == "disk":
+        if current != at or fault in ("disk", "slow"):
             return loss
         current = 0  # once a step
         if fault == "raise":
@@ -51,10 +53,17 @@ def main(argv: list[str]) -> int:
             raise OSError(28, "No space left on device")
         save_file(tensors, file)
 
+    def slow_disk(file, content):
+        if file.name == "manifest.json" and checkpoint.step_of(file.parent.with_suffix("")) >= at:
+            time.sleep(3)
+        write_durably(file, content)
+
     if (launched_rank()[0] == rank or fault == "deaf") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         trainer.steps, trainer.forward = watched, planted_forward
         if fault == "disk":
             checkpoint.save_file = full_disk
+        if fault == "slow":
+            checkpoint._write_durably = slow_disk
     return trainer.main(argv[3:])
 
 

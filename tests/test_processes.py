@@ -37,6 +37,17 @@ def test_asked_to_stop_all_ranks_save_after_the_same_step(base, tmp_path, target
     assert [r["step"] for r in log(tmp_path)] == list(range(1, done + 3))
 
 
+def test_no_rank_leaves_before_the_leading_one_has_saved(base, tmp_path):
+    """torchrun takes the code of a rank that has stopped for a failure, and sends the others a second signal."""
+    process = launch(base, tmp_path, ranks=2, program=[PLANTED, "slow", 0, 1], **LONG)
+    wait_for_step(tmp_path, 2, process)
+    os.kill(workers(process)[0], signal.SIGUSR1)
+    printed = process.communicate(timeout=200)[0]
+    assert "stopping at once" not in printed
+    assert status(tmp_path)["state"] == "preempted", printed
+    assert (tmp_path / f"run/checkpoints/step-{status(tmp_path)['step']:06}/manifest.json").exists()
+
+
 def test_a_second_signal_ends_it_at_once(base, tmp_path):
     process = launch(base, tmp_path, program=[PLANTED, "hang", 0, 3], **LONG)
     wait_for_step(tmp_path, 1, process)
