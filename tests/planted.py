@@ -48,13 +48,16 @@ def main(argv: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss * float("nan") if fault == "nan" else loss
 
+    def is_due(file):
+        return checkpoint.step_of(file.parent.with_suffix("")) >= at
+
     def full_disk(tensors, file):
-        if checkpoint.step_of(file.parent.with_suffix("")) >= at:
+        if is_due(file):
             raise OSError(28, "No space left on device")
         save_file(tensors, file)
 
     def slow_disk(file, content):
-        if file.name == "manifest.json" and checkpoint.step_of(file.parent.with_suffix("")) >= at:
+        if file.name == "manifest.json" and is_due(file):
             time.sleep(3)
         write_durably(file, content)
 

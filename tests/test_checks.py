@@ -181,4 +181,5 @@ def test_a_breach_stops_the_store_and_leaves_nothing(folder, tmp_path):
     renderer = Renderer(load_templates(tmp_path / "mine.toml")["mine"], Tokenizer(folder))
     with pytest.raises(UserError, match=rf"^{re.escape(str(file))}:2: a second beginning-of-text token: token 1 of"):
         open_store(str(file), name="data", format="auto", renderer=renderer, cache=tmp_path / "cache", quiet=True)
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    left = {path.suffix for path in (tmp_path / "cache").iterdir()}
+    assert left - {".digest"} == {".lock"}  # a digest is remembered where this machine took over two seconds
