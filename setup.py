@@ -16,7 +16,7 @@ setup(
     package_data={"minisft": ["recipes/*.toml", "recipes/sample/*.jsonl", "data/*.toml", "demo/*.tsv",
                               "planning/*.toml", "evaluation/*.toml", "evaluation/*.html",
                               "evaluation/question_files/*.jsonl"]},
-    install_requires=["torch>=2.13,<2.14", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
+    install_requires=["torch>=2.11", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
     extras_require={
         "plot": ["matplotlib>=3.9"],  # minisft report
         "tensorboard": ["tensorboard>=2.18"],  # minisft report --tensorboard

@@ -5,7 +5,7 @@ standard input and reads {seconds, cpu_seconds, loss, peak_gib} from its standar
 the precision, and the documents of every step, tokenised: [step][pack][document] of {"ids", "trained"}.
 
 Each system is set up as its own trainer or recipe does it, in the fastest way that trains the same tokens, each within
-its own document: AdamW (fused) at a constant rate on fp32 parameters, gradients clipped to norm 1 where the system
+its own document, on the GPU where there is one: AdamW (fused) at a constant rate on fp32 parameters, gradients clipped to norm 1 where the system
 clips, all activations kept, as many packs in one forward pass as the job says. A step's seconds go from making the
 batch to the updated parameters.
 
@@ -14,6 +14,10 @@ batch to the updated parameters.
     trl                  SFTTrainer with bfd packing and its default loss, `sdpa`; bf16 is autocast
     trl-compile          the same with torch_compile=True
     trl-bf16-weights     the same as trl with the parameters in bf16 as well: small updates are lost
+    trl-liger            the same as trl with use_liger_kernel=True; a GPU only, if liger_kernel is installed
+    trl-flash            the same as trl with flash_attention_2; a GPU only, if flash_attn is installed
+    transformers         a plain loop around LlamaForCausalLM: `sdpa`, positions that restart, its own loss; bf16 is
+                         autocast
     torchtune            the parts of recipes/full_finetune_single_device.py; bf16 means parameters in bf16 as well
     torchtune-compile    the same with `compile: True`
     litgpt               the steps of litgpt/finetune/full.py, all documents of a step padded to the longest
@@ -45,17 +49,39 @@ class Turn:
         """Wait for the word; ends the process where there is none to come."""
         if sys.stdin.readline().strip() != "step":
             raise SystemExit(0)
+        finish()
         self.started = time.perf_counter(), time.process_time()
 
     def end(self, loss: float) -> None:
         """Report a step."""
+        finish()
         seconds, cpu_seconds = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
         print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": loss, "peak_gib": peak_gib()}),
               file=self.out, flush=True)
 
 
+def device():
+    """The GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def finish() -> None:
+    """Wait for the GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def peak_gib() -> float:
-    """The most memory this process had resident; ru_maxrss would start from that of the process that called it."""
+    """The most memory that was allocated on the GPU; without one, that this process had resident (ru_maxrss would
+    start from that of the process that called it)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
 
@@ -90,18 +116,20 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
 
     config = configuration.load(job.arguments)
     world = parallel.start()
+    compiled = compiled or world.device.type == "cuda"  # as parallel.compile = "auto" has it
     model = parallel.build_model(read_config(job.model), world, precision=job.precision, compiled=compiled,
                                  parameters=getattr(torch, dtype))
     size = config.data.seq_len * job.micro_packs
-    optimizer = Optimizer(model, world.mesh, betas=BETAS, eps=EPS, moments=getattr(torch, dtype))
+    optimizer = Optimizer(model, world.mesh, betas=BETAS, eps=EPS, moments=getattr(torch, dtype), compiled=compiled)
     weights.load(model, weights.SafetensorsFolder(job.model))
     for index, packs in enumerate(job.steps):
         turn.begin()
         optimizer.begin(job.lr, index)
-        targets, total = sum(sum(d["trained"]) for pack in packs for d in pack), torch.zeros(())
+        targets = sum(sum(d["trained"]) for pack in packs for d in pack)
+        total = torch.zeros((), device=world.device)
         for batch in map(stream, in_micro_batches(packs, job)):
             batch = padded(batch, size, longest=config.data.seq_len) if compiled else batch
-            loss = batch_loss(model, batch, device=world.device, denominator=targets)
+            loss = batch_loss(model, batch, device=world.device, denominator=targets, compiled=compiled)
             loss.backward()
             total += loss.detach()
         optimizer.clip(CLIP)
@@ -109,7 +137,8 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
         turn.end(total.item())
 
 
-def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str = "float32") -> None:
+def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str = "float32", liger: bool = False,
+        attention: str = "sdpa") -> None:
     """SFTTrainer, whose rows are the packs of the job, as its own packer would hand them over."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     import datasets
@@ -145,12 +174,41 @@ def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str 
         gradient_accumulation_steps=len(job.steps[0]) // job.micro_packs, dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential", max_length=job.seq_len, learning_rate=job.lr,
         lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0,
-        max_grad_norm=CLIP, gradient_checkpointing=False, bf16=job.precision == "bf16", use_cpu=True,
-        torch_compile=compiled, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-        model_init_kwargs={"dtype": dtype, "attn_implementation": "sdpa"})
+        max_grad_norm=CLIP, gradient_checkpointing=False, bf16=job.precision == "bf16",
+        use_cpu=device().type == "cpu", use_liger_kernel=liger, torch_compile=compiled, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+        model_init_kwargs={"dtype": dtype, "attn_implementation": attention})
     trainer = Steps(model=job.model, args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Waits()],
                     processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(job.model))
     trainer.train()
+
+
+def transformers(job: SimpleNamespace, turn: Turn) -> None:
+    """LlamaForCausalLM as it is: packs as rows, documents told by positions that restart, all logits at once."""
+    os.environ.update(HF_HUB_OFFLINE="1")
+    import torch
+    from transformers import LlamaForCausalLM
+
+    on = device()
+    model = LlamaForCausalLM.from_pretrained(job.model, dtype=torch.float32, attn_implementation="sdpa").to(on)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+    for packs in job.steps:
+        turn.begin()
+        trained, total = sum(sum(d["trained"]) for pack in packs for d in pack), torch.zeros((), device=on)
+        for together in in_micro_batches(packs, job):
+            rows = [([i for d in pack for i in d["ids"]], [i for d in pack for i in labels(d)],
+                     [i for d in pack for i in range(len(d["ids"]))]) for pack in together]
+            longest = max(len(ids) for ids, _, _ in rows)
+            ids, targets, positions = (torch.tensor([row[i] + (longest - len(row[i])) * [fill] for row in rows], device=on)
+                                       for i, fill in enumerate((0, IGNORED, 0)))
+            with torch.autocast(on.type, torch.bfloat16, enabled=job.precision == "bf16"):
+                loss = model(input_ids=ids, position_ids=positions, labels=targets, num_items_in_batch=trained,
+                             use_cache=False).loss
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        turn.end(total.item())
 
 
 def torchtune(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> None:
@@ -179,6 +237,7 @@ def torchtune(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> No
         training.compile_model(model, verbose=False)
         training.compile_loss(loss_of, verbose=False)
     model.load_state_dict(checkpointer.load_checkpoint()[training.MODEL_KEY])
+    model.to(device())
     model.set_num_output_chunks(loss_of.num_output_chunks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
 
@@ -186,9 +245,9 @@ def torchtune(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> No
         documents = [[{"tokens": d["ids"], "labels": labels(d)} for d in pack] for pack in packs]
         rows = [PackedDataset(pack, max_seq_len=job.seq_len)[0] for pack in documents]  # packed before training starts
         turn.begin()
-        trained, total = 0, torch.zeros(())
+        trained, total = 0, torch.zeros((), device=device())
         for together in in_micro_batches(rows, job):
-            batch = padded_collate_packed(together)
+            batch = {name: value.to(device()) for name, value in padded_collate_packed(together).items()}
             targets = batch.pop("labels")
             targets = torch.hstack((targets[:, 1:], targets.new_full((len(targets), 1), IGNORED)))
             count = (targets != IGNORED).sum()
@@ -220,7 +279,7 @@ def litgpt(job: SimpleNamespace, turn: Turn, *, micro_batch: int = 0) -> None:
                     parallel_residual=False, rotary_percentage=1.0, norm_class_name="RMSNorm",
                     norm_eps=shape["rms_norm_eps"], mlp_class_name="LLaMAMLP",
                     intermediate_size=shape["intermediate_size"], rope_base=int(shape["rope_theta"]))
-    fabric = lightning.Fabric(devices=1, accelerator="cpu",
+    fabric = lightning.Fabric(devices=1, accelerator=device().type,
                               precision="bf16-mixed" if job.precision == "bf16" else "32-true")
     state, halves = {}, {}
     for file in sorted(Path(job.model).glob("*.safetensors")):
@@ -239,7 +298,7 @@ def litgpt(job: SimpleNamespace, turn: Turn, *, micro_batch: int = 0) -> None:
                      for pack in packs for d in pack]
         turn.begin()
         size, total = micro_batch or len(documents), 0.0
-        batches = [collate(documents[i : i + size]) for i in range(0, len(documents), size)]
+        batches = [fabric.to_device(collate(documents[i : i + size])) for i in range(0, len(documents), size)]
         for i, batch in enumerate(batches):
             with fabric.no_backward_sync(model, enabled=i + 1 < len(batches)) if len(batches) > 1 else nullcontext():
                 logits = model(batch["input_ids"])
@@ -269,6 +328,9 @@ SYSTEMS = {
     "trl": trl,
     "trl-compile": lambda job, turn: trl(job, turn, compiled=True),
     "trl-bf16-weights": lambda job, turn: trl(job, turn, dtype="bfloat16"),
+    "trl-liger": lambda job, turn: trl(job, turn, liger=True),
+    "trl-flash": lambda job, turn: trl(job, turn, attention="flash_attention_2"),
+    "transformers": transformers,
     "torchtune": torchtune,
     "torchtune-compile": lambda job, turn: torchtune(job, turn, compiled=True),
     "litgpt": litgpt,

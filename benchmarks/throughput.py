@@ -10,8 +10,8 @@ last one after the same updates. A loss that differs is marked with *: that row 
 The systems run by turns, each turn a process of its own and alone, A B C A B C, on the same documents, so what else the
 machine does falls on all alike; medians are over the steps of all turns but each turn's first. `step` is the time over
 that of the first system, `CPU s` its seconds of all cores: the steadier figure on a machine that others use. `start`
-is from the start of the process to the end of its first step. `peak GiB` is the most resident memory, libraries
-included. `of peak` is the FLOPs that training these documents needs (attention within documents, the head on trained
+is from the start of the process to the end of its first step. `peak GiB` is the most memory allocated on
+the GPU, or without one the most resident memory, libraries included. `of peak` is the FLOPs that training these documents needs (attention within documents, the head on trained
 tokens), per second, over what one large square matrix product reached before that turn in that precision. Tokens per
 second count real tokens, no padding. A peer that lives in another environment is named with its Python, as in
 --python litgpt=PATH: pip install -e '.[bench]' brings TRL and torchtune, '.[bench-litgpt]' wants its own.
@@ -46,11 +46,10 @@ from minisft.model.flops import training_flops
 from minisft.preparation import prepare
 
 PEERS = Path(__file__).with_name("peers.py")
-SYSTEMS = ("minisft", "minisft-compile", "minisft-bf16-weights", "trl", "trl-compile", "trl-bf16-weights", "torchtune",
-           "torchtune-compile", "litgpt", "litgpt-single")
+SYSTEMS = ("minisft", "minisft-compile", "minisft-bf16-weights", "trl", "trl-compile", "trl-bf16-weights", "trl-liger",
+           "trl-flash", "transformers", "torchtune", "torchtune-compile", "litgpt", "litgpt-single")
 ONLY_BF16 = ("minisft-bf16-weights", "trl-bf16-weights")
 TOLERANCE = {"bf16": 0.02, "fp32": 0.0005}  # by which losses of the same training may differ, in nats
-SQUARE = 4096
 
 
 @dataclass
@@ -102,15 +101,23 @@ def documents(config: Config, network: LlamaConfig, count: int) -> Work:
     return work
 
 
-def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOPs per second of the better of two large square products, with the threads of this process."""
-    a, b = torch.randn(2, SQUARE, SQUARE).to(dtype)
+def matmul_peak(dtype: torch.dtype, square: int) -> float:
+    """FLOPs per second of the better of some large square products: ten in a row on a GPU, where it works alone; one on
+    a CPU, with the threads of this process."""
+    on, each = (torch.device("cuda"), 10) if torch.cuda.is_available() else (torch.device("cpu"), 1)
+    a, b = torch.randn(2, square, square, device=on).to(dtype)
     seconds = []
-    for _ in range(2):
+    for _ in range(3):
         started = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - started)
-    return 2 * SQUARE**3 / min(seconds)
+        for _ in range(each):
+            a @ b
+        if on.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - started) / each)
+    del a, b
+    if on.type == "cuda":
+        torch.cuda.empty_cache()
+    return 2 * square**3 / min(seconds)
 
 
 def turn(record: Record, options: argparse.Namespace, job: Path, folder: Path) -> None:
@@ -170,36 +177,48 @@ def race(file: str, precision: str, options: argparse.Namespace, folder: Path) -
     records = [Record(name) for name in options.systems if precision == "bf16" or name not in ONLY_BF16]
     peaks = []
     for _ in range(options.turns):
-        peaks += options.steps * [matmul_peak({"bf16": torch.bfloat16, "fp32": torch.float32}[precision])]
+        peaks += options.steps * [matmul_peak({"bf16": torch.bfloat16, "fp32": torch.float32}[precision], options.square)]
         for record in records:
             if not record.failure:
                 turn(record, options, job, folder)
-    table(records, work, peaks, precision, options.turns)
+    rows = table(records, work, peaks, precision, options)
+    if options.json:
+        with options.json.open("a") as out:
+            out.writelines(json.dumps({"seq_len": options.seq_len, "precision": precision, **row}) + "\n" for row in rows)
 
 
-def table(records: list[Record], work: Work, peaks: list[float], precision: str, turns: int) -> None:
-    """One row a system; the first that ran is what the others are compared with."""
-    print(f"peak of a {SQUARE} x {SQUARE} product: {median(peaks) / 1e9:,.0f} GFLOP/s "
+def table(records: list[Record], work: Work, peaks: list[float], precision: str, options: argparse.Namespace) -> list[dict]:
+    """Print one row a system, and return them; the first that ran is what the others are compared with."""
+    rows = []
+    print(f"peak of a {options.square} x {options.square} product: {median(peaks) / 1e9:,.0f} GFLOP/s "
           f"({min(peaks) / 1e9:,.0f} to {max(peaks) / 1e9:,.0f})")
     print(f"{'':<19}{'tokens/s':>9}{'trained/s':>10}{'of peak':>9}{'step':>8}{'CPU s':>8}{'peak GiB':>10}"
           f"{'start s':>9}{'first loss':>12}{'last loss':>11}")
-    tokens, trained, flops = (turns * counts[1:] for counts in (work.tokens, work.trained, work.flops))
+    tokens, trained, flops = (options.turns * counts[1:] for counts in (work.tokens, work.trained, work.flops))
     first = next((record for record in records if not record.failure), None)
     for record in records:
         if record.failure:
             print(f"{record.name:<19}failed: {record.failure[:100]}")
+            rows.append({"system": record.name, "failed": record.failure})
             continue
         seconds = np.array([result["seconds"] for result in record.results])
         base = np.array([result["seconds"] for result in first.results])
         losses = record.first_losses[0], record.results[-1]["loss"]
         others = first.first_losses[0], first.results[-1]["loss"]
         marks = ["*" if abs(a - b) > TOLERANCE[precision] else " " for a, b in zip(losses, others, strict=True)]
-        print(f"{record.name:<19}{np.median(tokens / seconds):>9,.0f}{np.median(trained / seconds):>10,.0f}"
-              f"{np.median(np.array(flops) / seconds / peaks):>9.1%}"
-              f"{'x' + format(np.median(seconds / base), '.2f'):>8}"
-              f"{median(result['cpu_seconds'] for result in record.results):>8.1f}"
-              f"{max(result['peak_gib'] for result in record.results):>10.2f}{median(record.start_seconds):>9.1f}"
-              f"{losses[0]:>11.4f}{marks[0]}{losses[1]:>10.4f}{marks[1]}", flush=True)
+        row = {"system": record.name, "tokens_per_second": float(np.median(tokens / seconds)),
+               "trained_per_second": float(np.median(trained / seconds)),
+               "of_peak": float(np.median(np.array(flops) / seconds / peaks)),
+               "step": float(np.median(seconds / base)),
+               "cpu_seconds": median(result["cpu_seconds"] for result in record.results),
+               "peak_gib": max(result["peak_gib"] for result in record.results),
+               "start_seconds": median(record.start_seconds), "losses": losses}
+        rows.append(row)
+        print(f"{record.name:<19}{row['tokens_per_second']:>9,.0f}{row['trained_per_second']:>10,.0f}"
+              f"{row['of_peak']:>9.1%}{'x' + format(row['step'], '.2f'):>8}{row['cpu_seconds']:>8.1f}"
+              f"{row['peak_gib']:>10.2f}{row['start_seconds']:>9.1f}{losses[0]:>11.4f}{marks[0]}{losses[1]:>10.4f}{marks[1]}",
+              flush=True)
+    return rows
 
 
 def versions(python: str) -> str:
@@ -228,6 +247,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every system (all cores)")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a step has failed (600)")
+    parser.add_argument("--square", type=int, default=8192 if torch.cuda.is_available() else 4096,
+                        help="rows of the product whose speed counts as the peak (8192 on a GPU, 4096 on a CPU)")
+    parser.add_argument("--json", type=Path, help="append the figures of each table to this file, a line a system")
     options = parser.parse_args()
     try:
         options.python = dict(pair.split("=", 1) for pair in options.python)

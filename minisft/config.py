@@ -76,6 +76,7 @@ class Train:
     max_steps: int | None = key(None, "stop after this many steps", low=1)
     seed: int = key(0, "seed of the weights, of the order of the data and of rounding", low=0, high=2**32 - 1)
     max_skipped: int = key(10, "steps in a row that may be NaN or infinite before the run fails", low=0)
+    deterministic: bool = key(False, "the same bits in every run, also on a GPU; slower there")
     precision: str = key("bf16", "arithmetic of the network; that of its weights is optim.parameters",
                          choices=("bf16", "fp32"))
 
@@ -154,6 +155,7 @@ class Eval:
 class Run:
     """Where results go."""
     dir: str = key("", "run folder; empty: runs/ and the recipe's name")
+    export: bool = key(True, "write final/, a Hugging Face folder, at the end; false: for benchmarks and sweeps")
     profile: bool = key(False, "record a few steps and write where their time goes; --profile is short for it")
 
 

@@ -11,30 +11,33 @@ import torch
 from torch import Tensor
 
 
-def hashed(bits: Tensor, key: tuple[int, int]) -> Tensor:
-    """32 random bits for each int32 in `bits`, in place; equal ones under the same key get equal bits.
+def hashed(bits: Tensor, key: tuple[int | Tensor, int | Tensor]) -> Tensor:
+    """32 random bits for each int32 in `bits`, in place; equal ones under the same key get equal bits. The key is two
+    int32, or tensors () of them where a compiled program should not depend on them.
 
     Two rounds of xor-shift and multiply (Wellons 2018, "Prospecting for hash functions", lowbias32), with half of the
     key before each.
     """
-    bits += signed(key[0])
+    bits += key[0]
     bits ^= (bits >> 16).bitwise_and_(0xFFFF)  # >> copies the sign; the hash wants zeros
-    bits.mul_(0x7FEB352D).add_(signed(key[1]))
+    bits.mul_(0x7FEB352D).add_(key[1])
     bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
     bits.mul_(signed(0x846CA68B))
     bits ^= (bits >> 16).bitwise_and_(0xFFFF)
     return bits
 
 
-def random_bits(key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+def random_bits(key: tuple[int | Tensor, int | Tensor], start: int | Tensor, count: int,
+                device: torch.device | str = "cpu") -> Tensor:
     """32 random bits (int32) for each of the elements `start`, ..., `start + count - 1` of a parameter."""
-    return hashed(torch.arange(count, dtype=torch.int32, device=device).add_(signed(start)), key)
+    start = start if isinstance(start, Tensor) else signed(start)
+    return hashed(torch.arange(count, dtype=torch.int32, device=device).add_(start), key)
 
 
 def key_of(seed: int, step: int, what: str) -> tuple[int, int]:
-    """The key of the bits that something (a parameter, by its name) draws in a step."""
+    """The key (two int32) of the bits that something (a parameter, by its name) draws in a step."""
     digest = hashlib.blake2b(f"{seed} {step} {what}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
 
 
 def signed(number: int) -> int:

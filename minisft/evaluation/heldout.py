@@ -44,7 +44,7 @@ def loss_sum(model: nn.Module, dataset: Dataset, *, seq_len: int, rank: int = 0,
     with closing(steps(dataset, plan, rank=rank, ranks=ranks, micro_packs=micro_packs, fixed=fixed,
                        device=device)) as planned:
         for batch in (batch for step in planned for batch in step.micro_batches):
-            total += batch_loss(model, batch, device=device, denominator=1.0)
+            total += batch_loss(model, batch, device=device, denominator=1.0, compiled=fixed)
     return total
 
 

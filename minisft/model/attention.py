@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minisft.model.document_attention import document_attention
 from minisft.model.precision import product_dtype
+from minisft.versions import VARLEN_WANTS_GQA
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 
         return varlen_attn(  # type: ignore[return-value]  # a pair only where the log-partitions are asked for
             q, k, v, documents.cu_seqlens, documents.cu_seqlens, documents.longest, documents.longest,
-            window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+            window_size=(-1, 0), **({"enable_gqa": q.shape[1] != k.shape[1]} if VARLEN_WANTS_GQA else {}))
     dtype = q.dtype
     q, k, v = (x.to(product_dtype(x)) for x in (q, k, v))
     return document_attention(q, k, v, documents.offsets).to(dtype)

@@ -107,7 +107,7 @@ class FrozenLinear(Linear):
 
 def dropped(x: Tensor, draws: Tensor, channels: Tensor, share: float) -> Tensor:
     """(T, I) with `share` of its numbers zero and the others scaled up, by a hash of token and channel."""
-    bits = hashed(draws[:, None] ^ channels, (0x9E3779B9, 0x85EBCA6B))
+    bits = hashed(draws[:, None] ^ channels, (-0x61C88647, -0x7A143595))
     return torch.where(bits >= round(share * 2**32) - 2**31, x / (1 - share), 0)
 
 

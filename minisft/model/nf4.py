@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.model.lora_config import BLOCK
-from minisft.model.precision import product_dtype
+from minisft.model.precision import cast, product_dtype
 
 GROUP = 256  # absmax that are scaled together
 CODES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -112,13 +112,13 @@ class _DequantisedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, *statistics: Tensor) -> Tensor:
         ctx.save_for_backward(packed, *statistics)
         dtype = product_dtype(x)
-        return (x.to(dtype) @ dequantise(packed, statistics, x.dtype).to(dtype).T).to(x.dtype)
+        return cast(cast(x, dtype) @ cast(dequantise(packed, statistics, x.dtype), dtype).T, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, *statistics = ctx.saved_tensors
         dtype = product_dtype(grad)
-        grad_x = (grad.to(dtype) @ dequantise(packed, statistics, grad.dtype).to(dtype)).to(grad.dtype)
+        grad_x = cast(cast(grad, dtype) @ cast(dequantise(packed, statistics, grad.dtype), dtype), grad.dtype)
         return grad_x, *[None] * (1 + len(statistics))
 
 

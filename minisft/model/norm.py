@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisft.model.precision import cast
+
 
 class RMSNorm(nn.Module):
     """(T, D) -> (T, D), in the dtype of the input."""
@@ -35,13 +37,13 @@ class _Norm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         r = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # (T, 1)
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight).to(x.dtype)
+        return cast(x * r * weight, x.dtype)  # not in place: compiled by torch 2.11, that loses the gradient
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r = ctx.saved_tensors
         normed = x * r  # fp32
         product = grad * normed
-        grad_weight = product.sum(dim=0).to(weight.dtype)
+        grad_weight = cast(product.sum(dim=0), weight.dtype)
         shared = product.mul_(weight).mean(dim=-1, keepdim=True)
-        return (grad * weight.float()).sub_(normed.mul_(shared)).mul_(r).to(x.dtype), grad_weight, None
+        return cast(((grad * weight.float()) - normed * shared) * r, x.dtype), grad_weight, None

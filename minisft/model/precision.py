@@ -26,16 +26,25 @@ class _ConvertedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         dtype = product_dtype(x)
-        return (x.to(dtype) @ weight.to(dtype).T).to(x.dtype)
+        return cast(cast(x, dtype) @ cast(weight, dtype).T, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dtype = product_dtype(x)
-        wide = grad.to(dtype)
-        grad_x = (wide @ weight.to(dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = (wide.T @ x.to(dtype)).to(x.dtype).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        wide = cast(grad, dtype)
+        grad_x = cast(wide @ cast(weight, dtype), x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = cast(cast(wide.T @ cast(x, dtype), x.dtype), weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; `x` itself if it is in `dtype` already.
+
+    Not `x.to(dtype)`: when torch 2.11 compiles a custom autograd Function that returns a `to` with nothing to do, the
+    Function's input silently gets no gradient.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

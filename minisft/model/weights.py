@@ -184,7 +184,6 @@ def load(model: nn.Module, checkpoint: Checkpoint, *, left_out: Collection[str] 
 @torch.no_grad()
 def initialize(model: nn.Module, *, std: float, seed: int) -> None:
     """Random weights: N(0, std) for matrices, ones for norms, zeros for biases; the same on any number of ranks."""
-    generator = torch.Generator()
     for index, (name, parameter) in enumerate(model.named_parameters()):
         local, start = local_rows(parameter)
         if name.endswith("norm.weight"):
@@ -192,8 +191,9 @@ def initialize(model: nn.Module, *, std: float, seed: int) -> None:
         elif name.endswith(".bias"):
             local.zero_()
         else:  # every rank draws the whole matrix and keeps its rows: one matrix at a time, no communication
-            generator.manual_seed(seed * 1_000_003 + index)
-            local.copy_((torch.randn(parameter.shape, generator=generator) * std)[start : start + len(local)])
+            generator = torch.Generator(local.device).manual_seed(seed * 1_000_003 + index)
+            drawn = torch.randn(parameter.shape, generator=generator, device=local.device)
+            local.copy_(drawn[start : start + len(local)].mul_(std))
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
@@ -239,8 +239,11 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     for names, file in zip(shards, files, strict=True):
-        gathered = ((name, tensors_of[name][1]().to("cpu", dtype).contiguous()) for name in names)  # by all ranks
-        tensors = {name: tensor for name, tensor in gathered if writes}
+        tensors = {}
+        for name in names:
+            gathered = tensors_of[name][1]()  # by all ranks
+            if writes:  # converted on the device: half of the way to the host
+                tensors[name] = gathered.to(dtype).to("cpu").contiguous()
         if writes:
             try:
                 save_file(tensors, folder / file, metadata={"format": "pt"})

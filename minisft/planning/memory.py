@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from minisft.model.config import LlamaConfig
 from minisft.model.lora_config import BLOCK, LoRA, matrices
-from minisft.training.loss import CHUNK, SOFTMAX
+from minisft.training.loss import SOFTMAX, chunk_tokens
 
 FP32 = 4
 POLICIES = ("none", "selective", "full")
@@ -127,7 +127,7 @@ def _head(config: LlamaConfig, shards: int, tokens: int, trained: int, recompute
     gathered = each.compute * sizes.vocabulary
     # FSDP frees the buffer that a gather arrived in when the next one arrives: here the head's own, or a block's.
     buffer = each.compute * sizes.block if config.tie_word_embeddings else gathered
-    at_once = max(CHUNK // config.vocab_size, 1)
+    at_once = chunk_tokens(config.vocab_size)
     logits = min(at_once, trained) * config.vocab_size
     chunk = each.compute * logits + 2 * FP32 * min(logits, each.softmax)  # logits; the softmax in fp32, and its input
     # A lone process converts the matrix and sums into the parameter's own gradient; one chunk is not summed.

@@ -12,6 +12,8 @@ would weigh a token by how few others happen to share its micro-batch.
 
 # N trained tokens, D model width, V vocabulary, whose entries are called words
 
+from collections.abc import Callable
+from functools import cache
 from itertools import repeat
 from typing import Any
 
@@ -22,7 +24,8 @@ from minisft.data.loader import MicroBatch
 from minisft.model.attention import Documents
 from minisft.model.precision import product_dtype
 
-CHUNK = 2**27  # logits that exist at one time: those of 1,046 tokens with Llama-3's vocabulary, 268 MB in bf16
+CHUNK = 2**27  # logits that exist at one time: those of 1,024 tokens with Llama-3's vocabulary, 263 MB in bf16
+TILE = 128  # tokens: a chunk is a multiple of it, or the products' last tiles would keep only part of a GPU busy
 CPU_SOFTMAX, SOFTMAX = 2**19, 2**25  # of them in fp32: few enough for a core's cache, enough to keep a GPU busy
 
 
@@ -38,19 +41,20 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, denominator: float,
-                         label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+                         label_smoothing: float = 0.0, z_loss: float = 0.0, compiled: bool = False) -> Tensor:
     """Sum of the cross-entropies of `hidden @ weight.T` against `targets`, divided by `denominator`.
 
     hidden (N, D), weight (V, D), targets (N,) -> scalar in fp32. With N = 0 it is 0 and the gradients are zeros.
     `label_smoothing` spreads that much of the target over all words (Szegedy et al. 2016, section 7); `z_loss` times
-    the squared log-partition keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5).
+    the squared log-partition keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5). `compiled` fuses the
+    softmax and its gradient: the logits are then read twice and written once, 6 bytes a logit instead of about 60.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, denominator, label_smoothing, z_loss)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, denominator, label_smoothing, z_loss, compiled)
 
 
 def batch_loss(model: nn.Module, batch: MicroBatch, *, device: torch.device, denominator: float,
-               label_smoothing: float = 0.0, z_loss: float = 0.0,
-               dropout_key: tuple[int, int] | None = None) -> Tensor:
+               label_smoothing: float = 0.0, z_loss: float = 0.0, dropout_key: tuple[int, int] | None = None,
+               compiled: bool = False) -> Tensor:
     """The loss above of what `model` makes of a micro-batch on the host; copying it does not wait for the device.
 
     With `dropout_key` a network with adapters drops as it says; it is another in each step.
@@ -60,7 +64,7 @@ def batch_loss(model: nn.Module, batch: MicroBatch, *, device: torch.device, den
     documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, draws=draws)
     return model(batch.tokens, documents, lambda hidden, head: linear_cross_entropy(
         hidden[batch.target_at], head, batch.targets, denominator=denominator, label_smoothing=label_smoothing,
-        z_loss=z_loss))
+        z_loss=z_loss, compiled=compiled))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -72,34 +76,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: float, label_smoothing: float,
-                z_loss: float) -> Tensor:
+                z_loss: float, compiled: bool) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dtype = product_dtype(hidden)
         matrix = weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        tokens = max(CHUNK // len(weight), 1)
+        scale = torch.full_like(total, 1 / denominator)  # filled on the device, which nobody waits for
+        tokens = chunk_tokens(len(weight))
         # Summed in fp32: bf16 sums over words and chunks would lose what small gradients add. One chunk is no sum.
         sums = weight.dtype if len(targets) <= tokens else torch.float32
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.empty(weight.shape, dtype=sums, device=weight.device) if needs_weight else None
         # On a CPU a few rows stay in its cache from one pass to the next, and sums of a few words between two products.
-        softmax, words_at_once = (CPU_SOFTMAX, 1024) if hidden.is_cpu else (SOFTMAX, 16384)
+        # A GPU sums all words of a product in fp32 by itself.
+        softmax, words_at_once = (CPU_SOFTMAX, 1024) if hidden.is_cpu else (SOFTMAX, len(weight))
         rows_at_once = max(softmax // len(weight), 1)
         buffer = torch.empty(min(tokens, len(targets)), len(weight), dtype=dtype, device=hidden.device)
         grads = grad_hidden.split(tokens) if grad_hidden is not None else repeat(None)
         for i, (x, target, grad_x) in enumerate(zip(hidden.split(tokens), targets.split(tokens), grads, strict=False)):
             x = x.to(dtype)
-            logits = torch.mm(x, matrix.T, out=buffer[: len(x)])  # (n, V), overwritten by its own gradient
-            for rows, at in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once), strict=True):
-                total += _to_gradient(rows, at, denominator, label_smoothing, z_loss)
-            sum_x = None if grad_x is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            logits = torch.mm(x, matrix.T, out=buffer[: len(x)])  # (n, V), then its own gradient
+            if compiled:
+                logits, loss = _compiled_gradient(logits, target[:, None], scale, label_smoothing, z_loss)
+                total += loss
+            else:
+                for rows, at in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once), strict=True):
+                    gradient, at_target, loss = _gradient(rows, at, scale, label_smoothing, z_loss)
+                    rows.copy_(gradient).scatter_(-1, at, at_target)
+                    total += loss
+            one_product = grad_x is not None and words_at_once == len(weight)
+            sum_x = grad_x if grad_x is None or one_product and grad_x.dtype == dtype else \
+                torch.empty(x.shape, dtype=torch.float32, device=x.device)
             for start in range(0, len(weight), words_at_once):
                 words = slice(start, start + words_at_once)
                 if sum_x is not None:
                     _add_product(sum_x, logits[:, words], matrix[words], begins=start == 0)
                 if grad_weight is not None:
                     _add_product(grad_weight[words], logits[:, words].T, x, begins=i == 0)
-            if grad_x is not None:
+            if grad_x is not None and sum_x is not grad_x:
                 grad_x.copy_(sum_x)
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         return total / denominator
@@ -110,34 +124,59 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient in (grad_hidden, grad_weight):
             if gradient is not None:
                 gradient *= grad_loss.to(gradient.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 5
 
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor, *, begins: bool) -> None:
     """sums += left @ right, or = where the sum begins; left and right may be narrower than the sums."""
     if left.dtype == sums.dtype:
         sums.addmm_(left, right, beta=0 if begins else 1)
+    elif sums.is_cuda:  # summed where the product is computed, without a copy of it
+        torch.addmm(sums, left, right, out_dtype=sums.dtype, beta=0 if begins else 1, out=sums)
     elif begins:
         sums.copy_(left @ right)
     else:
         sums += left @ right
 
 
-def _to_gradient(logits: Tensor, target: Tensor, denominator: float, label_smoothing: float, z_loss: float) -> Tensor:
-    """Overwrite logits (n, V) with the gradient of their loss, over `denominator`; returns the sum of the losses."""
+def chunk_tokens(vocabulary: int) -> int:
+    """The trained tokens whose logits exist at one time."""
+    tokens = max(CHUNK // vocabulary, 1)
+    return tokens // TILE * TILE or tokens
+
+
+def _gradient(logits: Tensor, target: Tensor, scale: Tensor, label_smoothing: float,
+              z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient by logits (n, V) of the losses against `target` (n, 1) times `scale` (), as if no word were the
+    target; what it is at the targets (n, 1); and the sum of the losses.
+
+    Apart, because then all of it is one pass that the compiler can fuse. It changes none of its arguments: torch 2.11
+    fuses a gather from a tensor with the write to that tensor, and reads what was written.
+    """
     log_p = logits.float().log_softmax(dim=-1)
     target_log_p = log_p.gather(-1, target)
     loss = -(1 - label_smoothing) * target_log_p
     if label_smoothing:
-        loss -= label_smoothing * log_p.mean(dim=-1, keepdim=True)
-    lse = logits.gather(-1, target) - target_log_p
+        loss = loss - label_smoothing * log_p.mean(dim=-1, keepdim=True)
+    of_p = scale  # what p is multiplied by
     if z_loss:
-        loss += z_loss * lse**2
-    grad = log_p.exp_()
-    if z_loss:
-        grad *= 1 + 2 * z_loss * lse
-    grad.scatter_add_(-1, target, torch.full_like(target_log_p, label_smoothing - 1))
+        lse = logits.gather(-1, target) - target_log_p
+        loss, of_p = loss + z_loss * lse**2, scale * (1 + 2 * z_loss * lse)
+    gradient, at_target = log_p.exp_().mul_(of_p), target_log_p.exp() * of_p - (1 - label_smoothing) * scale
     if label_smoothing:
-        grad -= label_smoothing / logits.shape[1]
-    logits.copy_(grad.div_(denominator))
-    return loss.sum()
+        everywhere = scale * (label_smoothing / logits.shape[1])
+        gradient, at_target = gradient.sub_(everywhere), at_target - everywhere
+    return gradient.to(logits.dtype), at_target.to(logits.dtype), loss.sum()
+
+
+def _compiled_gradient(logits: Tensor, target: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    """The gradient of `_gradient`, complete, and the sum of the losses. The logits are read twice, it is written once."""
+    for tensor in (logits, target):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or a step's last, shorter chunk would be compiled anew
+    gradient, at_target, loss = _compiler()(logits, target, *settings)
+    return gradient.scatter_(-1, target, at_target), loss
+
+
+@cache
+def _compiler() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_gradient, fullgraph=True)

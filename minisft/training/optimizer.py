@@ -13,10 +13,12 @@ Four ways to need less memory than 4 bytes a parameter for each of master, gradi
     offload                            the moments stay in the host's memory (offload.py)
 
 Where any is used, parameters are updated one by one in chunks: widened to fp32, updated by the same kernel as ever, and
-rounded once.
+rounded once. Compiled, all of that is one kernel, which reads and writes each number once (`_update_in_one_pass`).
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -25,12 +27,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.adamw import adamw
 
 from minisft.model.weights import local_rows
-from minisft.noise import key_of, random_bits
+from minisft.noise import key_of, random_bits, signed
 from minisft.training.offload import HostVisits
-from minisft.training.rounding import round_
+from minisft.training.rounding import rounded
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CPU_CHUNK, CHUNK = 2**16, 2**24  # elements: few enough for a core's cache, enough to keep a GPU busy
+LARGEST = 2**30  # elements that are indexed by 32 bits
 
 
 class Optimizer:
@@ -43,7 +46,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None, *, weight_decay: float = 0.0,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, moments: torch.dtype = torch.float32,
-                 in_backward: bool = False, offload: bool = False, seed: int = 0):
+                 in_backward: bool = False, offload: bool = False, seed: int = 0, compiled: bool = False):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         placed = {name: local_rows(p.detach()) for name, p in self.parameters.items()}
         self.rows = {name: nn.Parameter(rows) for name, (rows, _) in placed.items()}
@@ -54,7 +57,8 @@ class Optimizer:
         self._weight_decay, self._betas, self._eps, self._seed = weight_decay, betas, eps, seed
         self._in_backward = in_backward
         self._device = next(iter(self.rows.values())).device
-        self._chunk = _chunk(self._device)
+        self._compiled = compiled
+        self._chunk = LARGEST if compiled and not offload else _chunk(self._device)
         self._visits = HostVisits(self._device, size=self._chunk, dtype=moments) if offload else None
         # All at once where nothing is to be widened, moved or freed on the way.
         self._whole = not (in_backward or offload) and {moments, *(p.dtype for p in self.rows.values())} == \
@@ -86,6 +90,7 @@ class Optimizer:
     def begin(self, lr: float, number: int) -> None:
         """Before the backward pass of step `number`: its learning rate. Rounding draws from the number."""
         self._lr, self._number = lr, number
+        self._lr_there = torch.full((), lr, device=self._device)  # filled on the device, which nobody waits for
         self._squares.zero_()
         if self._visits:
             self._visits.begin()
@@ -145,6 +150,12 @@ class Optimizer:
             part = slice(start, start + self._chunk)
             kept = [moment[part] for moment in moments]
             here = self._visits.fetch(kept) if self._visits else kept
+            if self._compiled:
+                self._update_compiled([flat[part], *here], grad[part], found_inf, key, self._first[name] + start,
+                                      steps=self._steps[name], decays=rows.dim() >= 2)
+                if self._visits:
+                    self._visits.store(kept, here)
+                continue
             narrow = [flat[part], *here]
             wide = [tensor.float() for tensor in narrow]  # fp32 tensors are not copied, and updated in place
             self._adamw(wide[:1], [grad[part].float()], wide[1:2], wide[2:], [self._steps[name].clone()],
@@ -154,7 +165,7 @@ class Optimizer:
                 # Each is unbiased by itself; the halves keep a parameter and its first moment independent, too.
                 for tensor, values, drawn in zip(narrow, wide, (bits, bits >> 16, bits), strict=True):
                     if tensor.dtype == torch.bfloat16:
-                        round_(tensor, values, drawn)
+                        tensor.copy_(rounded(values, drawn))
             if self._visits:
                 self._visits.store(kept, here)
 
@@ -173,6 +184,17 @@ class Optimizer:
         self._steps[name] += 1
         parameter.grad = None
 
+    def _update_compiled(self, state: list[Tensor], gradient: Tensor, found_inf: Tensor, key: tuple[int, int],
+                         first: int, *, steps: Tensor, decays: bool) -> None:
+        # Views at an offset become tensors that begin where they do: each kind of offset would be compiled anew.
+        tensors = [torch.from_dlpack(x) if x.storage_offset() else x for x in (*state, gradient)]
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        # Numbers that change from call to call, as tensors: others would be compiled anew.
+        draw = [torch.full((), number, dtype=torch.int32, device=self._device) for number in (*key, signed(first))]
+        _compiler()(*tensors, self._lr_there, steps, found_inf, *draw, betas=self._betas, eps=self._eps,
+                    weight_decay=self._weight_decay if decays else 0.0)
+
     @torch.no_grad()
     def _adamw(self, parameters: list[Tensor], gradients: list[Tensor], *state: list[Tensor], found_inf: Tensor,
                decays: bool) -> None:
@@ -181,6 +203,29 @@ class Optimizer:
             adamw(parameters, gradients, exp_avg, exp_avg_sq, [], steps, fused=True, amsgrad=False, maximize=False,
                   found_inf=found_inf, lr=self._lr, beta1=self._betas[0], beta2=self._betas[1], eps=self._eps,
                   weight_decay=self._weight_decay if decays else 0.0)
+
+
+def _update_in_one_pass(parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, lr: Tensor,
+                        steps: Tensor, found_inf: Tensor, key: Tensor, key_2: Tensor, first: Tensor, *,
+                        betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Update (n,) numbers of a parameter and their moments in place, unless `found_inf` is 1; `steps` came before.
+
+    AdamW as Loshchilov and Hutter 2019 have it, algorithm 2, in fp32. What is kept in bf16 is rounded stochastically.
+    """
+    p, m, v, g = (x.float() for x in (parameter, exp_avg, exp_avg_sq, gradient))
+    m, v = m + (1 - betas[0]) * (g - m), betas[1] * v + (1 - betas[1]) * g * g
+    unbiased_m, unbiased_v = m / (1 - betas[0] ** (steps + 1)), v / (1 - betas[1] ** (steps + 1))
+    p = p - lr * (unbiased_m / (unbiased_v.sqrt() + eps) + weight_decay * p)
+    bits = random_bits((key, key_2), first, len(p), p.device)
+    # Each is unbiased by itself; the halves keep a parameter and its first moment independent, too.
+    for kept, value, drawn in ((parameter, p, bits), (exp_avg, m, bits >> 16), (exp_avg_sq, v, bits)):
+        narrow = rounded(value, drawn) if kept.dtype == torch.bfloat16 else value
+        kept.copy_(torch.where(found_inf > 0, kept, narrow))
+
+
+@cache
+def _compiler() -> Callable[..., None]:
+    return torch.compile(_update_in_one_pass, fullgraph=True)
 
 
 def _chunk(device: torch.device) -> int:

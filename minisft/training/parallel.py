@@ -131,6 +131,21 @@ def _device() -> torch.device:
     return torch.device("cuda", local)
 
 
+def make_deterministic() -> None:
+    """Have every operation of a GPU give the same bits each time, or raise saying which one cannot.
+
+    Without it the flash kernel's backward pass adds up in whatever order its blocks finish (Dao 2023), the compiler
+    chooses among kernels by timing them, and collectives choose how to add. Call it before CUDA is first used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
+    from torch._inductor import config  # imported late: it takes a second
+
+    config.deterministic = True
+
+
 def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
     """A name space of `store` that belongs to these very processes.
 
@@ -216,12 +231,13 @@ def compile_blocks(model: Llama) -> None:
     """Compile what each block computes, but not FSDP's work around it, which happens when the block is called.
 
     All blocks share one graph. It is for one number of tokens (data/loader.py pads), and for any documents: their
-    number and the length of the longest stay open, or each new pack would be compiled anew.
+    number and the length of the longest stay open, or each new pack would be compiled anew. `fullgraph` makes whatever
+    cannot be compiled an error: a break, or one compilation too many, would otherwise only be slow.
     """
     torch.compiler.config.dynamic_sources = ",".join(f"L['documents'].{name}" for name in
                                                      ("offsets", "cu_seqlens", "longest"))
     for block in model.model.layers:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, fullgraph=True)
 
 
 def gather_ahead(model: Llama, number: int) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 
-def round_(target: Tensor, values: Tensor, bits: Tensor) -> None:
-    """Store fp32 `values` in bf16 `target`, rounded by the low 16 of `bits`.
+def rounded(values: Tensor, bits: Tensor) -> Tensor:
+    """fp32 `values` rounded to what bf16 can hold, by the low 16 of `bits`; still in fp32.
 
     What bf16 can hold, infinities among it, stays as it is; NaN stays NaN; past the largest number lies infinity.
     """
     moved = (bits & 0xFFFF).add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
-    target.copy_(torch.where(values.isnan(), values, moved))  # the sum runs over the end of the NaNs, into numbers
+    return torch.where(values.isnan(), values, moved)  # the sum runs over the end of the NaNs, into numbers

@@ -99,7 +99,7 @@ def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Ru
     optimizer = Optimizer(
         model, world.mesh, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps,
         moments=DTYPES[optim.moments], in_backward=optim.in_backward, offload=parts.offload == "optimizer",
-        seed=config.train.seed)
+        seed=config.train.seed, compiled=is_compiled(config, world) and parts.offload != "parameters")
     return Run(config, prepared, world, base, model, optimizer)
 
 
@@ -146,7 +146,7 @@ def room_needed(config: Config, model: Llama, steps: int) -> int:
         config.train.precision, config.optim.parameters, config.optim.moments))
     folder, keep = Path(config.run.dir), config.checkpoint.keep
     saves, exports = (steps // n if n else 0 for n in (config.checkpoint.every, config.checkpoint.export_every))
-    models = 1 + max(exports - len([*folder.glob("exports/step-*[0-9]")]), 0)
+    models = config.run.export + max(exports - len([*folder.glob("exports/step-*[0-9]")]), 0)
     states = max((min(keep + 1, saves) if keep else saves) - len(checkpoints(folder / "checkpoints")), 0)
     # What a save or an export that was killed has left makes room for its like.
     unfinished = sum(file.stat().st_size for file in folder.glob("**/*.tmp/*"))

@@ -58,6 +58,8 @@ def train(config: Config) -> int:
     preemption = folder = world = None
     try:
         check_ranks(config)
+        if config.train.deterministic:
+            parallel.make_deterministic()
         prepared = prepare(config, quiet=not leads)
         base, preemption = open_base(config, prepared), Preemption()
         if leads:
@@ -109,7 +111,8 @@ def end(run: Run, folder: RunFolder | None, *, finished: bool, asked: bool) -> i
     if not finished:
         dist.barrier()  # where one has left torchrun ends the others: not before the leading one has noted that
         return EXIT_PREEMPTED
-    export_as(run, run.folder / "final", adapter="adapter")
+    if run.config.run.export:
+        export_as(run, run.folder / "final", adapter="adapter")
     if folder:
         folder.status("done", exit_code=0)
     return 0
@@ -246,7 +249,8 @@ def forward(model: nn.Module, batch: MicroBatch, step: Step, config: Config, wor
     """This micro-batch's part of the step's loss: its sum over the trained tokens of the whole step."""
     key = key_of(config.train.seed, step.index, "dropout") if config.lora.dropout else None
     return batch_loss(model, batch, device=world.device, denominator=step.target_tokens,
-                      label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss, dropout_key=key)
+                      label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss, dropout_key=key,
+                      compiled=is_compiled(config, world))
 
 
 def evaluate(run: Run, monitor: Monitor, forgetting: Forgetting, *, step: int) -> None:
