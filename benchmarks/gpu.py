@@ -188,8 +188,8 @@ def ceilings(s: Setting) -> Figures:
 
 
 def tests(s: Setting) -> Figures:
-    """tests/test_gpu.py: what a GPU computes against the CPU."""
-    chosen = ["-k", "attention and float32 and 1-64"] if s.check else []
+    """Of tests/test_gpu.py, what a GPU computes against the CPU; `python -m pytest -m gpu` has whole runs, too."""
+    chosen = ["-k", "attention and float32 and 1-64" if s.check else "attention or loss or moments"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "tests/test_gpu.py", *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
@@ -606,7 +606,7 @@ def peers(s: Setting) -> Figures:
     if s.device == "cuda":
         torch.cuda.empty_cache()
     systems = ["minisft", "trl", "trl-liger", "transformers", "trl-flash"] if not s.check else ["minisft"]
-    for seq_len in (s.size(4096, 256), s.size(8192, 512)):
+    for seq_len in (s.size(8192, 512), s.size(4096, 256)):
         out = s.folder / "throughput.jsonl"
         out.unlink(missing_ok=True)
         command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), str(folder), s.data, "--template",

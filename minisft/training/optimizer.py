@@ -192,7 +192,8 @@ class Optimizer:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         # Numbers that change from call to call, as tensors: others would be compiled anew.
         draw = [torch.full((), number, dtype=torch.int32, device=self._device) for number in (*key, signed(first))]
-        _compiler()(*tensors, self._lr_there, steps, found_inf, *draw, betas=self._betas, eps=self._eps,
+        corrections = [1 - beta ** (steps + 1) for beta in self._betas]  # here, or each element would compute a power
+        _compiler()(*tensors, self._lr_there, *corrections, found_inf, *draw, betas=self._betas, eps=self._eps,
                     weight_decay=self._weight_decay if decays else 0.0)
 
     @torch.no_grad()
@@ -206,16 +207,15 @@ class Optimizer:
 
 
 def _update_in_one_pass(parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, lr: Tensor,
-                        steps: Tensor, found_inf: Tensor, key: Tensor, key_2: Tensor, first: Tensor, *,
-                        betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Update (n,) numbers of a parameter and their moments in place, unless `found_inf` is 1; `steps` came before.
+                        correction: Tensor, correction_2: Tensor, found_inf: Tensor, key: Tensor, key_2: Tensor,
+                        first: Tensor, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Update (n,) numbers of a parameter and their moments in place, unless `found_inf` is 1.
 
-    AdamW as Loshchilov and Hutter 2019 have it, algorithm 2, in fp32. What is kept in bf16 is rounded stochastically.
+    The corrections are 1 - beta^t of the two moments. AdamW as Loshchilov and Hutter 2019 have it, algorithm 2, in fp32. What is kept in bf16 is rounded stochastically.
     """
     p, m, v, g = (x.float() for x in (parameter, exp_avg, exp_avg_sq, gradient))
     m, v = m + (1 - betas[0]) * (g - m), betas[1] * v + (1 - betas[1]) * g * g
-    unbiased_m, unbiased_v = m / (1 - betas[0] ** (steps + 1)), v / (1 - betas[1] ** (steps + 1))
-    p = p - lr * (unbiased_m / (unbiased_v.sqrt() + eps) + weight_decay * p)
+    p = p - lr * (m / correction / ((v / correction_2).sqrt() + eps) + weight_decay * p)
     bits = random_bits((key, key_2), first, len(p), p.device)
     # Each is unbiased by itself; the halves keep a parameter and its first moment independent, too.
     for kept, value, drawn in ((parameter, p, bits), (exp_avg, m, bits >> 16), (exp_avg_sq, v, bits)):
