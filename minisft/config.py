@@ -128,7 +128,8 @@ class Parallel:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks a parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard leaves", low=0)
-    timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0)
+    timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0,
+                         high=10**7)
     activation_checkpointing: str = key("none", "what the backward pass computes again: nothing, what is cheap for the "
                                         "memory it took, or whole blocks", choices=("none", "selective", "full"))
     compile: str = key("auto", "compile the layers for packs of one shape; auto: on a GPU",
