@@ -116,7 +116,7 @@ class Lora:
 @dataclass(frozen=True)
 class Checkpoint:
     """Saving the run, and going on from what was saved."""
-    every: int = key(200, "steps between checkpoints; 0: only when asked to stop", low=0)
+    every: int = key(200, "steps between checkpoints; 0: only the last step, or when asked to stop", low=0)
     keep: int = key(2, "newest checkpoints that are kept; 0: all", low=0)
     export_every: int = key(0, "steps between Hugging Face folders along the way; 0: only the final one", low=0)
     resume: str = key("auto", "auto: from the newest intact checkpoint; never; or a checkpoint's folder")

@@ -39,10 +39,10 @@ def secure(*lasting: str) -> None:
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(free)
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:  # closed when Python started
-            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (open as long as the process)
-        if hasattr(stream, "reconfigure"):
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115 (stays open)
+        if number and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Lasting(stream) if name in lasting and not isinstance(stream, Lasting) else stream)

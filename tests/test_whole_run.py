@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -455,3 +457,40 @@ def test_answers_stop_when_asked(base):
     with pytest.raises(Stopped):
         samples.continued(Llama.from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
                           check=check)
+
+
+@pytest.mark.slow
+def test_whatever_becomes_of_the_files_of_a_run_there_is_no_traceback(base, tmp_path, capsys):
+    """Bytes changed, files cut, emptied, exchanged for a folder or lost: the run is resumed, or says why not."""
+    settings, rng = {**SMALL, **HELD_OUT, "train__max_steps": 4}, random.Random(0)
+    train(base, tmp_path / "good", **settings)
+    shutil.rmtree(tmp_path / "good/run/final")
+    ended = Counter()
+    for i in range(120):
+        shutil.rmtree(tmp_path / "tried", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "tried")
+        files = [path for path in (tmp_path / "tried/run").rglob("*") if path.is_file()]
+        file = rng.choice([*files, *[tmp_path / "tried/run/metrics.jsonl"] * 4])
+        content = bytearray(file.read_bytes())
+        kind = rng.choice(("change", "change", "cut", "empty", "folder", "lost", "number"))
+        if kind == "change" and content:
+            for _ in range(rng.randint(1, 4)):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+        if kind == "number" and (numbers := [*re.finditer(rb"\d+", content)]):
+            start, stop = rng.choice(numbers).span()
+            content[start:stop] = rng.choice((b"1e999", b"-1", b"null", b'"a"', b"[1]", b"9" * 400, b"NaN"))
+        file.unlink()
+        if kind == "folder":
+            file.mkdir()
+        elif kind != "lost":
+            file.write_bytes(content[: rng.randrange(len(content) + 1) if kind == "cut" else
+                             0 if kind == "empty" else None])
+        assert command(["report", str(tmp_path / "tried/run"), "--tensorboard", str(tmp_path / "events")]) in (0, 2, 4)
+        code = main(options(base, tmp_path / "tried", **{**settings, "train__max_steps": 5}))
+        said = capsys.readouterr().err
+        assert code in (0, 2, 4), (i, file, kind)
+        assert "Traceback" not in said, (i, file, kind)
+        assert (code == 0) == (tmp_path / "tried/run/final").exists(), (i, file, kind)
+        ended[code] += 1
+    assert ended[0] > 30
+    assert ended[2] > 10

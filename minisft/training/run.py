@@ -132,7 +132,7 @@ def fill(run: Run, saved: SavedState | None) -> None:
         weights.initialize(run.model, std=run.base.network.initializer_range, seed=seed)
     elif not adapters:
         weights.load(run.model, checkpoint)
-    origin = str(saved.folder) if saved else run.config.model.path
+    origin = str(saved.folder) if saved else run.config.model.path or "the random model"
     check_finite({**dict(run.model.named_parameters()), **dict(run.model.named_buffers())}, run.world,
                  f"in {origin}", "it cannot be trained: get its files again, or start from another")
 
@@ -171,12 +171,14 @@ def identity(config: Config, prepared: Prepared, model_config: LlamaConfig,
 
 def room_needed(config: Config, model: Llama, steps: int) -> int:
     """Bytes on the disk without which a run of `steps` steps cannot end well: models and checkpoints, less those that
-    are there. An old checkpoint goes only when the new one is complete, so there is one more than are kept."""
+    are there. The last step is saved, too; an old checkpoint goes only when the new one is complete, so there is one
+    more than are kept."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)  # of all ranks
     final, weight, moment = (DTYPES[precision].itemsize for precision in (
         config.train.precision, config.optim.parameters, config.optim.moments))
     folder, keep = Path(config.run.dir), config.checkpoint.keep
-    saves, exports = (steps // n if n else 0 for n in (config.checkpoint.every, config.checkpoint.export_every))
+    saves = -(-steps // (config.checkpoint.every or steps))
+    exports = steps // (config.checkpoint.export_every or steps + 1)
     models = 1 + max(exports - len([*folder.glob("exports/step-*[0-9]")]), 0)
     states = max((min(keep + 1, saves) if keep else saves) - len(checkpoints(folder / "checkpoints")), 0)
     # What a save or an export that was killed has left makes room for its like.

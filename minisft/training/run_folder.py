@@ -103,7 +103,7 @@ class RunFolder:
         """The last step in `metrics.jsonl` before any line that is not a record; 0 without one."""
         file, last = self.path / "metrics.jsonl", 0
         if file.exists():
-            with open(file, "rb") as log, suppress(UserError):
+            with suppress(UserError, OSError), open(file, "rb") as log:
                 for _, record in _records(log, file):
                     last = max(last, record["step"])
         return last
@@ -120,6 +120,8 @@ class RunFolder:
                 if record["step"] <= step:
                     new.write(line)
                     steps |= {record["step"]} if record["kind"] == "train" else set()
+            new.flush()
+            os.fsync(new.fileno())
         os.replace(partial, file)
         return len(steps)
 

@@ -9,7 +9,6 @@
 import faulthandler
 import json
 import sys
-import textwrap
 from collections.abc import Generator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -95,7 +94,8 @@ def begin(run: Run, folder: RunFolder, saved: SavedState | None, *, data: dict[s
     logged = folder.rewind_log(step if saved else -1)  # step 0 is evaluated again
     for change in run.history:
         if change["from_step"] == step + 1:
-            was, now = (textwrap.shorten(json.dumps(change[when]), 80, placeholder=" ...") for when in ("was", "is"))
+            was, now = (text if len(text) <= 80 else f"{text[:77]}..."
+                        for text in map(json.dumps, (change["was"], change["is"])))
             print(f"{change['key']}: was {was}, is {now} from step {step + 1}", flush=True)
     if logged < step:
         print(f"{folder.path / 'metrics.jsonl'}: has {logged} of the {step} steps before; the others are lost from it, "
