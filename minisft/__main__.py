@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         pass
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -380,7 +380,7 @@ def test_interrupted_commands_say_one_word(monkeypatch, capsys, verb):
 
     monkeypatch.setattr(f"minisft.commands.{'evaluate' if verb == 'eval' else verb}.run", interrupted)
     assert command([verb, "x"]) == 130
-    assert capsys.readouterr().err == "\ninterrupted\n"
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(("shell", "code"), [("{} >&-", 0), ("{} | true", 0), ("{} >/dev/full", 4)])
