@@ -8,6 +8,9 @@ import os
 import sys
 import traceback
 
+from minisft.errors import EXIT_BUG, EXIT_INTERRUPTED
+from minisft.streams import secure
+
 # Without it, tensors whose sizes follow from the documents (the trained tokens' logits) leave gaps in GPU memory
 # that no other fits into. torch reads the setting when it is loaded; what the user has set stands.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
@@ -26,11 +29,15 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    secure("stdout", "stderr")
     try:
         code = main(sys.argv[1:])
+    except KeyboardInterrupt:  # while torch is imported
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
     except Exception:
         traceback.print_exc()
-        code = 1
+        code = EXIT_BUG
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a thread of torch's that outlives the interpreter's end can abort a process whose work is done, and

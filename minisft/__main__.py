@@ -19,7 +19,8 @@ import os
 import sys
 
 from minisft.commands import answer, chat, compare, convert, evaluate, plan, prepare, report, show
-from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
+from minisft.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_USAGE, UserError
+from minisft.streams import secure
 
 COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare, report, convert)
 
@@ -36,17 +37,33 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    secure("stderr")
     options, recipe = parser().parse_known_args(argv)  # what is left over are keys of a recipe
+    code = 0
     try:
         options.run(options, recipe)
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # `| head` has seen enough
+        pass
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, UserError) else EXIT_IO
+        code = EXIT_USAGE if isinstance(error, UserError) else EXIT_IO
+    return code or _flushed()
+
+
+def _flushed() -> int:
+    """Flush stdout; returns the exit code. Python would complain once more when it closes what cannot be flushed."""
+    try:
+        sys.stdout.flush()
+        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"error: standard output: {error}", file=sys.stderr)
+        return EXIT_IO
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class Lora:
 @dataclass(frozen=True)
 class Checkpoint:
     """Saving the run, and going on from what was saved."""
-    every: int = key(200, "steps between checkpoints; 0: only when asked to stop", low=0)
+    every: int = key(200, "steps between checkpoints; 0: only the last step, or when asked to stop", low=0)
     keep: int = key(2, "newest checkpoints that are kept; 0: all", low=0)
     export_every: int = key(0, "steps between Hugging Face folders along the way; 0: only the final one", low=0)
     resume: str = key("auto", "auto: from the newest intact checkpoint; never; or a checkpoint's folder")
@@ -129,7 +129,8 @@ class Parallel:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks a parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard leaves", low=0)
-    timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0)
+    timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0,
+                         high=10**7)
     activation_checkpointing: str = key("none", "what the backward pass computes again: nothing, what is cheap for the "
                                         "memory it took, or whole blocks", choices=("none", "selective", "full"))
     compile: str = key("auto", "compile the layers for packs of one shape; auto: on a GPU",

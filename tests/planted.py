@@ -7,6 +7,7 @@
     deaf    the rank fails with a bug, and rank 0 is stuck where it does not notice
     slow    the rank takes three seconds more to complete a checkpoint from the step on
     die     the rank is killed in the middle of the forward pass
+    long    the rank takes five seconds more for each batch of an evaluation from the step on
 
 After a restart by torchrun nothing is planted.
 """
@@ -24,7 +25,7 @@ from minisft.training.parallel import launched_rank
 def main(argv: list[str]) -> int:
     fault, rank, at = argv[0], int(argv[1]), int(argv[2])
     current, forward = 0, trainer.forward
-    save_file, write_durably = checkpoint.save_file, checkpoint._write_durably
+    check, save_file, write_durably = trainer.Preemption.check, checkpoint.save_file, checkpoint._write_durably
 
     def watched(*args, **kwargs):
         nonlocal current
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     def planted_forward(*args):
         nonlocal current
         loss = forward(*args)
-        if current != at or fault in ("disk", "slow"):
+        if current != at or fault in ("disk", "slow", "long"):
             return loss
         current = 0  # once a step
         if fault == "raise":
@@ -61,8 +62,14 @@ def main(argv: list[str]) -> int:
             time.sleep(3)
         write_durably(file, content)
 
+    def long_check(preemption, device):
+        time.sleep(5 * (current >= at))
+        check(preemption, device)
+
     if (launched_rank()[0] == rank or fault == "deaf") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         trainer.steps, trainer.forward = watched, planted_forward
+        if fault == "long":
+            trainer.Preemption.check = long_check
         if fault == "disk":
             checkpoint.save_file = full_disk
         if fault == "slow":

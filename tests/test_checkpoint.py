@@ -116,7 +116,7 @@ def test_ranks_look_at_what_the_leading_one_sees(tmp_path, monkeypatch):
 
     monkeypatch.setattr(resume.dist, "all_gather_object", gather)
     mine = [tmp_path / "step-000002"]
-    assert resume._as_leader((mine, False), SimpleNamespace(ranks=2)) == ([tmp_path / "step-000004", *mine], True)
+    assert resume.as_leader((mine, False), SimpleNamespace(ranks=2)) == ([tmp_path / "step-000004", *mine], True)
 
 
 def test_where_all_are_damaged_a_person_has_to_look(tmp_path, world):

@@ -18,7 +18,7 @@ from minisft.evaluation.heldout import file_losses, loss_figures
 from minisft.model.llama import Llama
 from minisft.preparation import prepare
 from minisft.reports.data_report import describe, figures
-from minisft.training import trainer
+from minisft.training.after import After
 from minisft.training.trainer import main
 
 TEXTS = ["In spring the river rises and the mill turns.", "The clock on the tower is late, as it always was.",
@@ -72,15 +72,15 @@ def test_a_run_that_goes_on_measures_against_the_same_base(base, tmp_path, gener
     settings = {"data__general": general, "train__max_steps": 5, "eval__every": 1, "checkpoint__every": 2,
                 "batch__packs": 1}
     train(base, tmp_path / "whole", **settings)
-    evaluate = trainer.evaluate
+    step = After.step
 
-    def dying(*args, step):
-        if step == die_at:
+    def dying(after, number, **kwargs):
+        if number == die_at:
             raise Death
-        evaluate(*args, step=step)
+        return step(after, number, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", dying)
+        patch.setattr(After, "step", dying)
         with pytest.raises(Death):
             main(options(base, tmp_path / "died", **settings))
         wait_for_savers()

@@ -4,6 +4,7 @@ The oracle of the packer is best-fit decreasing by its definition: for each item
 of the mix is an order without packing: shuffled documents, cut into steps by their tokens.
 """
 
+import re
 import time
 import tracemalloc
 from collections import Counter
@@ -255,3 +256,30 @@ def test_weights_repeat_and_sample_documents() -> None:
 def test_weights_that_leave_nothing_are_refused() -> None:
     with pytest.raises(UserError, match=r"weights of the sources in data\.train are too small"):
         Plan(np.array([5]), np.array([5]), seq_len=10, packs_per_step=1, epochs=1, weights=np.array([1e-9]))
+
+
+@pytest.mark.parametrize(("weights", "shuffle"), [(None, True), (None, False), (2.5, True), (0.3, True)])
+@pytest.mark.parametrize("max_steps", [1, 40, 200, None])
+def test_the_steps_are_those_of_all_epochs_packed_one_after_another(weights, shuffle, max_steps):
+    lengths = realistic(150)
+    options = {"seed": 3, "shuffle": shuffle, "weights": None if weights is None else np.full(len(lengths), weights)}
+    plan = plan_of(lengths, seq_len=2048, packs_per_step=2, epochs=12, max_steps=max_steps, **options)
+    places = [(epoch, first) for epoch in range(12)
+              for first in range(0, len(pack_epoch(lengths, seq_len=2048, epoch=epoch, **options)), 2)]
+    assert plan.total_steps == min(max_steps or len(places), len(places))
+    for step in (plan.total_steps - 1, 0, *range(plan.total_steps)):  # the last one first, as a resumed run does
+        place = plan.place(step)
+        assert (place.epoch, place.first) == places[step]
+
+
+def test_more_epochs_than_can_be_counted_are_refused_at_once():
+    lengths = realistic(2000)
+    with pytest.raises(UserError, match=r"train\.epochs = 1000000: the steps of more than 10,000 epochs are not "
+                                        r"counted; lower it, or set train\.max_steps to at most (\d+)") as error:
+        plan_of(lengths, seq_len=2048, packs_per_step=8, epochs=10**6)
+    most = int(re.search(r"at most (\d+)", str(error.value))[1])
+    assert plan_of(lengths, seq_len=2048, packs_per_step=8, epochs=10**6, max_steps=most).total_steps == most
+    with pytest.raises(UserError, match="lower it, or set"):
+        plan_of(lengths, seq_len=2048, packs_per_step=8, epochs=10**6, max_steps=most + 1)
+    few = plan_of([5] * 40, epochs=10**6, max_steps=50, weights=np.full(40, 0.5))
+    assert few.total_steps == 50

@@ -1,5 +1,6 @@
 """The page of a run: every figure is there, every number is the log's, nothing of the run's can act on the page."""
 
+import fcntl
 import json
 import re
 from html.parser import HTMLParser
@@ -233,8 +234,13 @@ def test_several_runs_are_overlaid(write_run, tmp_path):
     [{"kind": "train", "step": 1}], [{"kind": "train", "step": 1, "loss": "x", "seconds": None, "lr": True}],
     [{"kind": "other", "step": 1}]])
 def test_runs_that_have_hardly_begun(write_run, records):
-    page = report(write_run(records=records, status={"state": "running", "error": ""}))
+    folder = write_run(records=records, status={"state": "running", "error": ""})
+    assert report(folder).row("state")[0].startswith("dead; last written 2")  # nobody holds its lock
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        page = report(folder)
     assert page.row("state")[0].startswith("running; last written 2")
+    assert report(folder).row("state")[0].startswith("dead; last written 2")
     if not records:
         assert page.headings == ["Loss", "Data", "Environment"]
 

@@ -364,11 +364,22 @@ def test_every_step_of_a_checkpoint_is_in_the_log(base, tmp_path, monkeypatch, u
     assert_same(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("line", ["no JSON", "[1]", '{"kind": "train"}', '{"step": "1"}'])
-def test_a_broken_line_in_the_log_is_named(base, tmp_path, monkeypatch, capsys, line):
+@pytest.mark.parametrize(("line", "wrong"), [
+    ("no JSON", "not JSON"), ("[1]", "is [1], expected an object"), ('{"kind": "train"}', "step is missing"),
+    ('{"step": "1"}', "kind is missing"), ('{"kind": "x", "step": "1"}', "step is '1', expected a whole number"),
+    ('{"kind": "train", "step": 1, "loss": 2.0}', "tokens is missing"),
+    ('{"kind": "train", "step": 1, "tokens": 9, "target_tokens": 9, "seconds": NaN}', "not JSON"),
+    ('{"kind": "eval", "step": 1, "loss": 2.0, "target_tokens": 3}', "name is missing"),
+    ('{"kind": "eval", "step": 1, "name": "a", "loss": "low", "target_tokens": 3}', "loss is not a number"),
+    ("\xff", "not JSON")])
+def test_a_broken_line_in_the_log_is_named(base, tmp_path, monkeypatch, capsys, line, wrong):
     run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=4)
     file = tmp_path / "run/metrics.jsonl"
     first, *others = file.read_text(encoding="utf-8").splitlines()
-    file.write_text("\n".join([first, line, *others, '{"kind": "tra']), encoding="utf-8")  # and a last one cut off
+    file.write_text("\n".join([first, line, *others, '{"kind": "tra']), encoding="latin-1")  # and a last one cut off
+    monkeypatch.setattr(weights, "load", lambda *args: pytest.fail("the model was read"))
     assert main(options(base, tmp_path, **SMALL)) == 2
-    assert f"{file}:2: is no record of a run; mend the line or delete it" in capsys.readouterr().err
+    message = f"{file}:2: not a metrics record ({wrong}); fix or delete this line"
+    assert message in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/status.json").read_text()) == {
+        "state": "failed", "exit_code": 2, "step": 1, "error": message}

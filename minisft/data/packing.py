@@ -14,6 +14,8 @@ Measured over steps of 32 packs of 8192 with documents of a median of 150 tokens
 documents has a standard deviation of 2.2% in an unpacked order, 8.8% with best-fit decreasing alone, 3.6% with bundles.
 """
 
+import threading
+from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +29,7 @@ VERSION = 2  # of the plan: raise it when the same lengths and seed give other p
 WINDOW = 16_384  # documents packed together where packs follow the file, so that a pack's documents are near each other
 BUNDLES = (4, 8, 16)  # a document shorter than capacity / 4 is bundled; the others where those fill too badly
 LOOSE = 0.08  # share of all tokens in short documents that stay single, to fill the gaps that bundles leave
+MOST_EPOCHS = 10_000  # that are packed to count a run's steps
 SLACK = 0.0005  # more packs than without bundles that are borne for the better mix
 
 Array = np.ndarray
@@ -167,7 +170,9 @@ class Place:
 class Plan:
     """All steps of a run over documents with lengths (n,) and `targets` (n,) trained tokens each.
 
-    The last step of an epoch may be short; it is trained like any other, and no step spans two epochs.
+    The last step of an epoch may be short; it is trained like any other, and no step spans two epochs. Epochs are
+    packed when a step of them is asked for, except to count steps that `max_steps` does not. Raises UserError if that
+    would take more than MOST_EPOCHS.
     """
 
     def __init__(self, lengths: Array, targets: Array, *, seq_len: int, packs_per_step: int, epochs: int,
@@ -175,14 +180,32 @@ class Plan:
         self.lengths, self.targets, self.weights = lengths, targets, weights
         self.seq_len, self.packs_per_step = seq_len, packs_per_step
         self.seed, self.shuffle = seed, shuffle
-        self._first_step = [0]  # of each epoch
-        while len(self._first_step) <= epochs and (max_steps is None or self._first_step[-1] < max_steps):
-            packs = len(self.epoch(len(self._first_step) - 1))
-            self._first_step.append(self._first_step[-1] - (-packs // packs_per_step))
-        self.total_steps = self._first_step[-1] if max_steps is None else min(max_steps, self._first_step[-1])
+        self._epochs, self._lock = epochs, threading.Lock()
+        self._first_step = [0]  # of each epoch that was packed, and of the next one
+        self._count(1)
         if not self.steps_per_epoch:
             raise UserError("no document comes in the first epoch: the weights of the sources in data.train are too "
                             "small")
+        # Documents of a whole weight come in every epoch, and need at least this many steps.
+        sure = lengths if weights is None else lengths * np.floor(weights).astype(np.int64)
+        least = -(-int(sure.sum()) // (seq_len * packs_per_step))
+        if max_steps is not None and max_steps <= least * epochs:
+            self.total_steps = max_steps
+            return
+        if max_steps is not None and not least:
+            self._count(min(epochs, MOST_EPOCHS), max_steps)
+        if epochs > MOST_EPOCHS and (max_steps is None or self._first_step[-1] < max_steps):
+            raise UserError(f"train.epochs = {epochs}: the steps of more than {MOST_EPOCHS:,} epochs are not counted; "
+                            f"lower it, or set train.max_steps to at most {max(least * epochs, self._first_step[-1])}")
+        self._count(epochs, max_steps)
+        self.total_steps = self._first_step[-1] if max_steps is None else min(max_steps, self._first_step[-1])
+
+    def _count(self, epochs: int, max_steps: int | None = None) -> None:
+        """Count the steps of the first `epochs` epochs, or until there are more than `max_steps`."""
+        with self._lock:  # the thread that loads asks, too
+            while len(self._first_step) <= epochs and (max_steps is None or self._first_step[-1] <= max_steps):
+                packs = len(self.epoch(len(self._first_step) - 1))
+                self._first_step.append(self._first_step[-1] - (-packs // self.packs_per_step))
 
     # Three: the steps are counted by packing every epoch, and a run of that many need not pack them again.
     @lru_cache(maxsize=3)  # noqa: B019 (a plan lives as long as its run)
@@ -198,7 +221,8 @@ class Plan:
 
     def place(self, step: int) -> Place:
         """Epoch and packs of `step` (from 0)."""
-        epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
+        self._count(self._epochs, step)
+        epoch = bisect_right(self._first_step, step) - 1
         first = (step - self._first_step[epoch]) * self.packs_per_step
         return Place(epoch, first, min(first + self.packs_per_step, len(self.epoch(epoch))))
 

@@ -5,6 +5,7 @@ documents are packed nor on how many ranks there are.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,21 @@ from minisft.training.parallel import World, all_sum
 
 
 def heldout_loss(model: nn.Module, dataset: Dataset, world: World, *, seq_len: int, micro_packs: int = 1,
-                 fixed: bool = False) -> float:
+                 fixed: bool = False, check: Callable[[], None] = lambda: None) -> float:
     """Mean loss in nats over the trained tokens of `dataset`. All ranks call it, all get the same number.
 
-    With `fixed`, as a compiled `model` wants it, all micro-batches have the same number of tokens.
+    With `fixed`, as a compiled `model` wants it, all micro-batches have the same number of tokens. All ranks call
+    `check` before each of them; what it raises ends the evaluation.
     """
     share = loss_sum(model, dataset, rank=world.rank, ranks=world.ranks, seq_len=seq_len, micro_packs=micro_packs,
-                     fixed=fixed, device=world.device)
+                     fixed=fixed, device=world.device, check=check)
     return float(all_sum(share)) / int(dataset.targets.sum())
 
 
 @torch.no_grad()
 def loss_sum(model: nn.Module, dataset: Dataset, *, seq_len: int, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
-             fixed: bool = False, device: torch.device | str = "cpu") -> Tensor:
+             fixed: bool = False, device: torch.device | str = "cpu",
+             check: Callable[[], None] = lambda: None) -> Tensor:
     """() fp32: the sum of the token losses in this rank's share of `dataset`."""
     plan = Plan(dataset.lengths, dataset.targets, seq_len=seq_len, packs_per_step=micro_packs * ranks, epochs=1,
                 shuffle=False)
@@ -44,6 +47,7 @@ def loss_sum(model: nn.Module, dataset: Dataset, *, seq_len: int, rank: int = 0,
     with closing(steps(dataset, plan, rank=rank, ranks=ranks, micro_packs=micro_packs, fixed=fixed,
                        device=device)) as planned:
         for batch in (batch for step in planned for batch in step.micro_batches):
+            check()
             total += batch_loss(model, batch, device=device, denominator=1.0, compiled=fixed)
     return total
 

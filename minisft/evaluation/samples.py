@@ -8,7 +8,7 @@ model might have said.
              question                                                              reference
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -55,9 +55,10 @@ def _questions(name: str, dataset: Dataset) -> Iterator[Question]:
 
 
 def answers(model: nn.Module, asked: list[Question], tokenizer: Tokenizer, *, stop_ids: set[int],
-            device: torch.device) -> list[dict[str, Any]]:
-    """{name, prompt, answer, reference} as text, greedily. All ranks call it together, with the same questions."""
-    said = continued(model, [question.prompt for question in asked], stop_ids=stop_ids, device=device)
+            device: torch.device, check: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """{name, prompt, answer, reference} as text, greedily. All ranks call it together, with the same questions, and
+    `check` before each token; what it raises ends the answers."""
+    said = continued(model, [question.prompt for question in asked], stop_ids=stop_ids, device=device, check=check)
 
     def text(ids: list[int]) -> str:
         return tokenizer.decode([token for token in ids if token not in stop_ids])
@@ -68,12 +69,13 @@ def answers(model: nn.Module, asked: list[Question], tokenizer: Tokenizer, *, st
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # growing texts have another shape for every token
-def continued(model: nn.Module, prompts: list[list[int]], *, stop_ids: set[int], device: torch.device
-              ) -> list[list[int]]:
+def continued(model: nn.Module, prompts: list[list[int]], *, stop_ids: set[int], device: torch.device,
+              check: Callable[[], None] = lambda: None) -> list[list[int]]:
     """What follows each prompt, by whole forward passes: sharded parameters are whole only within `forward`, so the
     cache of generate.py, which asks each layer by itself, is not for them."""
     texts, growing = [list(prompt) for prompt in prompts], list(range(len(prompts)))
     for _ in range(MOST):
+        check()
         documents = Documents.of_lengths(tuple(len(texts[i]) for i in growing), device=device)
         last = documents.cu_seqlens[1:].long() - 1
 

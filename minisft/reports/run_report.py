@@ -68,9 +68,9 @@ def _summary(runs: Sequence[Run]) -> str:
 
 def _state(run: Run) -> str:
     state, error = str(run.status.get("state", "unknown")), str(run.status.get("error") or "")
-    kind = {"failed": "failed", "done": "done"}.get(state, "")
+    kind = {"failed": "failed", "dead": "failed", "done": "done"}.get(state, "")
     text = f'<span class="{kind}">{escape(state)}</span>'
-    if state == "running":  # of a process that was killed, nobody wrote another word
+    if state in ("running", "dead"):
         text += f"; last written {datetime.fromtimestamp(run.written, UTC):%Y-%m-%d %H:%M} UTC"
     return text + (f": {escape(error)}" if error else "")
 

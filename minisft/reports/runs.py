@@ -1,5 +1,6 @@
 """A run's folder, read: whatever state it is in, by whoever wants to look at it and not to train."""
 
+import fcntl
 import json
 import os
 import tomllib
@@ -105,9 +106,24 @@ def read_run(path: Path, name: str) -> Run:
     train, evals, samples = (sorted(found.values(), key=lambda record: record["step"]) for found in kinds.values())
     names = dict.fromkeys(str(record.get("name")) for record in evals)
     return Run(name, config, text, _object(path / "data.json", DATA), _object(path / "environment.json"),
-               _object(path / "status.json"), train,
+               _status(path), train,
                {each: Evals([r for r in evals if str(r.get("name")) == each]) for each in names}, samples,
                _text(path / "profile" / "table.txt"), os.stat(log if log.exists() else path).st_mtime)
+
+
+def _status(path: Path) -> dict[str, Any]:
+    """What the run says of itself, or "dead": a process that is killed leaves "running" and lets go of the lock."""
+    status = _object(path / "status.json")
+    if status.get("state") == "running":
+        try:
+            with open(path / ".lock", "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                status["state"] = "dead"
+        except FileNotFoundError:
+            status["state"] = "dead"
+        except OSError:  # somebody holds it, or it cannot be told
+            pass
+    return status
 
 
 def _configuration(file: Path, text: str) -> dict[str, Any]:

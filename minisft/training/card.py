@@ -18,7 +18,7 @@ DATA_SETTINGS = ("template", "train_on", "seq_len", "overlong", "dedup", "replay
 def model_card(name: str, record: dict[str, Any]) -> str:
     """The card of the model `name` that `record` (`training.json`) tells of."""
     parts = (_front_matter(record), f"# {name}\n\n{_summary(record)}", _rounds(record), _data(record),
-             _heldout(record), _settings(record), _use(name))
+             _heldout(record), _settings(record), _history(record), _use(name))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -34,9 +34,15 @@ def _summary(record: dict[str, Any]) -> str:
     code = f"minisft {record['minisft']}" + (f" at commit {record['commit']}" if record["commit"] else "")
     processes = f"{record['ranks']} process{'es' * (record['ranks'] > 1)}"
     return (f"{origin} with {code} and torch {record['torch']}, in {processes}: {record['steps']:,} of "
-            f"{record['total_steps']:,} steps, {record['tokens']:,} tokens seen, {record['target_tokens']:,} of them "
-            f"trained, in {record['seconds']:,.0f} seconds. `training.json` has the whole recipe. All figures here are "
-            "the run's own.")
+            f"{record['total_steps']:,} steps{_exceptions(record)}, {record['tokens']:,} tokens seen, "
+            f"{record['target_tokens']:,} of them trained, in {record['seconds']:,.0f} seconds. `training.json` has "
+            "the whole recipe. All figures here are the run's own.")
+
+
+def _exceptions(record: dict[str, Any]) -> str:
+    skipped, lost = record["skipped_steps"], record["steps"] - record.get("logged_steps", record["steps"])
+    return (f" ({skipped:,} skipped: not finite)" if skipped else "") + (
+        f" (the log of {lost:,} is lost; they are in none of these figures)" if lost else "")
 
 
 def rounds(base: dict[str, Any] | None) -> list[str]:
@@ -80,6 +86,13 @@ def _settings(record: dict[str, Any]) -> str:
     rows = [(f"{section}.{key}", f"`{json.dumps(value)}`") for section in ("data", *SETTINGS)
             for key, value in recipe.get(section, {}).items() if section != "data" or key in DATA_SETTINGS]
     return "## Settings\n\n" + _table(("key", "value"), rows)
+
+
+def _history(record: dict[str, Any]) -> str:
+    rows = [(change["from_step"], change["key"], *(f"`{json.dumps(change[when])}`" for when in ("was", "is")))
+            for change in record["history"]
+            if change["key"].partition(".")[0] in SETTINGS or change["key"].removeprefix("data.") in DATA_SETTINGS]
+    return "## Settings changed on the way\n\n" + _table(("from step", "key", "was", "is"), rows) if rows else ""
 
 
 def _use(name: str) -> str:

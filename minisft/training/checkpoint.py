@@ -253,9 +253,13 @@ class SavedState:
 
     @torch.no_grad()
     def restore(self, optimizer: Optimizer, world: World) -> None:
-        """Fill weights, moments and, at the same number of ranks, the random generators."""
+        """Fill weights, moments and, at the same number of ranks, the random generators.
+
+        Raises UserError if these are not the tensors of this network.
+        """
         shards = [safe_open(self.folder / f"rank-{i}.safetensors", framework="pt")
                   for i in range(self.manifest["shards"])]
+        self._check_shapes(shards, optimizer)
         optimizer.resume(self.progress["adam_steps"])
         for key, target in _state(optimizer).items():
             name = key.partition("/")[2]
@@ -267,6 +271,22 @@ class SavedState:
                 torch.set_rng_state(mine.get_tensor("random/cpu"))
                 if world.device.type == "cuda" and "random/cuda" in mine.keys():  # noqa: SIM118
                     torch.cuda.set_rng_state(mine.get_tensor("random/cuda"), world.device)
+
+
+    def _check_shapes(self, shards: list[safe_open], optimizer: Optimizer) -> None:
+        wanted = {name: list(parameter.shape) for name, parameter in optimizer.parameters.items()}
+        there = {key.removeprefix("weights/"): [shard.get_slice(key).get_shape() for shard in shards]
+                 for key in shards[0].keys() if key.startswith("weights/")}  # noqa: SIM118
+        found = {name: [sum(rows for rows, *_ in shapes), *shapes[0][1:]] for name, shapes in there.items()}
+        lacking, surplus = (sorted(a.keys() - b.keys()) for a, b in ((wanted, found), (found, wanted)))
+        other = [f"{name} ({found[name]} there, {wanted[name]} here)" for name in sorted(wanted.keys() & found.keys())
+                 if found[name] != wanted[name]]
+        problems = [f"{what} {', '.join(names[:10])}{' ...' * (len(names) > 10)}" for what, names in
+                    (("it lacks", lacking), ("it has besides", surplus), ("shapes differ:", other)) if names]
+        if problems:
+            raise UserError(f"{self.folder}: holds another network: {'; '.join(problems)}. Nothing of it can be "
+                            "resumed, with checkpoint.allow_change either: go back to the network it was saved from, "
+                            "or choose another run.dir")
 
 
 def _rows(shards: list[safe_open], key: str, start: int, stop: int) -> Tensor:

@@ -36,6 +36,11 @@ GRACE = 5  # seconds that the leading rank has to fail by itself, when another o
 def guarded(run: Callable[[], int]) -> int:
     """The exit code of `run`. Errors that a person can mend become one message on each host, however many processes
     run."""
+    try:
+        check_launch()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
     rank, local = parallel.launched_rank()[0], int(os.environ.get("LOCAL_RANK", "0"))
     try:
         return run()
@@ -49,6 +54,19 @@ def guarded(run: Callable[[], int]) -> int:
         if rank == 0:
             print("interrupted before the first step; there is nothing to save", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def check_launch() -> None:
+    """Raise UserError for environment variables of torchrun that are incomplete or not numbers."""
+    remedy = "unset RANK to train in one process, or start with torchrun, which sets it"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        value = os.environ.get(name, "missing" if "RANK" in os.environ and not name.startswith("LOCAL") else "0")
+        if value == "missing" or (name != "MASTER_ADDR" and not (value.isascii() and value.isdigit())):
+            raise UserError(f"the environment variable {name} is {value[:40]!r}, expected a whole number; {remedy}"
+                            if value != "missing" else f"RANK is set, but {name} is not; {remedy}")
+    rank, ranks = parallel.launched_rank()
+    if rank >= ranks:
+        raise UserError(f"the environment variable RANK is {rank}, but there are {ranks} ranks (WORLD_SIZE); {remedy}")
 
 
 class Reported(Exception):  # noqa: N818 (not an error by itself)

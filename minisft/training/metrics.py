@@ -7,9 +7,10 @@ from them (to stop, to give up) they decide together, without another word.
 
 import json
 import math
+import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,24 @@ class Later:
 
 
 class Monitor:
-    """Follows a run: its log (on the leading rank), its bar, bad steps, spikes, and the wish to stop."""
+    """Follows a run: its log (on the leading rank), its bar, bad steps, spikes, and the wish to stop.
+
+    `before` is the `progress` of a run that is resumed.
+    """
 
     def __init__(self, log: Path | None, *, start: int, total: int, max_skipped: int,
-                 documents: Callable[[int], list[str]], in_backward: bool = False):
+                 documents: Callable[[int], list[str]], in_backward: bool = False,
+                 before: Mapping[str, Any] | None = None):
         self._file = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115 (open as long as the run)
         self._bar = tqdm(total=total, initial=start, desc="train", unit=" steps", disable=log is None)
         self._max_skipped, self._documents = max_skipped, documents
         self._consequence = ("parameters whose gradient is not finite are left as they are, the others are updated"
                              if in_backward else "the step is skipped")
         self._waiting: tuple[dict[str, Any], Later] | None = None
-        self._skipped_in_a_row = self._spikes = 0
+        before = before or {}
+        self.finite_steps: int = before.get("finite_steps", start)
+        self.skipped_in_a_row: int = before.get("skipped_in_a_row", 0)
+        self._spikes = 0
         self._mean: float | None = None
         self._lapped = time.perf_counter()
         self.stop = False  # some rank was asked to stop
@@ -75,7 +83,8 @@ class Monitor:
         loss, grad_norm, asked = later.read()
         self.stop = self.stop or asked > 0
         skipped = not math.isfinite(grad_norm)  # as the optimiser saw it
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.finite_steps += not skipped
         figures: dict[str, Any] = {name: value if math.isfinite(value) else None  # JSON has no NaN
                                    for name, value in (("loss", loss), ("grad_norm", grad_norm))}
         if skipped:
@@ -87,8 +96,8 @@ class Monitor:
         self.write({**record, **figures})
         self._bar.set_postfix(loss=f"{loss:.4f}", tokens_per_second=f"{record['tokens_per_second']:,.0f}")
         self._bar.update()
-        if self._skipped_in_a_row > self._max_skipped:
-            raise NumericsError(f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite, "
+        if self.skipped_in_a_row > self._max_skipped:
+            raise NumericsError(f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, "
                                 f"the last at step {record['step']}; train.max_skipped allows {self._max_skipped}. "
                                 "Lower optim.lr, or look at the documents that metrics.jsonl names")
 
@@ -107,6 +116,18 @@ class Monitor:
                 self._file.write(json.dumps(record) + "\n")
                 self._file.flush()
             except OSError as error:  # a full disk; the library names no file
+                raise OSError(error.errno, error.strerror, self._file.name) from None
+
+    def progress(self) -> dict[str, int]:
+        """What a checkpoint keeps of it."""
+        return {"finite_steps": self.finite_steps, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def sync(self) -> None:
+        """Make the log durable, as a checkpoint that relies on it will be."""
+        if self._file:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
                 raise OSError(error.errno, error.strerror, self._file.name) from None
 
     def say(self, text: str) -> None:

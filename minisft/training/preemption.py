@@ -1,16 +1,27 @@
 """Being asked to stop: by a scheduler that wants the machines back, or by a person.
 
-The first SIGTERM, SIGINT or SIGUSR1, to any one process, only leaves a note. The note travels with the loss of the next
-step to all ranks, which stop after the same step, save, and exit with code 75. A second signal ends the process at
-once. torchrun passes signals on, but kills after 30 seconds unless `--shutdown-timeout` allows more.
+The first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal), to any one process, only leaves a note. The note
+travels with the loss of the next step to all ranks, which stop after the same step, save, and exit with code 75; in an
+evaluation it travels with every batch, and the evaluation is given up. A second signal ends the process at once.
+torchrun passes signals on, but kills after 30 seconds unless `--shutdown-timeout` allows more.
 """
 
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+import torch
+import torch.distributed as dist
+
+from minisft.training.metrics import Later
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """Some rank was asked to stop; raised on all ranks in the same place."""
 
 
 class Preemption:
@@ -18,7 +29,22 @@ class Preemption:
 
     def __init__(self) -> None:
         self.asked = False
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._told: Later | None = None
+        # nohup ignores SIGHUP, and so does a run that it started.
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS
+                        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
+
+    def check(self, device: torch.device) -> None:
+        """Raise Stopped if some rank had been asked to stop at the call before this one.
+
+        All ranks call it together, between batches of work that they share. The answer is that of the call before, so
+        no host waits for its device.
+        """
+        wish = torch.full((1,), float(self.asked), device=device)
+        dist.all_reduce(wish)
+        before, self._told = self._told, Later(wish)
+        if before and before.read()[0]:
+            raise Stopped
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -36,4 +62,5 @@ class Preemption:
 
 
 def _say(text: str) -> None:
-    os.write(sys.stderr.fileno(), text.encode())  # print could be in the middle of printing
+    with suppress(OSError, ValueError):  # nobody reads it any more
+        os.write(sys.stderr.fileno(), text.encode())  # print could be in the middle of printing

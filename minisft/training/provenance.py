@@ -3,7 +3,8 @@
     minisft, commit, torch, ranks      the code that trained it, and on how many processes
     recipe, seed                       the effective configuration, as TOML
     data                               every file: its sha256, documents, tokens, trained tokens, passes in an epoch
-    steps, tokens, ..., losses         what came of it, by the run's own log
+    steps, tokens, ..., losses         what came of it, by the run's own log; logged_steps if that lacks some
+    history                            settings changed when the run was resumed: from_step, key, was, is
     base                               the model it began with: path, config, and the `training.json` found there
 
 Llama-3-Instruct was trained in six rounds, each from the model of the round before (Llama Team 2024, "The Llama 3 Herd
@@ -38,14 +39,17 @@ def beginnings(base: str) -> Record:
 
 
 def training_record(begun: Record, *, recipe: str, seed: int, ranks: int, data: dict[str, list[dict[str, Any]]],
-                    log: list[dict[str, Any]], total_steps: int) -> Record:
-    """The content of `training.json`. `data`: use -> sources as the data report has them; `log`: the run's records."""
+                    log: list[dict[str, Any]], step: int, total_steps: int, history: list[Record]) -> Record:
+    """The content of `training.json` after `step`. `data`: use -> sources as the data report has them; `log`: the run's
+    records; `history`: what `resume.history` found."""
     base = begun["base"]
     trained = [record for record in log if record["kind"] == "train"]
     sums = {name: sum(record[name] for record in trained) for name in ("tokens", "target_tokens", "seconds")}
     return {**{key: value for key, value in begun.items() if key != "base"}, "ranks": ranks, "recipe": recipe,
             "seed": seed, "data": {use: [_source(source) for source in sources] for use, sources in data.items()},
-            "steps": len(trained), "total_steps": total_steps, **sums,
+            "steps": step, **({"logged_steps": len(trained)} if len(trained) < step else {}),
+            "skipped_steps": sum(record.get("skipped") is True for record in trained), "total_steps": total_steps,
+            "history": history, **sums,
             "final_loss": trained[-1]["loss"] if trained else None, "losses": _losses(log), "base": base}
 
 

@@ -8,13 +8,15 @@ with other data, another batch or another model would silently be another run, s
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from minisft.errors import UserError
 from minisft.training.checkpoint import IncompleteError, SavedState, checkpoints, leftovers, step_of
 from minisft.training.parallel import World
+
+Found = TypeVar("Found")
 
 
 def find(folder: Path, world: World, fingerprint: dict[str, Any], *, wanted: str = "auto", again: bool = False,
@@ -25,7 +27,7 @@ def find(folder: Path, world: World, fingerprint: dict[str, Any], *, wanted: str
     in just this way. Raises UserError where the wanted one, or every one, is damaged, where there are some and none is
     wanted, and where `_check` does.
     """
-    there, again = _as_leader((checkpoints(folder / "checkpoints"), again), world)
+    there, again = as_leader((checkpoints(folder / "checkpoints"), again), world)
     saved, passed_over = None, []
     if wanted == "never":
         if there:
@@ -80,8 +82,20 @@ def _changes(saved: SavedState, world: World, there: list[Path]) -> str:
     return (resharded if ranks != world.ranks else "") + (replaced if others else "")
 
 
-def _as_leader(found: tuple[list[Path], bool], world: World) -> tuple[list[Path], bool]:
-    """What the leading rank has found: on a network's disk others may see a new folder later."""
+def history(saved: SavedState | None, settings: dict[str, Any], fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was changed on the way, one setting and step each: {from_step, key, was, is}. Those of the last step are
+    new; `settings` are the keys that `fingerprint` may lack."""
+    if saved is None:
+        return []
+    before, step = saved.progress["fingerprint"] | saved.progress.get("settings", settings), saved.step + 1
+    now = fingerprint | settings
+    new = [{"from_step": step, "key": key, "was": before.get(key), "is": now.get(key)}
+           for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return [*saved.progress.get("history", []), *new]
+
+
+def as_leader(found: Found, world: World) -> Found:
+    """What the leading rank has found: on a network's disk others may see a new file later."""
     everyones = [found] * world.ranks
     dist.all_gather_object(everyones, found)
     return everyones[0]

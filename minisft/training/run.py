@@ -5,15 +5,20 @@
 Whatever can be refused is refused before anything is allocated. The loop that works on it is in trainer.py.
 """
 
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from minisft.config import Config
 from minisft.data import packing
+from minisft.errors import NumericsError
 from minisft.evaluation import samples
 from minisft.model import lora, weights
 from minisft.model.config import LlamaConfig, read_config
@@ -47,6 +52,7 @@ class Run:
     base: Base
     model: Llama
     optimizer: Optimizer
+    history: list[dict[str, Any]] = field(default_factory=list)  # settings changed on the way (resume.history)
 
     @property
     def folder(self) -> Path:
@@ -57,6 +63,15 @@ class Run:
     def fingerprint(self) -> dict[str, Any]:
         """See `identity`."""
         return identity(self.config, self.prepared, self.base.network, self.base.checkpoint)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every key of the configuration, as JSON has it, except those that only say where files are or which
+        checkpoint a start takes."""
+        flat = {f"{section}.{key}": value for section, keys in asdict(self.config).items()
+                for key, value in keys.items()}
+        return {key: value for key, value in json.loads(json.dumps(flat)).items()
+                if key not in ("run.dir", "data.cache", "checkpoint.resume", "checkpoint.allow_change")}
 
 
 def check_ranks(config: Config) -> None:
@@ -104,7 +119,8 @@ def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Ru
 
 
 def fill(run: Run, saved: SavedState | None) -> None:
-    """Give the model the weights of the checkpoint to go on from, of the base model, or random ones."""
+    """Give the model the weights of the checkpoint to resume from, of the base model, or random ones. Raises
+    NumericsError if any of them is not finite."""
     seed, adapters, checkpoint = run.config.train.seed, adapters_of(run.config), run.base.checkpoint
     if adapters and checkpoint:  # also where there is something to go on from: the frozen weights are not in it
         lora.load(run.model, checkpoint, seed=seed)
@@ -116,6 +132,21 @@ def fill(run: Run, saved: SavedState | None) -> None:
         weights.initialize(run.model, std=run.base.network.initializer_range, seed=seed)
     elif not adapters:
         weights.load(run.model, checkpoint)
+    origin = str(saved.folder) if saved else run.config.model.path or "the random model"
+    check_finite({**dict(run.model.named_parameters()), **dict(run.model.named_buffers())}, run.world,
+                 f"in {origin}", "it cannot be trained: get its files again, or start from another")
+
+
+def check_finite(tensors: Mapping[str, Tensor], world: World, when: str, remedy: str) -> None:
+    """Raise NumericsError on all ranks if any of these weights is not finite on one of them."""
+    rows = {name: weights.local_rows(tensor.detach())[0] for name, tensor in tensors.items()}
+    bad = [name for name, part in rows.items() if part.is_floating_point() and part.numel()
+           and not torch.linalg.vector_norm(part, float("inf")).isfinite()]  # the largest, without a copy
+    found = [bad] * world.ranks
+    dist.all_gather_object(found, bad)
+    if names := sorted({name for each in found for name in each}):
+        raise NumericsError(f"weights {when} are NaN or infinite: {', '.join(names[:10])}"
+                            f"{f' and {len(names) - 10} more' * (len(names) > 10)}; {remedy}")
 
 
 def identity(config: Config, prepared: Prepared, model_config: LlamaConfig,
@@ -140,12 +171,14 @@ def identity(config: Config, prepared: Prepared, model_config: LlamaConfig,
 
 def room_needed(config: Config, model: Llama, steps: int) -> int:
     """Bytes on the disk without which a run of `steps` steps cannot end well: models and checkpoints, less those that
-    are there. An old checkpoint goes only when the new one is complete, so there is one more than are kept."""
+    are there. The last step is saved, too; an old checkpoint goes only when the new one is complete, so there is one
+    more than are kept."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)  # of all ranks
     final, weight, moment = (DTYPES[precision].itemsize for precision in (
         config.train.precision, config.optim.parameters, config.optim.moments))
     folder, keep = Path(config.run.dir), config.checkpoint.keep
-    saves, exports = (steps // n if n else 0 for n in (config.checkpoint.every, config.checkpoint.export_every))
+    saves = -(-steps // (config.checkpoint.every or steps))
+    exports = steps // (config.checkpoint.export_every or steps + 1)
     models = config.run.export + max(exports - len([*folder.glob("exports/step-*[0-9]")]), 0)
     states = max((min(keep + 1, saves) if keep else saves) - len(checkpoints(folder / "checkpoints")), 0)
     # What a save or an export that was killed has left makes room for its like.

@@ -11,17 +11,22 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from minisft.errors import UserError
+from minisft.reports.shapes import is_number, misfit
 
+# What a record of a kind must have for a run to be resumed and recorded; the loss may also be null.
+SHAPES = {"train": {"step": int, "tokens": int, "target_tokens": int, "seconds": float},
+          "eval": {"step": int, "name": str, "target_tokens": int, "forgetting?": float}}
 # What a run would write over.
 OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "final", "profile")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records in the `metrics.jsonl` of a run; none where there is no such file. UserError for what is none."""
+    """The records in the `metrics.jsonl` of a run; none if there is no such file. UserError for any other line."""
     file = folder / "metrics.jsonl"
     if not file.exists():
         return []
@@ -36,17 +41,21 @@ def _records(log: BinaryIO, file: Path) -> Iterator[tuple[bytes, dict[str, Any]]
             return
         try:
             record = json.loads(line)
+            json.dumps(record, allow_nan=False)
+            wrong = misfit(record, {"kind": str, "step": int}) or misfit(record, SHAPES.get(record["kind"], {}))
+            if not wrong and record["kind"] in SHAPES and not is_number(record.get("loss") or 0):
+                wrong = "loss is not a number"
         except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise UserError(f"{file}:{number}: is no record of a run; mend the line or delete it")
+            wrong = "not JSON"
+        if wrong:
+            raise UserError(f"{file}:{number}: not a metrics record ({wrong.strip()}); fix or delete this line")
         yield line, record
 
 
 class RunFolder:
     """Owned from construction until `close`, by the leading rank.
 
-    Raises UserError where the folder is another run's or holds something else, OSError where it cannot be written.
+    Raises UserError if the folder is another run's or holds something else, OSError if it cannot be written.
     """
 
     def __init__(self, path: Path):
@@ -70,7 +79,7 @@ class RunFolder:
     def was_begun_with(self, effective_config: str) -> bool:
         """Whether the last start that was accepted had this configuration."""
         file = self.path / "config.toml"
-        return file.exists() and file.read_text(encoding="utf-8") == effective_config
+        return file.exists() and file.read_bytes() == effective_config.encode()
 
     def begin(self, effective_config: str, *, data: dict[str, Any], environment: dict[str, Any]) -> None:
         """Write what the run is made of; when it goes on, what it goes on with."""
@@ -91,17 +100,30 @@ class RunFolder:
             raise OSError(error.errno, error.strerror, str(self.path / name)) from None
 
     def last_step(self) -> int:
-        """The last step in `metrics.jsonl`; 0 without one."""
-        return max((record["step"] for record in read_log(self.path)), default=0)
+        """The last step in `metrics.jsonl` before any line that is not a record; 0 without one."""
+        file, last = self.path / "metrics.jsonl", 0
+        if file.exists():
+            with suppress(UserError, OSError), open(file, "rb") as log:
+                for _, record in _records(log, file):
+                    last = max(last, record["step"])
+        return last
 
-    def rewind_log(self, step: int) -> None:
-        """Drop the records of `metrics.jsonl` that come after `step`: those steps are taken again."""
+    def rewind_log(self, step: int) -> int:
+        """Drop the records of `metrics.jsonl` that come after `step`: those steps are taken again. Returns how many
+        steps are left in it."""
         file, partial = self.path / "metrics.jsonl", self.path / "metrics.jsonl.tmp"
         if not file.exists():
-            return
+            return 0
+        steps = set()
         with open(file, "rb") as old, open(partial, "wb") as new:
-            new.writelines(line for line, record in _records(old, file) if record["step"] <= step)
+            for line, record in _records(old, file):
+                if record["step"] <= step:
+                    new.write(line)
+                    steps |= {record["step"]} if record["kind"] == "train" else set()
+            new.flush()
+            os.fsync(new.fileno())
         os.replace(partial, file)
+        return len(steps)
 
     @property
     def is_ours(self) -> bool:

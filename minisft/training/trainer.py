@@ -7,8 +7,8 @@
 """
 
 import faulthandler
+import json
 import sys
-import time
 from collections.abc import Generator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -22,20 +22,15 @@ from minisft import config as configuration
 from minisft.config import Config
 from minisft.data import packing
 from minisft.data.loader import MicroBatch, Step, steps
-from minisft.errors import EXIT_PREEMPTED, UserError
-from minisft.evaluation import samples
-from minisft.evaluation.forgetting import Forgetting
-from minisft.evaluation.heldout import heldout_loss, loss_figures
-from minisft.model.precision import DTYPES
+from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
 from minisft.noise import key_of
 from minisft.planning.hardware import peak_flops
-from minisft.preparation import Prepared, adapters_of, prepare
+from minisft.preparation import Prepared, prepare
 from minisft.reports.data_report import describe, figures
-from minisft.training import parallel, provenance, resume
-from minisft.training.adapter import export_adapter
+from minisft.training import parallel, resume
+from minisft.training.after import After, export_as, is_due
 from minisft.training.checkpoint import SavedState, Saver, checkpoints, give_up
 from minisft.training.environment import environment
-from minisft.training.export import export
 from minisft.training.failure import fail, guarded, listen, watch
 from minisft.training.loss import batch_loss
 from minisft.training.metrics import Monitor, memory_gib
@@ -43,7 +38,7 @@ from minisft.training.optimizer import learning_rate
 from minisft.training.parallel import World
 from minisft.training.preemption import Preemption
 from minisft.training.profile import profiled
-from minisft.training.run import Run, check_ranks, fill, is_compiled, open_base, open_run
+from minisft.training.run import Run, check_finite, check_ranks, fill, is_compiled, open_base, open_run
 from minisft.training.run_folder import RunFolder, read_log
 
 
@@ -64,7 +59,9 @@ def train(config: Config) -> int:
         base, preemption = open_base(config, prepared), Preemption()
         if leads:
             print(describe(found := figures(prepared), short=True), flush=True)
-            folder = own_folder(config)
+            folder = RunFolder(Path(config.run.dir))
+            folder.status("running")
+            read_log(folder.path)  # a line that is none ends the run here and not after hours
         world = parallel.start(shard=parts.shard, replicate=parts.replicate, timeout=parts.timeout)
         listen(world, folder)
         watch(parts.timeout)
@@ -73,9 +70,10 @@ def train(config: Config) -> int:
                             again=folder is not None and folder.was_begun_with(config.to_toml()),
                             allow_change=config.checkpoint.allow_change, total_steps=prepared.plan.total_steps)
         fill(run, saved)
+        run.history.extend(resume.history(saved, run.settings, run.fingerprint))
         if folder:
-            begin(folder, config, saved, data=found)
-        finished = run_steps(run, preemption, start=saved.step if saved else 0) == prepared.plan.total_steps
+            begin(run, folder, saved, data=found)
+        finished = run_steps(run, preemption, saved)
         return end(run, folder, finished=finished, asked=preemption.asked)
     except Exception as error:
         folder = folder or (earlier_folder(config) if leads else None)
@@ -90,18 +88,20 @@ def train(config: Config) -> int:
             folder.close()
 
 
-def own_folder(config: Config) -> RunFolder:
-    """The run folder, which no other process may use from now on."""
-    folder = RunFolder(Path(config.run.dir))
-    folder.status("running")
-    return folder
-
-
-def begin(folder: RunFolder, config: Config, saved: SavedState | None, *, data: dict[str, Any]) -> None:
-    """Note in the folder what was accepted: a start from `saved`. The run goes on from nothing else any more."""
+def begin(run: Run, folder: RunFolder, saved: SavedState | None, *, data: dict[str, Any]) -> None:
+    """Note in the folder what was accepted: a start from `saved`. The run resumes from nothing else any more."""
+    step = saved.step if saved else 0
     give_up(resume.given_up(saved, checkpoints(folder.path / "checkpoints")))
-    folder.begin(config.to_toml(), data=data, environment=environment())
-    folder.rewind_log(saved.step if saved else -1)  # step 0 is evaluated again
+    folder.begin(run.config.to_toml(), data=data, environment=environment())
+    logged = folder.rewind_log(step if saved else -1)  # step 0 is evaluated again
+    for change in run.history:
+        if change["from_step"] == step + 1:
+            was, now = (text if len(text) <= 80 else f"{text[:77]}..."
+                        for text in map(json.dumps, (change["was"], change["is"])))
+            print(f"{change['key']}: was {was}, is {now} from step {step + 1}", flush=True)
+    if logged < step:
+        print(f"{folder.path / 'metrics.jsonl'}: has {logged} of the {step} steps before; the others are lost from it, "
+              "and the model's record will say so", flush=True)
 
 
 def end(run: Run, folder: RunFolder | None, *, finished: bool, asked: bool) -> int:
@@ -112,7 +112,7 @@ def end(run: Run, folder: RunFolder | None, *, finished: bool, asked: bool) -> i
         dist.barrier()  # where one has left torchrun ends the others: not before the leading one has noted that
         return EXIT_PREEMPTED
     if run.config.run.export:
-        export_as(run, run.folder / "final", adapter="adapter")
+        export_as(run, run.folder / "final", adapter="adapter", step=run.prepared.plan.total_steps)
     if folder:
         folder.status("done", exit_code=0)
     return 0
@@ -122,20 +122,22 @@ def earlier_folder(config: Config) -> RunFolder | None:
     """The folder of a run that goes on no further, whose "preempted" would be started again and again; None where there
     is none, or it is finished or another's."""
     with suppress(UserError, OSError):
-        return own_folder(config) if Path(config.run.dir, "status.json").exists() else None
+        return RunFolder(Path(config.run.dir)) if Path(config.run.dir, "status.json").exists() else None
     return None
 
 
-def run_steps(run: Run, preemption: Preemption, *, start: int) -> int:
-    """Steps `start`, `start` + 1, ... of the plan, with their evaluations and checkpoints; returns the steps done."""
+def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None) -> bool:
+    """The steps of the plan after those of `saved`, with their evaluations and checkpoints. Returns whether the run is
+    complete: all steps trained, and evaluated."""
     config, world, plan, optimizer = run.config, run.world, run.prepared.plan, run.optimizer
     saver = Saver(run.folder / "checkpoints", world, keep=config.checkpoint.keep)
-    forgetting = open_forgetting(run)
-    number = start
-    with closing(open_monitor(run, start)) as monitor, closing(open_steps(run, start)) as planned:
-        if start == 0:
-            evaluate(run, monitor, forgetting, step=0)
+    number = start = saved.step if saved else 0
+    with closing(open_monitor(run, saved)) as monitor, closing(open_steps(run, start)) as planned:
+        after = After(run, monitor, preemption)
+        complete = after.step(start, there=after.done(start) if start else frozenset())
         for step in profiled(planned, run.folder / "profile" if config.run.profile and world.leads else None):
+            if monitor.stop or not complete:
+                break
             watch(config.parallel.timeout)
             shared = torch.zeros(2, device=world.device)  # loss, wish to stop: summed over the ranks
             lr = rate(config, step.index, plan)
@@ -149,36 +151,27 @@ def run_steps(run: Run, preemption: Preemption, *, start: int) -> int:
             shared[1] += preemption.asked
             parallel.all_sum(shared)
 
-            number, last = step.index + 1, step.index + 1 == plan.total_steps
+            number = step.index + 1
             monitor.step(record_of(run, step, lr=lr, seconds=monitor.lap()), shared[0], grad_norm, shared[1])
-            if monitor.stop and not last:
-                break
-            if is_due(number, config.eval.every) or last:
-                evaluate(run, monitor, forgetting, step=number)
-            if is_due(number, config.checkpoint.export_every) and not last:
-                monitor.settle()  # or this step would not be in the log, which the model's record is made from
-                export_as(run, run.folder / "exports" / f"step-{number:06}", adapter=f"step-{number:06}-adapter")
             saver.check()
-            if is_due(number, config.checkpoint.every):
+            if is_due(number, config.checkpoint.every) or number == plan.total_steps:  # a failing export loses nothing
                 save(run, saver, monitor, number)
-        monitor.settle()
-        if monitor.stop and saver.step != number:  # also after the last step: the export may outlive the patience
+            complete = after.step(number)
+        if number > start and saver.step != number:
             save(run, saver, monitor, number)
         saver.finish()
-    return number
+        if not (complete := complete and number == plan.total_steps):
+            monitor.say(f"saved step {number}; the same command resumes from there" if number else
+                        "stopped before the first step; the same command starts again")
+    return complete
 
 
-def open_forgetting(run: Run) -> Forgetting:
-    """Follows the general texts; a run that goes on measures against what its log says of the base model."""
-    return Forgetting((source.name for source in run.config.data.general), bound=run.config.eval.forgetting_bound,
-                      log=read_log(run.folder) if run.world.leads else ())
-
-
-def open_monitor(run: Run, start: int) -> Monitor:
-    """The log of a run whose next step is `start` (from 0)."""
-    return Monitor(run.folder / "metrics.jsonl" if run.world.leads else None, start=start,
+def open_monitor(run: Run, saved: SavedState | None) -> Monitor:
+    """The log of a run that begins, or is resumed from `saved`."""
+    return Monitor(run.folder / "metrics.jsonl" if run.world.leads else None, start=saved.step if saved else 0,
                    total=run.prepared.plan.total_steps, max_skipped=run.config.train.max_skipped,
-                   documents=run.prepared.origins, in_backward=run.config.optim.in_backward)
+                   documents=run.prepared.origins, in_backward=run.config.optim.in_backward,
+                   before=saved.progress if saved else None)
 
 
 def open_steps(run: Run, start: int) -> Generator[Step, None, None]:
@@ -197,9 +190,37 @@ def rate(config: Config, step: int, plan: packing.Plan) -> float:
 
 
 def save(run: Run, saver: Saver, monitor: Monitor, number: int) -> None:
-    """Begin a checkpoint of the run after `number` steps."""
+    """Begin a checkpoint of the run after `number` steps. Raises NumericsError rather than let a broken model take the
+    place of older checkpoints."""
     monitor.settle()  # or this step would be in the checkpoint and not in the log
-    saver.save(number, run.optimizer, {"adam_steps": run.optimizer.steps(), "fingerprint": run.fingerprint})
+    check_finite(run.optimizer.rows, run.world, f"after step {number}", "lower optim.lr")
+    if number == run.prepared.plan.total_steps:
+        check_trained(run, monitor)
+    monitor.sync()
+    if number == run.prepared.plan.total_steps and not (run.config.run.export or run.config.checkpoint.every):
+        return  # nothing is exported that could fail, and nobody asked for checkpoints
+    saver.save(number, run.optimizer, {
+        "adam_steps": run.optimizer.steps(), "fingerprint": run.fingerprint, "settings": run.settings,
+        "history": run.history, **monitor.progress()})
+
+
+def check_trained(run: Run, monitor: Monitor) -> None:
+    """Raise NumericsError if no step of a run was finite, or if its last one was not and the loss on the documents of
+    its first one is not finite now."""
+    total, advice = run.prepared.plan.total_steps, "nothing is exported; check the base model, or lower optim.lr"
+    if not monitor.finite_steps:
+        raise NumericsError(f"none of the {total} steps had a finite loss and gradient, so nothing was trained: "
+                            f"{advice}")
+    if not monitor.skipped_in_a_row:
+        return
+    loss = torch.zeros((), device=run.world.device)
+    with closing(open_steps(run, 0)) as planned, torch.no_grad():
+        step = next(planned)
+        for batch in step.micro_batches:
+            loss += forward(run.model, batch, step, run.config, run.world)
+    if not parallel.all_sum(loss).isfinite():
+        raise NumericsError(f"the last {monitor.skipped_in_a_row} of {total} steps had no finite loss or gradient, and "
+                            f"the model has none on the documents of the first step either: {advice}")
 
 
 def record_of(run: Run, step: Step, *, lr: float, seconds: float) -> dict[str, Any]:
@@ -221,60 +242,9 @@ def leaders_figures(prepared: Prepared, step: int, seconds: float, world: World)
     return found | prepared.shares(step)
 
 
-def export_as(run: Run, folder: Path, *, adapter: str) -> None:
-    """The model as it is now, as a Hugging Face folder in the precision it computes in, with the record of the run; its
-    adapters beside it."""
-    config, model, prepared, world = run.config, run.model, run.prepared, run.world
-    watch(config.parallel.timeout)
-    if adapters := adapters_of(config):
-        export_adapter(parallel.sharded(model), adapters, prepared.renderer, folder.with_name(adapter),
-                       base=str(Path(config.model.path).absolute()), leads=world.leads)
-    record = None
-    if world.leads:
-        found = figures(prepared)
-        record = provenance.training_record(
-            run.base.record, recipe=config.to_toml(), seed=config.train.seed, ranks=world.ranks,
-            data={use: found[use] for use in ("train", "replay", "eval", "general")},
-            log=read_log(run.folder), total_steps=prepared.plan.total_steps)
-    export(model, model.config, prepared.renderer, folder, leads=world.leads,
-           dtype=DTYPES[config.train.precision], record=record)
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0: never) is done after `step`."""
-    return every > 0 and step % every == 0
-
-
 def forward(model: nn.Module, batch: MicroBatch, step: Step, config: Config, world: World) -> Tensor:
     """This micro-batch's part of the step's loss: its sum over the trained tokens of the whole step."""
     key = key_of(config.train.seed, step.index, "dropout") if config.lora.dropout else None
     return batch_loss(model, batch, device=world.device, denominator=step.target_tokens,
                       label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss, dropout_key=key,
                       compiled=is_compiled(config, world))
-
-
-def evaluate(run: Run, monitor: Monitor, forgetting: Forgetting, *, step: int) -> None:
-    """The held-out loss of each evaluated source and what of the general text is forgotten, into the log; before and
-    after the run, answers as well."""
-    config, prepared, world = run.config, run.prepared, run.world
-    monitor.settle()
-    for name, dataset in prepared.evals.items():
-        watch(config.parallel.timeout)
-        started = time.perf_counter()
-        loss = heldout_loss(run.model, dataset, world, seq_len=config.data.seq_len,
-                            micro_packs=config.batch.micro_packs, fixed=is_compiled(config, world))
-        record = {"kind": "eval", "step": step, "name": name, **loss_figures(loss),
-                  "target_tokens": int(dataset.targets.sum()), "seconds": time.perf_counter() - started}
-        warning = forgetting.add(record)
-        monitor.write(record)
-        above = f" ({record['forgetting']:+.4f} to the base model's)" if record.get("forgetting") else ""
-        monitor.say(f"step {step}: held-out loss on {name}: {loss:.4f}{above}")
-        if warning:
-            monitor.say(warning)
-    if config.eval.samples and step in (0, prepared.plan.total_steps):
-        watch(config.parallel.timeout)
-        asked = samples.questions(prepared.evals, config.eval.samples)
-        for answer in samples.answers(run.model, asked, prepared.tokenizer, stop_ids=prepared.renderer.stop_ids(),
-                                      device=world.device):
-            monitor.write({"kind": "sample", "step": step, **answer})
-    monitor.lap()  # the next step's time begins here
