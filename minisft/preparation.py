@@ -13,6 +13,7 @@ from minisft.config import Config, heldout_name
 from minisft.data import mixing
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.dataset import Dataset
+from minisft.data.digest import regular_file
 from minisft.data.packing import Plan
 from minisft.data.store import Store, open_store
 from minisft.data.templates import load_templates
@@ -65,6 +66,9 @@ def adapters_of(config: Config) -> LoRA | None:
 def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input."""
     data = config.data
+    for key in ("train", "replay", "eval", "general"):  # all are looked for before the first is read
+        for source in getattr(data, key):
+            regular_file(source.path, key=f"data.{key}: ")
     tokenizer = Tokenizer(config.model.tokenizer)
     templates = load_templates(data.templates or None)
     sources = (*data.train, *data.replay)
@@ -74,14 +78,15 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     def store(source: Source) -> Store:
         return open_store(source.path, name=source.name, format=source.format, renderer=renderers[source.template],
                           cache=Path(data.cache), skip_bad=data.skip_bad, max_bad=data.max_bad, oasst=data.oasst,
-                          quiet=quiet)
+                          ignore=data.ignore, quiet=quiet)
 
     fitting: dict[str, Any] = {"seq_len": data.seq_len, "overlong": data.overlong, "dedup": data.dedup}
     stores = [store(source) for source in sources]
     held_out = [mixing.held_out(s.loose, data.eval_fraction if i < len(data.train) else 0)
                 for i, s in enumerate(stores)]
     train = Dataset(stores, held_out=held_out, **fitting)
-    evals = {source.name: Dataset([store(source)], **fitting) for source in (*data.eval, *data.general)}
+    evals = {source.name: Dataset([store(source)], of="to evaluate on", **fitting)
+             for source in (*data.eval, *data.general)}
     if data.eval_fraction:
         evals |= _held_out(config, stores, held_out, fitting)
     weights = _weights(config, train)
@@ -128,7 +133,7 @@ def _weights(config: Config, train: Dataset) -> np.ndarray:
     tokens = train.per_source(train.lengths)
     for name, part in (("data.train", ~replayed), ("data.replay", replayed)):
         if part.any() and not tokens[part].sum():
-            raise UserError(f"{name}: no conversation is left to train on:{train.reasons()}")
+            raise UserError(f"{name}: no conversation is left to train on:{train.reasons(part)}")
     return mixing.replay_weights(tokens, given, replayed, config.data.replay_ratio)
 
 
