@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minisft.config import Config, heldout_name
+from minisft.config import Config, Data, heldout_name
 from minisft.data import mixing
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.dataset import Dataset
@@ -66,9 +66,7 @@ def adapters_of(config: Config) -> LoRA | None:
 def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input."""
     data = config.data
-    for key in ("train", "replay", "eval", "general"):  # all are looked for before the first is read
-        for source in getattr(data, key):
-            regular_file(source.path, key=f"data.{key}: ")
+    _look_for_files(data)
     tokenizer = Tokenizer(config.model.tokenizer)
     templates = load_templates(data.templates or None)
     sources = (*data.train, *data.replay)
@@ -104,6 +102,13 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
         if adapters := adapters_of(config):
             adapters.check(network)
     return prepared
+
+
+def _look_for_files(data: Data) -> None:
+    """Raises UserError for one that is not there, before the first is read."""
+    for key in ("train", "replay", "eval", "general"):
+        for source in getattr(data, key):
+            regular_file(source.path, key=f"data.{key}: ")
 
 
 def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:

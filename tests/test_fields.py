@@ -249,7 +249,7 @@ PLAIN = b'{"text": "a"}\n{"text": "b"}\n'
 
 
 @pytest.mark.parametrize(("content", "name", "message"), [
-    (PLAIN.decode().encode("utf-16"), "a.jsonl", r"this is UTF-16 \(remedy: iconv -f UTF-16 -t UTF-8 .*\.jsonl > NEW\.js"),
+    (PLAIN.decode().encode("utf-16"), "a.jsonl", r"this is UTF-16 \(remedy: iconv -f UTF-16 -t UTF-8 .*jsonl > NEW\."),
     (b"\xfe\xff" + PLAIN.decode().encode("utf-16-be"), "a.txt", r"this is UTF-16 \(remedy: iconv .*txt > NEW\.txt\)"),
     (PLAIN.decode().encode("utf-16-le"), "a.json", r"UTF-16 without a byte-order mark \(remedy: iconv -f UTF-16LE"),
     (PLAIN.decode().encode("utf-16-be"), "a.json", r"UTF-16 without a byte-order mark \(remedy: iconv -f UTF-16BE"),

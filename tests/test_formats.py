@@ -318,7 +318,7 @@ def test_no_format_or_more_than_one_is_an_error_that_lists_the_fields(write):
     assert "alpaca: instruction + output or instruction + instances; dolly: instruction + resp" in str(error.value)
     remedy = """(remedy: rename the fields, as in sed -e 's/"soru" *:/"prompt":/g' -e 's/"cevap" *:/"completion":/g'"""
     assert remedy in str(error.value)
-    renamed = subprocess.run(["sed", *shlex.split(remedy)[6:], str(path)], capture_output=True, check=True).stdout
+    renamed = subprocess.run(["sed", *shlex.split(remedy)[7:], str(path)], capture_output=True, check=True).stdout
     assert turns(*read(write(renamed))) == [(U, "a"), (A, "b")]
     both = {"instruction": "a", "output": "b", "text": "c"}
     with pytest.raises(UserError, match=r"more than one format .* alpaca, text of \[.*name the format with --"):

@@ -204,15 +204,14 @@ _TOKEN = re.compile(rb'"(?:[^"\\\n]++|\\.)*+(["\n])?|[\[\]{},]', re.DOTALL)
 def _array(file: File, source: str, line: int) -> Iterator[tuple[int, bytes]]:
     """(line, bytes) of each record of a JSON array, found by counting brackets outside strings.
 
-    Cutting first and decoding after keeps the memory at one record, gives byte offsets and lines without translation,
-    and lets one bad record pass without losing the rest. `file` stands at the array's [, in `line`.
+    Cutting first keeps the memory at one record, gives byte offsets and lines, and lets one bad record pass without
+    losing the rest. `file` stands at the array's [, in `line`.
     """
-    buffer, start, scan, depth, count = b"", 0, 0, -1, 0  # depth 0: between the array's own brackets
-    offset = file.tell()
-    # Reading as much again as is pending makes a huge record cost its size a constant number of times, not squared.
+    offset, buffer, start, scan, depth, count = file.tell(), b"", 0, 0, -1, 0  # depth 0: between the array's brackets
+    # As much again as is pending: a huge record costs its size a constant number of times, not squared.
     while chunk := file.read(max(CHUNK_BYTES, len(buffer) - start)):
         buffer, scan, start, offset = buffer[start:] + chunk, scan - start, 0, offset + start
-        _refuse_large(buffer, source, line)
+        _refuse_large(buffer, source, line)  # at most one record is pending
         for token in _TOKEN.finditer(buffer, scan):
             mark, end = buffer[token.start()], token.end()
             if mark == ord('"'):
