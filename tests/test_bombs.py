@@ -239,7 +239,7 @@ def test_a_text_that_the_tokenizer_cannot_take_is_left_out_and_counted(tmp_path,
 @pytest.mark.slow
 def test_ten_million_blanks(tmp_path, model):
     file = tmp_path / "a.jsonl"
-    rows = [{"prompt": "q", "completion": " " * 10**7 + "x"}, {"prompt": "q", "completion": "a"}]
+    rows = [{"prompt": "q", "completion": "a" + " " * 10**7 + "x"}, {"prompt": "q", "completion": "a"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     renderer = Renderer(load_templates()["llama3"], Tokenizer(model))
     store = open_store(str(file), name="a", format="auto", renderer=renderer, cache=tmp_path / "cache", quiet=True)

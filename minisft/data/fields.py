@@ -17,20 +17,20 @@ from typing import Any
 from minisft.data.records import SHORT, Skip
 
 SYSTEMS = ("system", "system_prompt", "system_message")
-WEIGHTS = ("weight", "loss_weight", "loss", "loss_mask", "train", "training", "trainable")  # 0 or 1
+WEIGHTS = frozenset(("weight", "loss_weight", "loss", "loss_mask", "train", "training", "trainable"))  # 0 or 1
 # Fields that are read, or that a format's own definition has for people: of a record, a turn, a task, an OASST message.
-RECORD = frozenset((*SYSTEMS, *WEIGHTS))
+RECORD = WEIGHTS | set(SYSTEMS)
 TOOLS = RECORD | {"tools", "functions", "builtin_tools"}
 READ = {
     "alpaca": RECORD | {"instruction", "input", "context", "output", "instances", "history"},
     "dolly": RECORD | {"instruction", "input", "context", "response", "history", "category"},
     "sharegpt": TOOLS | {"conversations"},
-    "oasst": frozenset(WEIGHTS) | {"message_tree_id", "tree_state", "prompt", "origin"},
+    "oasst": WEIGHTS | {"message_tree_id", "tree_state", "prompt", "origin"},
     "messages": TOOLS | {"messages"},
     "prompt_completion": TOOLS | {"prompt", "completion", "response", "history"},
-    "text": frozenset(WEIGHTS) | {"text"},
+    "text": WEIGHTS | {"text"},
 }
-TURN = frozenset(("role", "content", "from", "value", *WEIGHTS))
+TURN = WEIGHTS | {"role", "content", "from", "value"}
 OF_ROLE = {"assistant": TURN | {"tool_calls", "function_call"}, "result": TURN | {"tool_call_id", "name"}}
 TASK = frozenset(("input", "context", "output"))
 MESSAGE = frozenset((
@@ -65,7 +65,8 @@ class Fields:
 
         Raises Skip for a field that changes the meaning.
         """
-        self.drop_ignored(item)
+        if self.ignored:
+            self.drop_ignored(item)
         if item.keys() <= known:  # most often
             return
         for name, value in item.items():
@@ -108,8 +109,10 @@ def parsed(value: Any, reason: str) -> Any:
     """`value`, or what it says where it is JSON text; None for what is empty. Raises Skip for any other text."""
     if is_empty(value):
         return None
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return json.loads(value)
     except (ValueError, RecursionError):
         raise Skip(reason, value) from None
 
@@ -125,7 +128,7 @@ def is_trained(item: dict[str, Any]) -> bool:
     """What the weights of a record or a turn say; True where there are none."""
     if item.keys().isdisjoint(WEIGHTS):  # most often
         return True
-    given = {name: item[name] for name in WEIGHTS if item.get(name) not in (None, "", " ", "null")}
+    given = {name: value for name, value in item.items() if name in WEIGHTS and value not in (None, "", " ", "null")}
     flags = set(map(flag, given.values()))
     if None in flags or len(flags) > 1:
         raise Skip("bad weight", given)

@@ -130,7 +130,7 @@ def _conversations(record: dict[str, Any], format: str, oasst: str, fields: Fiel
             raise Skip("wrong fields", list(record))
         fields.look(record, of.READ[format])
         if not is_trained(record):
-            raise Skip("marked as not trained", {name: record[name] for name in WEIGHTS if name in record})
+            raise Skip("marked as not trained", {name: value for name, value in record.items() if name in WEIGHTS})
         drafts = _drafts(record, format, oasst, fields)
         if format in WITH_TOOLS:
             given = (definitions(record, fields), builtin(record))
@@ -177,7 +177,7 @@ def _drafts(record: dict[str, Any], format: str, oasst: str, fields: Fields) -> 
 
 def _system(record: dict[str, Any]) -> Turn:
     """The system turn that stands beside the others; a blank one is none."""
-    texts = [record[name] for name in of.SYSTEMS if not is_empty(record.get(name))]
+    texts = [record[name] for name in of.SYSTEMS if name in record if not is_empty(record[name])]
     if any(text != texts[0] for text in texts):
         raise Skip("several system texts", texts)
     return Turn("system", texts[0] if texts else "")
@@ -228,37 +228,44 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
         item = parsed(item, "wrong fields") if isinstance(item, str) else item
         if not isinstance(item, dict):
             raise Skip("wrong fields", items)
-        names = [name for name in ("role", "from") if item.get(name) is not None] or ["role"]
-        contents = [name for name in ("content", "value") if item.get(name) is not None] or ["content"]
-        if len(names) > 1 or len(contents) > 1:
-            raise Skip("wrong fields", item)
-        content: Any = item.get(contents[0])
-        role, beside, tool = _role(item.get(names[0]), ROLES), "", ""
-        fields.look(item, of.OF_ROLE.get(role, of.TURN), where)
+        role, content = _role(_either(item, "role", "from"), ROLES), _either(item, "content", "value")
+        said, beside, tool, trained = None, "", "", True
+        if len(item) > 2 or content is None:  # seldom: most turns have a role and a content
+            fields.look(item, of.OF_ROLE.get(role, of.TURN), where)
+            said, trained = _called(item) if role == "assistant" else None, is_trained(item)
+            if role not in ANSWERS and trained and not all(is_empty(item[name]) for name in WEIGHTS & item.keys()):
+                fields.notes.add("a turn that is no answer is marked as trained; only data.train_on = all trains it")
         if isinstance(content, list):
             content = _joined(content)
-        if role == "assistant":
-            said = [value for name in ("tool_calls", "function_call")
-                    if (value := parsed(item.get(name), "bad tool call"))]
-            if len(said) > 1:
-                raise Skip("several tool calls in one turn", said)
-            if said:
-                if not isinstance(content, str | None):
-                    raise Skip("answer is not text", content)
-                role, beside, content = "call", (content or "").strip(), said[0]
+        if said:
+            if not isinstance(content, str | None):
+                raise Skip("answer is not text", content)
+            role, beside, content = "call", (content or "").strip(), said
         if role == "call":
             tool, content = call(content, fields, f"{where}call.")
         elif role == "result":
             content = result(content)
-        turns.append(Turn(role, content, beside, is_trained(item), tool))
-        if role not in ANSWERS and turns[-1].trained and not item.keys().isdisjoint(WEIGHTS):
-            _note_untrainable(item, fields)
+        turns.append(Turn(role, content, beside, trained, tool))
     return turns
 
 
-def _note_untrainable(item: dict[str, Any], fields: Fields) -> None:
-    if any(not is_empty(item.get(name)) for name in WEIGHTS):
-        fields.notes.add("a turn that is no answer is marked as trained; only data.train_on = all trains it")
+def _either(item: dict[str, Any], one: str, other: str) -> Any:
+    """What an item has under one of two names; the other may be null, as padding."""
+    value = item.get(one)
+    if value is None:
+        return item.get(other)
+    if item.get(other) is not None:
+        raise Skip("wrong fields", item)
+    return value
+
+
+def _called(item: dict[str, Any]) -> Any:
+    """The calls of an assistant's message; None where it has none."""
+    said = [call for name in ("tool_calls", "function_call") if name in item
+            if (call := parsed(item[name], "bad tool call"))]
+    if len(said) > 1:
+        raise Skip("several tool calls in one turn", said)
+    return said[0] if said else None
 
 
 def _role(name: Any, roles: dict[str, str]) -> str:
