@@ -200,6 +200,15 @@ def test_pipes_and_devices_are_no_files(tmp_path, model):
         (model / name).unlink()
 
 
+def test_a_sparse_file_is_refused_before_it_is_read(tmp_path, model):
+    file = tmp_path / "a.jsonl"
+    file.touch()
+    os.truncate(file, 1 << 40)
+    with pytest.raises(UserError, match="this is zero bytes, which a copy that was cut off leaves behind"):
+        open_store(str(file), name="a", format="auto", cache=tmp_path / "cache", quiet=True,
+                   renderer=Renderer(load_templates()["llama3"], Tokenizer(model)))
+
+
 # What the tokenizer cannot take
 
 class Panic(BaseException):

@@ -10,8 +10,6 @@ What a format states is a draft, which `conversation.checked` has yet to look at
 a time (`.txt`: one document a file).
 """
 
-import gzip
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,10 +42,11 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "ipython", "observation", "tool_response"), "result"),
 }
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
-WITH_TOOLS = ("sharegpt", "messages", "prompt_completion")  # elsewhere a field "tools" means something else
+WITH_TOOLS = ("sharegpt", "messages", "prompt_completion")  # elsewhere tools leave a record out
 
 MAX_CHARACTERS = 1 << 22  # of the conversations of one record after the first: each repeats what came before it
 TURN_CHARACTERS = 16  # what a turn costs besides its text
+
 
 def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oasst: str = "all",
          fields: Fields | None = None) -> Iterator[Conversation | Skipped]:
@@ -63,25 +62,20 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
     if oasst not in ("all", "best"):
         raise UserError(f"oasst: unknown choice {oasst!r} (choices: all, best)")
     name = source.lower().removesuffix(".gz")
-    try:
-        with open_data(source, json_expected=not skip_bad and not name.endswith(".txt")) as file:
-            if not name.endswith(SUFFIXES):
-                raise UserError(f"{source}: unknown kind of file (known: {', '.join(SUFFIXES)}, and .gz of each; "
-                                "remedy: rename the file if it is JSON, or else convert it to JSON lines)")
-            found = document(file, source, format) if name.endswith(".txt") else records(file, source, skip_bad)
-            for line, record in found:
-                if isinstance(record, BadRecord):
-                    yield Skipped(record.reason, record.detail, source, line)
-                    continue
-                fields.drop_ignored(record)
-                if format == "auto":
-                    format = _detect(record, source, line)
-                yield from _conversations(record, format, oasst, fields, source, line)
-                fields.end_record()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{source}: damaged or cut-off gzip file: {error} (remedy: fetch the file again)") from error
-    except PermissionError as error:
-        raise UserError(f"{source}: {error.strerror} (remedy: name a file that can be read)") from error
+    with open_data(source, json_expected=not skip_bad and not name.endswith(".txt")) as file:
+        if not name.endswith(SUFFIXES):
+            raise UserError(f"{source}: unknown kind of file (known: {', '.join(SUFFIXES)}, and .gz of each; "
+                            "remedy: rename the file if it is JSON, or else convert it to JSON lines)")
+        found = document(file, source, format) if name.endswith(".txt") else records(file, source, skip_bad)
+        for line, record in found:
+            if isinstance(record, BadRecord):
+                yield Skipped(record.reason, record.detail, source, line)
+                continue
+            fields.drop_ignored(record)
+            if format == "auto":
+                format = _detect(record, source, line)
+            yield from _conversations(record, format, oasst, fields, source, line)
+            fields.end_record()
 
 
 # ---- records -> drafts of turns --------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import json
 import re
 import reprlib
 import shlex
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,15 +79,22 @@ def open_data(source: str, *, json_expected: bool) -> Iterator[File]:
     Raises UserError if they are of another kind, or if it is `json_expected` and they do not begin like JSON.
     """
     regular_file(source)
-    with open(source, "rb") as plain:
-        packed = plain.peek(2)[:2] == b"\x1f\x8b"
-        with gzip.GzipFile(fileobj=plain) if packed else nullcontext(plain) as file:
+    try:
+        with open(source, "rb") as plain, _unpacked(plain) as file:
             head = file.read(600)
             file.seek(0)
             if kind := _other_kind(head, json_expected):
                 remedy = kind[1].format(shlex.quote(source), Path(source).suffix)
                 raise UserError(f"{source}: this is {kind[0]} (remedy: {remedy})")
             yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{source}: damaged or cut-off gzip file: {error} (remedy: fetch the file again)") from error
+    except PermissionError as error:
+        raise UserError(f"{source}: {error.strerror} (remedy: name a file that can be read)") from error
+
+
+def _unpacked(file: BufferedReader) -> AbstractContextManager[File]:
+    return gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else nullcontext(file)
 
 
 def _other_kind(head: bytes, json_expected: bool) -> tuple[str, str] | None:

@@ -42,6 +42,7 @@ from minisft.data.digest import content_digest, file_state
 from minisft.data.encoding import Documents, Rendered, encode, loose_hash, render
 from minisft.data.fields import Fields
 from minisft.data.formats import read
+from minisft.data.records import open_data
 from minisft.data.tokenizer import TokenizerError
 from minisft.errors import UserError
 
@@ -119,6 +120,8 @@ def open_store(path: str, *, name: str, format: str, renderer: Renderer, cache: 
     whose tokens break a law (checks.py).
     """
     state = file_state(path)
+    with open_data(path, json_expected=False):
+        pass  # what is of another kind is refused before all of it is read
     sha256 = content_digest(path, cache)
     settings = [LAYOUT, sha256, name, path, format, skip_bad, max_bad, oasst,
                 sorted(ignore), renderer.fingerprint()]
