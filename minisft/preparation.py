@@ -66,8 +66,8 @@ def adapters_of(config: Config) -> LoRA | None:
 def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input."""
     data = config.data
-    _look_for_files(data)
     tokenizer = Tokenizer(config.model.tokenizer)
+    _look_for_files(data)
     templates = load_templates(data.templates or None)
     sources = (*data.train, *data.replay)
     renderers = {name: Renderer(choose_template(name, templates, tokenizer), tokenizer, train_on=data.train_on)

@@ -42,15 +42,15 @@ def no_hanging():
 def seconds(work, size):
     taken = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # of this process alone, whatever else the machine does
         work(size)
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return min(taken)
 
 
 def is_linear(work):
     """Ten times the characters take about ten times as long (squared: a hundred times)."""
-    return seconds(work, 10**5) < 35 * max(seconds(work, 10**4), 1e-3)
+    return seconds(work, 10**5) < 35 * max(seconds(work, 10**4), 2e-3)
 
 
 HEADER = r"<|start_header_id|>{}<|end_header_id|>\n\n"
@@ -134,7 +134,7 @@ def test_a_record_cannot_repeat_itself_without_end(tmp_path, record):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps(record))
     assert file.stat().st_size < 200_000
-    characters, conversations, start = 0, 0, time.perf_counter()
+    characters, conversations, start = 0, 0, time.process_time()
     for found in read(file):
         if isinstance(found, Skipped):
             assert found.reason == "more conversations of one record than 4,194,304 characters hold"
@@ -145,7 +145,7 @@ def test_a_record_cannot_repeat_itself_without_end(tmp_path, record):
         raise AssertionError("never stopped")
     assert conversations > 20
     assert characters <= formats.MAX_CHARACTERS + 70_000
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_one_long_conversation_is_no_repetition(tmp_path):
@@ -161,9 +161,9 @@ def test_one_long_conversation_is_no_repetition(tmp_path):
 def test_a_packed_file_of_blanks_is_read_fast(tmp_path, content):
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(gzip.compress(content, 1))
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(list(read(file))) == content.startswith(b"{")
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 4
 
 
 @pytest.mark.parametrize(("content", "name"), [
