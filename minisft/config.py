@@ -57,6 +57,7 @@ class Data:
     oasst: str = key("all", "conversations taken from an OASST tree", choices=("all", "best"))
     dedup: str = key("none", "repetitions left out; near: also if case, spaces or punctuation differ; true: exact",
                      choices=("none", "exact", "near"), true="exact", false="none")
+    ignore: tuple[str, ...] = key((), "fields of records to take as absent, also those that change the meaning")
     skip_bad: bool = key(False, "skip malformed records instead of stopping at them")
     max_bad: int = key(100, "with skip_bad: stop after more malformed records than this", low=0)
     cache: str = key("", "folder of tokenised data; empty: minisft in $XDG_CACHE_HOME or ~/.cache")

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from minisft.config import Config, heldout_name
+from minisft.config import Config, Data, heldout_name
 from minisft.data import mixing
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.dataset import Dataset
+from minisft.data.digest import regular_file
 from minisft.data.packing import Plan
 from minisft.data.store import Store, open_store
 from minisft.data.templates import load_templates
@@ -66,6 +67,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input."""
     data = config.data
     tokenizer = Tokenizer(config.model.tokenizer)
+    _look_for_files(data)
     templates = load_templates(data.templates or None)
     sources = (*data.train, *data.replay)
     renderers = {name: Renderer(choose_template(name, templates, tokenizer), tokenizer, train_on=data.train_on)
@@ -74,14 +76,15 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     def store(source: Source) -> Store:
         return open_store(source.path, name=source.name, format=source.format, renderer=renderers[source.template],
                           cache=Path(data.cache), skip_bad=data.skip_bad, max_bad=data.max_bad, oasst=data.oasst,
-                          quiet=quiet)
+                          ignore=data.ignore, quiet=quiet)
 
     fitting: dict[str, Any] = {"seq_len": data.seq_len, "overlong": data.overlong, "dedup": data.dedup}
     stores = [store(source) for source in sources]
     held_out = [mixing.held_out(s.loose, data.eval_fraction if i < len(data.train) else 0)
                 for i, s in enumerate(stores)]
     train = Dataset(stores, held_out=held_out, **fitting)
-    evals = {source.name: Dataset([store(source)], **fitting) for source in (*data.eval, *data.general)}
+    evals = {source.name: Dataset([store(source)], of="to evaluate on", **fitting)
+             for source in (*data.eval, *data.general)}
     if data.eval_fraction:
         evals |= _held_out(config, stores, held_out, fitting)
     weights = _weights(config, train)
@@ -99,6 +102,13 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
         if adapters := adapters_of(config):
             adapters.check(network)
     return prepared
+
+
+def _look_for_files(data: Data) -> None:
+    """Raises UserError for one that is not there, before the first is read."""
+    for key in ("train", "replay", "eval", "general"):
+        for source in getattr(data, key):
+            regular_file(source.path, key=f"data.{key}: ")
 
 
 def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
@@ -128,7 +138,7 @@ def _weights(config: Config, train: Dataset) -> np.ndarray:
     tokens = train.per_source(train.lengths)
     for name, part in (("data.train", ~replayed), ("data.replay", replayed)):
         if part.any() and not tokens[part].sum():
-            raise UserError(f"{name}: no conversation is left to train on:{train.reasons()}")
+            raise UserError(f"{name}: no conversation is left to train on:{train.reasons(part)}")
     return mixing.replay_weights(tokens, given, replayed, config.data.replay_ratio)
 
 

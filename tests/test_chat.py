@@ -361,7 +361,8 @@ def test_known_jinja_is_recognised(jinja, found):
 @pytest.mark.parametrize("jinja", [
     None, "", 3, [{"name": "default", "template": LLAMA3}],
     "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}",
-    "{{ bos_token }}" + SMOLLM2,  # ChatML on Llama-3: begins with a token that SmolLM2's does not have
+    SMOLLM2 + "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}" + SMOLLM2,
+    r"{{ '<|im_start|>system\n\x<|im_end|>' }}" + SMOLLM2, r"{{ '<|im_start|>system\n\ud800<|im_end|>' }}" + SMOLLM2,
     LLAMA3.replace(" | trim", ""),
     LLAMA3.replace("assistant<|end_header_id|>", "bot<|end_header_id|>"),
     "{% set system_message = 'You are a pirate.' %}" + LLAMA3,

@@ -6,6 +6,8 @@ The oracles are json.load for the array reader, a recursive walk for OASST's tre
 import gzip
 import json
 import re
+import shlex
+import subprocess
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -314,9 +316,12 @@ def test_no_format_or_more_than_one_is_an_error_that_lists_the_fields(write):
         list(read(path := write([{"soru": "a", "cevap": "b"}])))
     assert str(error.value).startswith(f"{path}:1: no format matches a record with the fields soru, cevap: none of [")
     assert "alpaca: instruction + output or instruction + instances; dolly: instruction + resp" in str(error.value)
-    assert "(remedy: name the format with --data.format)" in str(error.value)
+    remedy = """(remedy: rename the fields, as in sed -e 's/"soru" *:/"prompt":/g' -e 's/"cevap" *:/"completion":/g'"""
+    assert remedy in str(error.value)
+    renamed = subprocess.run(["sed", *shlex.split(remedy)[7:], str(path)], capture_output=True, check=True).stdout
+    assert turns(*read(write(renamed))) == [(U, "a"), (A, "b")]
     both = {"instruction": "a", "output": "b", "text": "c"}
-    with pytest.raises(UserError, match=r"more than one format .* instruction, output, text: alpaca, text of \["):
+    with pytest.raises(UserError, match=r"more than one format .* alpaca, text of \[.*name the format with --"):
         list(read(write([both])))
     assert [turns(c) for c in read(write([both]), format="alpaca")] == [[(U, "a"), (A, "b")]]
 
@@ -399,11 +404,30 @@ def test_whole_surrogate_pairs_are_text(write):
     assert turns(found) == [("text", "📉 ğ")]
 
 
-def test_one_object_over_several_lines_is_a_clear_error(write):
-    path = write(json.dumps(PAIR, indent=2), "a.json")
-    for skip_bad in (False, True):
-        with pytest.raises(UserError, match=r"a\.json:1: one JSON object over several lines.*\(remedy: put \[ and \]"):
-            list(read(path, skip_bad=skip_bad))
+def test_one_object_over_several_lines_is_a_record_and_several_are_a_clear_error(write):
+    pretty = json.dumps(PAIR, indent=2)
+    for text in (pretty, "\n" + pretty + "\n \n", pretty.replace("{\n", '{ "id":\n 1,\n')):
+        assert turns(*read(write(text, "a.json"))) == [(U, TURKISH), (A, "Değer kaybı.")]
+    for text in (pretty + "\n" + pretty, pretty[:-1]):
+        with pytest.raises(UserError, match=r"a\.json:1: JSON objects over several lines.*\(remedy: jq -c \. FILE"):
+            list(read(write(text, "a.json"), skip_bad=True))
+    (bad, good) = read(write(b'{"text": "a\n{"text": "b"}\n'), skip_bad=True)
+    assert (reason(bad), turns(good)) == ("bad JSON", [("text", "b")])
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_splits_in_one_object_are_named_with_a_remedy_that_works(write, tmp_path, indent):
+    path = write(json.dumps({"train": [PAIR, PAIR], "dev": [PAIR]}, indent=indent), "a.json")
+    with pytest.raises(UserError, match=r"one object with lists of records, train \(2 records\), dev \(1 ") as error:
+        list(read(path))
+    command = re.search(r'python -c "(.*?)" > NEW', str(error.value))[1].replace("FILE", str(path))
+    made = subprocess.run(["python3", "-c", command], capture_output=True, check=True).stdout
+    assert [turns(c) for c in read(write(made))] == [[(U, TURKISH), (A, "Değer kaybı.")]] * 2
+
+
+def test_preferences_are_told_what_they_are(write):
+    with pytest.raises(UserError, match=r"prompt, chosen, rejected: none .*these are preferences, and minisft "):
+        list(read(write([{"prompt": "a", "chosen": "b", "rejected": "c"}])))
 
 
 def test_the_line_of_an_error_is_the_errors_own_inside_a_long_record(write):
@@ -505,14 +529,16 @@ def test_files_that_cannot_be_opened_are_named(tmp_path, write):
         list(read(tmp_path / "none.json"))
     with pytest.raises(UserError, match=rf"{tmp_path.name}: Is a directory"):
         list(read(tmp_path))
-    with pytest.raises(UserError, match=r"a\.csv: unknown kind of file \(known: \.json, \.jsonl, \.ndjson, \.txt, and"):
+    with pytest.raises(UserError, match=r"a\.csv: this is no JSON: it begins 'a,b' \(remedy: convert it to JSON lines"):
         list(read(write("a,b", "a.csv")))
+    with pytest.raises(UserError, match=r"a\.log: unknown kind of file \(known: \.json, \.jsonl, .*rename the file if"):
+        list(read(write("{}", "a.log")))
 
 
 def test_damaged_gzip_files_are_named(write):
     packed = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(500)))
     flipped = packed[:200] + bytes([packed[200] ^ 0xFF]) + packed[201:]
-    for content in (packed[:-20], packed[:5], flipped, b'{"text": "a"}\n'):
+    for content in (packed[:-20], packed[:5], flipped):
         with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged or cut-off gzip file: .*\(remedy: fetch the"):
             list(read(write(content, "a.jsonl.gz"), skip_bad=True))
 

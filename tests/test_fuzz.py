@@ -133,13 +133,23 @@ def said(record):
     return found
 
 
+def without_nulls(value):
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
 def written_calls(value):
     try:
         value = json.loads(value) if isinstance(value, str) else value
         call = value[0] if isinstance(value, list) else value
         call = call.get("function", call)
-        arguments = call["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        arguments = call.get("arguments")
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        arguments = without_nulls(arguments or {})
         pairs = ", ".join(f'{key}="{item}"' for key, item in arguments.items())
         return {'{"name": "' + call["name"] + '", "parameters": ' + json.dumps(arguments, ensure_ascii=False) + "}",
                 f"{call['name']}.call({pairs})"}

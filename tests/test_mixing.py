@@ -248,7 +248,8 @@ def test_repetitions_are_counted_and_left_out_as_asked(here):
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data.eval_fraction", "1e-9"], "data.eval_fraction: 1e-09 of 320 documents holds out none that fits; raise it"),
     (["--data.replay", "long.jsonl"],
-     "data.replay: no conversation is left to train on:\n  a.jsonl: 200 read"),
+     "data.replay: no conversation is left to train on:\n  long.jsonl: 1 read; over length: 1 (first: long.jsonl:1)\n"
+     "  remedy for what is over length: raise data.seq_len, write shorter records, or pass --data.overlong truncate, "),
     (["--data.train", "long.jsonl", "--data.replay", "general.jsonl"],
      "data.train: no conversation is left to train on:\n  long.jsonl: 1 read; over length: 1 (first: long.jsonl:1)"),
 ])

@@ -313,7 +313,7 @@ def test_a_template_is_recognised_from_the_models_folder(here, capsys):
     ("[]", "error: no conversation is left to train on:\n  chats.jsonl: 0 read; the file is empty"),
     (GOOD.replace("Hello!", ""),
      "error: no conversation is left to train on:\n  chats.jsonl: 1 read; no answer: 1 (first: chats.jsonl:1: ''"),
-    ("\x00", "error: chats.jsonl:1: bad JSON: "),
+    ("\x00", "error: chats.jsonl: this is no JSON: it begins '\\x00' (remedy: "),
 ])
 def test_bad_data(here, capsys, content, message):
     Path("chats.jsonl").write_text(content)
@@ -322,10 +322,11 @@ def test_bad_data(here, capsys, content, message):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--data.train", "missing.jsonl"], "missing.jsonl: No such file or directory"),
+    (["--data.train", "missing.jsonl"], "data.train: missing.jsonl: No such file or directory"),
     (["--data.train", "model"], "model: Is a directory"),
     (["--data.train", "chats.jsonl,missing.jsonl"], "missing.jsonl: No such file or directory"),
-    (["--data.eval", "missing.jsonl"], "missing.jsonl: No such file or directory"),
+    (["--data.general", "missing.jsonl"], "data.general: missing.jsonl: No such file or directory"),
+    (["--data.eval", "missing.jsonl"], "data.eval: missing.jsonl: No such file or directory"),
     (["--data.format", "nope"], "command line: --data.format: expected auto|alpaca|dolly|"),
     (["--data.template", "nope"], f"data.template: no template is called 'nope'; choose with data.template: {CHOICES}"),
     (["--data.template", ""],
@@ -336,9 +337,11 @@ def test_bad_data(here, capsys, content, message):
     (["--model.path", "nowhere"], "nowhere: no such folder; model.tokenizer, or else model.path, is a folder with"),
     (["--dmup", "x"], "--dmup: unknown option"),
     (["--data.overlong", "error", "--data.seq_len", "30"], "tokens, but data.seq_len is 30 ("),
+    (["--data.eval", "empty.jsonl"], "no conversation is left to evaluate on:\n  empty.jsonl: 0 read"),
     (["--data.seq_len", "2"], "no conversation is left to train on:\n  chats.jsonl: 32 read; over length: 32 (first: "),
 ])
 def test_bad_settings(here, capsys, argv, message):
+    Path("empty.jsonl").write_text("")
     assert message in refused(capsys, *argv)
 
 

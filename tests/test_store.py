@@ -381,7 +381,7 @@ def test_max_bad_counts_broken_records_of_every_kind(opened, tmp_path):
 
 @pytest.mark.parametrize(("path", "reason"), [("missing.jsonl", "No such file or directory"), (".", "Is a directory")])
 def test_no_file(opened, tmp_path, path, reason):
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / path}: {reason}; data.train and data.eval are files")):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / path}: {reason} (remedy: name a file that")):
         opened(tmp_path / path)
     assert not (tmp_path / "cache").exists()
 

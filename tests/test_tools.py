@@ -213,7 +213,7 @@ DEEP = "[" * 10**5 + "]" * 10**5
     (sharegpt(H, F, ("observation", None), G), "blank turn"),
     (sharegpt(H, ("function_call", f"[{F[1]}, {F[1]}]"), O, G), "several tool calls in one turn"),
     *((sharegpt(H, ("function_call", value), O, G), "bad tool call") for value in (
-        None, "", "f()", 3, "[]", "{}", '{"name": "f"}', '{"name": "f", "arguments": [1]}',
+        None, "", "f()", 3, "[]", "{}", '{"name": "f", "args": {"a": 1}}', '{"name": "f", "arguments": [1]}',
         '{"name": " ", "arguments": {}}',
         '{"name": 3, "arguments": {}}', '{"name": "f", "arguments": "x"}', '{"name": "f", "arguments": {"a": NaN}}',
         '{"name": "f", "arguments": {"a": 1e999}}', r'{"name": "f", "arguments": {"a": "\ud800"}}',

@@ -28,12 +28,14 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """Documents of a recipe, on the terminal or as a page."""
     from minisft.preparation import prepare  # imported late, as is all that needs NumPy
+    from minisft.reports.data_report import unread_fields
     from minisft.reports.show import choose, print_views
     from minisft.reports.show_html import page
 
     if options.html:
         check_writable(options.html, "--html")
-    views = choose(prepare(configuration.load(recipe)), source=options.source, index=options.index,
+    prepared = prepare(configuration.load(recipe))
+    views = choose(prepared, source=options.source, index=options.index,
                    longest=options.longest, random=options.random, pack=options.pack, step=options.step,
                    whole=bool(options.html))
     if options.html:
@@ -41,3 +43,5 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         print(options.html, *(view.heading for view in views), sep="\n  ")
     else:
         print_views(views, ids=options.ids)
+    for line in unread_fields(prepared):
+        print("beware", line)

@@ -26,13 +26,13 @@ from itertools import chain
 from typing import Any
 
 from minisft.data.conversation import ANSWERS, Conversation, Skipped, Turn
-from minisft.data.jinja import recognize, written
+from minisft.data.jinja import begins_with_bos, recognize, written
 from minisft.data.records import SHORT
 from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
-VERSION = 5  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
+VERSION = 6  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
 
 TRAIN_ON = ("assistant", "last_assistant", "all")
 
@@ -81,11 +81,16 @@ def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer,
         if name not in known:
             raise UserError(f"{option}: no template is called {name!r}; {choices}")
         return known[name]
-    found = recognize(tokenizer.chat_template)
-    if found is None:
-        raise UserError(f"{tokenizer.file.parent}: does not say which chat template the model uses; {choices}")
-    name, default_system = found
-    return replace(known[name], default_system=default_system)
+    jinja = tokenizer.chat_template
+    found = recognize(jinja)
+    begins = found is not None and found[0] == "chatml" and begins_with_bos(jinja or "")
+    if found is None or (begins and not tokenizer.bos_token):
+        if jinja is None:
+            raise UserError(f"{tokenizer.file.parent}: does not say which chat template the model uses; {choices}")
+        raise UserError(f"{tokenizer.file.parent}: the model's own chat template is none of these, and another teaches "
+                        f"it other tokens than it knows; {choices}")
+    template = replace(known[found[0]], default_system=found[1])
+    return replace(template, begin=tokenizer.bos_token) if begins else template
 
 
 class Renderer:

@@ -38,7 +38,7 @@ class Dataset:
     """
 
     def __init__(self, stores: list[Store], *, seq_len: int, overlong: str = "drop", dedup: str = "none",
-                 held_out: list[Array] | None = None, only_held_out: bool = False):
+                 held_out: list[Array] | None = None, only_held_out: bool = False, of: str = "to train on"):
         self.stores = stores
         self.reports = [SourceReport(**asdict(store.report)) for store in stores]
         held_out = held_out or [np.zeros(len(store), dtype=bool) for store in stores]
@@ -49,7 +49,7 @@ class Dataset:
         self.index_in_store, self.lengths, self.targets, self.too_long = map(np.concatenate, zip(*fitting, strict=True))
         # each (n,), but for too_long: (m,) the lengths of those over seq_len, as they were
         if not len(self.lengths) and not only_held_out:
-            raise UserError(f"no conversation is left to train on:{self.reasons()}")
+            raise UserError(f"no conversation is left {of}:{self.reasons()}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -77,13 +77,16 @@ class Dataset:
         kept = np.split(self.index_in_store, np.searchsorted(self.store_of, range(1, len(self.stores))))
         return np.concatenate([store.loose[i] for store, i in zip(self.stores, kept, strict=True)])
 
-    def reasons(self) -> str:
-        """What became of each file, one a line."""
-        parts = []
-        for report in self.reports:
+    def reasons(self, of: Array | None = None) -> str:
+        """What became of each file, or of those that `of`, (stores,) booleans, marks: one a line, and what helps."""
+        parts, reports = [], [r for i, r in enumerate(self.reports) if not r.kept and (of is None or of[i])]
+        for report in reports:
             why = ", ".join(f"{reason}: {count} (first: {report.examples[reason]})"
                             for reason, count in report.skipped.items())
             parts.append(f"\n  {report.path}: {report.read} read; {why or 'the file is empty'}")
+        if any("over length" in report.skipped for report in reports):
+            parts.append("\n  remedy for what is over length: raise data.seq_len, write shorter records, or pass "
+                         "--data.overlong truncate, which keeps the beginning of each")
         return "".join(parts)
 
 
@@ -91,7 +94,7 @@ def _side(stores: list[Store], reports: list[SourceReport], held_out: list[Array
     """For each store (documents,) booleans: the side of the held-out split that is wanted. `reports` are updated."""
     if only_held_out:  # the other side's report has what was left out before the split
         for report, held in zip(reports, held_out, strict=True):
-            report.read, report.skipped, report.examples = int(held.sum()), {}, {}
+            report.read, report.skipped, report.examples, report.unread = int(held.sum()), {}, {}, {}
         return [held.copy() for held in held_out]
     for store, report, held in zip(stores, reports, held_out, strict=True):
         _skip(store, report, "held out", held)

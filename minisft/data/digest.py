@@ -9,6 +9,7 @@ it was hashed is not remembered: within the grain of its clock it could change o
 import hashlib
 import json
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -17,13 +18,23 @@ from minisft.errors import UserError
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system in use: FAT's two seconds
 
 
+def regular_file(path: str | Path, *, key: str = "") -> os.stat_result:
+    """Its stat. Raises UserError, which begins with `key`, where nothing can be read twice and to its end."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{key}{path}: {error.strerror} (remedy: name a file that can be read)") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{key}{path}: Is a directory (remedy: name a file that can be read)")
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{key}{path}: a pipe or a device, not a regular file (remedy: write what it says to a file)")
+    return found
+
+
 def file_state(path: str) -> list[int]:
     """What changes when the file does. Raises UserError where there is no such file."""
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; data.train and data.eval are files") from None
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    found = regular_file(path)
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def content_digest(path: str, cache: Path) -> str:
@@ -41,7 +52,7 @@ def content_digest(path: str, cache: Path) -> str:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; data.train and data.eval are files") from None
+        raise UserError(f"{path}: {error.strerror} (remedy: name a file that can be read)") from None
     if file_state(path) == state and now - max(state[3:]) > RACY_NS:
         cache.mkdir(parents=True, exist_ok=True)
         partial = note.with_suffix(f".{os.getpid()}.lock")

@@ -15,26 +15,45 @@ def recognize(jinja: object) -> tuple[str, str | None] | None:
     """The template's name and default system text that a model's own Jinja stands for; None where it is unknown.
 
     The Jinja is looked at, not executed. One that does more than our templates is unknown: it reasons, puts a system
-    text into a variable, does not trim as Llama-3 does, or begins ChatML with a token of its own.
+    text into a variable, does not trim as Llama-3 does, or puts a token of its own elsewhere than at the beginning of
+    ChatML. Every pattern takes time in proportion to the text.
     """
-    if not isinstance(jinja, str) or re.search(r"<think>|set\s+\w*system\w*\s*=\s*(['\"])(?!\1)", jinja):
+    if not isinstance(jinja, str) or "<think>" in jinja:
+        return None
+    if any("system" in name for name in re.findall(r"set\s++(\w++)\s*+=\s*+(?!''|\"\")['\"]", jinja)):
         return None
     header, line = r"<\|start_header_id\|>{}<\|end_header_id\|>(?:\\n|\n){{2}}", r"<\|im_start\|>{}(?:\\n|\n)"
-    if re.search(header.format("assistant"), jinja) and re.search(r"\|\s*trim", jinja):
-        if "Cutting Knowledge Date" in jinja:
-            return "llama3.1", ""
-        return "llama3", _default_system(jinja, header.format("system"), r"<\|eot_id\|>")
-    if re.search(line.format("assistant"), jinja) and "bos_token" not in jinja:
-        return "chatml", _default_system(jinja, line.format("system"), r"<\|im_end\|>")
+    try:
+        if re.search(header.format("assistant"), jinja) and re.search(r"\|\s*+trim", jinja):
+            if "Cutting Knowledge Date" in jinja:
+                return "llama3.1", ""
+            return "llama3", _default_system(jinja, header.format("system"), "<|eot_id|>")
+        if re.search(line.format("assistant"), jinja) and jinja.count("bos_token") == begins_with_bos(jinja):
+            return "chatml", _default_system(jinja, line.format("system"), "<|im_end|>")
+    except UnicodeError:  # a \\x without its digits, half of a surrogate pair
+        pass
     return None
 
 
+def begins_with_bos(jinja: str) -> bool:
+    """Whether the first thing that the Jinja writes is the beginning-of-text token."""
+    return bool(re.match(r"\s*+\{\{-?\s*+bos_token\s*+-?\}\}", jinja))
+
+
 def _default_system(jinja: str, before: str, after: str) -> str | None:
-    """The system text that stands between two patterns in a string of the Jinja, or outside of any {{ }}."""
-    if string := re.search(rf"(['\"]){before}((?:\\.|(?!\1)[^\\])+?){after}", jinja, re.DOTALL):
-        return string[2].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja reads a string
-    outside = re.search(rf"(?:^|[}}\n]){before}([^{{}}]+?){after}", jinja)
-    return outside[1] if outside else None
+    """The system text that stands between a pattern and `after`, in a string of the Jinja or outside of any {{ }}."""
+    for start in re.finditer(rf"(['\"]){before}", jinja):
+        string = re.compile(rf"(?:[^\\{start[1]}]++|\\.)*+", re.DOTALL).match(jinja, start.end())
+        text, found, _ = (string[0] if string else "").partition(after)
+        if found and text:
+            text = text.encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja reads a string
+            text.encode("utf-8")
+            return text
+    for outside in re.finditer(rf"(?:^|[}}\n]){before}([^{{}}]*+)", jinja):
+        text, found, _ = outside[1].partition(after)
+        if found and text:
+            return text
+    return None
 
 
 def written(template: Template, fill: Callable[[str], str]) -> str:

@@ -40,7 +40,10 @@ from minisft.data.checks import Laws
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.digest import content_digest, file_state
 from minisft.data.encoding import Documents, Rendered, encode, loose_hash, render
+from minisft.data.fields import Fields
 from minisft.data.formats import read
+from minisft.data.records import open_data
+from minisft.data.tokenizer import TokenizerError
 from minisft.errors import UserError
 
 LAYOUT = 5  # of these files: raise it when they change, so that old folders are not opened
@@ -72,6 +75,7 @@ class Report:
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> conversations left out
     changed: dict[str, int] = field(default_factory=dict)  # what was done to a conversation -> conversations
     examples: dict[str, str] = field(default_factory=dict)  # reason -> where it was first met
+    unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> records that have it
 
     def skip(self, reason: str, where: str, count: int = 1) -> None:
         """Count conversations left out, and remember the first."""
@@ -109,16 +113,18 @@ class Store:
 
 
 def open_store(path: str, *, name: str, format: str, renderer: Renderer, cache: Path, skip_bad: bool = False,
-               max_bad: int = 100, oasst: str = "all", quiet: bool = False) -> Store:
+               max_bad: int = 100, oasst: str = "all", ignore: tuple[str, ...] = (), quiet: bool = False) -> Store:
     """The tokenised documents of file `path`; tokenised now if that has not been done before.
 
     Raises UserError for a file that cannot be read, that has more than `max_bad` broken records with `skip_bad`, or
     whose tokens break a law (checks.py).
     """
     state = file_state(path)
+    with open_data(path, json_expected=False):
+        pass  # what is of another kind is refused before all of it is read
     sha256 = content_digest(path, cache)
     settings = [LAYOUT, sha256, name, path, format, skip_bad, max_bad, oasst,
-                renderer.fingerprint()]
+                sorted(ignore), renderer.fingerprint()]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / key
     if not folder.exists():
@@ -129,9 +135,11 @@ def open_store(path: str, *, name: str, format: str, renderer: Renderer, cache: 
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 try:
-                    conversations = read(path, format=format, skip_bad=skip_bad, oasst=oasst)
+                    fields, report = Fields(ignore), Report(name, path, renderer.template.name, sha256)
+                    report.unread = fields.unread
+                    conversations = read(path, format=format, skip_bad=skip_bad, oasst=oasst, fields=fields)
                     bar = tqdm(conversations, desc=f"tokenise {name}", unit=" conversations", disable=quiet or None)
-                    _write(partial, iter(bar), renderer, Report(name, path, renderer.template.name, sha256), max_bad)
+                    _write(partial, iter(bar), renderer, report, max_bad)
                     if file_state(path) != state:  # its tokens would be found under the key of what it was before
                         raise UserError(f"{path}: changed while it was read; start again when it is complete")
                     os.rename(partial, folder)
@@ -162,9 +170,9 @@ def _write(folder: Path, conversations: Iterator[Conversation | Skipped], render
     chunks: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as trained_file:
         for batch in _ahead(_batches(conversations, renderer)):
+            documents = _encoded(batch, renderer)
             _count_skipped(report, batch.skipped, max_bad)
             report.read += len(batch.rendered.conversations) + len(batch.skipped)
-            documents = encode(batch.rendered, renderer)
             learnable = documents.targets() > 0
             for i in np.flatnonzero(~learnable):
                 where = batch.rendered.conversations[i]
@@ -207,6 +215,24 @@ def _batches(items: Iterator[Conversation | Skipped], renderer: Renderer) -> Ite
             conversations, skipped, characters = [], [], 0
     if conversations or skipped:
         yield Batch(render(conversations, renderer), [loose_hash(c) for c in conversations], skipped)
+
+
+def _encoded(batch: Batch, renderer: Renderer) -> Documents:
+    """The documents of `batch`, without those whose text the tokenizer cannot take: they join the skipped."""
+    try:
+        return encode(batch.rendered, renderer)
+    except TokenizerError:
+        conversations, loose = batch.rendered.conversations, batch.loose
+        good = []
+        for i, conversation in enumerate(conversations):
+            try:
+                encode(render([conversation], renderer), renderer)
+                good.append(i)
+            except TokenizerError as error:
+                batch.skipped.append(Skipped("the tokenizer cannot take this text", str(error), conversation.source,
+                                             conversation.line))
+        batch.rendered, batch.loose = render([conversations[i] for i in good], renderer), [loose[i] for i in good]
+        return encode(batch.rendered, renderer)
 
 
 def _ahead(items: Iterator[Batch]) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.data.conversation import Conversation, Turn
+from minisft.data.digest import regular_file
 from minisft.errors import UserError
 
 TOOLS = ("call", "result", "tools_user")  # these belong together,
@@ -73,6 +74,8 @@ def load_templates(path: str | Path | None = None) -> dict[str, Template]:
     templates = _parse(shipped.read_text(encoding="utf-8"), "templates.toml")
     if path:
         try:
+            if Path(path).exists():
+                regular_file(path)
             templates |= _parse(Path(path).read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: data.templates cannot be read: {error}") from None

@@ -15,7 +15,13 @@ from typing import Any
 
 import tokenizers
 
+from minisft.data.digest import regular_file
+from minisft.data.records import SHORT
 from minisft.errors import UserError
+
+
+class TokenizerError(UserError):
+    """The library gives up on a text: its regular expressions do at a run of ten million blanks."""
 
 
 class Tokenizer:
@@ -29,6 +35,8 @@ class Tokenizer:
                             "demo's)")
         self.file = path / "tokenizer.json" if path.is_dir() else path
         try:
+            if self.file.exists():
+                regular_file(self.file)
             content = self.file.read_bytes()
         except OSError as error:
             raise UserError(f"{self.file}: {error.strerror}; model.tokenizer is a folder with a tokenizer.json (Meta's "
@@ -52,7 +60,7 @@ class Tokenizer:
         """`tokenizer_config.json` beside it; empty where there is none."""
         file = self.file.with_name("tokenizer_config.json")
         try:
-            settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() and regular_file(file) else {}
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: not readable JSON ({error})") from None
         if not isinstance(settings, dict):
@@ -61,12 +69,22 @@ class Tokenizer:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The Jinja text that comes with the tokenizer, to be looked at, never executed."""
+        """The Jinja text that comes with the tokenizer, to be looked at, never executed; of several the default."""
         file = self.file.with_name("chat_template.jinja")
-        if file.exists():
+        if file.exists() and regular_file(file):
             return file.read_text(encoding="utf-8", errors="replace")
         jinja = self.settings.get("chat_template")
+        if isinstance(jinja, list):  # [{"name": "default", "template": ...}, ...]
+            named = {str(one.get("name")): one.get("template") for one in jinja if isinstance(one, dict)}
+            jinja = named.get("default")
         return jinja if isinstance(jinja, str) else None
+
+    @cached_property
+    def bos_token(self) -> str:
+        """`bos_token` of tokenizer_config.json, which a chat template may begin with; nothing where there is none."""
+        bos = self.settings.get("bos_token")
+        bos = bos.get("content") if isinstance(bos, dict) else bos
+        return bos if isinstance(bos, str) and bos in self.control else ""
 
     @cached_property
     def bos(self) -> str:
@@ -87,11 +105,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which nothing is special."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The same for many texts, on all cores."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """The same for many texts, on all cores. Raises TokenizerError for one that the library cannot take."""
+        try:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:  # a panic of the library is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            longest = max(texts, key=len)
+            raise TokenizerError(f"{self.file} cannot take a text of up to {len(longest):,} characters ({error}); it "
+                                 f"begins {SHORT.repr(longest[:40])}; shorten it") from None
 
     def decode(self, ids: list[int], *, skip_control: bool = False) -> str:
         """The text of `ids`, with control tokens spelled out or left out."""

@@ -11,60 +11,75 @@ source, so that the model sees one form. What is not JSON is never guessed at.
 import json
 from typing import Any
 
+from minisft.data.fields import Fields, parsed
 from minisft.data.records import Skip
 
 MAX_DEPTH = 64
+CALL = frozenset(("id", "type", "index", "function"))
+FUNCTION = frozenset(("name", "arguments", "parameters", "id", "type", "index"))
 
 
-def definitions(record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+def definitions(record: dict[str, Any], fields: Fields) -> tuple[dict[str, Any], ...]:
     """What the record says of the tools that may be called. An empty list is none."""
     found: list[dict[str, Any]] = []
     for field in ("tools", "functions"):
-        tools = _parsed(value := record.get(field), "bad tools") if record.get(field) else []
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise Skip("bad tools", value)
-        found += tools
+        if (tools := parsed(record.get(field), "bad tools")) is None:
+            continue
+        if not isinstance(tools, list):
+            raise Skip("bad tools", record[field])
+        found += map(_definition, tools)
     if found:
         _text(found, "bad tools")
-    return tuple(found)
+    return tuple(_bare(found, fields))
+
+
+def _definition(tool: Any) -> dict[str, Any]:
+    tool = parsed(tool, "bad tools") if isinstance(tool, str) else tool
+    if not isinstance(tool, dict):
+        raise Skip("bad tools", tool)
+    tool = tool | {key: parsed(tool[key], "bad tools") for key in ("function", "parameters")
+                   if isinstance(tool.get(key), str)}
+    return tool | {"function": _definition(tool["function"])} if tool.get("function") else tool
 
 
 def builtin(record: dict[str, Any]) -> tuple[str, ...]:
     """Names of the tools that the model knows by itself, as brave_search, wolfram_alpha, code_interpreter."""
-    names = record.get("builtin_tools") or []
+    names = parsed(record.get("builtin_tools"), "bad tools") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise Skip("bad tools", names)
     return tuple(names)
 
 
-def call(value: Any) -> tuple[str, str]:
-    """(name of the function, its arguments as JSON text). `value`: one call, alone or in a list, or JSON text of it."""
-    found = _parsed(value, "bad tool call")
+def call(value: Any, fields: Fields, where: str = "call.") -> tuple[str, str]:
+    """(name of the function, its arguments as JSON text). `value`: one call, alone or in a list, or JSON text of it.
+
+    Without arguments they are {}; those of Llama-3.1's own writing are called parameters.
+    """
+    found = parsed(value, "bad tool call")
     if isinstance(found, list):
         if len(found) > 1:
             raise Skip("several tool calls in one turn", value)
-        found = found[0] if found else None
-    found = found.get("function", found) if isinstance(found, dict) else {}
+        found = parsed(found[0], "bad tool call")
+    if isinstance(found, dict) and "function" in found:
+        fields.look(found, CALL, where)
+        found = parsed(found.get("function"), "bad tool call")
     name = found.get("name") if isinstance(found, dict) else None
     if not isinstance(name, str) or not name.strip():
         raise Skip("bad tool call", value)
-    arguments = _parsed(found.get("arguments"), "bad tool call")
-    if not isinstance(arguments, dict):
+    fields.look(found, FUNCTION, where)
+    given = [arguments for key in ("arguments", "parameters")
+             if (arguments := parsed(found.get(key), "bad tool call")) is not None]
+    arguments = given[0] if given else {}
+    if not isinstance(arguments, dict) or len(given) > 1 or not (given or found.keys() <= FUNCTION):
         raise Skip("bad tool call", value)
     _text(name, "bad tool call")
-    return name, _text(arguments, "bad tool call")
+    _text(arguments, "bad tool call")
+    return name, _text(_bare(arguments, fields), "bad tool call")
 
 
 def result(content: Any) -> Any:
     """What a tool answered, as JSON text: a text becomes a JSON string. None, which is no result, stays None."""
     return None if content is None else _text(content, "bad tool result")
-
-
-def _parsed(value: Any, reason: str) -> Any:
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        raise Skip(reason, value) from None
 
 
 def _text(value: Any, reason: str) -> str:
@@ -88,3 +103,17 @@ def _deep(value: Any) -> bool:
         level = [inner for item in level if isinstance(item, dict | list)
                  for inner in (item.values() if isinstance(item, dict) else item)]
     return True
+
+
+def _bare(value: Any, fields: Fields) -> Any:
+    """`value` without fields that are null: datasets pads with them what other records have. Noted."""
+    bare = _without_nulls(value)
+    if bare != value:
+        fields.notes.add("null fields of tools dropped")
+    return bare
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value

@@ -34,7 +34,7 @@ def json_lines(file: str | Path, *, end: int | None = None) -> Iterator[tuple[in
     """(line, object) of each record of a file, or of its first `end` bytes; UserError for what is not JSON."""
     if not Path(file).is_file():
         raise UserError(f"{file}: there is no such file")
-    for line, record in records(io.BytesIO(Path(file).read_bytes()[:end]), str(file), skip_bad=True):
+    for line, record in records(io.BufferedReader(io.BytesIO(Path(file).read_bytes()[:end])), str(file), skip_bad=True):
         if isinstance(record, BadRecord):
             raise UserError(f"{file}:{line + record.lines_down}: {record.reason}: {record.detail}")
         yield line, record

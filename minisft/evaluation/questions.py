@@ -83,7 +83,7 @@ def subject_of(path: str | Path) -> str:
 
 def _json(content: bytes, source: str, format: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(line, format, record), the format as the first record has it."""
-    for line, record in records(io.BytesIO(content), source, True):
+    for line, record in records(io.BufferedReader(io.BytesIO(content)), source, True):
         if isinstance(record, BadRecord):
             raise UserError(f"{source}:{line + record.lines_down}: {record.reason}: {record.detail}")
         if format == "auto":

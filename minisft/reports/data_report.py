@@ -20,6 +20,7 @@ from minisft.preparation import Prepared, adapters_of
 CHECKS = ("one beginning-of-text token a document where the template has one",
           "trained answers end in a trained stop token", "no control token from content",
           "something trained in every document", "token ids in the vocabulary")
+FEW_NAMES = 12  # fields listed by name
 BAR, EIGHTHS = 36, " ▏▎▍▌▋▊▉"
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
@@ -60,7 +61,38 @@ def figures(prepared: Prepared) -> dict[str, Any]:
         "target_tokens_per_step": {"mean": float(step_targets.mean()), "least": int(step_targets.min()),
                                    "most": int(step_targets.max())},
         "recompute": recompute, "flops_per_epoch": flops,
-        "flops": flops and round(flops * plan.total_steps / plan.steps_per_epoch), "checks": list(CHECKS)}
+        "flops": flops and round(flops * plan.total_steps / plan.steps_per_epoch), "checks": list(CHECKS),
+        "beware": [*unread_fields(prepared), *_warnings(prepared)]}
+
+
+def unread_fields(prepared: Prepared) -> list[str]:
+    """For each file that has fields which nothing reads: their names, and how many records have them."""
+    lines = []
+    for report in [report for dataset in (prepared.train, *prepared.evals.values()) for report in dataset.reports]:
+        names = sorted(report.unread.items(), key=lambda item: (-item[1], item[0]))
+        named = ", ".join(f"{name} ({count:,})" for name, count in names[:FEW_NAMES])
+        more = f" and {len(names) - FEW_NAMES} more" if len(names) > FEW_NAMES else ""
+        lines += [f"{report.name} has fields that nothing reads: {named}{more}"] if names else []
+    return lines
+
+
+def _warnings(prepared: Prepared) -> list[str]:
+    """What is allowed, and seldom meant."""
+    config, plan, network, found = prepared.config, prepared.plan, prepared.network, []
+    if config.optim.warmup_steps >= plan.total_steps > 1:
+        found.append(f"optim.warmup_steps = {config.optim.warmup_steps:,} is not less than the steps in all: the rate "
+                     "has no time to fall, or even to reach optim.lr; set it to a tenth of the steps")
+    if (most := config.train.max_steps) and most > plan.total_steps:
+        found.append(f"train.max_steps = {most:,} is not reached: the run ends after {plan.total_steps:,} steps, with "
+                     f"train.epochs = {config.train.epochs}")
+    elif most and most > plan.steps_per_epoch:
+        found.append(f"train.max_steps = {most:,} is more than one epoch of {plan.steps_per_epoch:,} steps: documents "
+                     f"are trained on up to {-(-most // plan.steps_per_epoch)} times")
+    longest = max(int(dataset.lengths.max(initial=0)) for dataset in (prepared.train, *prepared.evals.values()))
+    if network and longest > network.max_position_embeddings:
+        found.append(f"the longest document has {longest:,} tokens, and max_position_embeddings of the model is "
+                     f"{network.max_position_embeddings:,}: it has not learned places beyond; lower data.seq_len to it")
+    return found
 
 
 def _sources(dataset: Dataset) -> list[dict[str, Any]]:
@@ -108,7 +140,7 @@ def describe(found: dict[str, Any], *, short: bool = False) -> str:
     if not short:
         lines += ["", *_length_lines(found)]
     lines.append("")
-    for title, text in _plan_lines(found).items():
+    for title, text in _plan_lines(found):
         lines += textwrap.wrap(text, columns, initial_indent=f"{title:<9}", subsequent_indent=" " * 9)
     return "\n".join(lines)
 
@@ -187,26 +219,19 @@ def _length_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _plan_lines(found: dict[str, Any]) -> dict[str, str]:
+def _plan_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     step = found["target_tokens_per_step"]
     if found["flops"] is None:
         compute = "not estimated, for want of a config.json"
     else:
         how = "without" if found["recompute"] == "none" else f"with {found['recompute']}"
         compute = f"about {found['flops']:.3g} FLOPs in matrix products, {how} recomputation"
-    return {"packs": f"{found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
-                     f"template {found['template']}",
-            "steps": f"{found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all, of "
-                     f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} "
-                     f"to {step['most']:,})", **_warning(found),
-            "compute": compute, "checks": f"held: {', '.join(found['checks'])}"}
-
-
-def _warning(found: dict[str, Any]) -> dict[str, str]:
-    if not found["warmup_steps"] >= found["total_steps"] > 1:
-        return {}
-    return {"beware": f"optim.warmup_steps = {found['warmup_steps']:,} is not less than the steps in all: the rate has "
-                      "no time to fall, or even to reach optim.lr; set it to a tenth of the steps"}
+    return [("packs", f"{found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
+                      f"template {found['template']}"),
+            ("steps", f"{found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all, of "
+                      f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} "
+                      f"to {step['most']:,})"), *(("beware", text) for text in found["beware"]),
+            ("compute", compute), ("checks", f"held: {', '.join(found['checks'])}")]
 
 
 def _count(number: int) -> str:
