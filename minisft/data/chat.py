@@ -26,11 +26,11 @@ from itertools import chain
 from typing import Any
 
 from minisft.data.conversation import ANSWERS, Conversation, Skipped, Turn
-from minisft.data.jinja import recognize, written
+from minisft.data.jinja import begins_with_bos, recognize, written
 from minisft.data.records import SHORT
 from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 
 VERSION = 5  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
 
@@ -81,11 +81,17 @@ def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer,
         if name not in known:
             raise UserError(f"{option}: no template is called {name!r}; {choices}")
         return known[name]
-    found = recognize(tokenizer.chat_template)
+    jinja, folder = tokenizer.chat_template or "", tokenizer.file.parent
+    try:
+        found = recognize(jinja)
+    except UnicodeError as error:
+        raise UserError(f"{folder}: its chat template has a system text that is none ({printable(error)}); "
+                        f"{choices}") from None
     if found is None:
-        raise UserError(f"{tokenizer.file.parent}: does not say which chat template the model uses; {choices}")
+        raise UserError(f"{folder}: does not say which chat template the model uses; {choices}")
     name, default_system = found
-    return replace(known[name], default_system=default_system)
+    template = replace(known[name], default_system=default_system)
+    return replace(template, begin=tokenizer.named("bos_token") or "") if begins_with_bos(jinja) else template
 
 
 class Renderer:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 from minisft.data.conversation import Turn
+from minisft.data.formats import MESSAGES_ROLES
 from minisft.data.templates import Template
 
 
@@ -15,49 +16,73 @@ def recognize(jinja: object) -> tuple[str, str | None] | None:
     """The template's name and default system text that a model's own Jinja stands for; None where it is unknown.
 
     The Jinja is looked at, not executed. One that does more than our templates is unknown: it reasons, puts a system
-    text into a variable, does not trim as Llama-3 does, or begins ChatML with a token of its own.
+    text into a variable, does not trim as Llama-3 does, or has the tokenizer's BOS token elsewhere than first.
+    Raises UnicodeError for a default system text that is no text.
     """
-    if not isinstance(jinja, str) or re.search(r"<think>|set\s+\w*system\w*\s*=\s*(['\"])(?!\1)", jinja):
+    if not isinstance(jinja, str) or "<think>" in jinja:
+        return None
+    if any("system" in found[1] for found in re.finditer(r"\bset\s+(\w+)\s*=\s*(['\"])(?!\2)", jinja)):
         return None
     header, line = r"<\|start_header_id\|>{}<\|end_header_id\|>(?:\\n|\n){{2}}", r"<\|im_start\|>{}(?:\\n|\n)"
     if re.search(header.format("assistant"), jinja) and re.search(r"\|\s*trim", jinja):
         if "Cutting Knowledge Date" in jinja:
             return "llama3.1", ""
         return "llama3", _default_system(jinja, header.format("system"), r"<\|eot_id\|>")
-    if re.search(line.format("assistant"), jinja) and "bos_token" not in jinja:
+    if re.search(line.format("assistant"), jinja) and jinja.count("bos_token") == begins_with_bos(jinja):
         return "chatml", _default_system(jinja, line.format("system"), r"<\|im_end\|>")
     return None
 
 
+def begins_with_bos(jinja: str) -> bool:
+    """Whether the Jinja writes the tokenizer's BOS token before all else, and no white space after it."""
+    return bool(re.match(r"\s*\{\{-?\s*bos_token\s*(-\}\}|\}\}(?=\{))", jinja))
+
+
 def _default_system(jinja: str, before: str, after: str) -> str | None:
-    """The system text that stands between two patterns in a string of the Jinja, or outside of any {{ }}."""
-    if string := re.search(rf"(['\"]){before}((?:\\.|(?!\1)[^\\])+?){after}", jinja, re.DOTALL):
-        return string[2].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja reads a string
-    outside = re.search(rf"(?:^|[}}\n]){before}([^{{}}]+?){after}", jinja)
-    return outside[1] if outside else None
+    """The system text that stands between two patterns in a string of the Jinja, or outside of any {{ }}.
+
+    In time linear in the Jinja, which is a file from the network.
+    """
+    end = re.compile(after)
+    for string in re.finditer(rf"(['\"]){before}((?:\\.|(?!\1)[^\\])*)", jinja, re.DOTALL):
+        if found := end.search(string[2], 1):
+            text = string[2][: found.start()]
+            text = text.encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja reads a string
+            text.encode()  # half of a surrogate pair is no text
+            return text
+    for chunk in re.split(r"[{}]", jinja):
+        start = re.search(rf"(?:^|\n){before}", chunk)
+        if start and (found := end.search(chunk, start.end() + 1)):
+            return chunk[start.end() : found.start()]
+    return None
 
 
 def written(template: Template, fill: Callable[[str], str]) -> str:
     """The template as Jinja. `fill` puts the tokenizer's tokens for {bos} and {eos}.
 
     It takes `messages`, `add_generation_prompt`, and what Llama-3.1's own takes for tools: `tools`, `builtin_tools`,
-    messages with `tool_calls`, and results of the role `tool` or `ipython`.
+    messages with `tool_calls`, and results. Roles have the names that training accepts in the format "messages", and
+    content may be a list of texts as there; it raises where it would leave out something else.
     """
     def text(marker: str) -> str:
         escaped = fill(marker).replace("\\", "\\\\").replace("'", "\\'")
         escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")  # Jinja would read a bare \r as \n
         return f"{{{{- '{escaped}' }}}}" if marker else ""
 
-    content = "{{- message['content'] | trim }}" if template.trim else "{{- message['content'] }}"
+    content = _if("content is not string", _raise("'content is not text'"))
+    content += "{{- content | trim }}" if template.trim else "{{- content }}"
+    names = {role: [name for name, own in MESSAGES_ROLES.items() if own == role] for role in MESSAGES_ROLES.values()}
     system = text(template.system[0]) + _environment(template, text) + text(template.system_prefix)
     answer, stop, after = map(text, template.assistant)
-    branches = {"message['role'] == 'system'": system + content + text(template.system[1])}
+    branches = {f"message['role'] in {names['system']}": system + content + text(template.system[1])}
     user = text(template.user[0])
+    unknown = "builtin_tools" if template.call else "tools or builtin_tools or message['tool_calls']"
+    unknown = "" if template.builtin_call else _if(unknown, _raise("'this template does not know these tools'"))
     if template.call:
         branches["message['tool_calls']"] = answer + _call(template, text, stop) + after
-        branches["message['role'] in ['tool', 'ipython']"] = (
-            text(template.result[0]) + "{{- message['content'] | tojson }}" + text(template.result[1]))
-        first = "loop.first or loop.index0 == 1 and messages[0]['role'] == 'system'"
+        branches[f"message['role'] in {names['result']}"] = (
+            text(template.result[0]) + "{{- content | tojson }}" + text(template.result[1]))
+        first = f"loop.first or loop.index0 == 1 and messages[0]['role'] in {names['system']}"
         definition = text(template.tools_user[0]), "{{- tool | tojson(indent=4) }}" + text(template.tools_user[1])
         user += _if(f"tools and ({first})", f"{definition[0]}{{%- for tool in tools %}}{definition[1]}{{%- endfor %}}")
     branches["message['role'] == 'user'"] = user + content + text(template.user[1])
@@ -65,18 +90,30 @@ def written(template: Template, fill: Callable[[str], str]) -> str:
     default = ""
     if template.default_system is not None:
         default = template.content(Turn("system", template.default_system)).removeprefix(template.system_prefix)
-        default = _if("messages[0]['role'] != 'system'", system + text(default) + text(template.system[1]))
-    jinja = (text(template.begin) + default + "{%- for message in messages %}" + _choice(branches) + "{%- endfor %}"
-             + _if("add_generation_prompt", answer))
+        default = system + text(default) + text(template.system[1])
+        default = _if(f"messages[0]['role'] not in {names['system']}", default)
+    otherwise = _raise("'this template does not know the role ' ~ message['role']")
+    jinja = (text(template.begin) + default + "{%- for message in messages %}" + CONTENT + unknown
+             + _choice(branches, otherwise) + "{%- endfor %}" + _if("add_generation_prompt", answer))
     return jinja.replace("' }}{{- '", "")  # two strings in a row are one; a quote inside of a string is \\'
+
+
+CONTENT = ("{%- set content = message['content'] %}{%- if content is defined and content is sequence and content is "
+           "not string and content is not mapping and not content | rejectattr('type', 'equalto', 'text') | list %}"
+           "{%- set content = content | map(attribute='text') | join %}{%- endif %}")
+
+
+def _raise(reason: str) -> str:
+    return f"{{{{- raise_exception({reason}) }}}}"
 
 
 def _if(condition: str, then: str, otherwise: str = "") -> str:
     return f"{{%- if {condition} %}}{then}" + ("{%- else %}" + otherwise if otherwise else "") + "{%- endif %}"
 
 
-def _choice(branches: dict[str, str]) -> str:
-    return "{%- " + "{%- el".join(f"if {condition} %}}{then}" for condition, then in branches.items()) + "{%- endif %}"
+def _choice(branches: dict[str, str], otherwise: str) -> str:
+    chosen = "{%- el".join(f"if {condition} %}}{then}" for condition, then in branches.items())
+    return "{%- " + chosen + "{%- else %}" + otherwise + "{%- endif %}"
 
 
 def _environment(template: Template, text: Callable[[str], str]) -> str:
@@ -98,7 +135,7 @@ def _call(template: Template, text: Callable[[str], str], stop: str) -> str:
         parts = re.split(r"\{(name|arguments)\}", format)
         return "".join(fields[part] if i % 2 else text(part) for i, part in enumerate(parts))
 
-    one = _if("message['tool_calls'] | length != 1", "{{- raise_exception('one tool call a message') }}")
+    one = _if("message['tool_calls'] | length != 1", _raise("'one tool call a message'"))
     one += "{%- set call = message['tool_calls'][0]['function'] %}"
     given = _if("call['arguments'] is string", "{{- call['arguments'] }}", "{{- call['arguments'] | tojson }}")
     said = filled(template.call, given)

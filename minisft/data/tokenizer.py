@@ -8,14 +8,16 @@ add by itself is left to the template as well, so that there is exactly one.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
+
+LARGEST = 2**28  # bytes; Llama-3's has 17 MB
 
 
 class Tokenizer:
@@ -29,17 +31,27 @@ class Tokenizer:
                             "demo's)")
         self.file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            content = self.file.read_bytes()
+            if self.file.exists() and not (self.file.is_file() and self.file.stat().st_size < LARGEST):
+                raise UserError(f"{self.file}: not a tokenizer.json; model.tokenizer, or else model.path, is a Hugging "
+                                "Face folder that has one")
+            self.content = self.file.read_bytes()
         except OSError as error:
             raise UserError(f"{self.file}: {error.strerror}; model.tokenizer is a folder with a tokenizer.json (Meta's "
                             "tokenizer.model is not read: take the one of the Hugging Face folder)") from None
         try:
-            self._backend = tokenizers.Tokenizer.from_buffer(content)
+            self._backend = tokenizers.Tokenizer.from_buffer(self.content)
+            if getattr(self._backend.model, "dropout", None):  # of merges, drawn anew at every call
+                content = json.loads(self.content)
+                content["model"]["dropout"] = None
+                self.content = json.dumps(content, ensure_ascii=False).encode()
+                self._backend = tokenizers.Tokenizer.from_buffer(self.content)
         except BaseException as error:  # the library raises a bare Exception, or panics with less than that
             if isinstance(error, KeyboardInterrupt):
                 raise
-            raise UserError(f"{self.file}: not a tokenizer.json ({error})") from None
-        self.sha256 = hashlib.sha256(content).hexdigest()
+            raise UserError(f"{self.file}: not a tokenizer.json ({printable(error, 200)})") from None
+        if not self._backend.get_vocab_size(with_added_tokens=False):
+            raise UserError(f"{self.file}: its vocabulary is empty; download the model again")
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
         self._backend.encode_special_tokens = True
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -66,32 +78,48 @@ class Tokenizer:
         if file.exists():
             return file.read_text(encoding="utf-8", errors="replace")
         jinja = self.settings.get("chat_template")
+        if isinstance(jinja, list):  # of several, each with a name
+            named = [item for item in jinja if isinstance(item, dict) and item.get("name") == "default"]
+            jinja = named[0].get("template") if named else None
         return jinja if isinstance(jinja, str) else None
 
     @cached_property
     def bos(self) -> str:
         """The special token that this tokenizer's own post-processor puts before a text, or nothing."""
+        plain = self.encode("a")
         ids = self._backend.encode("a", add_special_tokens=True).ids
-        plain = self._backend.encode("a", add_special_tokens=False).ids
         return (self._backend.id_to_token(ids[0]) or "") if ids[:1] != plain[:1] else ""
 
     @cached_property
     def eos(self) -> str:
         """`eos_token` of tokenizer_config.json."""
-        eos = self.settings.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        if not isinstance(eos, str) or eos not in self.control:
-            raise UserError(f"{self.file.with_name('tokenizer_config.json')}: eos_token is {eos!r}; the template ends "
-                            f"a text with it, and it must be a special token of {self.file.name}")
+        eos = self.named("eos_token")
+        if eos is None or eos not in self.control:
+            raise UserError(f"{self.file.with_name('tokenizer_config.json')}: eos_token is {printable(repr(eos))}; the "
+                            f"template ends a text with it, and it must be a special token of {self.file.name}")
         return eos
+
+    def named(self, role: str) -> str | None:
+        """The token that tokenizer_config.json calls `role`: eos_token, bos_token."""
+        token = self.settings.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which nothing is special."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The same for many texts, on all cores."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many texts, on all cores. Raises UserError for one that the tokenizer fails on."""
+        try:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:  # a regular expression in the file that gives up is a panic
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            text = max(texts, key=len)
+            raise UserError(f"{self.file}: fails on a text, of {len(text):,} characters or less "
+                            f"({printable(error, 200)}); leave out what is that long, or repair the patterns of its "
+                            "pre_tokenizer") from None
 
     def decode(self, ids: list[int], *, skip_control: bool = False) -> str:
         """The text of `ids`, with control tokens spelled out or left out."""
