@@ -294,11 +294,16 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
         gathered = ((name, tensors_of[name][1]().to("cpu", dtype).contiguous()) for name in names)  # by all ranks
         tensors = {name: tensor for name, tensor in gathered if writes}
         if writes:
-            try:
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk, mostly: the library has no OSError and names no file
-                raise OSError(f"{folder / file}: cannot be written ({error})") from None
-            os.chmod(folder / file, 0o666 & ~_umask())  # safetensors creates files that only their owner can read
+            write(tensors, folder / file)
+
+
+def write(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file, readable as the umask says. Raises OSError where it cannot be written."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, mostly: the library has no OSError and names no file
+        raise OSError(f"{file}: cannot be written ({error})") from None
+    os.chmod(file, 0o666 & ~_umask())  # safetensors creates files that only their owner can read
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[int, Callable[[], Tensor]]]:
