@@ -542,7 +542,7 @@ def test_a_template_must_fit_the_tokenizer(tokenizer, chatml_folder, tmp_path):
     ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer.json ("),
     ("tokenizer.json", b"\xff\x00", "tokenizer.json: not a tokenizer.json ("),
     ("tokenizer.json", None,
-     "tokenizer.json: No such file or directory; model.tokenizer is a folder with a tokenizer.json (Meta's "),
+     "tokenizer.json: No such file or directory; model.tokenizer, or else model.path, is a folder with a "),
     ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "json: its vocabulary is empty; down"),
     ("tokenizer_config.json", b"{", "tokenizer_config.json: not readable JSON ("),
     ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: not readable JSON ("),
@@ -566,6 +566,17 @@ def test_what_is_no_file_or_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("minisft.data.tokenizer.LARGEST", 1000)
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json; model\.tokenizer, or else model"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "remedy"), [
+    ("adapter_config.json", "holds an adapter: `minisft convert {} TARGET --merge` makes one model of it and its base"),
+    ("model.gguf", "GGUF files are not read: download the safetensors and the tokenizer.json that they were made ")])
+def test_what_a_folder_without_a_tokenizer_has_instead(tmp_path, file, remedy):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=re.escape(remedy.format(tmp_path))):
+        Tokenizer(tmp_path)
+    with pytest.raises(UserError, match="GGUF files are not read" if file == "model.gguf" else "model.tokenizer, or"):
+        Tokenizer(tmp_path / file)
 
 
 def test_dropout_of_merges_is_off(tmp_path, tokenizer):

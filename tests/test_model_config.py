@@ -96,6 +96,9 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: Any, messa
 
 def test_a_missing_config_is_refused(tmp_path: Path) -> None:
     assert "config.json: no such file; a Hugging Face model folder has a config.json" in refusal(read_config, tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    assert f"`minisft convert {tmp_path} TARGET --merge` makes one model of it" in refusal(read_config, tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "config.json").mkdir()
     assert "not a readable JSON file" in refusal(read_config, tmp_path)
 

@@ -32,12 +32,10 @@ class Tokenizer:
         self.file = path / "tokenizer.json" if path.is_dir() else path
         try:
             if self.file.exists() and not (self.file.is_file() and self.file.stat().st_size < LARGEST):
-                raise UserError(f"{self.file}: not a tokenizer.json; model.tokenizer, or else model.path, is a Hugging "
-                                "Face folder that has one")
+                raise UserError(f"{self.file}: not a tokenizer.json; {_remedy(path)}")
             self.content = self.file.read_bytes()
         except OSError as error:
-            raise UserError(f"{self.file}: {error.strerror}; model.tokenizer is a folder with a tokenizer.json (Meta's "
-                            "tokenizer.model is not read: take the one of the Hugging Face folder)") from None
+            raise UserError(f"{self.file}: {error.strerror}; {_remedy(path)}") from None
         try:
             self._backend = tokenizers.Tokenizer.from_buffer(self.content)
             if getattr(self._backend.model, "dropout", None):  # of merges, drawn anew at every call
@@ -48,7 +46,7 @@ class Tokenizer:
         except BaseException as error:  # the library raises a bare Exception, or panics with less than that
             if isinstance(error, KeyboardInterrupt):
                 raise
-            raise UserError(f"{self.file}: not a tokenizer.json ({printable(error, 200)})") from None
+            raise UserError(f"{self.file}: not a tokenizer.json ({printable(error, 200)}); {_remedy(path)}") from None
         if not self._backend.get_vocab_size(with_added_tokens=False):
             raise UserError(f"{self.file}: its vocabulary is empty; download the model again")
         self.sha256 = hashlib.sha256(self.content).hexdigest()
@@ -140,3 +138,13 @@ class Tokenizer:
                 shown = len(whole)
         if rest := self.decode(known)[shown:]:
             yield rest
+
+
+def _remedy(path: Path) -> str:
+    """What to do where `path` has no tokenizer.json."""
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+        return "GGUF files are not read: download the safetensors and the tokenizer.json that they were made from"
+    if (path / "adapter_config.json").exists():
+        return f"it holds an adapter: `minisft convert {path} TARGET --merge` makes one model of it and its base"
+    return ("model.tokenizer, or else model.path, is a folder with a tokenizer.json (Meta's tokenizer.model is not "
+            "read: take the one of the Hugging Face folder)")

@@ -94,7 +94,9 @@ def read_config(path: str | Path) -> LlamaConfig:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file; a Hugging Face model folder has a config.json") from None
+        adapter = (f". This one holds an adapter: `minisft convert {path} TARGET --merge` makes one model of it and "
+                   "its base" if (path / "adapter_config.json").exists() else "")
+        raise UserError(f"{file}: no such file; a Hugging Face model folder has a config.json{adapter}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a readable JSON file: {error}") from None
     if not isinstance(raw, dict):
