@@ -51,7 +51,7 @@ class Data:
     template: str = key("", "chat template; empty: the one the model folder tells")
     templates: str = key("", "TOML file with templates of your own")
     train_on: str = key("assistant", "the tokens that are trained", choices=("assistant", "last_assistant", "all"))
-    seq_len: int = key(2048, "tokens in a pack", low=2)
+    seq_len: int = key(2048, "tokens in a pack", low=2, high=2**24)
     overlong: str = key("drop", "what becomes of a document longer than seq_len", choices=("drop", "truncate", "error"))
     shuffle: bool = key(True, "shuffle the documents, anew in every epoch")
     oasst: str = key("all", "conversations taken from an OASST tree", choices=("all", "best"))

@@ -18,3 +18,12 @@ class UserError(ValueError):
 
 class NumericsError(ArithmeticError):
     """The numbers of the run are no longer finite. Exit code 3."""
+
+
+def printable(name: object, limit: int = 80) -> str:
+    """A foreign name as harmless text: what is not printable is escaped as in a repr, and `limit` characters are kept.
+
+    '\\x1b[2J' -> '\\\\x1b[2J': a name from a downloaded file must not steer the terminal that it is shown on.
+    """
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(name)[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -15,13 +15,13 @@ VERSION = int(_parts[0]), int(_parts[1])
 
 # 2.11's varlen_attn has no `enable_gqa`; its kernel shares key/value heads without being told.
 VARLEN_WANTS_GQA = VERSION >= (2, 12)
-# 2.11's FSDP2 cannot shard parameters of bytes, which packed NF4 weights are (lora.py refuses it).
-SHARDS_BYTES = VERSION >= (2, 12)
+# 2.11's FSDP2 cannot shard parameters of bytes, which packed NF4 weights are (training/run.py refuses it).
+SHARDS_BYTES = VERSION >= (2, 13)
 
 
 def warn_if_untested() -> None:
     """Warn once when torch is newer than the newest version that was tested."""
     newest = tuple(map(int, TESTED[-1].split(".")))
     if newest < VERSION:
-        warnings.warn(f"torch {torch.__version__} is newer than the newest version minisft was tested with "
-                      f"({TESTED[-1]}); if something looks wrong, try pip install 'torch=={TESTED[-1]}.*'", stacklevel=2)
+        warnings.warn(f"torch {torch.__version__} is newer than the newest that minisft was tested with, {TESTED[-1]}; "
+                      f"if something looks wrong, try pip install 'torch=={TESTED[-1]}.*'", stacklevel=2)

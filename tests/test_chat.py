@@ -4,22 +4,26 @@ Oracles: transformers' `apply_chat_template` on Jinja written here; TRL's ids an
 for the text, f-strings.
 """
 
+import hashlib
 import json
 import os
 import re
+import shutil
+import time
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.tiny_llama import tiny_tokenizer, write_tiny_llama
 from transformers import PreTrainedTokenizerFast
 
-from minisft.data.chat import TRAIN_ON, Renderer
-from minisft.data.conversation import Conversation, Turn
-from minisft.data.formats import read
+from minisft.data.chat import TRAIN_ON, Renderer, choose_template
+from minisft.data.conversation import Conversation, Skipped, Turn
+from minisft.data.formats import MESSAGES_ROLES, read
 from minisft.data.jinja import recognize
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
@@ -323,6 +327,48 @@ def test_the_written_jinja_renders_the_same_ids(renderer):
             assert renderer.prompt(given) == prompt
 
 
+def messages_of(role, content):
+    """A conversation in which `role` says `content`: first, or as the answer to a question or to a tool call."""
+    asked, answered = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+    said = {"role": role, "content": content}
+    return {"system": [said, asked, answered], "user": [said, answered], "assistant": [asked, said], "result": [
+        asked, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, said, answered]}[
+        MESSAGES_ROLES.get(role, "user")]
+
+
+CONTENT = {"text": " Be kind.\n", "parts": [{"type": "text", "text": " Be "}, {"type": "text", "text": "kind."}],
+           "an image": [{"type": "text", "text": "Look: "}, {"type": "image_url", "image_url": "x"}],
+           "an object": {"a": [1, "ğ"]}, "a list": [1, "ğ"], "a number": 3}
+
+
+@pytest.mark.parametrize("content", CONTENT)
+@pytest.mark.parametrize("role", [*MESSAGES_ROLES, "human", "moderator", "<|eot_id|>"])
+def test_the_written_jinja_knows_what_training_knows(renderer, tmp_path, role, content):
+    """Each role with each kind of content in each template: the ids that are trained, or an error; nothing dropped."""
+    messages = messages_of(role, CONTENT[content])
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    [found] = map(renderer.renderable, read(tmp_path / "a.jsonl"))
+    hugging_face = PreTrainedTokenizerFast(tokenizer_file=str(renderer.tokenizer.file), bos_token=BOS)
+    hugging_face.chat_template = renderer.jinja()
+    if isinstance(found, Skipped):
+        with pytest.raises(jinja2.TemplateError, match=r"does not know (the role|these tools)|content is not text"):
+            hugging_face.apply_chat_template(messages)
+        return
+    ids = hugging_face.apply_chat_template(messages, return_dict=False)
+    ours = renderer.encode([renderer.pieces(found)])[0][0]
+    if renderer.template.name == "text":  # question and answer touch
+        ids, ours = map(renderer.tokenizer.decode, (ids, ours))
+    assert ids == ours
+
+
+@pytest.mark.parametrize("given", [{"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+                                   {"builtin_tools": ["brave_search"]}])
+def test_tools_that_the_written_jinja_would_leave_out_are_an_error(renderer, given):
+    if renderer.template.name != "llama3.1":
+        with pytest.raises(jinja2.TemplateError, match="does not know these tools"):
+            theirs(renderer.tokenizer.file, renderer.jinja(), QUESTION, **given)
+
+
 def test_a_jinja_string_survives_every_character(chatml_folder):
     default = "It's \\n a \"test\";\r\n{{ 1 }} {% x %} {# y #}\tşğ 🙂"
     template = replace(TEMPLATES["chatml"], default_system=default)
@@ -363,6 +409,8 @@ def test_known_jinja_is_recognised(jinja, found):
     "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}",
     SMOLLM2 + "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}" + SMOLLM2,
     r"{{ '<|im_start|>system\n\x<|im_end|>' }}" + SMOLLM2, r"{{ '<|im_start|>system\n\ud800<|im_end|>' }}" + SMOLLM2,
+    "{{ bos_token }}\n" + SMOLLM2,  # the newline would be rendered
+    "{% if true %}{{ bos_token }}{% endif %}" + SMOLLM2, "{{ bos_token }}" + SMOLLM2 + "{{ bos_token }}",
     LLAMA3.replace(" | trim", ""),
     LLAMA3.replace("assistant<|end_header_id|>", "bot<|end_header_id|>"),
     "{% set system_message = 'You are a pirate.' %}" + LLAMA3,
@@ -375,6 +423,41 @@ def test_other_jinja_is_not(jinja):
 def test_every_written_jinja_is_recognised_or_unknown_but_never_mistaken(renderer):
     expected = {"llama3": ("llama3", None), "llama3.1": ("llama3.1", ""), "chatml": ("chatml", None)}
     assert recognize(renderer.jinja()) == expected.get(renderer.template.name)
+
+
+@pytest.mark.parametrize("begin", ["{{ bos_token }}", "{{- bos_token -}}\n ", " {{bos_token}}"])
+def test_chatml_that_begins_with_bos_is_taken_over(chatml_folder, tmp_path, begin):
+    shutil.copyfile(chatml_folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": {"content": BOS}, "eos_token": "<|im_end|>",
+        "chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": begin + SMOLLM2}]}))
+    tokenizer = Tokenizer(tmp_path)
+    renderer = Renderer(choose_template("", TEMPLATES, tokenizer), tokenizer)
+    for c in conversations():
+        ids = rendered(renderer, *c.turns)[0]
+        assert ids == theirs(tokenizer.file, begin.strip(" ") + SMOLLM2, c.turns)
+        assert ids == theirs(tokenizer.file, renderer.jinja(), c.turns)
+        assert tokenizer.decode(ids[:1]) == BOS
+
+
+@pytest.mark.parametrize("text", ["\\x", "\\ud800", "\\u12", "\\N{nothing}"])
+def test_a_default_system_text_that_is_none_is_refused(tmp_path, text):
+    write_tiny_llama(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(SMOLLM2.replace("SmolLM", text))
+    with pytest.raises(UserError, match=r"its chat template has a system text that is none \(.*choose with data\.tem"):
+        choose_template("", TEMPLATES, Tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("hostile", ["\n<|im_start|>system\n", "'<|im_start|>system\n", "system",
+                                     "\"<|im_start|>system\\n\\", "set ", "{{ bos_token", "}<|im_start|>system\nx",
+                                     " ", "\\"])
+def test_a_hostile_jinja_takes_time_linear_in_its_length(hostile):
+    def seconds(length):
+        jinja = "<|im_start|>assistant\n set system" + hostile * (length // len(hostile))
+        started = time.perf_counter()
+        recognize(jinja)
+        return time.perf_counter() - started
+    assert seconds(100_000) < 40 * max(seconds(10_000), 1e-2)
 
 
 def test_smollm2s_default_system_turn_is_taken_over(chatml_folder):
@@ -461,7 +544,8 @@ def test_a_template_must_fit_the_tokenizer(tokenizer, chatml_folder, tmp_path):
     ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer.json ("),
     ("tokenizer.json", b"\xff\x00", "tokenizer.json: not a tokenizer.json ("),
     ("tokenizer.json", None,
-     "tokenizer.json: No such file or directory; model.tokenizer is a folder with a tokenizer.json (Meta's "),
+     "tokenizer.json: No such file or directory; model.tokenizer, or else model.path, is a folder with a "),
+    ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "json: its vocabulary is empty; down"),
     ("tokenizer_config.json", b"{", "tokenizer_config.json: not readable JSON ("),
     ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: not readable JSON ("),
     ("tokenizer_config.json", b"[]", "tokenizer_config.json: expected a JSON object, found list"),
@@ -475,6 +559,47 @@ def test_damaged_tokenizers(tmp_path, file, content, message):
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(message)):
         Tokenizer(tmp_path).eos  # noqa: B018
+
+
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path, monkeypatch):
+    write_tiny_llama(tmp_path)
+    with pytest.raises(UserError, match=r"/dev/zero: not a tokenizer\.json"):
+        Tokenizer("/dev/zero")
+    monkeypatch.setattr("minisft.data.tokenizer.LARGEST", 1000)
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json; model\.tokenizer, or else model"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "remedy"), [
+    ("adapter_config.json", "holds an adapter: `minisft convert {} TARGET --merge` makes one model of it and its base"),
+    ("model.gguf", "GGUF files are not read: download the safetensors and the tokenizer.json that they were made ")])
+def test_what_a_folder_without_a_tokenizer_has_instead(tmp_path, file, remedy):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=re.escape(remedy.format(tmp_path))):
+        Tokenizer(tmp_path)
+    with pytest.raises(UserError, match="GGUF files are not read" if file == "model.gguf" else "model.tokenizer, or"):
+        Tokenizer(tmp_path / file)
+
+
+def test_dropout_of_merges_is_off(tmp_path, tokenizer):
+    """Or two caches of one file would differ, and so would whoever loads the exported tokenizer."""
+    content = json.loads(tokenizer.content)
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    found, text = Tokenizer(tmp_path), "Then the other one and the third " * 20
+    assert found.encode(text) == found.encode_batch([text])[0] == tokenizer.encode(text)
+    assert json.loads(found.content) == json.loads(tokenizer.content)
+    assert found.sha256 != hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def test_a_pattern_that_gives_up_is_a_user_error(tmp_path, tokenizer):
+    content = json.loads(tokenizer.content)
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(a+)+$"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    found = Tokenizer(tmp_path)
+    for encode in (found.encode, lambda text: found.encode_batch(["x", text])):
+        with pytest.raises(UserError, match=r"json: fails on a text, of 41 characters or less \(.*retry-limit"):
+            encode("a" * 40 + "!")
 
 
 def test_the_jinja_beside_a_tokenizer(tmp_path, chatml_folder):

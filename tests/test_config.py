@@ -215,7 +215,7 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
         "sections are model, data, batch, train, optim, lora, checkpoint, parallel, eval, run",
         "mine.toml: data.trian: unknown key (did you mean data.train?); --help lists them all",
         "command line: --data.shuffle: the value is missing; expected true|false",
-        "mine.toml: data.seq_len: expected int >= 2, got 1",
+        "mine.toml: data.seq_len: expected int >= 2 and <= 16777216, got 1",
         "mine.toml: optim.betas: expected 2 floats >= 0 and < 1, got [0.9, 1]",
         "command line: --optim.lr: expected float >= 0, got 'fast'",
     ]
@@ -330,7 +330,7 @@ def test_a_mistake_in_the_recipe_stays_one_when_overridden(recipe):
 def test_unreadable_recipes(recipe):
     assert complaints(recipe("[data]\ntrain = a.json\n"), "--data.seq_len", "1") == [
         "mine.toml: not a TOML file: Invalid value (at line 2, column 9)",
-        "command line: --data.seq_len: expected int >= 2, got 1"]
+        "command line: --data.seq_len: expected int >= 2 and <= 16777216, got 1"]
     assert complaints(recipe("[data]\nshuffle = true\nshuffle = true"))[0].startswith(
         "mine.toml: not a TOML file: Cannot overwrite a value")
     Path("latin.toml").write_bytes(b"# \xff\n")

@@ -39,6 +39,39 @@ def test_an_adapter_is_merged_into_its_base(base, tmp_path, adapter, capsys):
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
+def test_a_stray_config_beside_an_adapter_changes_nothing(base, tmp_path, adapter):
+    folder, _ = adapter
+    expected = Llama.from_pretrained(folder).logits(TOKENS)
+    (folder / "config.json").write_text("{}")
+    assert torch.equal(Llama.from_pretrained(folder).logits(TOKENS), expected)
+    assert main(["convert", str(folder), str(tmp_path / "merged"), "--merge", "--dtype", "fp32"]) == 0
+    assert torch.equal(Llama.from_pretrained(tmp_path / "merged").logits(TOKENS), expected)
+
+
+@pytest.mark.parametrize("target", [".", "/", "missing/there/out"])
+def test_targets_at_odd_places(base, tmp_path, monkeypatch, capsys, target):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code = main(["convert", str(base), target])
+    printed = capsys.readouterr().err
+    if target in ("/", "."):
+        assert code == 2
+        assert (f"{tmp_path / 'here'}: is the folder you are in" if target == "." else "/: exists and") in printed
+    else:
+        assert (code, printed) == (0, "")
+        assert (tmp_path / "here" / target / "model.safetensors").exists()
+
+
+def test_a_merged_matrix_that_overflows_is_refused(base, tmp_path, adapter, capsys):
+    folder, _ = adapter
+    tensors = {name: tensor * 1e25 for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert main(["convert", str(folder), str(tmp_path / "merged"), "--merge"]) == 2
+    assert f"{folder}: with its adapter {NAME} has numbers that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_base_may_be_elsewhere(base, tmp_path, adapter, capsys):
     folder, _ = adapter
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -79,12 +112,18 @@ def test_metas_files_become_hugging_faces(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "options", "message"), [
-    ("base", ["--merge"], "no adapter (it has no adapter_config.json, or a model of its own); leave out --merge"),
+    ("base", ["--merge"], "holds no adapter (it has no adapter_config.json); leave out --merge"),
+    ("both", ["--merge"], "holds a model beside its adapter (model.safetensors); leave out --merge, or move one"),
+    ("stray", [], "holds an adapter; add --merge"),
     ("adapter", [], "holds an adapter; add --merge"), ("base", ["--base", "x"], "goes with --merge"),
     ("base", ["--optim.lr", "1"], "--optim.lr: unknown option"), ("nowhere", [], "nowhere: no such folder"),
 ])
 def test_what_cannot_be_is_one_line_and_exit_2(base, tmp_path, adapter, capsys, source, options, message):
-    source = {"base": base, "adapter": adapter[0], "nowhere": tmp_path / "nowhere"}[source]
+    if source in ("both", "stray"):
+        shutil.copyfile(base / "config.json", adapter[0] / "config.json")
+    if source == "both":
+        shutil.copyfile(base / "model.safetensors", adapter[0] / "model.safetensors")
+    source = {"base": base, "nowhere": tmp_path / "nowhere"}.get(source, adapter[0])
     assert main(["convert", str(source), str(tmp_path / "out"), *options]) == 2
     printed = capsys.readouterr().err
     assert message in printed

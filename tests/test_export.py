@@ -7,6 +7,7 @@ llama-cpp-python has one, in vendor/llama.cpp).
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -17,10 +18,15 @@ import torch
 from safetensors import safe_open
 from small_runs import train
 
+from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
+from minisft.data.templates import load_templates
+from minisft.data.tokenizer import Tokenizer
+from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
 from minisft.model import weights
-from minisft.training import export
+from minisft.model.config import read_config
+from minisft.training import export, trainer
 
 LLAMA_CPP = os.environ.get("MINISFT_LLAMA_CPP", "")
 SMOLLM2, DATA = os.environ.get("MINISFT_SMOLLM2", ""), os.environ.get("MINISFT_DATA", "")
@@ -82,6 +88,107 @@ def test_transformers_answers_the_same(final):
     answer = model.float().generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
     said = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert Assistant.load(final).answer([(Turn("user", "Hello!"),)], max_new_tokens=12) == [said]
+
+
+def other_base(base, folder, *, config=None, settings=None, training=None):
+    """A copy of the base whose files have more in them; surrogates as JSON has them."""
+    copy = Path(shutil.copytree(base, folder / "base"))
+    for name, more in (("config.json", config), ("tokenizer_config.json", settings), ("training.json", training)):
+        if more is not None:
+            before = read(copy, name) if (copy / name).exists() else {}
+            (copy / name).write_text(json.dumps(before | more))
+    return copy
+
+
+CODE = {"auto_map": {"AutoTokenizer": ["evil--tok.Evil", None]}, "custom_pipelines": {"x": {"impl": "evil.Evil"}},
+        "tokenizer_class": "TokenizersBackend", "backend": "custom", "tokenizer_file": "/etc/passwd",
+        "processor_class": "Evil", "split_special_tokens": True, "add_prefix_space": True}
+
+
+@pytest.mark.parametrize("kind", ["TokenizersBackend", "EvilTokenizer", "LlamaTokenizer", "GPT2Tokenizer", 3, None])
+def test_of_a_foreign_base_only_tokens_and_sizes_go_along(base, tmp_path, kind):
+    """No name of code, no class that transformers 4 lacks or that changes the pieces: ids as they were trained."""
+    transformers = pytest.importorskip("transformers")
+    settings = {**CODE, "tokenizer_class": kind, "extra_special_tokens": {"image_token": "<|python_tag|>"}}
+    other = other_base(base, tmp_path, settings=settings, config={"auto_map": CODE["auto_map"]})
+    train(other, tmp_path, train__max_steps=1, batch__packs=1)
+    final = tmp_path / "run" / "final"
+    found = read(final, "tokenizer_config.json")
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found.keys() - {"chat_template", "extra_special_tokens"} <= read(base, "tokenizer_config.json").keys()
+    assert not read(final, "config.json").keys() & {"auto_map", "custom_pipelines"}
+    theirs = transformers.AutoTokenizer.from_pretrained(final, trust_remote_code=False)
+    assert theirs.image_token == "<|python_tag|>"
+    assert (theirs.eos_token, theirs.pad_token) == ("<|eot_id|>", "<|finetune_right_pad_id|>")
+    ours = Assistant.load(final).renderer
+    prompt = theirs.apply_chat_template([{"role": "user", "content": " Hello "}], add_generation_prompt=True,
+                                        return_dict=False)
+    assert prompt == ours.prompt((Turn("user", " Hello "),))
+    plain = TEXT.replace("<|eot_id|>", "")
+    assert theirs.encode(plain, add_special_tokens=False) == ours.tokenizer.encode(plain)
+
+
+def test_half_of_a_surrogate_pair_in_the_base_s_files_is_carried_over(base, tmp_path):
+    half = {"a": "\ud800 \\ud800 \\\udc00 \\"}
+    other = other_base(base, tmp_path, config=half, training=half,
+                       settings={"extra_special_tokens": half, "model_input_names": ["\udfff"]})
+    train(other, tmp_path, train__max_steps=1, batch__packs=1)
+    final = tmp_path / "run" / "final"
+    assert read(final, "training.json")["base"]["training"] == half
+    assert read(final, "training.json")["base"]["config"]["a"] == half["a"]
+    found = read(final, "tokenizer_config.json")
+    assert (found["extra_special_tokens"], found["model_input_names"]) == (half, ["\udfff"])
+
+
+def test_the_exported_tokenizer_is_the_one_trained_with(base, tmp_path, monkeypatch):
+    """Whatever happens to the base's folder meanwhile."""
+    other, steps = other_base(base, tmp_path), trainer.run_steps
+
+    def meanwhile(*given, **named):
+        content = read(other, "tokenizer.json")
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        (other / "tokenizer.json").write_text(json.dumps(content))
+        (other / "tokenizer_config.json").unlink()
+        return steps(*given, **named)
+
+    monkeypatch.setattr(trainer, "run_steps", meanwhile)
+    train(other, tmp_path, train__max_steps=1, batch__packs=1)
+    final = tmp_path / "run" / "final"
+    assert (final / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def tried(base, final, **record):
+    tokenizer = Tokenizer(base)
+    export.try_export(read_config(base), Renderer(load_templates()["llama3"], tokenizer), final, record={
+        "base": None, "minisft": "0", "commit": "", "torch": "2", "ranks": 1, "steps": 0, "total_steps": 1, "tokens": 0,
+        "target_tokens": 0, "seconds": 0, "data": {}, "losses": {}, "recipe": "", **record})
+
+
+def test_whether_a_model_can_be_written_is_known_before_training(base, tmp_path):
+    final = tmp_path / "run" / "final"
+    tried(base, final)
+    assert not (tmp_path / "run").exists()
+    deep = []
+    for _ in range(2000):
+        deep = [deep]
+    for message, bad in (("RecursionError", {"more": deep}), ("TypeError", {"more": {1, 2}}),
+                         ("KeyError: 'file'", {"data": {"train": [{}]}})):
+        with pytest.raises(UserError, match=rf"final: could not be written at the end \({message}.*; repair or remove"):
+            tried(base, final, **bad)
+    for place in (final, final.with_name("final.tmp")):
+        place.parent.mkdir(exist_ok=True)
+        for make in (place.touch, lambda place=place: place.symlink_to(base)):
+            make()
+            with pytest.raises(UserError, match=rf"{place.name}: is in the way of the trained model"):
+                tried(base, final)
+            place.unlink()
+    (base_settings := tmp_path / "x").mkdir()
+    shutil.copyfile(base / "tokenizer.json", base_settings / "tokenizer.json")
+    shutil.copyfile(base / "config.json", base_settings / "config.json")
+    (base_settings / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not readable JSON"):
+        tried(base_settings, final)
 
 
 def converted(folder):

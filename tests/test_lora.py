@@ -1,6 +1,7 @@
 """LoRA against peft: the same logits, losses and merged weights; and runs that begin, die and go on with it."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -288,6 +289,10 @@ def test_exports_along_the_way_have_their_adapters(base, tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"lora__targets": "q_proj,qproj,layers.7.*"}, "lora.targets: 'qproj' matches none of the 14 matrices"),
+    ({"lora__targets": "q_proj,lm_head"}, "'lm_head' matches none of the 14 matrices; the embedding and the head have "
+     "no adapters: train them with everything else, lora.rank = 0"),
+    ({"lora__rank": 2**62}, "lora.rank: 4611686018427387904 is more than the 64 that a matrix of this model can"),
+    ({"lora__rank": 65}, "lora.rank: 65 is more than the 64 that a matrix of this model can"),
     ({"lora__targets": ""}, "lora.targets: empty, so nothing would be trained"),
     ({"lora__rank": 0, "lora__alpha": 8}, "lora.rank: is 0, so the other keys of [lora] do nothing"),
     ({"lora__dropout": 1}, "--lora.dropout: expected float >= 0 and < 1"),
@@ -305,6 +310,21 @@ def test_what_cannot_be_is_refused(base, tmp_path, capsys, change, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("change", [{}, {"lora__base": "nf4"}, {"lora__base": "fp32", "lora__dora": "true"},
+                                    {"lora__rank": 0, "lora__base": "bf16"}])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_base_with_a_number_that_is_not_finite_is_refused(base, tmp_path, capsys, change, name):
+    from safetensors.torch import load_file, save_file
+
+    spoilt = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors[name].view(-1)[7] = float("nan")
+    save_file(tensors, spoilt / "model.safetensors")
+    assert main(options(spoilt, tmp_path, **{**RUN, **change})) == 2
+    assert f"model.safetensors: {name} has numbers that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "final").exists()
+
+
 def test_every_pattern_without_a_match_is_named(base, tmp_path, capsys):
     assert main(options(base, tmp_path, **{**RUN, "lora__targets": "a,q_proj,b"})) == 2
     printed = capsys.readouterr().err
@@ -319,6 +339,10 @@ def test_every_pattern_without_a_match_is_named(base, tmp_path, capsys):
     ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     ({"r": "many"}, "not the settings of an adapter (ValueError"), ({"r": 8}, "does not fit the base model"),
     ({"r": 0}, "not the settings of an adapter (ZeroDivisionError"),
+    *(({"lora_alpha": alpha}, "not the settings of an adapter (ValueError: lora_alpha is")
+      for alpha in (float("inf"), float("nan"), "Infinity", 1e300)),
+    ({"r": 10**400}, "not the settings of an adapter (OverflowError"),
+    ({"strange\x1b[2J": "\n" * 10**5}, "strange\\x1b[2J is '\\n\\n"),
     ({"use_dora": True}, "does not fit the base model"),
     ({"base_model_name_or_path": "meta-llama/Llama-3"}, "its base model 'meta-llama/Llama-3' is not a folder here"),
 ])
@@ -333,6 +357,30 @@ def test_an_adapter_that_is_something_else_is_refused(base, tmp_path, references
     with pytest.raises(UserError) as caught:
         Llama.from_pretrained(tmp_path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("base_model.model.lm_head.lora_A.weight", 0, "the adapter of lm_head is not of a matrix in a layer; merge it with "
+     "peft (merge_and_unload)"),
+    ("base_model.model.model.embed_tokens.lora_embedding_A", 0, "embed_tokens.lora_embedding_A is no part of a linear "
+     "matrix's adapter; merge it with peft (merge_and_unload)"),
+    ("\x1b[2J" * 1000, 0, "adapter_model.safetensors: \\x1b[2J"),
+    ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", float("nan"),
+     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has numbers that are not finite"),
+])
+def test_a_tensor_that_no_adapter_can_have_is_refused(base, tmp_path, key, value, message):
+    from safetensors.torch import save_file
+
+    from minisft.errors import UserError
+
+    save_file({key: torch.full((1, 64), value), "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight":
+               torch.zeros(64, 1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1,
+                                                              "base_model_name_or_path": str(base)}))
+    with pytest.raises(UserError) as caught:
+        Llama.from_pretrained(tmp_path)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < len(str(tmp_path)) + 300
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage" * 10])

@@ -226,6 +226,10 @@ def test_wrong_tensors_are_named(folder: Path) -> None:
     message = spoil(folder, lambda _: good | {norm: good[norm].char()})
     assert f"{norm} is stored as torch.int8; quantised weights cannot be fine-tuned" in message
     assert f"{norm} is stored as int" in spoil(folder, lambda _: good | {norm: 3})
+    assert f"{norm} is stored as torch.sparse_coo" in spoil(folder, lambda _: good | {norm: good[norm].to_sparse()})
+    assert f"{norm} is stored as torch.float32 on meta" in spoil(folder, lambda _: good | {norm: good[norm].to("meta")})
+    hostile = spoil(folder, lambda _: good | {"\x1b[2J": 3})
+    assert "\\x1b[2J is stored as int" in hostile
     lacking = {name: t for name, t in good.items() if name != up}
     assert "consolidated.01.pth: its tensors differ in name or shape from those of consolidated.00.pth" in spoil(
         folder, lambda _: lacking)
@@ -236,6 +240,23 @@ def test_wrong_tensors_are_named(folder: Path) -> None:
     message = spoil(folder, lambda _: extra, 1)
     assert "layers.0.attention.wq.scales: not part of the model" in message
     assert "text_model.norm: not part of the model" in message
+
+
+def test_tensors_larger_than_their_file_are_refused_before_they_are_read(folder: Path) -> None:
+    """One number with a stride of 0 is a matrix of 64 GiB."""
+    bomb = torch.zeros(1).expand(2**17, 2**17)
+    message = spoil(folder, lambda good: good | {"layers.0.attention.wq.weight": bomb})
+    assert "consolidated.00.pth: its tensors would take 64.0 GiB" in message
+    assert "download the model again" in message
+
+
+def test_a_number_that_is_not_finite_is_found_while_loading(folder: Path) -> None:
+    def change(good: dict[str, Tensor]) -> dict[str, Tensor]:
+        good["layers.1.attention.wq.weight"][3, 5] = float("nan")
+        return good
+
+    message = spoil(folder, change, 1)
+    assert message.startswith(f"{folder}: model.layers.1.self_attn.q_proj.weight has numbers that are not finite")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b"null", b"\xff\xfe", b"[" * 100_000, b"{}", b'"dim"'])

@@ -54,6 +54,8 @@ def read(tmp_path: Path, raw: Any) -> LlamaConfig:
     ({"rope_theta": "500000"}, "rope_theta is '500000'; a positive number is needed"),
     ({"rope_theta": 0}, "rope_theta is 0"), ({"rope_theta": float("nan")}, "rope_theta is nan"),
     ({"rope_theta": 8e-60}, "rope_theta is 8e-60; a positive number is needed, one whose powers fp32 can hold"),
+    ({"num_hidden_layers": 10**5}, "num_hidden_layers is 100000; a whole number from 1 to 1024 is needed"),
+    ({"vocab_size": "\x1b[2J" + "9" * 10**6}, "vocab_size is '\\x1b[2J9999"),
     ({"rope_theta": 10**400}, "rope_theta is 1000"), ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"), ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; true or false is needed"),
@@ -75,6 +77,7 @@ def test_a_field_that_cannot_be_is_named_with_its_value(tmp_path: Path, changes:
     text = refusal(read, tmp_path, {**RAW, **changes})
     assert text.startswith(f"{tmp_path / 'config.json'}: ")
     assert message in text
+    assert len(text) < len(str(tmp_path)) + 250
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -93,6 +96,9 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: Any, messa
 
 def test_a_missing_config_is_refused(tmp_path: Path) -> None:
     assert "config.json: no such file; a Hugging Face model folder has a config.json" in refusal(read_config, tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    assert f"`minisft convert {tmp_path} TARGET --merge` makes one model of it" in refusal(read_config, tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "config.json").mkdir()
     assert "not a readable JSON file" in refusal(read_config, tmp_path)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -93,14 +94,14 @@ def test_the_card_is_the_hub_s_and_has_the_figures(rounds, base):
         assert f" {found['before']:.4f} | {found['after']:.4f} | 2 |" in text
     assert f"| {record['losses']['text|1']['forgetting']:+.4f} |" in text
     source, = record["data"]["train"]
-    assert (f"| second.jsonl | train | 8 | {source['tokens']:,} | {source['target_tokens']:,} | 1 | "
+    assert (f"| `second.jsonl` | train | 8 | {source['tokens']:,} | {source['target_tokens']:,} | 1 | "
             f"`{source['sha256'][:12]}` |") in text
     trained = record_of(rounds / "round-1/final")["target_tokens"]
     recipe = tomllib.loads((rounds / "round-2/config.toml").read_text())
     assert f"| optim.lr | `{recipe['optim']['lr']}` |" in text
-    assert f"- `round-1`: 2 steps, {trained:,} trained tokens, on first.jsonl\n- `{base.name}`: the first base" in text
+    assert f"- `round-1`: 2 steps, {trained:,} trained tokens, on `first.jsonl`\n- `{base.name}`: the first" in text
     rows = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("| ")]
-    held = [row for row in rows if row.startswith(("| held |", "| text1 |"))]
+    held = [row for row in rows if row.startswith(("| `held` |", "| `text1` |"))]
     assert len(held) == 2
     assert {row.count("|") for row in held} == {9}  # a bar in a name is no cell
 
@@ -131,6 +132,38 @@ def test_a_broken_record_of_the_base_is_refused_before_the_run(base, tmp_path, c
     assert main(options(tmp_path, tmp_path)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+HOSTILE = ("\n# Heading\n", "<script>alert(1)</script>", "[link](http://evil.example)", "`` ` ```", "a | b", "![i](x)",
+           "http://evil.example", "</table><h1>", "\x1b[2J\x07", "\ud800", "\u202e", "| --- |", "", " ", "x" * 10**5,
+           "\n```\n# after the fence", "*a* _b_ ~~c~~", "&lt;&#60;", "\\", "$(touch was_here)", "'; touch was_here; '")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_foreign_name_is_only_itself_in_the_card(rounds, tmp_path, name):
+    """Wherever one stands, the card has the elements that it has with a plain name; a shell sees a word."""
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
+
+    def card(name):
+        record = record_of(rounds / "round-2/final")
+        source = {**record["data"]["train"][0], "file": name}
+        earlier = {**record["base"]["training"], "data": {"train": [source] * 30, "replay": []},
+                   "base": {"name": name, "path": name}}
+        return model_card(name, {**record, "base": {"name": name, "path": name, "training": earlier}, "losses": {
+            name: record["losses"]["held"]}, "data": {"train": [source], "eval": []}})
+    text = card(name)
+    text.encode()
+    front = text.split("\n---\n")[0]
+    assert front.count("\n") == card("plain").split("\n---\n")[0].count("\n")
+    elements = [re.findall(r"</?\w+", markdown(found[len(found.split("\n---\n")[0]) + 5:])) for found in (
+        text, card("plain"))]
+    assert elements[0] == elements[1]
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert len(text) < 12_000
+    command = next(line for line in text.splitlines() if line.startswith("vllm serve"))
+    words = subprocess.run(["sh", "-c", f"vllm() {{ printf '%s\\n' \"$#\"; }}; {command}"], capture_output=True,
+                           text=True, cwd=tmp_path)
+    assert (words.stdout, words.stderr, [*tmp_path.iterdir()]) == ("4\n", "", [])
 
 
 def test_a_record_of_another_program_is_kept_and_not_read(base, tmp_path):

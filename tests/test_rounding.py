@@ -58,7 +58,8 @@ def test_small_updates_are_not_lost():
     nearest, stochastic = weights.clone(), weights.clone()
     for step in range(200):
         nearest -= 2e-5
-        stochastic = rounding.rounded(stochastic.float() - 2e-5, random_bits(key_of(0, step, "w"), 0, len(weights))).bfloat16()
+        bits = random_bits(key_of(0, step, "w"), 0, len(weights))
+        stochastic = rounding.rounded(stochastic.float() - 2e-5, bits).bfloat16()
     assert torch.equal(nearest, weights)
     moved = (weights.double() - stochastic.double()).mean()
     # The variance of a step is at most update * distance.

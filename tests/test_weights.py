@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 from minisft.model import weights
 from minisft.model.config import LlamaConfig, RopeScaling
 from minisft.model.llama import Llama
@@ -90,6 +90,77 @@ def test_we_read_what_transformers_writes_bit_for_bit(shard_size: str, tmp_path:
     written = load_file(tmp_path / "ours" / "model.safetensors")
     assert written.keys() == state.keys()
     assert all(torch.equal(written[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("head", ["its own", "a copy", "a copy in another dtype", "none", "another shape"])
+def test_a_tied_model_with_a_head_in_the_file_is_what_transformers_makes_of_it(head: str, tmp_path: Path) -> None:
+    """A head unlike the embedding unties the model, here and in what is written; a copy is redundant."""
+    transformers = pytest.importorskip("transformers")
+    config = LlamaConfig(**{**vars(CONFIG), "head_dim": 4, "tie_word_embeddings": True})
+    random_model(config).save_pretrained(tmp_path, dtype=torch.float32)
+    state = {name: p.bfloat16().float() for name, p in load_file(tmp_path / "model.safetensors").items()}
+    copy = state["model.embed_tokens.weight"].clone()
+    heads = {"its own": copy.clone(), "a copy": copy, "a copy in another dtype": copy.bfloat16(),
+             "another shape": copy[:30].clone()}
+    heads["its own"][-1, -1] += 1  # in the last number only
+    save_file(state | ({"lm_head.weight": heads[head]} if head in heads else {}), tmp_path / "model.safetensors")
+    if head == "another shape":
+        assert "lm_head.weight: the file has [30, 16]" in refusal(Llama.from_pretrained, tmp_path)
+        return
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.arange(60) % 37
+    for path in (tmp_path, tmp_path / "written"):
+        ours = Llama.from_pretrained(path)
+        assert ours.config.tie_word_embeddings == (head != "its own")
+        with torch.no_grad():
+            torch.testing.assert_close(ours.logits(tokens), theirs(tokens[None]).logits[0], atol=1e-5, rtol=0)
+        if path == tmp_path:
+            ours.save_pretrained(tmp_path / "written", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.bfloat16), (float("inf"), torch.float16),
+                                              (-float("inf"), torch.float32)])
+def test_a_number_that_is_not_finite_is_found_while_loading(folder: Path, name: str, value: float,
+                                                            dtype: torch.dtype) -> None:
+    state = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
+    state[name].view(-1)[-1] = value
+    save_file(state, folder / "model.safetensors")
+    message = refusal(Llama.from_pretrained, folder)
+    assert message.startswith(f"{folder / 'model.safetensors'}: {name} has numbers that are not finite")
+
+
+def test_finite_numbers_whose_sum_overflows_are_finite(folder: Path) -> None:
+    state = {key: tensor.half() for key, tensor in load_file(folder / "model.safetensors").items()}
+    state["model.norm.weight"][:] = 60_000
+    save_file(state, folder / "model.safetensors")
+    assert (Llama.from_pretrained(folder).model.norm.weight == 60_000).all()
+
+
+def test_a_hostile_tensor_name_is_printed_harmlessly(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "\x1b[2Jevil\n" + "x" * 5000: torch.zeros(1)}, folder / "model.safetensors")
+    message = refusal(Llama.from_pretrained, folder)
+    assert "  \\x1b[2Jevil\\nxxxx" in message
+    assert len(message) < 500
+    save_file({**state, "\x1b[2Jevil": torch.zeros(1, dtype=torch.int8)}, folder / "model.safetensors")
+    assert ": \\x1b[2Jevil is stored as I8" in refusal(Llama.from_pretrained, folder)
+
+
+def test_weights_larger_than_the_memory_are_refused_before_any_is_allocated(folder: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2}.get)
+    assert "the weights need 0.0 GiB and this machine has 0.0 GiB of memory" in refusal(Llama.from_pretrained, folder)
+
+
+@pytest.mark.parametrize(("file", "remedy"), [
+    ("adapter_config.json", "it holds an adapter; `minisft convert {folder} TARGET --merge` makes one model of it"),
+    ("model-Q4_K_M.gguf", "it has model-Q4_K_M.gguf: GGUF files are made for inference"),
+    ("pytorch_model.bin", "it has pytorch_model.bin: pickles are not read")])
+def test_what_a_folder_without_safetensors_has_instead(tmp_path: Path, file: str, remedy: str) -> None:
+    (tmp_path / file).write_text("{}")
+    assert remedy.format(folder=tmp_path) in refusal(weights.SafetensorsFolder, tmp_path)
+    assert "is a file" in refusal(weights.SafetensorsFolder, tmp_path / file)
 
 
 def test_shards_are_as_large_as_allowed_and_indexed(tmp_path: Path) -> None:
@@ -242,7 +313,7 @@ def test_a_name_that_no_file_can_have_is_a_missing_shard(sharded: Path, name: st
     edit_index(sharded, **{"lm_head.weight": name})
     message = refusal(weights.SafetensorsFolder, sharded)
     assert message.encode()
-    assert message.endswith(f"{name!r} is listed but missing; download the model again")
+    assert message.endswith(f"{printable(repr(name))} is listed but missing; download the model again")
 
 
 def test_a_missing_shard_and_a_missing_tensor_are_named(sharded: Path) -> None:

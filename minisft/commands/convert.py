@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "generation_config.json")
@@ -35,16 +35,10 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.model.precision import DTYPES
     from minisft.training.provenance import FILE
 
-    source, target = options.source, options.target
+    source, target = options.source, options.target.resolve()
     if recipe:
         raise UserError(f"{recipe[0]}: unknown option; minisft convert --help lists them")
-    if is_adapter(source) != options.merge:
-        raise UserError(f"{source}: " + ("no adapter (it has no adapter_config.json, or a model of its own); leave out "
-                                         "--merge" if options.merge else "holds an adapter; add --merge"))
-    if options.base and not options.merge:
-        raise UserError("--base: names the base model of an adapter, which goes with --merge")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: exists and is not an empty folder; choose another target")
+    refuse_what_cannot_be(options, target, adapter=is_adapter(source))
     partial = target.with_name(target.name + ".tmp")
     if partial.exists():
         raise UserError(f"{partial}: is in the way, left by a conversion that was killed; delete it")
@@ -65,3 +59,22 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     numbers = sum(parameter.numel() for parameter in model.parameters())
     lacks = "" if (target / "tokenizer.json").exists() else "; it has no tokenizer.json, copy one there"
     print(f"{target}: {numbers:,} parameters in {options.dtype}{lacks}")
+
+
+def refuse_what_cannot_be(options: argparse.Namespace, target: Path, *, adapter: bool) -> None:
+    """Raise UserError where the options do not go with the SOURCE, an `adapter` or a model, or with TARGET."""
+    source = options.source
+    if adapter and not options.merge:
+        raise UserError(f"{source}: holds an adapter; add --merge")
+    if options.merge and not adapter:
+        model = next((file.name for file in source.glob("model*.safetensors*")), "")
+        raise UserError(f"{source}: " + (
+            f"holds a model beside its adapter ({printable(model)}); leave out --merge, or move one of the two away"
+            if (source / "adapter_config.json").exists() else
+            "holds no adapter (it has no adapter_config.json); leave out --merge"))
+    if options.base and not options.merge:
+        raise UserError("--base: names the base model of an adapter, which goes with --merge")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder; choose another target")
+    if target == Path.cwd():
+        raise UserError(f"{target}: is the folder you are in, which would be replaced; choose another target")

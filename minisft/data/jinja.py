@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 from minisft.data.conversation import Turn
+from minisft.data.formats import MESSAGES_ROLES
 from minisft.data.templates import Template
 
 
@@ -36,8 +37,8 @@ def recognize(jinja: object) -> tuple[str, str | None] | None:
 
 
 def begins_with_bos(jinja: str) -> bool:
-    """Whether the first thing that the Jinja writes is the beginning-of-text token."""
-    return bool(re.match(r"\s*+\{\{-?\s*+bos_token\s*+-?\}\}", jinja))
+    """Whether the Jinja writes the tokenizer's BOS token before all else, and no white space after it."""
+    return bool(re.match(r"\s*+\{\{-?\s*+bos_token\s*+(-\}\}|\}\}(?=\{))", jinja))
 
 
 def _default_system(jinja: str, before: str, after: str) -> str | None:
@@ -60,23 +61,28 @@ def written(template: Template, fill: Callable[[str], str]) -> str:
     """The template as Jinja. `fill` puts the tokenizer's tokens for {bos} and {eos}.
 
     It takes `messages`, `add_generation_prompt`, and what Llama-3.1's own takes for tools: `tools`, `builtin_tools`,
-    messages with `tool_calls`, and results of the role `tool` or `ipython`.
+    messages with `tool_calls`, and results. Roles have the names that training accepts in the format "messages", and
+    content may be a list of texts as there; it raises where it would leave out something else.
     """
     def text(marker: str) -> str:
         escaped = fill(marker).replace("\\", "\\\\").replace("'", "\\'")
         escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")  # Jinja would read a bare \r as \n
         return f"{{{{- '{escaped}' }}}}" if marker else ""
 
-    content = "{{- message['content'] | trim }}" if template.trim else "{{- message['content'] }}"
+    content = _if("content is not string", _raise("'content is not text'"))
+    content += "{{- content | trim }}" if template.trim else "{{- content }}"
+    names = {role: [name for name, own in MESSAGES_ROLES.items() if own == role] for role in MESSAGES_ROLES.values()}
     system = text(template.system[0]) + _environment(template, text) + text(template.system_prefix)
     answer, stop, after = map(text, template.assistant)
-    branches = {"message['role'] == 'system'": system + content + text(template.system[1])}
+    branches = {f"message['role'] in {names['system']}": system + content + text(template.system[1])}
     user = text(template.user[0])
+    unknown = "builtin_tools" if template.call else "tools or builtin_tools or message['tool_calls']"
+    unknown = "" if template.builtin_call else _if(unknown, _raise("'this template does not know these tools'"))
     if template.call:
         branches["message['tool_calls']"] = answer + _call(template, text, stop) + after
-        branches["message['role'] in ['tool', 'ipython']"] = (
-            text(template.result[0]) + "{{- message['content'] | tojson }}" + text(template.result[1]))
-        first = "loop.first or loop.index0 == 1 and messages[0]['role'] == 'system'"
+        branches[f"message['role'] in {names['result']}"] = (
+            text(template.result[0]) + "{{- content | tojson }}" + text(template.result[1]))
+        first = f"loop.first or loop.index0 == 1 and messages[0]['role'] in {names['system']}"
         definition = text(template.tools_user[0]), "{{- tool | tojson(indent=4) }}" + text(template.tools_user[1])
         user += _if(f"tools and ({first})", f"{definition[0]}{{%- for tool in tools %}}{definition[1]}{{%- endfor %}}")
     branches["message['role'] == 'user'"] = user + content + text(template.user[1])
@@ -84,18 +90,30 @@ def written(template: Template, fill: Callable[[str], str]) -> str:
     default = ""
     if template.default_system is not None:
         default = template.content(Turn("system", template.default_system)).removeprefix(template.system_prefix)
-        default = _if("messages[0]['role'] != 'system'", system + text(default) + text(template.system[1]))
-    jinja = (text(template.begin) + default + "{%- for message in messages %}" + _choice(branches) + "{%- endfor %}"
-             + _if("add_generation_prompt", answer))
+        default = system + text(default) + text(template.system[1])
+        default = _if(f"messages[0]['role'] not in {names['system']}", default)
+    otherwise = _raise("'this template does not know the role ' ~ message['role']")
+    jinja = (text(template.begin) + default + "{%- for message in messages %}" + CONTENT + unknown
+             + _choice(branches, otherwise) + "{%- endfor %}" + _if("add_generation_prompt", answer))
     return jinja.replace("' }}{{- '", "")  # two strings in a row are one; a quote inside of a string is \\'
+
+
+CONTENT = ("{%- set content = message['content'] %}{%- if content is defined and content is sequence and content is "
+           "not string and content is not mapping and not content | rejectattr('type', 'equalto', 'text') | list %}"
+           "{%- set content = content | map(attribute='text') | join %}{%- endif %}")
+
+
+def _raise(reason: str) -> str:
+    return f"{{{{- raise_exception({reason}) }}}}"
 
 
 def _if(condition: str, then: str, otherwise: str = "") -> str:
     return f"{{%- if {condition} %}}{then}" + ("{%- else %}" + otherwise if otherwise else "") + "{%- endif %}"
 
 
-def _choice(branches: dict[str, str]) -> str:
-    return "{%- " + "{%- el".join(f"if {condition} %}}{then}" for condition, then in branches.items()) + "{%- endif %}"
+def _choice(branches: dict[str, str], otherwise: str) -> str:
+    chosen = "{%- el".join(f"if {condition} %}}{then}" for condition, then in branches.items())
+    return "{%- " + chosen + "{%- else %}" + otherwise + "{%- endif %}"
 
 
 def _environment(template: Template, text: Callable[[str], str]) -> str:
@@ -117,7 +135,7 @@ def _call(template: Template, text: Callable[[str], str], stop: str) -> str:
         parts = re.split(r"\{(name|arguments)\}", format)
         return "".join(fields[part] if i % 2 else text(part) for i, part in enumerate(parts))
 
-    one = _if("message['tool_calls'] | length != 1", "{{- raise_exception('one tool call a message') }}")
+    one = _if("message['tool_calls'] | length != 1", _raise("'one tool call a message'"))
     one += "{%- set call = message['tool_calls'][0]['function'] %}"
     given = _if("call['arguments'] is string", "{{- call['arguments'] }}", "{{- call['arguments'] | tojson }}")
     said = filled(template.call, given)

@@ -8,7 +8,7 @@ add by itself is left to the template as well, so that there is exactly one.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import tokenizers
 
 from minisft.data.digest import regular_file
-from minisft.data.records import SHORT
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
+
+LARGEST = 2**28  # bytes; Llama-3's has 17 MB
 
 
 class TokenizerError(UserError):
@@ -35,19 +36,25 @@ class Tokenizer:
                             "demo's)")
         self.file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            if self.file.exists():
-                regular_file(self.file)
-            content = self.file.read_bytes()
+            if self.file.exists() and not (self.file.is_file() and self.file.stat().st_size < LARGEST):
+                raise UserError(f"{self.file}: not a tokenizer.json; {_remedy(path)}")
+            self.content = self.file.read_bytes()
         except OSError as error:
-            raise UserError(f"{self.file}: {error.strerror}; model.tokenizer is a folder with a tokenizer.json (Meta's "
-                            "tokenizer.model is not read: take the one of the Hugging Face folder)") from None
+            raise UserError(f"{self.file}: {error.strerror}; {_remedy(path)}") from None
         try:
-            self._backend = tokenizers.Tokenizer.from_buffer(content)
+            self._backend = tokenizers.Tokenizer.from_buffer(self.content)
+            if getattr(self._backend.model, "dropout", None):  # of merges, drawn anew at every call
+                content = json.loads(self.content)
+                content["model"]["dropout"] = None
+                self.content = json.dumps(content, ensure_ascii=False).encode()
+                self._backend = tokenizers.Tokenizer.from_buffer(self.content)
         except BaseException as error:  # the library raises a bare Exception, or panics with less than that
             if isinstance(error, KeyboardInterrupt):
                 raise
-            raise UserError(f"{self.file}: not a tokenizer.json ({error})") from None
-        self.sha256 = hashlib.sha256(content).hexdigest()
+            raise UserError(f"{self.file}: not a tokenizer.json ({printable(error, 200)}); {_remedy(path)}") from None
+        if not self._backend.get_vocab_size(with_added_tokens=False):
+            raise UserError(f"{self.file}: its vocabulary is empty; download the model again")
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
         self._backend.encode_special_tokens = True
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -82,41 +89,46 @@ class Tokenizer:
     @cached_property
     def bos_token(self) -> str:
         """`bos_token` of tokenizer_config.json, which a chat template may begin with; nothing where there is none."""
-        bos = self.settings.get("bos_token")
-        bos = bos.get("content") if isinstance(bos, dict) else bos
-        return bos if isinstance(bos, str) and bos in self.control else ""
+        bos = self.named("bos_token") or ""
+        return bos if bos in self.control else ""
 
     @cached_property
     def bos(self) -> str:
         """The special token that this tokenizer's own post-processor puts before a text, or nothing."""
+        plain = self.encode("a")
         ids = self._backend.encode("a", add_special_tokens=True).ids
-        plain = self._backend.encode("a", add_special_tokens=False).ids
         return (self._backend.id_to_token(ids[0]) or "") if ids[:1] != plain[:1] else ""
 
     @cached_property
     def eos(self) -> str:
         """`eos_token` of tokenizer_config.json."""
-        eos = self.settings.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        if not isinstance(eos, str) or eos not in self.control:
-            raise UserError(f"{self.file.with_name('tokenizer_config.json')}: eos_token is {eos!r}; the template ends "
-                            f"a text with it, and it must be a special token of {self.file.name}")
+        eos = self.named("eos_token")
+        if eos is None or eos not in self.control:
+            raise UserError(f"{self.file.with_name('tokenizer_config.json')}: eos_token is {printable(repr(eos))}; the "
+                            f"template ends a text with it, and it must be a special token of {self.file.name}")
         return eos
+
+    def named(self, role: str) -> str | None:
+        """The token that tokenizer_config.json calls `role`: eos_token, bos_token."""
+        token = self.settings.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which nothing is special."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The same for many texts, on all cores. Raises TokenizerError for one that the library cannot take."""
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many texts, on all cores. Raises TokenizerError for one that the tokenizer fails on."""
         try:
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a regular expression in the file that gives up is a panic, no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             longest = max(texts, key=len)
-            raise TokenizerError(f"{self.file} cannot take a text of up to {len(longest):,} characters ({error}); it "
-                                 f"begins {SHORT.repr(longest[:40])}; shorten it") from None
+            raise TokenizerError(f"{self.file}: fails on a text of up to {len(longest):,} characters "
+                                 f"({printable(error, 200)}) that begins {printable(longest[:40])!r}; leave out what is "
+                                 "that long, or repair the patterns of its pre_tokenizer") from None
 
     def decode(self, ids: list[int], *, skip_control: bool = False) -> str:
         """The text of `ids`, with control tokens spelled out or left out."""
@@ -137,3 +149,13 @@ class Tokenizer:
                 shown = len(whole)
         if rest := self.decode(known)[shown:]:
             yield rest
+
+
+def _remedy(path: Path) -> str:
+    """What to do where `path` has no tokenizer.json."""
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+        return "GGUF files are not read: download the safetensors and the tokenizer.json that they were made from"
+    if (path / "adapter_config.json").exists():
+        return f"it holds an adapter: `minisft convert {path} TARGET --merge` makes one model of it and its base"
+    return ("model.tokenizer, or else model.path, is a folder with a tokenizer.json (Meta's tokenizer.model is not "
+            "read: take the one of the Hugging Face folder)")

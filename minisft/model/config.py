@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 
 _LARGEST = 2**20  # four times the widest Llama; the product of two such sizes is still a valid tensor
+_DEEPEST = 2**10  # eight times the deepest one; that many layers are built in a second
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,15 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim"):
-            _size(name, getattr(self, name))
+            _size(name, getattr(self, name), _DEEPEST if name == "num_hidden_layers" else _LARGEST)
         for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings", "initializer_range"):
             _positive(name, getattr(self, name))
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; true or false is needed")
+                raise ValueError(f"{name} is {_shown(getattr(self, name))}; true or false is needed")
         for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", self.eos_token_id)):
             if not all(i is None or (type(i) is int and i >= 0) for i in (ids if isinstance(ids, list) else [ids])):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; a token id is needed")
+                raise ValueError(f"{name} is {_shown(getattr(self, name))}; a token id is needed")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
@@ -93,7 +94,9 @@ def read_config(path: str | Path) -> LlamaConfig:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file; a Hugging Face model folder has a config.json") from None
+        adapter = (f". This one holds an adapter: `minisft convert {path} TARGET --merge` makes one model of it and "
+                   "its base" if (path / "adapter_config.json").exists() else "")
+        raise UserError(f"{file}: no such file; a Hugging Face model folder has a config.json{adapter}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a readable JSON file: {error}") from None
     if not isinstance(raw, dict):
@@ -101,7 +104,7 @@ def read_config(path: str | Path) -> LlamaConfig:
     try:
         return _from_dict(raw)
     except (KeyError, TypeError, ValueError) as error:
-        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{file}: {reason}") from None
 
 
@@ -109,11 +112,12 @@ def _from_dict(raw: dict[str, Any]) -> LlamaConfig:
     for name, supported in (("model_type", ("llama",)), ("hidden_act", ("silu",)), ("pretraining_tp", (1, None)),
                             ("partial_rotary_factor", (1, None))):
         if raw.get(name, supported[0]) not in supported:
-            raise ValueError(f"{name} is {raw[name]!r}; minisft trains Llama-3 networks, where it is {supported[0]!r}")
+            raise ValueError(f"{name} is {_shown(raw[name])}; minisft trains Llama-3 networks, where it is "
+                             f"{supported[0]!r}")
     heads, hidden = (_size(name, raw[name]) for name in ("num_attention_heads", "hidden_size"))
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling or rope_parameters is {rope!r}; an object is needed")
+        raise ValueError(f"rope_scaling or rope_parameters is {_shown(rope)}; an object is needed")
     defaults = {"num_key_value_heads": heads, "head_dim": hidden // heads, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
     optional = ("num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
                 "attention_bias", "mlp_bias", "max_position_embeddings", "initializer_range", "bos_token_id",
@@ -128,24 +132,28 @@ def _from_dict(raw: dict[str, Any]) -> LlamaConfig:
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; Llama-3 rotates whole heads")
+    if (partial := rope.get("partial_rotary_factor", 1)) != 1:
+        raise ValueError(f"partial_rotary_factor is {_shown(partial)}; Llama-3 rotates whole heads")
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ValueError(f"rope scaling of type {kind!r} is not supported; Llama-3 uses 'default' or 'llama3'")
+        raise ValueError(f"rope scaling of type {_shown(kind)} is not supported; Llama-3 uses 'default' or 'llama3'")
     return RopeScaling(**{field.name: rope[field.name] for field in dataclasses.fields(RopeScaling)})
 
 
-def _size(name: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= _LARGEST:
-        raise ValueError(f"{name} is {value!r}; a whole number from 1 to {_LARGEST} is needed")
+def _size(name: str, value: Any, largest: int = _LARGEST) -> int:
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(f"{name} is {_shown(value)}; a whole number from 1 to {largest} is needed")
     return value
 
 
 def _positive(name: str, value: Any) -> None:
     if type(value) not in (int, float) or not 1e-30 < value < 1e30:  # also false for NaN
-        raise ValueError(f"{name} is {value!r}; a positive number is needed, one whose powers fp32 can hold")
+        raise ValueError(f"{name} is {_shown(value)}; a positive number is needed, one whose powers fp32 can hold")
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value))
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, **other: Any) -> LlamaConfig:

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import (
 from minisft.errors import UserError
 from minisft.model import weights
 from minisft.model.attention import Documents, attend
-from minisft.model.config import LlamaConfig, read_config
+from minisft.model.config import LlamaConfig
 from minisft.model.meta import MetaFolder
 from minisft.model.norm import RMSNorm
 from minisft.model.peft import PeftFolder, is_adapter
@@ -223,8 +223,10 @@ class Llama(nn.Module):
             path = adapter.base_folder(base)
         source = MetaFolder(path) if format == "meta" else weights.SafetensorsFolder(path)
         with torch.device("meta"):
-            model = cls(source.config if isinstance(source, MetaFolder) else read_config(path)).to(dtype)
+            model = cls(source.config).to(dtype)
         weights.check(model, source)
+        if torch.device(device).type == "cpu":
+            weights.check_memory(model)
         model.to_empty(device=device)
         weights.load(model, source)
         if adapter:

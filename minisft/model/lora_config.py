@@ -17,6 +17,7 @@ from minisft.errors import UserError
 from minisft.model.config import LlamaConfig
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+OTHERS = ("lm_head", "model.embed_tokens")  # never adapted
 BLOCK = 64  # numbers that NF4 scales together (nf4.py)
 
 
@@ -52,10 +53,15 @@ class LoRA:
     def check(self, config: LlamaConfig) -> None:
         """Raise UserError for patterns that match nothing, and for matrices that NF4 cannot hold."""
         names = matrices(config)
-        wrong = [f"lora.targets: {pattern!r} matches none of the {len(names)} matrices; their names are "
-                 f"model.layers.N.self_attn.{{{','.join(MATRICES[:4])}}} and model.layers.N.mlp.{{"
-                 f"{','.join(MATRICES[4:])}}}, of which a pattern may leave the front away"
+        known = (f"their names are model.layers.N.self_attn.{{{','.join(MATRICES[:4])}}} and model.layers.N.mlp.{{"
+                 f"{','.join(MATRICES[4:])}}}, of which a pattern may leave the front away")
+        others = "the embedding and the head have no adapters: train them with everything else, lora.rank = 0"
+        wrong = [f"lora.targets: {pattern!r} matches none of the {len(names)} matrices; "
+                 f"{others if any(_matches(name, pattern) for name in OTHERS) else known}"
                  for pattern in self.targets if not any(_matches(name, pattern) for name in names)]
+        if self.rank > (most := max(min(shape) for shape in names.values())):
+            wrong.append(f"lora.rank: {self.rank} is more than the {most} that a matrix of this model can have at all; "
+                         "choose less, or 0 to train the matrices themselves")
         if not self.targets:
             wrong.append("lora.targets: empty, so nothing would be trained; name at least one matrix")
         if self.base == "nf4":

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 from minisft.model.config import LlamaConfig, RopeScaling
+from minisft.model.weights import finite
 
 _TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
 _BLOCK = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
@@ -58,7 +59,7 @@ class MetaFolder:
         if theirs.endswith(("attention.wq.weight", "attention.wk.weight")):
             # rows of a head: [x0 y0 x1 y1 ...] -> [x0 x1 ... y0 y1 ...]
             whole = whole.unflatten(0, (-1, self.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        return whole[start:stop]
+        return finite(whole[start:stop], name, self.path)
 
     def _is_replicated(self, name: str) -> bool:
         return self._parts[0][name].dim() < 2
@@ -80,21 +81,29 @@ class MetaFolder:
             tied = all(head not in part or torch.equal(part[head], part[embedding]) for part in self._parts)
             return _config(params, vocab_size=sum(len(part[embedding]) for part in self._parts), tied=tied)
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"{file}: not Meta's parameters of a Llama-3 ({type(error).__name__}: {error})") from None
+            raise UserError(f"{file}: not Meta's parameters of a Llama-3 ({type(error).__name__}: "
+                            f"{printable(error, 200)})") from None
 
 
 def _load(file: Path) -> dict[str, Tensor]:
     try:
         part = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
-        reason = str(error).partition("\n")[0]
+        reason = printable(str(error).partition("\n")[0], 200)
         raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
     if not isinstance(part, dict) or "tok_embeddings.weight" not in part:
         raise UserError(f"{file}: not a checkpoint of Meta's: it has no tok_embeddings.weight")
     for name, tensor in part.items():
-        dtype = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(f"{file}: {name} is stored as {dtype}; quantised weights cannot be fine-tuned")
+        kind = type(tensor).__name__
+        if isinstance(tensor, Tensor):
+            kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout)
+            kind += f" on {tensor.device}" if tensor.device.type != "cpu" else ""
+        if kind not in ("torch.float32", "torch.bfloat16", "torch.float16"):
+            raise UserError(f"{file}: {printable(name)} is stored as {kind}; quantised weights cannot be fine-tuned")
+    # Twice, since the embedding may stand there as the head, too. More is one number that claims to be a matrix.
+    if (size := sum(tensor.nbytes for tensor in part.values())) > 2 * file.stat().st_size:
+        raise UserError(f"{file}: its tensors would take {size / 2**30:,.1f} GiB, more than the file has; it is "
+                        "damaged, or was made to fill memory: download the model again")
     return part
 
 

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 from minisft.model.config import LlamaConfig
 from minisft.model.lora_config import LoRA, matrices
+from minisft.model.weights import finite
 
 PREFIX = "base_model.model."
 PARTS = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
@@ -28,9 +29,12 @@ UNDERSTOOD = {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", 
 PLAIN_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base
 
 
+MERGE = "merge it with peft (merge_and_unload) and use the merged model"
+
+
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder holds an adapter and no model."""
-    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
+    return (Path(path) / "adapter_config.json").is_file() and not any(Path(path).glob("model*.safetensors*"))
 
 
 def settings(lora: LoRA, config: LlamaConfig, *, base: str) -> dict[str, Any]:
@@ -59,22 +63,26 @@ class PeftFolder:
             self.base = Path(str(found["base_model_name_or_path"]))
             rslora, self.dora = bool(found.get("use_rslora")), bool(found.get("use_dora"))
             self.scale = LoRA(self.rank, self.alpha, rslora=rslora).scale
+            if not abs(self.scale) < 1e30:  # also of NaN
+                raise ValueError(f"lora_alpha is {self.alpha}")
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"{file}: not the settings of an adapter ({type(error).__name__}: {error})") from None
+            raise UserError(f"{file}: not the settings of an adapter ({type(error).__name__}: "
+                            f"{printable(error, 200)})") from None
         strange = {name: value for name, value in found.items() if value and name not in UNDERSTOOD}
         strange |= {name: found[name] for name, good in (("peft_type", ("LORA",)), ("bias", ("none",)),
                                                          ("init_lora_weights", PLAIN_BEGINNINGS))
                     if found.get(name, good[0]) not in good}
         if strange:
-            raise UserError(f"{file}: {', '.join(f'{k} is {v!r}' for k, v in strange.items())}, which is not "
-                            "understood; merge it with peft (merge_and_unload) and use the merged model")
+            named = ", ".join(f"{printable(k)} is {printable(repr(v))}" for k, v in [*strange.items()][:5])
+            raise UserError(f"{file}: {named}, which is not understood; {MERGE}")
         self.tensors = self._read()
 
     def base_folder(self, given: str | Path | None = None) -> Path:
         """The folder of the base model: `given`, or where the adapter says. Raises UserError where there is none."""
         folder = Path(given or self.base)
         if not folder.is_dir():
-            raise UserError(f"{self.path}: its base model {str(folder)!r} is not a folder here; download it, then "
+            raise UserError(f"{self.path}: its base model {printable(repr(str(folder)))} is not a folder here; "
+                            "download it, then "
                             f"`minisft convert {self.path} TARGET --merge --base FOLDER` makes one model of both")
         return folder
 
@@ -85,12 +93,13 @@ class PeftFolder:
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+            raise UserError(f"{file}: not a readable safetensors file ({printable(error, 200)})") from None
         for key, tensor in tensors.items():
             part = next((part for part, ending in PARTS.items() if key.endswith(ending)), None)
             if part is None or not key.startswith(PREFIX):
-                raise UserError(f"{file}: {key} is no part of a linear matrix's adapter")
-            found.setdefault(key.removeprefix(PREFIX).removesuffix(PARTS[part]), {})[part] = tensor.float()
+                raise UserError(f"{file}: {printable(key)} is no part of a linear matrix's adapter; {MERGE}")
+            name = key.removeprefix(PREFIX).removesuffix(PARTS[part])
+            found.setdefault(name, {})[part] = finite(tensor.float(), key, file)
         return found
 
     @torch.no_grad()
@@ -98,7 +107,9 @@ class PeftFolder:
         """Add the adapter to the matrices of `model`. Raises UserError where it belongs to another model."""
         shapes = matrices(config)
         for name, parts in self.tensors.items():
-            rows, columns = shapes.get(name, (0, 0))
+            if name not in shapes:
+                raise UserError(f"{self.path}: the adapter of {printable(name)} is not of a matrix in a layer; {MERGE}")
+            rows, columns = shapes[name]
             wanted: dict[str, tuple[int, ...]] = {"lora_A": (self.rank, columns), "lora_B": (rows, self.rank)}
             wanted |= {"magnitude": (rows,)} if self.dora else {}
             if {part: tuple(tensor.shape) for part, tensor in parts.items()} != wanted:
@@ -110,4 +121,4 @@ class PeftFolder:
             merged = torch.addmm(weight.float(), parts["lora_B"], parts["lora_A"], alpha=self.scale)
             if self.dora:
                 merged *= (parts["magnitude"] / merged.norm(dim=1))[:, None]
-            weight.copy_(merged)
+            weight.copy_(finite(merged, f"with its adapter {name}", self.path))

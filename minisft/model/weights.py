@@ -15,7 +15,8 @@ import json
 import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minisft.errors import UserError
-from minisft.model.config import LlamaConfig
+from minisft.errors import UserError, printable
+from minisft.model.config import LlamaConfig, read_config
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 THREADS = 4
@@ -40,8 +41,13 @@ class Checkpoint(Protocol):
     shapes: dict[str, tuple[int, ...]]
     piece: int  # bytes that are read at once, by each of several threads; 0: whole tensors, one by one
 
+    @property
+    def config(self) -> LlamaConfig:
+        """The network that the tensors belong to."""
+        ...
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor."""
+        """Rows [start, stop) of a tensor. Raises UserError where a number in them is not finite."""
         ...
 
 
@@ -67,21 +73,38 @@ class SafetensorsFolder:
                         continue
                     part = opened.get_slice(name)
                     if part.get_dtype() not in FLOATS:
-                        raise UserError(f"{self.path / file}: {name} is stored as {part.get_dtype()}; quantised "
-                                        f"weights cannot be fine-tuned, only {', '.join(FLOATS)}")
+                        raise UserError(f"{self.path / file}: {printable(name)} is stored as {part.get_dtype()}; "
+                                        f"quantised weights cannot be fine-tuned, only {', '.join(FLOATS)}")
                     self.shapes[name] = tuple(part.get_shape())
                     self._places[name] = self.path / file, offsets[name], FLOATS[part.get_dtype()]
             except (SafetensorError, OSError) as error:  # the library's own message does not name the file
-                raise UserError(f"{self.path / file}: not a readable safetensors file ({error}); "
-                                "download or export it again") from None
-        lost = [f"{name!r} (in {file})" for name, file in listed.items() if name not in self.shapes]
+                raise UserError(f"{self.path / file}: not a readable safetensors file "
+                                f"({printable(error, 200)}); download or export it again") from None
+        lost = [f"{printable(repr(name))} (in {file})" for name, file in listed.items() if name not in self.shapes]
         if lost:
             raise UserError(f"{self.path}: the index lists tensors that its files lack: {_first_ten(lost)}")
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        """What config.json describes. If it ties the head to the embedding and the file has a head unlike that, the
+        network is untied, as transformers 5 has it (4 drops the head); an equal one is redundant."""
+        config = read_config(self.path)
+        return replace(config, tie_word_embeddings=config.tie_word_embeddings and not self._has_own_head())
+
+    def _has_own_head(self) -> bool:
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        shape = self.shapes.get(head, ())
+        if not shape or shape != self.shapes.get(embedding):
+            return bool(shape)
+        each = max(self.piece // (2 * max(shape[-1], 1)), 1)
+        rows = ((i, min(i + each, shape[0])) for i in range(0, shape[0], each))
+        return not all(torch.equal(self.read(head, *some).float(), self.read(embedding, *some).float())
+                       for some in rows)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, in the dtype of the file."""
         file, offset, dtype = self._places[name]
-        rows = torch.empty((stop - start, *self.shapes[name][1:]), dtype=dtype)
+        rows = torch.empty((stop - start, *self.shapes[name][1:]), dtype=dtype, device="cpu")
         left = rows.flatten().view(torch.uint8).numpy().data
         with open(file, "rb", buffering=0) as opened:
             opened.seek(offset + start * (len(left) // max(len(rows), 1)))
@@ -89,7 +112,16 @@ class SafetensorsFolder:
                 if not (count := opened.readinto(left)):
                     raise UserError(f"{file}: ends within {name}; it was cut off since the run began")
                 left = left[count:]
-        return rows
+        return finite(rows, name, file)
+
+
+def finite(rows: Tensor, name: str, file: Path) -> Tensor:
+    """`rows` of a tensor, as they are. Raises UserError where a number in them is not finite."""
+    # The sum is twenty times as fast; it cannot be finite where a number is not, though it may overflow in fp16.
+    if not rows.sum().isfinite() and not rows.isfinite().all():
+        raise UserError(f"{file}: {printable(name, 120)} has numbers that are not finite (NaN or infinity), so nothing "
+                        "could be learned; download the model again, or take an earlier checkpoint of its training")
+    return rows
 
 
 def _offsets(file: Path) -> dict[str, int]:
@@ -103,33 +135,45 @@ def _offsets(file: Path) -> dict[str, int]:
 def _index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, or nothing where the folder holds a single file."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; model.path is a Hugging Face model folder")
+        raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; model.path is a Hugging "
+                        "Face model folder, with safetensors")
     file = folder / "model.safetensors.index.json"
     if not file.exists():
         if (folder / "model.safetensors").exists():
             return {}
-        other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        remedy = (f"it has {', '.join(other[:3])}: pickles are not read, since they can run code; convert them to "
-                  "safetensors (transformers: save_pretrained), or for Meta's files pass model.format = \"meta\""
-                  if other else "download the model again")
-        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json; {remedy}")
+        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json; {_instead(folder)}")
     try:
         listed = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         names = set(listed.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: not a readable index ({type(error).__name__}: {error})") from None
+        raise UserError(f"{file}: not a readable index ({type(error).__name__}: {printable(error, 200)})") from None
     present = set(os.listdir(folder))
     for name in names:
         inside = isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
         # A link may lead elsewhere on purpose (download caches do), but not by a name in a file from the network.
         if not inside:
-            raise UserError(f"{file}: {name!r} is not the name of a safetensors file in this folder; refused")
+            raise UserError(f"{file}: {printable(repr(name))} is not the name of a safetensors file in this folder; "
+                            "refused")
         if name not in present:
-            raise UserError(f"{file}: {name!r} is listed but missing; download the model again")
+            raise UserError(f"{file}: {printable(repr(name))} is listed but missing; download the model again")
     if "model.safetensors" in present - names:  # programs differ in which of the two they read
         raise UserError(f"{folder}: model.safetensors.index.json does not list model.safetensors, so one of the "
                         "two is out of date; delete it")
     return listed
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors has, and what to do with that."""
+    if (folder / "adapter_config.json").exists():
+        return (f"it holds an adapter; `minisft convert {folder} TARGET --merge` makes one model of it and its base, "
+                "which can be trained")
+    if other := sorted(p.name for p in folder.glob("*.gguf")):
+        return (f"it has {printable(other[0])}: GGUF files are made for inference, and are quantised as a rule; "
+                "download the safetensors that it was made from")
+    if other := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
+        return (f"it has {printable(', '.join(other[:3]))}: pickles are not read, since they can run code; convert "
+                "them to safetensors (transformers: save_pretrained), or for Meta's files pass model.format = \"meta\"")
+    return "download the model again"
 
 
 def check(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -138,8 +182,8 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
     problems = [f"{name}: missing" for name in wanted if name not in checkpoint.shapes]
     problems += [f"{name}: the file has {list(shape)}, config.json asks for {list(wanted[name])}"
                  for name, shape in checkpoint.shapes.items() if name in wanted and shape != wanted[name]]
-    problems += [f"{name}: not part of the model that config.json describes"
-                 for name in checkpoint.shapes if name not in wanted and not _is_redundant(name, wanted)]
+    problems += [f"{printable(name)}: not part of the model that config.json describes"
+                 for name in checkpoint.shapes if name not in wanted and not _is_redundant(name, checkpoint)]
     if problems:
         raise UserError(f"{checkpoint.path}: weights and config.json disagree: {_first_ten(problems)}")
 
@@ -153,9 +197,17 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _is_redundant(name: str, wanted: dict[str, tuple[int, ...]]) -> bool:
+def check_memory(model: nn.Module) -> None:
+    """Raise UserError where the parameters of `model` (on the meta device) are more than this machine's memory."""
+    needed = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
+    if needed > (has := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30):
+        raise UserError(f"the weights need {needed:,.1f} GiB and this machine has {has:,.1f} GiB of memory; take a "
+                        "smaller model, or a machine with more")
+
+
+def _is_redundant(name: str, checkpoint: Checkpoint) -> bool:
     """Old files carry a table that follows from the config; tied models may repeat their one matrix as a head."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted)
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and checkpoint.config.tie_word_embeddings)
 
 
 def _first_ten(items: list[str]) -> str:
@@ -245,11 +297,16 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
             if writes:  # converted on the device: half of the way to the host
                 tensors[name] = gathered.to(dtype).to("cpu").contiguous()
         if writes:
-            try:
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk, mostly: the library has no OSError and names no file
-                raise OSError(f"{folder / file}: cannot be written ({error})") from None
-            os.chmod(folder / file, 0o666 & ~_umask())  # safetensors creates files that only their owner can read
+            write(tensors, folder / file)
+
+
+def write(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file, readable as the umask says. Raises OSError where it cannot be written."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, mostly: the library has no OSError and names no file
+        raise OSError(f"{file}: cannot be written ({error})") from None
+    os.chmod(file, 0o666 & ~_umask())  # safetensors creates files that only their owner can read
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[int, Callable[[], Tensor]]]:

@@ -7,13 +7,11 @@ loads the adapter onto the base in bf16 adds it to something slightly else.
 
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from minisft.data.chat import Renderer
-from minisft.model import lora, peft
+from minisft.model import lora, peft, weights
 from minisft.model.llama import Llama
 from minisft.model.lora_config import LoRA
-from minisft.training.export import appearing, write_companions, write_json
+from minisft.training.export import appearing, as_json, companions, write
 
 
 def export_adapter(model: Llama, settings: LoRA, renderer: Renderer, folder: Path, *, base: str,
@@ -22,6 +20,6 @@ def export_adapter(model: Llama, settings: LoRA, renderer: Renderer, folder: Pat
     tensors = dict(lora.tensors(model))
     with appearing(folder, leads=leads) as partial:
         if leads:
-            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-            write_json(partial / "adapter_config.json", peft.settings(settings, model.config, base=base))
-            write_companions(partial, renderer, model.config)
+            weights.write(tensors, partial / "adapter_model.safetensors")
+            described = as_json(peft.settings(settings, model.config, base=base))
+            write(partial, {"adapter_config.json": described, **companions(renderer, model.config)})

@@ -2,14 +2,19 @@
 Reporting").
 
 All of it is said by the run itself, in `training.json`; what a run cannot know (language, licence, intended use) is
-left to its author. Files are named without their folders, which are nobody's business.
+left to its author. Files are named without their folders, which are nobody's business. Names of files and of earlier
+models may be somebody else's: as code they are only themselves, whatever Markdown or HTML they spell.
 """
 
 import json
 import math
+import re
+import shlex
 import tomllib
 from collections.abc import Sequence
 from typing import Any
+
+from minisft.errors import printable
 
 SETTINGS = ("batch", "train", "optim", "lora")  # sections of the recipe that the card shows, and these of data
 DATA_SETTINGS = ("template", "train_on", "seq_len", "overlong", "dedup", "replay_ratio")
@@ -17,20 +22,27 @@ DATA_SETTINGS = ("template", "train_on", "seq_len", "overlong", "dedup", "replay
 
 def model_card(name: str, record: dict[str, Any]) -> str:
     """The card of the model `name` that `record` (`training.json`) tells of."""
-    parts = (_front_matter(record), f"# {name}\n\n{_summary(record)}", _rounds(record), _data(record),
+    title = re.sub(r"([!-,/:-@[-`{-~])", r"\\\1", printable(name))
+    parts = (_front_matter(record), f"# {title}\n\n{_summary(record)}", _rounds(record), _data(record),
              _heldout(record), _settings(record), _history(record), _use(name))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def literal(name: object, limit: int = 80) -> str:
+    """A foreign name in Markdown: as code, in which only a backtick means something."""
+    return f"`{printable(name, limit).replace('`', chr(39)) or ' '}`"
+
+
 def _front_matter(record: dict[str, Any]) -> str:
-    base = [f"base_model: {json.dumps(record['base']['name'], ensure_ascii=False)}"] if record["base"] else []
-    return "\n".join(["---", *base, "library_name: transformers", "pipeline_tag: text-generation",
+    base = record["base"]
+    named = [f"base_model: {json.dumps(printable(base['name']), ensure_ascii=False)}"] if base else []
+    return "\n".join(["---", *named, "library_name: transformers", "pipeline_tag: text-generation",
                       "tags:", "- minisft", "- sft", "---"])
 
 
 def _summary(record: dict[str, Any]) -> str:
     base = record["base"]
-    origin = f"`{base['name']}`, fine-tuned on conversations" if base else "Random weights, trained"
+    origin = f"{literal(base['name'])}, fine-tuned on conversations" if base else "Random weights, trained"
     code = f"minisft {record['minisft']}" + (f" at commit {record['commit']}" if record["commit"] else "")
     processes = f"{record['ranks']} process{'es' * (record['ranks'] > 1)}"
     return (f"{origin} with {code} and torch {record['torch']}, in {processes}: {record['steps']:,} of "
@@ -49,11 +61,12 @@ def rounds(base: dict[str, Any] | None) -> list[str]:
     """A line for each model before this one, the last first, as far back as minisft's own records tell."""
     lines = []
     while base and "minisft" in (before := base.get("training", {})):
-        files = ", ".join(source["file"] for use in ("train", "replay") for source in before["data"][use])
-        lines.append(f"- `{base['name']}`: {before['steps']:,} steps, {before['target_tokens']:,} trained tokens, on "
-                     f"{files}")
+        files = [literal(source["file"]) for use in ("train", "replay") for source in before["data"][use]]
+        more = f" and {len(files) - 20} more" if len(files) > 20 else ""
+        lines.append(f"- {literal(base['name'])}: {before['steps']:,} steps, {before['target_tokens']:,} trained "
+                     f"tokens, on {', '.join(files[:20])}{more}")
         base = before["base"]
-    return [*lines, f"- `{base['name']}`: the first base model" if base else "- random weights"]
+    return [*lines, f"- {literal(base['name'])}: the first base model" if base else "- random weights"]
 
 
 def _rounds(record: dict[str, Any]) -> str:
@@ -62,7 +75,7 @@ def _rounds(record: dict[str, Any]) -> str:
 
 
 def _data(record: dict[str, Any]) -> str:
-    rows = [(source["file"], use, source["documents"], source["tokens"], source["target_tokens"],
+    rows = [(literal(source["file"]), use, source["documents"], source["tokens"], source["target_tokens"],
              f"{source['weight']:.4g}" if "weight" in source else "-", f"`{source['sha256'][:12]}`")
             for use, sources in record["data"].items() for source in sources]
     head = ("file", "use", "documents", "tokens", "trained tokens", "passes in an epoch", "sha256 begins")
@@ -72,7 +85,7 @@ def _data(record: dict[str, Any]) -> str:
 def _heldout(record: dict[str, Any]) -> str:
     if not record["losses"]:
         return ""
-    rows = [(name, found["target_tokens"], *map(_loss, (found["before"], found["after"])), found["step"],
+    rows = [(literal(name), found["target_tokens"], *map(_loss, (found["before"], found["after"])), found["step"],
              *map(_perplexity, (found["before"], found["after"])),
              _loss(found.get("forgetting"), sign="+")) for name, found in record["losses"].items()]
     head = ("held-out data", "tokens", "loss before", "loss after", "at step", "perplexity before", "perplexity after",
@@ -83,7 +96,7 @@ def _heldout(record: dict[str, Any]) -> str:
 
 def _settings(record: dict[str, Any]) -> str:
     recipe = tomllib.loads(record["recipe"])
-    rows = [(f"{section}.{key}", f"`{json.dumps(value)}`") for section in ("data", *SETTINGS)
+    rows = [(f"{section}.{key}", literal(json.dumps(value), 200)) for section in ("data", *SETTINGS)
             for key, value in recipe.get(section, {}).items() if section != "data" or key in DATA_SETTINGS]
     return "## Settings\n\n" + _table(("key", "value"), rows)
 
@@ -113,7 +126,7 @@ print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_to
 
 ```
 minisft chat FOLDER
-vllm serve FOLDER --served-model-name {json.dumps(name, ensure_ascii=False)}
+vllm serve FOLDER --served-model-name {shlex.quote(printable(name))}
 python llama.cpp/convert_hf_to_gguf.py FOLDER --outfile model.gguf && llama-cli -m model.gguf
 ```"""
 

@@ -105,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     rows.copy_(gradient).scatter_(-1, at, at_target)
                     total += loss
             one_product = grad_x is not None and words_at_once == len(weight)
-            sum_x = grad_x if grad_x is None or one_product and grad_x.dtype == dtype else \
+            sum_x = grad_x if grad_x is None or (one_product and grad_x.dtype == dtype) else \
                 torch.empty(x.shape, dtype=torch.float32, device=x.device)
             for start in range(0, len(weight), words_at_once):
                 words = slice(start, start + words_at_once)

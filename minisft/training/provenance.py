@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import minisft
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 from minisft.training.card import rounds
 from minisft.training.environment import SOURCE, commit
 
@@ -88,8 +88,8 @@ def _base(folder: Path) -> Record:
     try:
         rounds(found)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / FILE}: not as minisft writes it ({type(error).__name__}: {error}); mend it, or "
-                        "remove it") from None
+        raise UserError(f"{folder / FILE}: not as minisft writes it ({type(error).__name__}: {printable(error, 200)}); "
+                        "mend it, or remove it") from None
     return found
 
 
@@ -97,8 +97,8 @@ def _object(file: Path) -> Record:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not a readable JSON file ({error}); it is kept in the new model's {FILE}: mend it, "
-                        "or remove it") from None
+        raise UserError(f"{file}: not a readable JSON file ({printable(error, 200)}); it is kept in the new model's "
+                        f"{FILE}: mend it, or remove it") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; mend it, or remove it")
     return content
