@@ -1,6 +1,7 @@
 """What a GPU computes and how fast, most valuable rows first, in one command of nine minutes.
 
-    python benchmarks/gpu.py [--budget SECONDS] [--rows NAME...] [--gpus N] [--tokenizer FOLDER] [--data FILE] [--out FILE]
+    python benchmarks/gpu.py [--budget SECONDS] [--rows NAME...] [--gpus N] [--tokenizer FOLDER] [--data FILE]
+                             [--out FILE] [--check]
 
 A row is a process of its own under a limit; a row that fails or takes too long says so, and the next one starts. What
 it measures is appended to FILE (gpu.jsonl) as it comes, with the card, the driver, the versions and the commit, so an
@@ -15,6 +16,7 @@ computed again) over what an 8192^3 product reaches in the row `ceilings`.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -147,14 +149,14 @@ def ceilings(s: Setting) -> Figures:
     n, on = s.size(8192, 64), s.device
     a, b = torch.randn(2, n, n, device=on).bfloat16()
 
-    def products() -> None:
+    def products(a=a, b=b) -> None:
         for _ in range(10):
             a @ b
 
     yield f"{n}^3 product, bf16", 10 * 2 * n**3 / timed(products, on=on) / 1e12, "TFLOP/s"
     x = torch.empty(s.size(2**31, 2**16), dtype=torch.uint8, device=on)
     y = torch.empty_like(x)
-    yield "copy, read and written", 2 * len(x) / timed(lambda: y.copy_(x), on=on) / 1e12, "TB/s"
+    yield "copy, read and written", 2 * len(x) / timed(partial(y.copy_, x), on=on) / 1e12, "TB/s"
     del x, y, a, b
     left, right, sums = (torch.randn(n // 8, n // 8, device=on) for _ in range(3))
     expected = sums.double() + left.bfloat16().double() @ right.bfloat16().double()
@@ -190,7 +192,8 @@ def ceilings(s: Setting) -> Figures:
 def tests(s: Setting) -> Figures:
     """Of tests/test_gpu.py, what a GPU computes against the CPU; `python -m pytest -m gpu` has whole runs, too."""
     chosen = ["-k", "attention and float32 and 1-64" if s.check else "attention or loss or moments"]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "tests/test_gpu.py", *chosen]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "tests/test_gpu.py",
+               *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith(("FAILED", "ERROR")):
@@ -288,6 +291,8 @@ def steps(s: Setting, what: str, preset: str, *, tokens: int, count: int, batche
     from minisft.model.lora_config import LoRA
     from minisft.planning.memory import Bytes, peak
 
+    # The model before this one is held by a cycle: its layers, and what compiled them.
+    gc.collect()
     config, on = s.config(preset), s.device
     tokens, each = s.size(tokens, 128), s.size(each, 40)
     model, optimizer, world = network(config, s, compiled=compiled, recompute=recompute, rank=rank, **options)
@@ -325,8 +330,8 @@ def sync(s: Setting) -> Figures:
     import torch
 
     config = replace(s.config("llama-3.2-1b"), num_hidden_layers=2)
-    for what, options in (("fp32 masters", {}), ("bf16 parameters and moments", {"parameters": "bf16", "moments": "bf16"}),
-                          ("LoRA", {"rank": 8})):
+    for what, options in (("fp32 masters", {}), ("LoRA", {"rank": 8}),
+                          ("bf16 parameters and moments", {"parameters": "bf16", "moments": "bf16"})):
         torch._dynamo.reset()
         model, optimizer, world = network(config, s, compiled=True, recompute="selective", **options)
         made = [stream(s.size(2048, 128), 100, config.vocab_size, seed=i) for i in range(2)]
@@ -581,13 +586,14 @@ def resume(s: Setting) -> Figures:
         first, again = ([r["loss"] for r in log_of(folder)] for folder in (whole, killed))
         name = f"kill -9 and resume, deterministic {deterministic}"
         yield f"{name}: steps", float(len(again)), ""
-        yield f"{name}: losses equal bit for bit", float(sum(a == b for a, b in zip(first, again, strict=True))), "of 12"
+        same = sum(a == b for a, b in zip(first, again, strict=True))
+        yield f"{name}: losses equal bit for bit", float(same), "of 12"
         yield f"{name}: largest difference", max(abs(a - b) for a, b in zip(first, again, strict=True)), "nats"
         shutil.rmtree(whole)
         shutil.rmtree(killed)
 
 
-def peers(s: Setting) -> Figures:
+def peers(s: Setting, *, seq_len: int) -> Figures:
     """Llama-3.2-1B, the same packs for all: minisft, TRL with its attention kernels, plain transformers."""
     import torch
 
@@ -606,23 +612,21 @@ def peers(s: Setting) -> Figures:
     if s.device == "cuda":
         torch.cuda.empty_cache()
     systems = ["minisft", "trl", "trl-liger", "transformers", "trl-flash"] if not s.check else ["minisft"]
-    for seq_len in (s.size(8192, 512), s.size(4096, 256)):
-        out = s.folder / "throughput.jsonl"
-        out.unlink(missing_ok=True)
-        command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), str(folder), s.data, "--template",
-                   "llama3", "--seq-len", str(seq_len), "--packs", "2", "--turns", "1", "--steps", str(s.size(6, 1)),
-                   "--precision", "bf16", *["--square", "256"] * s.check, "--systems", *systems, "--limit", "60", "--json", str(out)]
-        run(command, s)
-        for row in map(json.loads, out.read_text().splitlines()):
-            name = f"1B, packs of {seq_len}: {row['system']}"
-            if "failed" in row:
-                yield name, f"failed: {row['failed'][:200]}", ""
-                continue
-            yield f"{name}, tokens a second", row["tokens_per_second"], "tokens/s"
-            yield f"{name}, of peak", row["of_peak"], ""
-            yield f"{name}, time of a step over the first's", row["step"], ""
-            yield f"{name}, allocated", row["peak_gib"], "GiB"
-            yield f"{name}, losses", " ".join(f"{loss:.4f}" for loss in row["losses"]), ""
+    out = s.folder / "throughput.jsonl"
+    run([sys.executable, str(ROOT / "benchmarks" / "throughput.py"), str(folder), s.data, "--template", "llama3",
+         "--seq-len", str(s.size(seq_len, 256)), "--packs", "2", "--turns", "1", "--steps", str(s.size(6, 1)),
+         "--precision", "bf16", *["--square", "256"] * s.check, "--systems", *systems, "--limit", "60",
+         "--json", str(out)], s)
+    for row in map(json.loads, out.read_text().splitlines()):
+        name = f"1B, packs of {seq_len}: {row['system']}"
+        if "failed" in row:
+            yield name, f"failed: {row['failed'][:200]}", ""
+            continue
+        yield f"{name}, tokens a second", row["tokens_per_second"], "tokens/s"
+        yield f"{name}, of peak", row["of_peak"], ""
+        yield f"{name}, time of a step over the first's", row["step"], ""
+        yield f"{name}, allocated", row["peak_gib"], "GiB"
+        yield f"{name}, losses", " ".join(f"{loss:.4f}" for loss in row["losses"]), ""
 
 
 def many(s: Setting) -> Figures:
@@ -653,9 +657,9 @@ def many(s: Setting) -> Figures:
 
 ROWS: dict[str, tuple[Callable[[Setting], Figures], int]] = {  # and the seconds a row may take
     "ceilings": (ceilings, 40), "gradients": (gradients, 120), "sync": (sync, 120), "block": (block, 120),
-    "lora8b": (lora8b, 120), "peers": (peers, 240), "train1b": (train1b, 120), "head": (head, 60),
+    "lora8b": (lora8b, 120), "peers8192": (partial(peers, seq_len=8192), 180), "train1b": (train1b, 120), "head": (head, 100),
     "optimizer": (optimizer, 60), "fsdp": (fsdp, 120), "full8b": (full8b, 120), "resume": (resume, 150),
-    "tests": (tests, 150), "many": (many, 900),
+    "tests": (tests, 150), "peers4096": (partial(peers, seq_len=4096), 180), "many": (many, 900),
 }
 
 

@@ -5,9 +5,9 @@ standard input and reads {seconds, cpu_seconds, loss, peak_gib} from its standar
 the precision, and the documents of every step, tokenised: [step][pack][document] of {"ids", "trained"}.
 
 Each system is set up as its own trainer or recipe does it, in the fastest way that trains the same tokens, each within
-its own document, on the GPU where there is one: AdamW (fused) at a constant rate on fp32 parameters, gradients clipped to norm 1 where the system
-clips, all activations kept, as many packs in one forward pass as the job says. A step's seconds go from making the
-batch to the updated parameters.
+its own document, on the GPU where there is one: AdamW (fused) at a constant rate on fp32 parameters, gradients clipped
+to norm 1 where the system clips, all activations kept, as many packs in one forward pass as the job says. A step's
+seconds go from making the batch to the updated parameters.
 
     minisft              training/trainer.py's steps
     minisft-bf16-weights the same with optim.parameters and optim.moments in bf16
@@ -175,7 +175,8 @@ def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str 
         train_sampling_strategy="sequential", max_length=job.seq_len, learning_rate=job.lr,
         lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0,
         max_grad_norm=CLIP, gradient_checkpointing=False, bf16=job.precision == "bf16",
-        use_cpu=device().type == "cpu", use_liger_kernel=liger, torch_compile=compiled, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+        use_cpu=device().type == "cpu", use_liger_kernel=liger, torch_compile=compiled,
+        logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         model_init_kwargs={"dtype": dtype, "attn_implementation": attention})
     trainer = Steps(model=job.model, args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Waits()],
                     processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(job.model))
@@ -198,8 +199,9 @@ def transformers(job: SimpleNamespace, turn: Turn) -> None:
             rows = [([i for d in pack for i in d["ids"]], [i for d in pack for i in labels(d)],
                      [i for d in pack for i in range(len(d["ids"]))]) for pack in together]
             longest = max(len(ids) for ids, _, _ in rows)
-            ids, targets, positions = (torch.tensor([row[i] + (longest - len(row[i])) * [fill] for row in rows], device=on)
-                                       for i, fill in enumerate((0, IGNORED, 0)))
+            ids, targets, positions = (
+                torch.tensor([row[i] + (longest - len(row[i])) * [fill] for row in rows], device=on)
+                for i, fill in enumerate((0, IGNORED, 0)))
             with torch.autocast(on.type, torch.bfloat16, enabled=job.precision == "bf16"):
                 loss = model(input_ids=ids, position_ids=positions, labels=targets, num_items_in_batch=trained,
                              use_cache=False).loss

@@ -10,11 +10,12 @@ last one after the same updates. A loss that differs is marked with *: that row 
 The systems run by turns, each turn a process of its own and alone, A B C A B C, on the same documents, so what else the
 machine does falls on all alike; medians are over the steps of all turns but each turn's first. `step` is the time over
 that of the first system, `CPU s` its seconds of all cores: the steadier figure on a machine that others use. `start`
-is from the start of the process to the end of its first step. `peak GiB` is the most memory allocated on
-the GPU, or without one the most resident memory, libraries included. `of peak` is the FLOPs that training these documents needs (attention within documents, the head on trained
-tokens), per second, over what one large square matrix product reached before that turn in that precision. Tokens per
-second count real tokens, no padding. A peer that lives in another environment is named with its Python, as in
---python litgpt=PATH: pip install -e '.[bench]' brings TRL and torchtune, '.[bench-litgpt]' wants its own.
+is from the start of the process to the end of its first step. `peak GiB` is the most memory allocated
+on the GPU, or without one the most resident memory, libraries included. `of peak` is the FLOPs that training these
+documents needs (attention within documents, the head on trained tokens), per second, over what a large square matrix
+product reached before that turn in that precision. Tokens per second count real tokens, no padding. A peer that lives
+in another environment is named with its Python, as in --python litgpt=PATH: pip install -e '.[bench]' brings TRL and
+torchtune, '.[bench-litgpt]' wants its own.
 """
 
 import argparse
@@ -177,17 +178,20 @@ def race(file: str, precision: str, options: argparse.Namespace, folder: Path) -
     records = [Record(name) for name in options.systems if precision == "bf16" or name not in ONLY_BF16]
     peaks = []
     for _ in range(options.turns):
-        peaks += options.steps * [matmul_peak({"bf16": torch.bfloat16, "fp32": torch.float32}[precision], options.square)]
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        peaks += options.steps * [matmul_peak(dtype, options.square)]
         for record in records:
             if not record.failure:
                 turn(record, options, job, folder)
     rows = table(records, work, peaks, precision, options)
     if options.json:
         with options.json.open("a") as out:
-            out.writelines(json.dumps({"seq_len": options.seq_len, "precision": precision, **row}) + "\n" for row in rows)
+            out.writelines(json.dumps({"seq_len": options.seq_len, "precision": precision, **row}) + "\n"
+                           for row in rows)
 
 
-def table(records: list[Record], work: Work, peaks: list[float], precision: str, options: argparse.Namespace) -> list[dict]:
+def table(records: list[Record], work: Work, peaks: list[float], precision: str,
+          options: argparse.Namespace) -> list[dict]:
     """Print one row a system, and return them; the first that ran is what the others are compared with."""
     rows = []
     print(f"peak of a {options.square} x {options.square} product: {median(peaks) / 1e9:,.0f} GFLOP/s "

@@ -147,8 +147,7 @@ class Parallel:
 class Eval:
     """Evaluation on data.eval and data.general."""
     every: int = key(0, "steps between evaluations; 0: only at the start and the end", low=0)
-    samples: int = key(0, "questions of each data.eval that are answered, into the log, at the start and the end",
-                       low=0)
+    samples: int = key(0, "questions of each data.eval answered, into the log, at the start and the end", low=0)
     forgetting_bound: float = key(0.1, "warn where the loss on data.general is more nats a token above the base "
                                   "model's than this; 0: never", low=0)
 
@@ -157,7 +156,7 @@ class Eval:
 class Run:
     """Where results go."""
     dir: str = key("", "run folder; empty: runs/ and the recipe's name")
-    export: bool = key(True, "write final/, a Hugging Face folder, at the end; false: for benchmarks and sweeps")
+    export: bool = key(True, "write final/ at the end; false: for benchmarks and sweeps")
     profile: bool = key(False, "record a few steps and write where their time goes; --profile is short for it")
 
 

@@ -54,12 +54,12 @@ def test_imports_go_downward(file):
 
 @pytest.mark.parametrize("file", [*sorted(PACKAGE.rglob("*.py")), ROOT / "train.py"], ids=lambda f: f.name)
 def test_files_and_functions_are_short(file):
-    """At most 350 lines a file and 40 a function, from `def` to its last line: docstring, blanks and comments count."""
+    """At most 350 lines a file and 60 a function, from `def` to its last line: docstring, blanks and comments count."""
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 350
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 40, f"{file.name}: {node.name} has over 40 lines; what wants a name?"
+            assert node.end_lineno - node.lineno < 60, f"{file.name}: {node.name} has over 60 lines; what wants a name?"
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))

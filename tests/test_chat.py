@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minisft.data.chat import TRAIN_ON, Renderer, choose_template
 from minisft.data.conversation import Conversation, Skipped, Turn
-from minisft.data.formats import MESSAGES_ROLES, read
+from minisft.data.formats import ROLES, read
 from minisft.data.jinja import recognize
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
@@ -333,7 +333,7 @@ def messages_of(role, content):
     said = {"role": role, "content": content}
     return {"system": [said, asked, answered], "user": [said, answered], "assistant": [asked, said], "result": [
         asked, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, said, answered]}[
-        MESSAGES_ROLES.get(role, "user")]
+        ROLES.get(role, "user")]
 
 
 CONTENT = {"text": " Be kind.\n", "parts": [{"type": "text", "text": " Be "}, {"type": "text", "text": "kind."}],
@@ -342,7 +342,7 @@ CONTENT = {"text": " Be kind.\n", "parts": [{"type": "text", "text": " Be "}, {"
 
 
 @pytest.mark.parametrize("content", CONTENT)
-@pytest.mark.parametrize("role", [*MESSAGES_ROLES, "human", "moderator", "<|eot_id|>"])
+@pytest.mark.parametrize("role", [*ROLES, "human", "moderator", "<|eot_id|>"])
 def test_the_written_jinja_knows_what_training_knows(renderer, tmp_path, role, content):
     """Each role with each kind of content in each template: the ids that are trained, or an error; nothing dropped."""
     messages = messages_of(role, CONTENT[content])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from minisft.data.conversation import Turn
-from minisft.data.formats import MESSAGES_ROLES
+from minisft.data.formats import ROLES
 from minisft.data.templates import Template
 
 
@@ -71,7 +71,7 @@ def written(template: Template, fill: Callable[[str], str]) -> str:
 
     content = _if("content is not string", _raise("'content is not text'"))
     content += "{{- content | trim }}" if template.trim else "{{- content }}"
-    names = {role: [name for name, own in MESSAGES_ROLES.items() if own == role] for role in MESSAGES_ROLES.values()}
+    names = {role: [name for name, own in ROLES.items() if own == role] for role in ROLES.values()}
     system = text(template.system[0]) + _environment(template, text) + text(template.system_prefix)
     answer, stop, after = map(text, template.assistant)
     branches = {f"message['role'] in {names['system']}": system + content + text(template.system[1])}

@@ -127,8 +127,8 @@ class Tokenizer:
                 raise
             longest = max(texts, key=len)
             raise TokenizerError(f"{self.file}: fails on a text of up to {len(longest):,} characters "
-                                 f"({printable(error, 200)}) that begins {printable(longest[:40])!r}; leave out what is "
-                                 "that long, or repair the patterns of its pre_tokenizer") from None
+                                 f"({printable(error, 200)}) that begins {printable(longest[:40])!r}; leave out what "
+                                 "is that long, or repair the patterns of its pre_tokenizer") from None
 
     def decode(self, ids: list[int], *, skip_control: bool = False) -> str:
         """The text of `ids`, with control tokens spelled out or left out."""

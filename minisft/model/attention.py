@@ -11,6 +11,7 @@ of the stream.
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +47,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     if is_for_flash(q):
         from torch.nn.attention.varlen import varlen_attn  # imported late: it loads the compiler, which takes a second
 
+        shares: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if VARLEN_WANTS_GQA else {}
         return varlen_attn(  # type: ignore[return-value]  # a pair only where the log-partitions are asked for
             q, k, v, documents.cu_seqlens, documents.cu_seqlens, documents.longest, documents.longest,
-            window_size=(-1, 0), **({"enable_gqa": q.shape[1] != k.shape[1]} if VARLEN_WANTS_GQA else {}))
+            window_size=(-1, 0), **shares)
     dtype = q.dtype
     q, k, v = (x.to(product_dtype(x)) for x in (q, k, v))
     return document_attention(q, k, v, documents.offsets).to(dtype)

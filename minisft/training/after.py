@@ -6,6 +6,7 @@ An evaluation is given up at once if some rank is asked to stop. The log tells a
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from minisft.errors import NumericsError
 from minisft.evaluation import samples
@@ -113,15 +114,17 @@ def export_as(run: Run, folder: Path, *, adapter: str, step: int) -> None:
     if adapters := adapters_of(config):
         export_adapter(parallel.sharded(model), adapters, prepared.renderer, folder.with_name(adapter),
                        base=str(Path(config.model.path).absolute()), leads=world.leads)
-    record = None
-    if world.leads:
-        found = figures(prepared)
-        record = provenance.training_record(
-            run.base.record, recipe=config.to_toml(), seed=config.train.seed, ranks=world.ranks,
-            data={use: found[use] for use in ("train", "replay", "eval", "general")},
-            log=read_log(run.folder), step=step, total_steps=prepared.plan.total_steps, history=run.history)
-    export(model, model.config, prepared.renderer, folder, leads=world.leads,
-           dtype=DTYPES[config.train.precision], record=record)
+    export(model, model.config, prepared.renderer, folder, leads=world.leads, dtype=DTYPES[config.train.precision],
+           record=record_of_model(run, step=step, log=read_log(run.folder)) if world.leads else None)
+
+
+def record_of_model(run: Run, *, step: int, log: list[dict[str, Any]]) -> dict[str, Any]:
+    """`training.json` of the model after `step`, of a run that logged `log`."""
+    config, found = run.config, figures(run.prepared)
+    return provenance.training_record(
+        run.base.record, recipe=config.to_toml(), seed=config.train.seed, ranks=run.world.ranks,
+        data={use: found[use] for use in ("train", "replay", "eval", "general")}, log=log, step=step,
+        total_steps=run.prepared.plan.total_steps, history=run.history)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -170,7 +170,7 @@ def _gradient(logits: Tensor, target: Tensor, scale: Tensor, label_smoothing: fl
 
 
 def _compiled_gradient(logits: Tensor, target: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    """The gradient of `_gradient`, complete, and the sum of the losses. The logits are read twice, it is written once."""
+    """`_gradient`, complete, and the sum of the losses. The logits are read twice, the gradient is written once."""
     for tensor in (logits, target):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or a step's last, shorter chunk would be compiled anew
     gradient, at_target, loss = _compiler()(logits, target, *settings)

@@ -211,7 +211,8 @@ def _update_in_one_pass(parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
                         first: Tensor, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Update (n,) numbers of a parameter and their moments in place, unless `found_inf` is 1.
 
-    The corrections are 1 - beta^t of the two moments. AdamW as Loshchilov and Hutter 2019 have it, algorithm 2, in fp32. What is kept in bf16 is rounded stochastically.
+    The corrections are 1 - beta^t of the two moments. AdamW as Loshchilov and Hutter 2019 have it, algorithm 2, in
+    fp32; what is kept in bf16 is rounded stochastically.
     """
     p, m, v, g = (x.float() for x in (parameter, exp_avg, exp_avg_sq, gradient))
     m, v = m + (1 - betas[0]) * (g - m), betas[1] * v + (1 - betas[1]) * g * g

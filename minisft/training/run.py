@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minisft.config import Config
 from minisft.data import packing
-from minisft.errors import NumericsError
+from minisft.errors import NumericsError, UserError
 from minisft.evaluation import samples
 from minisft.model import lora, weights
 from minisft.model.config import LlamaConfig, read_config
@@ -31,6 +31,7 @@ from minisft.training import parallel, provenance
 from minisft.training.checkpoint import SavedState, check_room, checkpoints
 from minisft.training.optimizer import Optimizer
 from minisft.training.parallel import World
+from minisft.versions import SHARDS_BYTES
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def check_ranks(config: Config) -> None:
     parallel.check_split(config.batch.packs, shard=config.parallel.shard, replicate=config.parallel.replicate)
     if config.optim.in_backward:
         parallel.check_one_micro_batch(config.batch.packs, config.batch.micro_packs)
+    if config.lora.rank and config.lora.base == "nf4" and parallel.launched_rank()[1] > 1 and not SHARDS_BYTES:
+        raise UserError(f"lora.base = nf4 on several ranks: torch {torch.__version__} cannot shard bytes; use torch "
+                        "2.13 or newer, one process, or lora.base = bf16")
 
 
 def open_base(config: Config, prepared: Prepared) -> Base:
@@ -90,7 +94,11 @@ def open_base(config: Config, prepared: Prepared) -> Base:
         checkpoint = MetaFolder(config.model.path)
         network = checkpoint.config
     else:
-        checkpoint, network = weights.SafetensorsFolder(config.model.path), read_config(config.model.path)
+        checkpoint = weights.SafetensorsFolder(config.model.path)
+        network = checkpoint.config
+    if not (checkpoint or torch.cuda.is_available()):
+        with torch.device("meta"):
+            weights.check_memory(Llama(network).to(DTYPES[config.optim.parameters]))
     if checkpoint:
         if adapters := adapters_of(config):
             adapters.check(network)

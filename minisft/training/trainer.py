@@ -28,9 +28,10 @@ from minisft.planning.hardware import peak_flops
 from minisft.preparation import Prepared, prepare
 from minisft.reports.data_report import describe, figures
 from minisft.training import parallel, resume
-from minisft.training.after import After, export_as, is_due
+from minisft.training.after import After, export_as, is_due, record_of_model
 from minisft.training.checkpoint import SavedState, Saver, checkpoints, give_up
 from minisft.training.environment import environment
+from minisft.training.export import try_export
 from minisft.training.failure import fail, guarded, listen, watch
 from minisft.training.loss import batch_loss
 from minisft.training.metrics import Monitor, memory_gib
@@ -40,6 +41,7 @@ from minisft.training.preemption import Preemption
 from minisft.training.profile import profiled
 from minisft.training.run import Run, check_finite, check_ranks, fill, is_compiled, open_base, open_run
 from minisft.training.run_folder import RunFolder, read_log
+from minisft.versions import warn_if_untested
 
 
 def main(argv: list[str]) -> int:
@@ -52,6 +54,7 @@ def train(config: Config) -> int:
     leads, parts = parallel.launched_rank()[0] == 0, config.parallel
     preemption = folder = world = None
     try:
+        warn_if_untested()
         check_ranks(config)
         if config.train.deterministic:
             parallel.make_deterministic()
@@ -91,6 +94,9 @@ def train(config: Config) -> int:
 def begin(run: Run, folder: RunFolder, saved: SavedState | None, *, data: dict[str, Any]) -> None:
     """Note in the folder what was accepted: a start from `saved`. The run resumes from nothing else any more."""
     step = saved.step if saved else 0
+    if run.config.run.export:
+        try_export(run.base.network, run.prepared.renderer, run.folder / "final",
+                   record=record_of_model(run, step=step, log=[]))
     give_up(resume.given_up(saved, checkpoints(folder.path / "checkpoints")))
     folder.begin(run.config.to_toml(), data=data, environment=environment())
     logged = folder.rewind_log(step if saved else -1)  # step 0 is evaluated again

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The whole fast suite on every version of torch that minisft is tested with, each in an environment of its own.
+#
+#     bash benchmarks/versions.sh [VERSION...]
+#
+# The environments are made in the current directory (venv-2.11.0, several GB each) and kept, so it may be run again.
+set -uo pipefail
+repository=$(cd "$(dirname "$0")/.." && pwd)
+for version in "${@:-2.11.0 2.13.0 2.14.1}"; do
+    for one in $version; do
+        python3 -m venv "venv-$one"
+        "venv-$one/bin/pip" install -q "torch==$one" -e "$repository[test]" || exit 1
+        echo "torch $one"
+        (cd "$repository" && "$OLDPWD/venv-$one/bin/python" -m pytest -n 2 | tail -n 3)
+    done
+done
