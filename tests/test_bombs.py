@@ -241,7 +241,7 @@ def test_a_text_that_the_tokenizer_cannot_take_is_left_out_and_counted(tmp_path,
     assert (store.report.read, store.report.skipped) == (10, {"the tokenizer cannot take this text": 2})
     assert "a.jsonl:4: " in store.report.examples["the tokenizer cannot take this text"]
     assert np.array_equal(store.lines, [1, 2, 3, 5, 6, 7, 9, 10])
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json : fails on a text of up to 4 characters \(retry-limit"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: fails on a text of up to 4 characters \(retry-limit"):
         tokenizer.encode("BOMB")
 
 

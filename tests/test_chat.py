@@ -342,7 +342,7 @@ CONTENT = {"text": " Be kind.\n", "parts": [{"type": "text", "text": " Be "}, {"
 
 
 @pytest.mark.parametrize("content", CONTENT)
-@pytest.mark.parametrize("role", [*ROLES, "human", "moderator", "<|eot_id|>"])
+@pytest.mark.parametrize("role", [*(role for role, own in ROLES.items() if own != "call"), "moderator", "<|eot_id|>"])
 def test_the_written_jinja_knows_what_training_knows(renderer, tmp_path, role, content):
     """Each role with each kind of content in each template: the ids that are trained, or an error; nothing dropped."""
     messages = messages_of(role, CONTENT[content])
@@ -444,7 +444,7 @@ def test_chatml_that_begins_with_bos_is_taken_over(chatml_folder, tmp_path, begi
 def test_a_default_system_text_that_is_none_is_refused(tmp_path, text):
     write_tiny_llama(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(SMOLLM2.replace("SmolLM", text))
-    with pytest.raises(UserError, match=r"its chat template has a system text that is none \(.*choose with data\.tem"):
+    with pytest.raises(UserError, match=r"the model's own chat template is none of these.*choose with data\.tem"):
         choose_template("", TEMPLATES, Tokenizer(tmp_path))
 
 
@@ -563,7 +563,7 @@ def test_damaged_tokenizers(tmp_path, file, content, message):
 
 def test_what_is_no_file_or_too_large_is_not_read(tmp_path, monkeypatch):
     write_tiny_llama(tmp_path)
-    with pytest.raises(UserError, match=r"/dev/zero: not a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"/dev/zero: a pipe or a device, not a regular file"):
         Tokenizer("/dev/zero")
     monkeypatch.setattr("minisft.data.tokenizer.LARGEST", 1000)
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json; model\.tokenizer, or else model"):
@@ -598,7 +598,7 @@ def test_a_pattern_that_gives_up_is_a_user_error(tmp_path, tokenizer):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     found = Tokenizer(tmp_path)
     for encode in (found.encode, lambda text: found.encode_batch(["x", text])):
-        with pytest.raises(UserError, match=r"json: fails on a text, of 41 characters or less \(.*retry-limit"):
+        with pytest.raises(UserError, match=r"json: fails on a text of up to 41 characters \(.*retry-limit"):
             encode("a" * 40 + "!")
 
 

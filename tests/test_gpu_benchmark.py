@@ -13,8 +13,8 @@ SLOW = ("gradients", "sync", "block", "lora8b", "peers8192", "train1b", "fsdp", 
 
 
 def check(folder, *rows):
-    command = [sys.executable, str(HERE.parent / "benchmarks" / "gpu.py"), "--check", "--out", str(folder / "gpu.jsonl"),
-               "--rows", *rows]
+    command = [sys.executable, str(HERE.parent / "benchmarks" / "gpu.py"), "--check", "--out",
+               str(folder / "gpu.jsonl"), "--rows", *rows]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done, [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
 

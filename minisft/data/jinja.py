@@ -42,16 +42,16 @@ def begins_with_bos(jinja: str) -> bool:
 
 
 def _default_system(jinja: str, before: str, after: str) -> str | None:
-    """The system text that stands between a pattern and `after`, in a string of the Jinja or outside of any {{ }}."""
-    for start in re.finditer(rf"(['\"]){before}", jinja):
-        string = re.compile(rf"(?:[^\\{start[1]}]++|\\.)*+", re.DOTALL).match(jinja, start.end())
-        text, found, _ = (string[0] if string else "").partition(after)
+    """The system text that stands between a pattern and `after` in a string of the Jinja, or outside of any {{ }}."""
+    for string in re.finditer(rf"(['\"]){before}((?:\\.|(?!\1)[^\\])*+)", jinja, re.DOTALL):
+        text, found, _ = string[2].partition(after)
         if found and text:
             text = text.encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja reads a string
-            text.encode("utf-8")
+            text.encode()  # half of a surrogate pair is no text
             return text
-    for outside in re.finditer(rf"(?:^|[}}\n]){before}([^{{}}]*+)", jinja):
-        text, found, _ = outside[1].partition(after)
+    for chunk in re.split(r"[{}]", jinja):
+        start = re.search(rf"(?:^|\n){before}", chunk)
+        text, found, _ = chunk[start.end() :].partition(after) if start else ("", "", "")
         if found and text:
             return text
     return None
@@ -61,8 +61,8 @@ def written(template: Template, fill: Callable[[str], str]) -> str:
     """The template as Jinja. `fill` puts the tokenizer's tokens for {bos} and {eos}.
 
     It takes `messages`, `add_generation_prompt`, and what Llama-3.1's own takes for tools: `tools`, `builtin_tools`,
-    messages with `tool_calls`, and results. Roles have the names that training accepts in the format "messages", and
-    content may be a list of texts as there; it raises where it would leave out something else.
+    messages with `tool_calls`, and results. Roles have the names that training accepts, except those of a turn that
+    is a call as text, and content may be a list of texts as there; it raises where it would leave out something else.
     """
     def text(marker: str) -> str:
         escaped = fill(marker).replace("\\", "\\\\").replace("'", "\\'")
@@ -85,8 +85,8 @@ def written(template: Template, fill: Callable[[str], str]) -> str:
         first = f"loop.first or loop.index0 == 1 and messages[0]['role'] in {names['system']}"
         definition = text(template.tools_user[0]), "{{- tool | tojson(indent=4) }}" + text(template.tools_user[1])
         user += _if(f"tools and ({first})", f"{definition[0]}{{%- for tool in tools %}}{definition[1]}{{%- endfor %}}")
-    branches["message['role'] == 'user'"] = user + content + text(template.user[1])
-    branches["message['role'] == 'assistant'"] = answer + content + stop + after
+    branches[f"message['role'] in {names['user']}"] = user + content + text(template.user[1])
+    branches[f"message['role'] in {names['assistant']}"] = answer + content + stop + after
     default = ""
     if template.default_system is not None:
         default = template.content(Turn("system", template.default_system)).removeprefix(template.system_prefix)

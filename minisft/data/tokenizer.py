@@ -36,7 +36,7 @@ class Tokenizer:
                             "demo's)")
         self.file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            if self.file.exists() and not (self.file.is_file() and self.file.stat().st_size < LARGEST):
+            if self.file.exists() and regular_file(self.file) and self.file.stat().st_size > LARGEST:
                 raise UserError(f"{self.file}: not a tokenizer.json; {_remedy(path)}")
             self.content = self.file.read_bytes()
         except OSError as error:

@@ -52,7 +52,7 @@ def _summary(record: dict[str, Any]) -> str:
 
 
 def _exceptions(record: dict[str, Any]) -> str:
-    skipped, lost = record["skipped_steps"], record["steps"] - record.get("logged_steps", record["steps"])
+    skipped, lost = record.get("skipped_steps", 0), record["steps"] - record.get("logged_steps", record["steps"])
     return (f" ({skipped:,} skipped: not finite)" if skipped else "") + (
         f" (the log of {lost:,} is lost; they are in none of these figures)" if lost else "")
 
@@ -103,7 +103,7 @@ def _settings(record: dict[str, Any]) -> str:
 
 def _history(record: dict[str, Any]) -> str:
     rows = [(change["from_step"], change["key"], *(f"`{json.dumps(change[when])}`" for when in ("was", "is")))
-            for change in record["history"]
+            for change in record.get("history", [])
             if change["key"].partition(".")[0] in SETTINGS or change["key"].removeprefix("data.") in DATA_SETTINGS]
     return "## Settings changed on the way\n\n" + _table(("from step", "key", "was", "is"), rows) if rows else ""
 
