@@ -184,7 +184,10 @@ def test_steps_walk_through_the_epochs(lengths, packs_per_step, epochs, max_step
     for epoch in range(epochs):
         packed = pack_epoch(np.array(lengths), seq_len=64, seed=0, epoch=epoch)
         packs = [packed.pack(i).tolist() for i in range(len(packed))]
-        expected += [(epoch, packs[i : i + packs_per_step]) for i in range(0, len(packs), packs_per_step)]
+        count = -(-len(packs) // packs_per_step)
+        while count:  # each step takes its share, rounded up, of the packs that are left
+            share = -(-len(packs) // count)
+            expected, packs, count = [*expected, (epoch, packs[:share])], packs[share:], count - 1
     first_epoch = sum(epoch == 0 for epoch, _ in expected)
     expected = expected[:max_steps]
     assert plan.total_steps == len(expected)
@@ -195,12 +198,24 @@ def test_steps_walk_through_the_epochs(lengths, packs_per_step, epochs, max_step
         assert (place.epoch, place.last - place.first) == (epoch, len(packs))
 
 
-def test_the_last_step_of_an_epoch_is_short_and_present():
-    plan = plan_of([64] * 7, packs_per_step=3, epochs=2)
-    assert plan.total_steps == 6
-    assert [len(plan.documents(step)) for step in range(6)] == [3, 3, 1, 3, 3, 1]
-    for steps in ((0, 1, 2), (3, 4, 5)):
-        assert Counter(int(d) for s in steps for pack in plan.documents(s) for d in pack) == Counter(range(7))
+@pytest.mark.parametrize(("packs", "sizes"), [(97, [25, 24, 24, 24]), (65, [22, 22, 21]), (64, [32, 32]), (5, [5])])
+def test_the_steps_of_an_epoch_are_of_even_size(packs, sizes):
+    """A last step of what is left over would weigh its tokens many times those of the others."""
+    plan = plan_of([64] * packs, packs_per_step=32, epochs=2)
+    assert [len(plan.documents(step)) for step in range(plan.total_steps)] == sizes * 2
+    for first in (0, len(sizes)):
+        documents = np.concatenate([pack for s in range(len(sizes)) for pack in plan.documents(first + s)])
+        assert sorted(documents) == list(range(packs))
+
+
+def test_too_many_epochs_are_refused_before_they_are_packed():
+    start = time.process_time()
+    for settings in ({}, {"max_steps": 10**9}):
+        with pytest.raises(UserError, match=r"^train\.epochs: steps are counted epoch by epoch, and 1,000,000,000 are more "
+                                            r"than 10,000; lower it, or train\.max_steps$"):
+            plan_of([64] * 3, epochs=10**9, **settings)
+    assert time.process_time() - start < 1
+    assert plan_of([64] * 3, epochs=10**9, max_steps=10_000).total_steps == 10_000
 
 
 @pytest.mark.parametrize(("max_steps", "total"), [(1, 1), (3, 3), (4, 4), (6, 6), (7, 6), (None, 6)])
