@@ -1,9 +1,9 @@
 """How often a document is seen: weights of sources, replay, and what is held out.
 
-A weight is a number of passes over a source in each epoch: with 2.3 every document comes twice, and a sample of 30% comes
-once more, drawn anew in each epoch from the epoch's own random numbers. Each document is in it with exactly that chance,
-however long it is, and the tokens are right to within one document, the longest. Drawing each by itself would have the
-first alone: of 300 documents with weight 0.1 it takes 30 +- 5.
+A weight is a number of passes over a source in each epoch: with 2.3 every document comes twice, and a sample of 30%
+once more, drawn anew in each epoch from the epoch's own random numbers. Each document is in it with exactly that
+chance, however long it is, and the tokens are right to within one document, the longest. Drawing each by itself would
+have the first alone: of 300 documents with weight 0.1 it takes 30 +- 5.
 
 Replay is general text mixed in so that the model keeps what it knew (Robins 1995, "Catastrophic forgetting, rehearsal
 and pseudorehearsal"): its sources' weights are scaled until their tokens are the wanted share of all tokens.
