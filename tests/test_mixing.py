@@ -113,13 +113,6 @@ def test_samples_of_different_epochs_share_no_pattern():
     assert len(seen) > 290
 
 
-def test_a_weight_past_counting_is_refused():
-    message = (r"^the weights of the sources in data\.train make 3,000,000,000,000,000,000 documents an epoch, more "
-               r"than 268,435,456; lower them, or raise train\.epochs$")
-    with pytest.raises(UserError, match=message):
-        copies(np.full(3, 1e18), np.full(3, 10), np.random.default_rng(0))
-
-
 def test_a_million_documents_are_sampled_quickly():
     start = time.process_time()
     times = copies(np.full(10**6, 0.3), np.random.default_rng(0).integers(10, 8000, 10**6), np.random.default_rng(1))

@@ -14,17 +14,11 @@ never moves a document from one side to the other, and near-exact copies lie on 
 
 import numpy as np
 
-from minisft.errors import UserError
-
-MOST = 2**28  # documents in an epoch
 Array = np.ndarray
 
 
 def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array:
     """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document comes in an epoch."""
-    if weights.sum() > MOST:
-        raise UserError(f"the weights of the sources in data.train make {weights.sum():,.0f} documents an epoch, more "
-                        f"than {MOST:,}; lower them, or raise train.epochs")
     times = np.floor(weights).astype(np.int64)
     part = weights - times
     for share in np.unique(part[part > 0]).tolist():  # once for each weight

@@ -30,7 +30,6 @@ VERSION = 3  # of the plan: raise it when the same lengths and seed give other p
 WINDOW = 16_384  # documents packed together where packs follow the file, so that a pack's documents are near each other
 BUNDLES = (4, 8, 16)  # a document shorter than capacity / 4 is bundled; the others where those fill too badly
 LOOSE = 0.08  # share of all tokens in short documents that stay single, to fill the gaps that bundles leave
-EPOCHS = 10_000  # that are packed to count the steps of a run
 SLACK = 0.0005  # more packs than without bundles that are borne for the better mix
 
 Array = np.ndarray
@@ -183,10 +182,6 @@ class Plan:
         while len(self._first_step) <= epochs and (max_steps is None or self._first_step[-1] < max_steps):
             packs = len(self.epoch(len(self._first_step) - 1))
             self._first_step.append(self._first_step[-1] - (-packs // packs_per_step))
-            expected = epochs if max_steps is None else min(epochs, max_steps // max(self.steps_per_epoch, 1))
-            if expected > EPOCHS:
-                raise UserError(f"train.epochs: steps are counted epoch by epoch, and {expected:,} are more than "
-                                f"{EPOCHS:,}; lower it, or train.max_steps")
         self.total_steps = self._first_step[-1] if max_steps is None else min(max_steps, self._first_step[-1])
         if not self.steps_per_epoch:
             raise UserError("no document comes in the first epoch: the weights of the sources in data.train are too "
