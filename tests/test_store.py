@@ -410,6 +410,46 @@ def test_a_flipped_bit_is_found_at_opening(damaged, name, place):
     damaged(damage)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_or_a_bad_block_in_the_place_of_a_file_is_found(damaged, name, monkeypatch):
+    def folder_for_file(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    damaged(folder_for_file)
+    if not name.endswith(".bin"):  # those are mapped: a bad block there ends the process
+        def bad(folder):
+            read = Path.read_text if name == "report.json" else Path.read_bytes
+            def reading(path, **options):
+                if path == folder / name:
+                    monkeypatch.undo()
+                    raise OSError(5, "Input/output error", str(path))
+                return read(path, **options)
+            monkeypatch.setattr(Path, read.__name__, reading)
+        damaged(bad, what=r"\[Errno 5\] Input/output error: .+")
+
+
+def test_a_store_that_may_not_be_read_is_left_alone(opened, tmp_path, monkeypatch):
+    opened()
+    (file,) = tmp_path.glob("cache/*/report.json")
+    read_text = Path.read_text
+
+    def denied(path, **options):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, **options)
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(PermissionError, match=re.escape(f"Permission denied: '{file}'")):
+        opened()
+    assert file.exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_no_store(damaged):
+    def damage(folder):
+        shutil.rmtree(folder)
+        folder.write_text("")
+    damaged(damage)
+
+
 def test_a_mask_of_ones_is_found(damaged):
     damaged(lambda folder: (folder / "trained.bin").write_bytes(b"\1" * (folder / "trained.bin").stat().st_size),
             what="document 1 of 32 is not as it was written")

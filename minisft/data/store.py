@@ -25,6 +25,7 @@ The file is read and rendered in one thread while the batch before is tokenised;
 Batches are bounded by characters, so that the memory needed does not grow with the file but for 56 bytes a document.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -54,6 +55,7 @@ LAYOUT = 6  # of these files: raise it when they change, so that old folders are
 BATCH = 1024  # conversations that are tokenised together
 BATCH_CHARACTERS = 1 << 22  # or fewer, where they are long
 SAMPLE = 256  # documents that are looked at when a store is opened
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # what a disk says of files that it lost
 ARRAYS = ("offsets", "targets", "turns", "largest", "lines", "hashes", "loose")
 BROKEN = ("bad JSON", "invalid UTF-8")  # reasons that count against max_bad: the record itself, not what it says
 
@@ -125,7 +127,9 @@ class Store:
             if len(self):  # an empty file cannot be mapped; slices of a plain array are ten times as fast as a memmap's
                 self.tokens, self.trained = (np.asarray(np.memmap(folder / name, dtype, "r"))
                                              for name, dtype in (("tokens.bin", np.uint32), ("trained.bin", np.uint8)))
-        except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            if isinstance(error, OSError) and error.errno not in LOST:  # "permission denied" is no damage
+                raise
             raise DamagedError(folder, error) from None
         for index in np.linspace(0, len(self) - 1, min(len(self), sample or len(self)), dtype=np.int64).tolist():
             self.document(index)
