@@ -207,6 +207,8 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
          "model.init is random, which needs a config.json or the name of a preset"),
         (batch.micro_packs > batch.packs, ("batch.micro_packs", "batch.packs"),
          f"{batch.micro_packs} packs per forward pass, but batch.packs is only {batch.packs} per step"),
+        (batch.micro_packs * data.seq_len >= 2**31, ("batch.micro_packs", "data.seq_len"),
+         f"{batch.micro_packs} packs of {data.seq_len:,} tokens per forward pass, which takes less than {2**31:,}"),
         (config.eval.every > 0 and not (data.eval or data.eval_fraction or data.general), ("eval.every", "data.eval"),
          f"evaluation every {config.eval.every} steps, but neither data.eval nor data.general names a file"),
         (config.eval.samples > 0 and not data.eval and not data.eval_fraction, ("eval.samples", "data.eval"),

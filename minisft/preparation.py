@@ -63,8 +63,11 @@ def adapters_of(config: Config) -> LoRA | None:
     return LoRA(**asdict(config.lora)) if config.lora.rank else None
 
 
-def prepare(config: Config, *, quiet: bool = False) -> Prepared:
-    """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input."""
+def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Prepared:
+    """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input.
+
+    With `verify` every stored document is held against its hash first, and what is damaged made again.
+    """
     data = config.data
     tokenizer = Tokenizer(config.model.tokenizer)
     _look_for_files(data)
@@ -76,7 +79,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     def store(source: Source) -> Store:
         return open_store(source.path, name=source.name, format=source.format, renderer=renderers[source.template],
                           cache=Path(data.cache), skip_bad=data.skip_bad, max_bad=data.max_bad, oasst=data.oasst,
-                          ignore=data.ignore, quiet=quiet)
+                          ignore=data.ignore, quiet=quiet, verify=verify)
 
     fitting: dict[str, Any] = {"seq_len": data.seq_len, "overlong": data.overlong, "dedup": data.dedup}
     stores = [store(source) for source in sources]

@@ -246,6 +246,8 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     ("[batch]\npacks = 2\nmicro_packs = 4",
      "batch.micro_packs: 4 packs per forward pass, but batch.packs is only 2 per step"),
     ("[batch]\nmicro_packs = 64", "batch.micro_packs: 64 packs per forward pass, but batch.packs is only 32 per step"),
+    ("[batch]\npacks = 2097152\nmicro_packs = 1048576", "batch.micro_packs: 1048576 packs of 2,048 tokens per forward "
+     "pass, which takes less than 2,147,483,648"),
     ("[eval]\nevery = 5", "eval.every: evaluation every 5 steps, but neither data.eval nor "
      "data.general names a file"),
     ("[eval]\nforgetting_bound = 0.3",

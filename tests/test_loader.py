@@ -98,9 +98,35 @@ def test_global_batches_do_not_depend_on_ranks_and_micro_packs(ranks, micro_pack
             assert step.target_tokens == sum(len(batch.targets) for batch in batches)
 
 
+def drawn(documents, plan, *, ranks=1, micro_packs=1):
+    """For each step how often each document came with which random bits."""
+    found = [Counter() for _ in range(plan.total_steps)]
+    for rank in range(ranks):
+        for step in steps(documents, plan, rank=rank, ranks=ranks, micro_packs=micro_packs):
+            for batch in streams(step):
+                parts = zip(*(torch.split(t, batch.lengths) for t in (batch.tokens, batch.draws((1, 2)))), strict=True)
+                found[step.index].update((tuple(tokens.tolist()), tuple(bits.tolist())) for tokens, bits in parts)
+    return found
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(2, 5), st.integers(1, 3), st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_each_copy_of_a_document_in_a_step_draws_bits_of_its_own(weights, ranks, micro_packs, packs_per_step):
+    """And the same ones on any number of ranks, and in whatever packs the copies lie."""
+    documents, times = Documents([[1] * (n % 4 + 1) for n in range(len(weights) + 1)]), np.array([4.0, *weights])
+    plans = [Plan(documents.lengths, documents.targets, seq_len=seq_len, packs_per_step=packs, epochs=1, seed=seed,
+                  weights=times) for seq_len, packs, seed in ((8, packs_per_step, 0), (8, 10**6, 1), (40, 10**6, 2))]
+    here = drawn(documents, plans[0])
+    assert all(count == 1 for step in here for count in step.values())
+    assert drawn(documents, plans[0], ranks=ranks, micro_packs=micro_packs) == here
+    assert drawn(documents, plans[1]) == drawn(documents, plans[2])
+    single = micro_batch(documents, [0]).draws((1, 2)).tolist()
+    assert (tuple(documents.ids[0].tolist()), tuple(single)) in drawn(documents, plans[1])[0], "the first copy's bits"
+
+
 def test_a_rank_without_a_pack_idles_through_the_same_rounds():
-    plan = Plan(np.full(4, 16), np.full(4, 2), seq_len=16, packs_per_step=3, epochs=1)
-    documents = Documents([[0] * 13 + [1, 1]] * 4)
+    plan = Plan(np.full(1, 16), np.full(1, 2), seq_len=16, packs_per_step=3, epochs=1)
+    documents = Documents([[0] * 13 + [1, 1]])
     last = [list(steps(documents, plan, rank=rank, ranks=2, micro_packs=1))[-1] for rank in range(2)]
     assert [len(streams(step)) for step in last] == [1, 0]
     assert last[1].micro_batches == [IDLE]
@@ -148,8 +174,9 @@ def test_attention_costs_the_same_on_all_ranks(median, sigma, count, seq_len):
     lengths = conversations(median, sigma, seq_len, count)
     plan = Plan(lengths, lengths, seq_len=seq_len, packs_per_step=32, epochs=1)
     spreads, waits = {"in turn": [], "dealt": []}, []
-    for step in range(min(plan.total_steps - 1, 100)):
-        costs = np.array([sum(int(lengths[i]) ** 2 for i in pack) for pack in plan.documents(step)])
+    epoch = plan.epoch(0)
+    for first in range(0, min(len(epoch) - 31, 3200), 32):
+        costs = np.array([sum(int(lengths[i]) ** 2 for i in epoch.pack(first + k)) for k in range(32)])
         hands = deal(costs, ranks=8)
         for name, dealt in (("in turn", [list(range(rank, 32, 8)) for rank in range(8)]), ("dealt", hands)):
             sums = costs[np.array(dealt)].sum(axis=1)

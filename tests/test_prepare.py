@@ -113,7 +113,7 @@ def test_help_shows_the_options_and_speaks_of_recipe_keys(capsys, argv):
         main(argv)
     assert left.value.code == 0
     text = capsys.readouterr().out
-    options = " [--section.key value ...] [--dump FILE] [--json FILE]" if argv[0] == "prepare" else ""
+    options = " [--section.key value ...] [--dump FILE] [--json FILE] [--verify]" if argv[0] == "prepare" else ""
     for part in (f"minisft prepare RECIPE{options}", "--data.train", "train.py --help"):
         assert part in text
 
@@ -139,6 +139,32 @@ def test_everything_left_out_is_named(here, capsys):
     assert re.search(r"trained tokens lost to the length limit: 1,?\d+", out)
     assert main(["prepare", "r.toml", "--data.skip_bad", "true", "--data.overlong", "truncate"]) == 0
     assert "cut to 512 tokens: 1" in capsys.readouterr().out
+
+
+def test_verifying_finds_one_flipped_bit_and_mends_it(here, capsys):
+    Path("chats.jsonl").write_text(GOOD * 2000)
+    assert main(["prepare", "r.toml", "--dump", "before.jsonl"]) == 0
+    plain = capsys.readouterr().out
+    Path("more.jsonl").write_text(GOOD)
+    assert main(["prepare", "r.toml", "--data.eval", "chats.jsonl,more.jsonl", "--verify"]) == 0
+    assert capsys.readouterr().out.endswith("\nverified 2,001 documents of 2 files: as they were written\n")
+    shutil.rmtree("cache")
+    assert main(["prepare", "r.toml"]) == 0
+    capsys.readouterr()
+    (masks,) = Path("cache").glob("*/trained.bin")
+    whole = bytearray(masks.read_bytes())
+    whole[len(whole) // 2000 * 1001] ^= 1
+    masks.write_bytes(whole)
+    assert main(["prepare", "r.toml", "--dump", "after.jsonl"]) == 4
+    err = capsys.readouterr().err
+    message = f"{masks.parent}: damaged (document 1,002 of 2,000 is not as it was written); it is made again from its "
+    assert err == f"error: {message}file when it is opened\n"
+    os.rename(masks.parent.with_suffix(".damaged"), masks.parent)
+    assert main(["prepare", "r.toml", "--verify", "--dump", "after.jsonl"]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain + "verified 2,000 documents of 1 file: as they were written\n"
+    assert err.startswith(message)
+    assert Path("after.jsonl").read_bytes() == Path("before.jsonl").read_bytes()
 
 
 def chats_of(counts):

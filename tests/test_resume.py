@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -257,6 +258,25 @@ def test_models_along_the_way(base, tmp_path, monkeypatch):
     train(base, tmp_path / "short", **{**SMALL, "train__max_steps": 3})
     along = load_file(tmp_path / "run/exports/step-000003/model.safetensors")
     assert all(torch.equal(weight, along[name]) for name, weight in final_weights(tmp_path / "short").items())
+
+
+def test_a_damaged_document_ends_the_run_and_the_same_command_resumes(base, tmp_path, monkeypatch, uninterrupted,
+                                                                      capsys):
+    """Opening looks at two documents; the damaged one is found by the step that would have trained on it."""
+    monkeypatch.setattr("minisft.data.store.SAMPLE", 2)
+    assert main(options(base, tmp_path, **{**SMALL, "train__max_steps": 2, "run__dir": tmp_path / "short"})) == 0
+    (masks,) = tmp_path.glob("cache/*/trained.bin")
+    last = np.load(masks.with_name("offsets.npy"))[16:18]  # of a document that the last step of an epoch has
+    whole = bytearray(masks.read_bytes())
+    whole[int(last[1]) - 1] ^= 1
+    masks.write_bytes(whole)
+    capsys.readouterr()
+    assert main(options(base, tmp_path, **SMALL)) == 4
+    assert f"error: {masks.parent}: damaged (document 17 of 32 is not as it was written)" in capsys.readouterr().err
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 4)
+    train(base, tmp_path, **SMALL)
+    assert_same(tmp_path, uninterrupted)
 
 
 def test_a_failed_run_says_how_far_it_came(base, tmp_path, monkeypatch):

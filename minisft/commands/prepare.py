@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The options of `minisft prepare`."""
     command = commands.add_parser("prepare", help="read, render and pack the data of a recipe, and report; no training",
-                                  usage="minisft prepare RECIPE [--section.key value ...] [--dump FILE] [--json FILE]",
+                                  usage="minisft prepare RECIPE [--section.key value ...] [--dump FILE] [--json FILE] "
+                                        "[--verify]",
                                   epilog=RECIPE_HELP, allow_abbrev=False)
     command.add_argument("--dump", type=Path, metavar="FILE",
                          help="write each document's token ids and mask, one JSON a line")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
+    command.add_argument("--verify", action="store_true",
+                         help="hold all that is stored against its digests, and make again what is damaged")
     command.set_defaults(run=run)
 
 
@@ -33,7 +36,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     for file, option in ((options.dump, "--dump"), (options.json, "--json")):
         if file:
             check_writable(file, option)
-    prepared = prepare(configuration.load(recipe))
+    prepared = prepare(configuration.load(recipe), verify=options.verify)
     found = figures(prepared)
     if options.dump:
         dump(prepared, options.dump)
@@ -41,6 +44,10 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     encoding = sys.stdout.encoding or "utf-8"  # one that has no bars shows question marks
     print(describe(found).encode(encoding, "replace").decode(encoding))
+    if options.verify:
+        stores = {store.key: store for data in (prepared.train, *prepared.evals.values()) for store in data.stores}
+        documents, files = sum(map(len, stores.values())), f"{len(stores)} file{'s' * (len(stores) > 1)}"
+        print(f"verified {documents:,} documents of {files}: as they were written")
 
 
 def dump(prepared: "Prepared", file: Path) -> None:

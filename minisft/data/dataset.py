@@ -56,10 +56,8 @@ class Dataset:
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (L,) and mask (L,) of a document."""
-        store = self.stores[self.store_of[index]]
-        start = int(store.offsets[self.index_in_store[index]])
-        stop = start + int(self.lengths[index])
-        return store.tokens[start:stop], store.trained[start:stop]
+        ids, trained = self.stores[self.store_of[index]].document(self.index_in_store[index])
+        return ids[: self.lengths[index]], trained[: self.lengths[index]]
 
     def origin(self, index: int) -> tuple[str, int]:
         """File and line that a document came from."""
@@ -147,8 +145,7 @@ def _fit(store: Store, report: SourceReport, wanted: Array, seq_len: int,
                         'data.seq_len, or pass data.overlong = "drop" or "truncate"')
     if overlong == "truncate":
         for i in long:
-            start = store.offsets[i]
-            lengths[i], targets[i] = seq_len, store.trained[start : start + seq_len].sum()
+            lengths[i], targets[i] = seq_len, store.document(int(i))[1][:seq_len].sum()
     untrained = long[targets[long] == 0]
     if overlong == "drop" and len(long):
         report.skip("over length", f"{report.path}:{store.lines[long[0]]}", len(long))

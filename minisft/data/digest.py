@@ -43,8 +43,8 @@ def content_digest(path: str, cache: Path) -> str:
     note = cache / f"{state[0]:x}-{state[1]:x}.digest"
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-        if known["state"] == state and isinstance(known["sha256"], str):
-            return known["sha256"]
+        if known == _note(state, str(known["sha256"])):
+            return str(known["sha256"])
     except (OSError, ValueError, LookupError, TypeError):
         pass  # not known, or not readable: the file itself is asked
     now = time.time_ns()
@@ -56,6 +56,11 @@ def content_digest(path: str, cache: Path) -> str:
     if file_state(path) == state and now - max(state[3:]) > RACY_NS:
         cache.mkdir(parents=True, exist_ok=True)
         partial = note.with_suffix(f".{os.getpid()}.lock")
-        partial.write_text(json.dumps({"state": state, "sha256": sha256}), encoding="utf-8")
+        partial.write_text(json.dumps(_note(state, sha256)), encoding="utf-8")
         os.replace(partial, note)
     return sha256
+
+
+def _note(state: list[int], sha256: str) -> dict[str, str]:
+    """What the cache remembers of a file; of a damaged note the seal does not fit."""
+    return {"sha256": sha256, "seal": hashlib.sha256(f"{state} {sha256}".encode()).hexdigest()}

@@ -47,7 +47,7 @@ class MicroBatch:
     positions: Tensor  # (T,) int64: position of each token in its own document
     targets: Tensor  # (N,) int64: what the model should say ...
     target_at: Tensor  # (N,) int64: ... after these positions
-    numbers: Tensor  # (T,) int32: of each token's document in the data set; -1 for padding
+    numbers: Tensor  # (T,) int32: of each token's document (`told_apart`); -1 for padding
 
     def draws(self, key: tuple[int, int]) -> Tensor:
         """(T,) random int32 of each token's document and position: the same in whatever micro-batch it lies."""
@@ -85,8 +85,8 @@ class Step:
 
 
 def micro_batch(dataset: Dataset, documents: list[int]) -> MicroBatch:
-    """The stream of `documents`."""
-    parts = [dataset.document(i) for i in documents]
+    """The stream of `documents`, numbered as `told_apart` has it."""
+    parts = [dataset.document(i % len(dataset.lengths)) for i in documents]
     trained = np.concatenate([mask for _, mask in parts])  # a document's first token is never trained
     return _stream(np.concatenate([ids for ids, _ in parts]), [len(ids) for ids, _ in parts], np.flatnonzero(trained),
                    documents)
@@ -98,7 +98,8 @@ def _stream(tokens: Array, lengths: list[int], after: Array, documents: list[int
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     tokens, positions = tokens.astype(np.int64), np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
     arrays = offsets.astype(np.int32), positions, tokens[after], after - 1
-    numbers = np.repeat(np.array([*documents, *[-1] * (len(lengths) - len(documents))], dtype=np.int32), lengths)
+    numbers = np.array([*documents, *[-1] * (len(lengths) - len(documents))], dtype=np.int64).astype(np.int32)
+    numbers = np.repeat(numbers, lengths)
     return MicroBatch(torch.from_numpy(tokens), tuple(lengths), *map(torch.from_numpy, (*arrays, numbers)))
 
 
@@ -118,6 +119,16 @@ def padded(batch: MicroBatch, size: int, *, longest: int) -> MicroBatch:
     starts = batch.cu_seqlens[:-1].long()
     documents = batch.numbers[starts].tolist()
     return _stream(tokens, [*batch.lengths, *lengths], batch.target_at.numpy() + 1, documents)
+
+
+def told_apart(packs: list[Array], count: int) -> list[Array]:
+    """The packs of a step over a data set of `count` documents: a document's second copy has its number + `count`, and
+    so on, so that copies do not drop the same. Counted over the whole step: no rank and no pack matters."""
+    documents = np.concatenate(packs)
+    order = np.argsort(documents, kind="stable")
+    ordered = documents[order]
+    documents[order] += count * (np.arange(len(ordered)) - np.searchsorted(ordered, ordered))
+    return np.split(documents, np.cumsum([len(pack) for pack in packs])[:-1])
 
 
 def deal(costs: Array, *, ranks: int) -> list[list[int]]:
@@ -197,7 +208,8 @@ def _step(dataset: Dataset, plan: Plan, index: int, rank: int, ranks: int, micro
     packs = plan.documents(index)
     # What attention costs. The rest of the network costs the same in every pack, as they are all full.
     dealt = deal(np.array([np.square(plan.lengths[pack]).sum() for pack in packs]), ranks=ranks)
-    mine = [packs[i] for i in dealt[rank]]
+    numbered = told_apart(packs, len(plan.lengths))
+    mine = [numbered[i] for i in dealt[rank]]
     streams = [np.concatenate(mine[i : i + micro_packs]).tolist() for i in range(0, len(mine), micro_packs)]
     rounds = -(-max(map(len, dealt)) // micro_packs)
     batches = [micro_batch(dataset, documents) for documents in streams]

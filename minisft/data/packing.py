@@ -1,6 +1,9 @@
 """The plan: which document lies in which pack of which step, known before training starts.
 
-    documents, shuffled -> bundles of short ones -> packs of at most seq_len tokens, shuffled -> steps of batch.packs
+    documents, shuffled -> bundles of short ones -> packs of at most seq_len tokens, shuffled -> even steps
+
+The packs of an epoch are spread evenly over as few steps as batch.packs allows: of 65, steps of at most 32 get 22, 22
+and 21. A last step of the one pack left over would weigh each of its tokens as much as 32 in the others.
 
 The plan is a pure function of the documents' lengths, the seed and the epoch, so every rank knows, without a word to
 the others, what each step holds and how many tokens it trains on; and the place in a run is one number, the step.
@@ -25,7 +28,7 @@ import numpy as np
 from minisft.data.mixing import copies
 from minisft.errors import UserError
 
-VERSION = 2  # of the plan: raise it when the same lengths and seed give other packs, so that no run goes on in another
+VERSION = 3  # of the plan: raise it when the same lengths and seed give other packs, so that no run goes on in another
 WINDOW = 16_384  # documents packed together where packs follow the file, so that a pack's documents are near each other
 BUNDLES = (4, 8, 16)  # a document shorter than capacity / 4 is bundled; the others where those fill too badly
 LOOSE = 0.08  # share of all tokens in short documents that stay single, to fill the gaps that bundles leave
@@ -170,9 +173,9 @@ class Place:
 class Plan:
     """All steps of a run over documents with lengths (n,) and `targets` (n,) trained tokens each.
 
-    The last step of an epoch may be short; it is trained like any other, and no step spans two epochs. Epochs are
-    packed when a step of them is asked for, except to count steps that `max_steps` does not. Raises UserError if that
-    would take more than MOST_EPOCHS.
+    A step has `packs_per_step` packs or fewer, in an epoch no two steps differ by more than one, and no step spans two
+    epochs. Epochs are packed when a step of them is asked for, except to count steps that `max_steps` does not. Raises
+    UserError if that would take more than MOST_EPOCHS.
     """
 
     def __init__(self, lengths: Array, targets: Array, *, seq_len: int, packs_per_step: int, epochs: int,
@@ -223,8 +226,9 @@ class Plan:
         """Epoch and packs of `step` (from 0)."""
         self._count(self._epochs, step)
         epoch = bisect_right(self._first_step, step) - 1
-        first = (step - self._first_step[epoch]) * self.packs_per_step
-        return Place(epoch, first, min(first + self.packs_per_step, len(self.epoch(epoch))))
+        begin, end = self._first_step[epoch : epoch + 2]
+        first, last = (-(-(i - begin) * len(self.epoch(epoch)) // (end - begin)) for i in (step, step + 1))
+        return Place(epoch, first, last)
 
     def documents(self, step: int) -> list[Array]:
         """The document indices of each pack of `step`."""

@@ -35,7 +35,7 @@ def figures(prepared: Prepared) -> dict[str, Any]:
     sources, first = _sources(train), len(config.data.train)
     for source, weight, mixed in zip(sources, prepared.weights, _mixed(train, seen), strict=True):
         source |= {"weight": weight, "epoch": mixed}
-    step_starts = epoch.offsets[:-1][:: plan.packs_per_step]
+    step_starts = epoch.offsets[[plan.place(step).first for step in range(plan.steps_per_epoch)]]
     step_targets = np.add.reduceat(train.targets[epoch.documents], step_starts)[: plan.total_steps]
     recompute = config.parallel.activation_checkpointing
     flops = prepared.network and training_flops(prepared.network, train.lengths[epoch.documents],

@@ -232,13 +232,13 @@ def time_shares(run: Run) -> dict[str, float]:
 
 
 def token_shares(run: Run) -> dict[str, float]:
-    """The room of the packs by what lay in it; nothing where the size of the packs is not known."""
-    packs, per_epoch = run.data.get("packs_per_step"), run.data.get("steps_per_epoch")
-    if not (packs and per_epoch and run.train):
+    """The room of the packs by what lay in it; nothing where the number of steps in an epoch is not known."""
+    per_epoch = run.data.get("steps_per_epoch")
+    if not (per_epoch and run.train):
         return {}
-    # The last step of an epoch has the packs that are left.
-    before = (run.steps.astype(int) - 1) % per_epoch * packs
-    room = float(np.minimum(packs, run.data["packs"] - before).sum()) * run.data["seq_len"]
+    step = (run.steps.astype(int) - 1) % per_epoch  # in its epoch, over whose steps the packs are spread evenly
+    first, last = (-(-(step + i) * run.data["packs"] // per_epoch) for i in (0, 1))
+    room = float((last - first).sum()) * run.data["seq_len"]
     tokens, trained = run.total("tokens"), run.total("target_tokens")
     room = max(room, tokens, 1)  # a later epoch can have a pack more than the first
     return {"trained": trained / room, "context": (tokens - trained) / room, "empty": 1 - tokens / room}
