@@ -17,11 +17,14 @@
 import argparse
 import os
 import sys
+from typing import TextIO
 
 from minisft.commands import answer, chat, compare, convert, evaluate, plan, prepare, report, show
-from minisft.errors import EXIT_IO, EXIT_USAGE, UserError
+from minisft.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_USAGE, UserError, printable
 
-COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare, report, convert)
+OF_RECIPES = (prepare, show, plan)
+COMMANDS = (*OF_RECIPES, chat, evaluate, answer, compare, report, convert)
+LONGEST = 20_000  # characters of a message
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,17 +39,51 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options, recipe = parser().parse_known_args(argv)  # what is left over are keys of a recipe
+    open_streams()
+    options, rest = parser().parse_known_args(argv)  # what is left over are keys of a recipe
     try:
-        options.run(options, recipe)
+        if any(options.run is command.run for command in OF_RECIPES):
+            options.run(options, rest)
+        elif rest:
+            raise UserError(f"unknown argument {printable(rest[0])}; `minisft {options.command} --help` lists the "
+                            "options")
+        else:
+            options.run(options)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has seen enough
+        give_up(sys.stdout)
         return 0
+    except KeyboardInterrupt:
+        return complain("stopped", EXIT_INTERRUPTED)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, UserError) else EXIT_IO
+        return complain(f"error: {error}", EXIT_USAGE if isinstance(error, UserError) else EXIT_IO)
+
+
+def open_streams() -> None:
+    """Closed standard streams (`>&-`) lead nowhere from here on; files opened later would take their places."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def complain(message: str, code: int) -> int:
+    """Print `message`, in which names may be foreign, to standard error; returns `code`, also where nobody listens."""
+    try:
+        print(*(printable(line, LONGEST) for line in message.split("\n")), sep="\n", file=sys.stderr)
+    except OSError:
+        give_up(sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        give_up(sys.stdout)
+    return code
+
+
+def give_up(stream: TextIO) -> None:
+    """What is still to be written to `stream` leads nowhere; Python would complain when it closes it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -18,3 +18,11 @@ class UserError(ValueError):
 
 class NumericsError(ArithmeticError):
     """The numbers of the run are no longer finite. Exit code 3."""
+
+
+def printable(name: object, limit: int = 80) -> str:
+    """`name` as it may reach a terminal or a page: what would steer or hide there is escaped as in repr, and text past
+    `limit` characters is cut. ESC [31m -> \\x1b[31m"""
+    text = str(name)[: limit + 1]
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

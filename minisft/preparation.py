@@ -3,6 +3,7 @@
 Everything here happens before a process group exists, so that no collective times out while a file is tokenised.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ class Prepared:
 def adapters_of(config: Config) -> LoRA | None:
     """The settings of the adapters that are trained; None: the whole model is."""
     return LoRA(**asdict(config.lora)) if config.lora.rank else None
+
+
+def inputs(config: Config, arguments: Sequence[str] = ()) -> list[str]:
+    """What is read to prepare `config`, files and folders; with the recipe, where `arguments` begin with one."""
+    data, model = config.data, config.model
+    sources = [source.path for source in (*data.train, *data.replay, *data.eval, *data.general)]
+    return [*sources, model.tokenizer, model.path, model.config, data.templates, data.cache, *arguments[:1]]
 
 
 def prepare(config: Config, *, quiet: bool = False) -> Prepared:

@@ -81,7 +81,7 @@ def test_metas_files_become_hugging_faces(tmp_path):
 @pytest.mark.parametrize(("source", "options", "message"), [
     ("base", ["--merge"], "no adapter (it has no adapter_config.json, or a model of its own); leave out --merge"),
     ("adapter", [], "holds an adapter; add --merge"), ("base", ["--base", "x"], "goes with --merge"),
-    ("base", ["--optim.lr", "1"], "--optim.lr: unknown option"), ("nowhere", [], "nowhere: no such folder"),
+    ("base", ["--optim.lr", "1"], "unknown argument --optim.lr"), ("nowhere", [], "nowhere: no such folder"),
 ])
 def test_what_cannot_be_is_one_line_and_exit_2(base, tmp_path, adapter, capsys, source, options, message):
     source = {"base": base, "adapter": adapter[0], "nowhere": tmp_path / "nowhere"}[source]

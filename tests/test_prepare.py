@@ -356,7 +356,7 @@ def test_a_damaged_tokenizer(here, capsys):
 
 @pytest.mark.parametrize("option", ["--dump", "--json"])
 @pytest.mark.parametrize(("path", "reason"), [("no/such/folder", "there is no folder no/such; make it first"),
-                                              (".", "is a folder; give the name of a file")])
+                                              (".", "is a folder; name a file")])
 def test_a_file_that_cannot_be_written_is_said_before_any_work(here, capsys, option, path, reason):
     assert refused(capsys, option, path) == f"error: {option} {path}: {reason}\n"
     assert not Path("cache").exists()

@@ -258,7 +258,7 @@ def test_what_is_no_run_is_refused(write_run, tmp_path, capsys):
     assert "holds no run (no status.json, metrics.jsonl or config.toml)" in failing(capsys, tmp_path)
     run = write_run()
     assert "a run is named twice" in failing(capsys, run, run)
-    assert "unknown option --colour" in failing(capsys, run, "--colour")
+    assert "unknown argument --colour" in failing(capsys, run, "--colour")
     assert "there is no folder" in failing(capsys, run, "--out", tmp_path / "no" / "x.html")
     assert "ask for one at a time" in failing(capsys, run, "--out", tmp_path / "x", "--tensorboard", tmp_path / "y")
     (run / "status.json").write_text("[1]")

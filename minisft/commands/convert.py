@@ -28,7 +28,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, recipe: list[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """SOURCE as TARGET, which appears in one rename when it is complete."""
     from minisft.model.llama import Llama  # imported late: torch takes seconds
     from minisft.model.peft import PeftFolder, is_adapter
@@ -36,8 +36,6 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.training.provenance import FILE
 
     source, target = options.source, options.target
-    if recipe:
-        raise UserError(f"{recipe[0]}: unknown option; minisft convert --help lists them")
     if is_adapter(source) != options.merge:
         raise UserError(f"{source}: " + ("no adapter (it has no adapter_config.json, or a model of its own); leave out "
                                          "--merge" if options.merge else "holds an adapter; add --merge"))
