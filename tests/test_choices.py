@@ -112,10 +112,10 @@ def test_special_tokens_in_a_question_stay_text(assistant):
 
 def test_letters_share_one_document_and_the_head_sees_only_what_is_scored(assistant, monkeypatch):
     streams, rows = [], []
-    forward, linear = type(assistant.model).forward, choices.linear
+    forward, linear = type(assistant.model).forward, choices.logits
     monkeypatch.setattr(type(assistant.model), "forward", lambda self, tokens, *rest: (
         streams.append(len(tokens)), forward(self, tokens, *rest))[1])
-    monkeypatch.setattr(choices, "linear", lambda x, head: (rows.append(len(x)), linear(x, head))[1])
+    monkeypatch.setattr(choices, "logits", lambda x, head: (rows.append(len(x)), linear(x, head))[1])
     prompt = list(range(40))
     log_likelihoods(assistant.model, [(prompt, [letter]) for letter in (65, 66, 67, 68)])
     assert (streams, rows) == ([40], [4])
@@ -206,6 +206,16 @@ def test_broken_weights_are_refused(base):
     broken.model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="the model's log-likelihoods are not finite; its weights are broken"):
         figures(broken, ask([TOOLS]))
+
+
+def test_log_likelihoods_are_not_those_of_rounded_logits():
+    """Logits near 20 are 0.125 apart in bf16; these are 1e-3 apart, and the best is not the first."""
+    head = torch.zeros(64, 32, dtype=torch.bfloat16)
+    head[:, 0], head[:, 1] = 20, torch.arange(64) * 2**-10
+    hidden = torch.ones(3, 32, dtype=torch.bfloat16)
+    words = torch.tensor([0, 40, 63])
+    truth = (hidden.double() @ head.double().T).log_softmax(dim=-1)[0, words]
+    assert (choices._log_p(hidden, head, words) - truth).abs().max() < 1e-5
 
 
 def test_the_command(base, tmp_path, capsys):

@@ -34,10 +34,10 @@ from minisft.data.conversation import Turn
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
+from minisft.evaluation.decoding import logits
 from minisft.evaluation.interval import wilson
 from minisft.evaluation.questions import LETTERS, Question, read
 from minisft.model.attention import Documents
-from minisft.model.precision import linear
 
 STYLES = ("letter", "text")
 WORDS = {"en": ("Question:", "Answer:"), "tr": ("Soru:", "Cevap:")}
@@ -196,7 +196,7 @@ def log_likelihoods(model: nn.Module, requests: list[Request], *, batch_tokens: 
 def _log_p(hidden: Tensor, head: Tensor, words: Tensor) -> Tensor:
     """(n, D), (V, D), (n,) -> (n,) log p(word)"""
     rows = max(LOGITS // len(head), 1)
-    parts = [linear(x, head).float().log_softmax(dim=-1).gather(-1, word[:, None]).squeeze(1)
+    parts = [logits(x, head).log_softmax(dim=-1).gather(-1, word[:, None]).squeeze(1)
              for x, word in zip(hidden.split(rows), words.split(rows), strict=True)]
     return torch.cat(parts)
 
