@@ -122,6 +122,8 @@ def accepted(spec: Field[Any]) -> str:
 
 def nearest(name: str, names: Any, prefix: str = "") -> str:
     """' (did you mean X?)', or nothing. The part after the dot counts as much as the whole: lr -> optim.lr."""
+    name = name[:80]  # comparing takes time in proportion to it
+
     def likeness(other: str) -> float:
         leaf, other_leaf = name.rpartition(".")[2], other.rpartition(".")[2]
         return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, other), (leaf, other_leaf)))

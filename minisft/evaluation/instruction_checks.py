@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import chain, pairwise
 from typing import Any, get_origin
 
 from minisft.errors import UserError
@@ -25,7 +26,8 @@ RELATIONS: dict[str, Callable[[int, int], bool]] = {  # "exactly" is ours
 # A full stop after one of these, or after a single capital letter, ends no sentence although a capital may follow.
 ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "st", "prof", "capt", "lt", "vs", "e.g", "i.e", "doç", "yrd", "örn", "bkz",
                  "m.ö", "m.s", "t.c"}
-_STOP = re.compile(r"""(\S*?)(?:[.…]+|[.…]*[!?][.!?…]*)["'”’»)\]*]*(?=\s|$)""")
+_CLOSING, _STOPS, _OPENING = "\"'”’»)]*", ".!?…", "(\"'“‘*"
+_WORD = re.compile(r"\w")
 
 
 def words(text: str) -> int:
@@ -40,13 +42,15 @@ def sentences(text: str) -> int:
     ("3. sınıf", "e.g. this").
     """
     count, start = 0, 0
-    for stop in _STOP.finditer(text):
-        last, rest = stop[1].strip("(\"'“‘*"), text[stop.end() :].lstrip()
-        plain = "!" not in stop[0] and "?" not in stop[0]
+    for run, after in pairwise(chain(re.finditer(r"\S+", text), [None])):
+        assert run
+        unclosed = run[0].rstrip(_CLOSING)
+        before, rest = unclosed.rstrip(_STOPS), after[0] if after else ""
+        last, plain = before.strip(_OPENING), "!" not in run[0] and "?" not in run[0]
         inside = rest[:1].islower() or lower(last, "en") in ABBREVIATIONS or (len(last) == 1 and last.isupper())
-        if not (plain and rest and inside):
-            count, start = count + bool(re.search(r"\w", text[start : stop.end()])), stop.end()
-    return count + bool(re.search(r"\w", text[start:]))
+        if before != unclosed and not (plain and rest and inside):
+            count, start = count + bool(_WORD.search(text, start, run.end())), run.end()
+    return count + bool(_WORD.search(text, start))
 
 
 def occurrences(keyword: str, answer: str, language: str) -> int:
@@ -108,7 +112,7 @@ def nth_paragraph_first_word(answer: str, language: str, *, num_paragraphs: int,
 
 def number_placeholders(answer: str, _: str, *, num_placeholders: int) -> bool:
     """At least so many [such] pieces."""
-    return len(re.findall(r"\[.*?\]", answer)) >= num_placeholders
+    return re.findall(r"\[[^\]\n]*(\]?)", answer).count("]") >= num_placeholders  # without ], none begins in the line
 
 
 def postscript(answer: str, language: str, *, postscript_marker: str) -> bool:
@@ -120,7 +124,7 @@ def postscript(answer: str, language: str, *, postscript_marker: str) -> bool:
 
 def number_bullet_lists(answer: str, _: str, *, num_bullets: int) -> bool:
     """Lines that begin with * (not **) or -."""
-    return len(re.findall(r"^\s*(?:\*[^*]|-).*$", answer, re.MULTILINE)) == num_bullets
+    return len(re.findall(r"^[^\S\n]*(?:\*[^*]|-).*$", answer, re.MULTILINE)) == num_bullets
 
 
 def constrained_response(answer: str, language: str) -> bool:
@@ -154,7 +158,8 @@ def json_format(answer: str, _: str) -> bool:
 
 def title(answer: str, _: str) -> bool:
     """A title in <<such>> brackets, in one line."""
-    return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", answer))
+    lines = [line[line.find("<<") : line.rfind(">>") + 2] for line in answer.split("\n") if "<<" in line]
+    return any(line.lstrip("<").rstrip(">").strip() for line in lines)
 
 
 def two_responses(answer: str, _: str) -> bool:

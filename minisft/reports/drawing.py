@@ -195,7 +195,7 @@ def _svg(figure: "Figure", plt: ModuleType) -> str:
     svg = out.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :], count=2)
     svg = re.sub(r' id="\w+_\d+"|<style.*?</style>', "", svg)  # ids of groups, to which nothing refers
-    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    svg = "\n".join(filter(None, map(str.strip, svg.split("\n"))))
     own = f"f{crc32(svg.encode()):x}"
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}", svg)
     return re.sub("|".join(VARIABLES), lambda code: f"var({VARIABLES[code[0]]})", svg).strip()

@@ -283,7 +283,7 @@ def _samples(runs: Sequence[Run]) -> str:
 
 def _text(text: str) -> str:
     """Text of a model, its control tokens pale."""
-    return re.sub(r"&lt;\|.*?\|&gt;", r'<span class="control">\g<0></span>', escape(text.strip()))
+    return re.sub(r"&lt;\|[^|\n]*\|&gt;", r'<span class="control">\g<0></span>', escape(text.strip()))
 
 
 def _environment(runs: Sequence[Run]) -> str:
