@@ -50,11 +50,12 @@ def run(options: argparse.Namespace) -> None:
     questions = prompts.load_questions(options.questions)[: options.limit]
     model_id = options.model_id or answers.model_name(options.model)
     assistant = None
-    if options.flips or answers.unanswered(questions, options.out, model_id=model_id):
-        assistant = load(options.model, options)
-        answers.write_answers(assistant, questions, options.out, model_id=model_id,
-                              max_new_tokens=options.max_new_tokens, batch=options.batch)
-    found = answers.read_answers(options.out)
+    with answers.alone(options.out):
+        if options.flips or answers.unanswered(questions, options.out, model_id=model_id):
+            assistant = load(options.model, options)
+            answers.write_answers(assistant, questions, options.out, model_id=model_id,
+                                  max_new_tokens=options.max_new_tokens, batch=options.batch)
+        found = answers.read_answers(options.out)
     figures = signals.signals((turn for turns in found.turns.values() for turn in turns), found.cut)
     flips = signals.flip_figures(assistant, batch=options.batch, max_new_tokens=min(64, options.max_new_tokens)
                                  ) if options.flips and assistant else None

@@ -96,7 +96,8 @@ def answers_of(model: str, questions: "list[Question]", options: argparse.Namesp
     if not Path(model).is_dir():
         return answers.read_answers(Path(model))
     file, name = answers_beside(options.out, side), answers.model_name(model)
-    if answers.unanswered(questions, file, model_id=name):
-        answers.write_answers(answer.load(model, options), questions, file, model_id=name,
-                              max_new_tokens=options.max_new_tokens, batch=options.batch)
-    return answers.read_answers(file)
+    with answers.alone(file):
+        if answers.unanswered(questions, file, model_id=name):
+            answers.write_answers(answer.load(model, options), questions, file, model_id=name,
+                                  max_new_tokens=options.max_new_tokens, batch=options.batch)
+        return answers.read_answers(file)

@@ -8,11 +8,13 @@ One line a question, in the order of the question file. The second turn is asked
 written whole as soon as its questions are answered, so a command that was stopped goes on behind the last whole line.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +23,9 @@ from tqdm import tqdm
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 from minisft.evaluation.prompts import Question, json_lines, texts
+from minisft.reports.page import PATH
 
 MAX_NEW_TOKENS = 1024  # FastChat's default
 
@@ -63,6 +66,22 @@ def answer_turns(assistant: Answering, questions: list[Question], *, max_new_tok
         for i, text in zip(asked, found, strict=True):
             talks[i] += (Turn("assistant", text),)
     return [[turn.content for turn in talk if turn.role == "assistant"] for talk in talks]
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Hold a file of answers. Raises UserError while another process does: both would ask everything."""
+    with open(os.open(file, os.O_RDONLY | os.O_CREAT, 0o666)) as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{printable(file, PATH)}: another process is writing answers there; wait for it, or give "
+                            "another --out") from None
+        try:
+            yield
+        finally:
+            if not os.stat(held.fileno()).st_size:
+                file.unlink(missing_ok=True)  # nothing came of it
 
 
 def write_answers(assistant: Answering, questions: list[Question], file: Path, *, model_id: str,
