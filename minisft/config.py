@@ -51,7 +51,7 @@ class Data:
     template: str = key("", "chat template; empty: the one the model folder tells")
     templates: str = key("", "TOML file with templates of your own")
     train_on: str = key("assistant", "the tokens that are trained", choices=("assistant", "last_assistant", "all"))
-    seq_len: int = key(2048, "tokens in a pack", low=2)
+    seq_len: int = key(2048, "tokens in a pack", low=2, high=2**24)
     overlong: str = key("drop", "what becomes of a document longer than seq_len", choices=("drop", "truncate", "error"))
     shuffle: bool = key(True, "shuffle the documents, anew in every epoch")
     oasst: str = key("all", "conversations taken from an OASST tree", choices=("all", "best"))
@@ -72,7 +72,7 @@ class Batch:
 @dataclass(frozen=True)
 class Train:
     """Length and arithmetic of the run."""
-    epochs: int = key(3, "passes over the training data", low=1)
+    epochs: int = key(3, "passes over the training data", low=1, high=10**4)
     max_steps: int | None = key(None, "stop after this many steps", low=1)
     seed: int = key(0, "seed of the weights, of the order of the data and of rounding", low=0, high=2**32 - 1)
     max_skipped: int = key(10, "steps in a row that may be NaN or infinite before the run fails", low=0)
@@ -103,7 +103,7 @@ class Optim:
 @dataclass(frozen=True)
 class Lora:
     """Adapters instead of full fine-tuning: the base is frozen, thin matrices beside its own are trained."""
-    rank: int = key(0, "rank of the adapters; 0: full fine-tuning", low=0)
+    rank: int = key(0, "rank of the adapters; 0: full fine-tuning", low=0, high=2**16)
     alpha: float = key(16.0, "their product is scaled by alpha / rank", above=0)
     targets: tuple[str, ...] = key(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
                                    "matrices with an adapter, by patterns such as layers.*.mlp.*")
@@ -128,7 +128,8 @@ class Parallel:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks a parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard leaves", low=0)
-    timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0)
+    timeout: float = key(1800.0, "seconds after which a step that hangs ends the run, with every rank's stack", above=0,
+                         high=1e8)
     activation_checkpointing: str = key("none", "what the backward pass computes again: nothing, what is cheap for the "
                                         "memory it took, or whole blocks", choices=("none", "selective", "full"))
     compile: str = key("auto", "compile the layers for packs of one shape; auto: on a GPU",

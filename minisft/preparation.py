@@ -24,6 +24,8 @@ from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
 from minisft.model.lora_config import LoRA
 
+MOST = 2**31  # documents in an epoch
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -137,7 +139,11 @@ def _weights(config: Config, train: Dataset) -> np.ndarray:
     for name, part in (("data.train", ~replayed), ("data.replay", replayed)):
         if part.any() and not tokens[part].sum():
             raise UserError(f"{name}: no conversation is left to train on:{train.reasons()}")
-    return mixing.replay_weights(tokens, given, replayed, config.data.replay_ratio)
+    weights = mixing.replay_weights(tokens, given, replayed, config.data.replay_ratio)
+    if (documents := float(train.per_source(np.ones_like(train.lengths)) @ weights)) > MOST:
+        raise UserError(f"data.train: an epoch has {documents:,.0f} documents by the weights of its sources, more than "
+                        f"{MOST:,}; lower the largest weight")
+    return weights
 
 
 def _network(config: Config) -> LlamaConfig | None:

@@ -77,8 +77,8 @@ def test_a_stopped_command_goes_on_behind_the_last_whole_line(tmp_path):
 def test_two_commands_do_not_answer_into_one_file(tmp_path, base, capsys):
     (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "turns": ["Hi"]}))
     file = tmp_path / "a.jsonl"
-    command = ["answer", str(base), "--questions", str(tmp_path / "q.jsonl"), "--out", str(file), "--template", "llama3",
-               "--max-new-tokens", "1"]
+    command = ["answer", str(base), "--questions", str(tmp_path / "q.jsonl"), "--out", str(file), "--template",
+               "llama3", "--max-new-tokens", "1"]
     with alone(file):
         assert main(command) == 2
         assert capsys.readouterr().err == (f"error: {file}: another process is writing answers there; wait for it, or "

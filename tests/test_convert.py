@@ -104,6 +104,16 @@ def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, kind):
     assert main(["convert", str(base), str(base)]) == 2
 
 
+@pytest.mark.parametrize("target", [".", "", "a/..", "link"])
+def test_a_target_that_is_here_or_a_link_is_refused(base, tmp_path, monkeypatch, capsys, target):
+    monkeypatch.chdir(tmp_path)
+    if target == "link":
+        (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert main(["convert", str(base), target]) == 2
+    assert "is a link, or the current folder or one around it; name a new folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir() if file.name != "link"] == []
+
+
 def test_a_conversion_that_fails_leaves_nothing(base, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError("no space left")))

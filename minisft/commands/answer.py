@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft.commands.numbers import positive
-from minisft.errors import printable
-from minisft.reports.page import PATH, check_outputs, write_json
+from minisft.errors import PATH, printable
+from minisft.reports.page import check_outputs, write_json
 
 if TYPE_CHECKING:
     from minisft.evaluation.assistant import Assistant

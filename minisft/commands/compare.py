@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from minisft.commands import answer
 from minisft.commands.numbers import natural, positive
-from minisft.errors import UserError, printable
-from minisft.reports.page import PATH, check_outputs, write_json
+from minisft.errors import PATH, UserError, printable
+from minisft.reports.page import check_outputs, write_json
 
 if TYPE_CHECKING:
     from minisft.evaluation.answers import Answers

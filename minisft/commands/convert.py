@@ -43,7 +43,9 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--base: names the base model of an adapter, which goes with --merge")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an empty folder; choose another target")
-    partial = target.with_name(target.name + ".tmp")
+    if target.is_symlink() or target.resolve() in (here := Path.cwd(), *here.parents):
+        raise UserError(f"{target}: is a link, or the current folder or one around it; name a new folder")
+    partial = target.resolve().with_name(target.name + ".tmp")
     if partial.exists():
         raise UserError(f"{partial}: is in the way, left by a conversion that was killed; delete it")
     dtype = DTYPES[options.dtype]

@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
-from minisft.errors import UserError, printable
+from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.prompts import Question, json_lines, texts
-from minisft.reports.page import PATH
 
 MAX_NEW_TOKENS = 1024  # FastChat's default
 

@@ -10,9 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from html import escape
 from pathlib import Path
 
-from minisft.errors import UserError, printable
-
-PATH = 4096  # characters that are shown of a path: all that there can be
+from minisft.errors import PATH, UserError, printable
 
 COLOURS = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c1e21; --faint: #6b7280; --line: #d5d9df }
