@@ -225,7 +225,8 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     ("[train]\nepochs = 1.0", "train.epochs: expected int >= 1 and <= 10000, got 1.0"),
     ("[train]\nepochs = true", "train.epochs: expected int >= 1 and <= 10000, got True"),
     ("[train]\nmax_steps = 0", "train.max_steps: expected int >= 1 or none, got 0"),
-    ("[train]\nepochs = 99999999999999999999", "train.epochs: expected int >= 1 and <= 10000, got 99999999999999999999"),
+    ("[train]\nepochs = 99999999999999999999", "train.epochs: expected int >= 1 and <= 10000, got "
+     "99999999999999999999"),
     ("[optim]\nlr = true", "optim.lr: expected float >= 0, got True"),
     ("[optim]\nlr = nan", "optim.lr: expected float >= 0, got nan"),
     ("[optim]\nclip_norm = inf", "optim.clip_norm: expected float >= 0, got inf"),

@@ -11,36 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import HERE, train
+from small_runs import HERE, room_of_files
 
 from minisft.__main__ import main
 from minisft.errors import UserError
 from minisft.reports.page import write
 
-CHATS = HERE / "oracles" / "conversations.jsonl"
-SCORES = '{"question_id": 1, "model": "m", "score": 7}\n'
-ANSWERS = '{"question_id": 1, "model_id": "%s", "choices": [{"turns": ["%s"]}]}\n'
-
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory, base):
-    """A folder with something of every kind that a command reads, and a run."""
-    room = tmp_path_factory.mktemp("room")
-    train(base, room, train__max_steps=1)
-    shutil.copytree(base, room / "model")
-    for name in ("data", "general"):
-        shutil.copy(CHATS, room / f"{name}.jsonl")
-    (room / "recipe.toml").write_text(
-        f'[model]\npath = "model"\n[data]\ntrain = ["data.jsonl"]\ngeneral = ["general.jsonl"]\ntemplate = "llama3"\n'
-        f'seq_len = 512\ncache = "{room}/cache"\n')
-    (room / "sky_test.csv").write_text("How many moons has Mars?,one,two,B\n")
-    (room / "questions.jsonl").write_text('{"question_id": 1, "turns": ["hi"]}\n')
-    (room / "told.jsonl").write_text('{"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], '
-                                     '"kwargs": [{}]}\n')
-    (room / "scores.jsonl").write_text(SCORES)
-    (room / "one.jsonl").write_text(ANSWERS % ("one", "x"))
-    (room / "two.jsonl").write_text(ANSWERS % ("two", "y"))
-    return room
+    return room_of_files(base, tmp_path_factory.mktemp("room"))
 
 
 RECIPES = ("data.jsonl", "general.jsonl", "recipe.toml", "model/config.json", "model/tokenizer.json", "cache/*/*")
