@@ -168,7 +168,7 @@ def test_what_several_people_rated_counts_once(tmp_path):
     ({"page": "KEY", "ratings": {"0": "a"}}, "rating 0: 'a' is not of this page; a choice is left, right or tie"),
     ({"page": "KEY", "ratings": {"-1": "tie"}}, "rating -1"),
     ({"page": "KEY", "ratings": {"0": ["left"]}}, "rating 0: ['left'] is not of this page"),
-    ({"page": "KEY", "ratings": {"9" * 5000: "left"}}, "rating 99999999999999999999: 'left' is not of this page"),
+    ({"page": "KEY", "ratings": {"9" * 5000: "left"}}, "rating 9999999999999999999…: 'left' is not of this page"),
     ({"page": ["KEY"], "ratings": {}}, "is no file of ratings"),
     ([], "must hold one JSON object"),
     ("[" * 10**5, "bad JSON: "), ("", "bad JSON: "),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minisft.commands.numbers import natural, positive
 from minisft.data.conversation import Turn
-from minisft.errors import EXIT_INTERRUPTED, UserError
+from minisft.errors import EXIT_INTERRUPTED, PATH, UserError, printable
 
 HELP = """  /reset         begin a new conversation
   /system TEXT   begin a new conversation with this system text; without TEXT, with none
@@ -127,7 +127,7 @@ def converse(chat: Chat) -> None:
     """Read a line, answer it, until the user ends."""
     terminal = sys.stdin.isatty()
     if terminal:
-        print(f"{chat.assistant.name}: /help lists the commands, Ctrl-D ends")
+        print(f"{printable(chat.assistant.name)}: /help lists the commands, Ctrl-D ends")
     with history() if terminal else nullcontext():
         while True:
             try:
@@ -146,7 +146,7 @@ def converse(chat: Chat) -> None:
             except KeyboardInterrupt:
                 print(" (stopped)")
             except UserError as error:
-                print(f"error: {error}; /reset begins anew", file=sys.stderr)
+                print(f"error: {printable(error, PATH)}; /reset begins anew", file=sys.stderr)
 
 
 def respond(chat: Chat, line: str, command: str, argument: str) -> None:
@@ -158,7 +158,7 @@ def respond(chat: Chat, line: str, command: str, argument: str) -> None:
         if command == "/system":
             chat.system = argument
     elif command.startswith("/"):
-        print(f"error: {command}: no such command; /help lists them", file=sys.stderr)
+        print(f"error: {printable(command)}: no such command; /help lists them", file=sys.stderr)
     elif line.strip():
         chat.ask(line.strip())
 
@@ -184,7 +184,7 @@ def history() -> Iterator[None]:
             readline.write_history_file(file)
             file.chmod(0o600)
         except OSError as error:
-            print(f"{file}: the history is not kept: {error.strerror}", file=sys.stderr)
+            print(f"{printable(file, PATH)}: the history is not kept: {error.strerror}", file=sys.stderr)
 
 
 def harmless(text: str) -> str:

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "generation_config.json")
@@ -64,4 +64,4 @@ def run(options: argparse.Namespace) -> None:
         raise
     numbers = sum(parameter.numel() for parameter in model.parameters())
     lacks = "" if (target / "tokenizer.json").exists() else "; it has no tokenizer.json, copy one there"
-    print(f"{target}: {numbers:,} parameters in {options.dtype}{lacks}")
+    print(f"{printable(target, PATH)}: {numbers:,} parameters in {options.dtype}{lacks}")

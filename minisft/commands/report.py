@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.reports.page import check_outputs, write
 
 
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
 
         for each in runs:
             folder = options.tensorboard / each.name.strip("/").replace("/", "-")
-            print(f"{folder}: {write_events(each, folder):,} values")
+            print(f"{printable(folder, PATH)}: {write_events(each, folder):,} values")
         return
     write(file, page(runs))
-    print(file)
+    print(printable(file, PATH))

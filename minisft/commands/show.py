@@ -6,6 +6,7 @@ from pathlib import Path
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
 from minisft.commands.numbers import whole
+from minisft.errors import PATH, printable
 from minisft.reports.page import check_outputs, write
 
 
@@ -39,6 +40,6 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
                    whole=bool(options.html))
     if options.html:
         write(options.html, page(views))
-        print(options.html, *(view.heading for view in views), sep="\n  ")
+        print(printable(options.html, PATH), *(view.heading for view in views), sep="\n  ")
     else:
         print_views(views, ids=options.ids)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
+from minisft.data.records import SHORT
 from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.prompts import Question, json_lines, texts
 
@@ -87,7 +88,8 @@ def write_answers(assistant: Answering, questions: list[Question], file: Path, *
                   max_new_tokens: int = MAX_NEW_TOKENS, batch: int = 8) -> None:
     """Append to `file` the answers that it lacks."""
     missing = unanswered(questions, file, model_id=model_id)
-    with open(file, "ab") as out, tqdm(total=len(missing), desc=model_id, unit="question", leave=False) as progress:
+    with open(file, "ab") as out, tqdm(total=len(missing), desc=printable(model_id), unit="question",
+                                       leave=False) as progress:
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
             for question, turns in zip(some, answer_turns(assistant, some, max_new_tokens=max_new_tokens), strict=True):
@@ -125,7 +127,8 @@ def unanswered(questions: list[Question], file: Path, *, model_id: str) -> list[
     if kept:
         found = read_answers(file, end=len(kept))
         if found.model_id != model_id:
-            raise UserError(f"{file}: holds the answers of {found.model_id!r}, not of {model_id!r}; give another --out")
+            raise UserError(f"{file}: holds the answers of {SHORT.repr(found.model_id)}, not of "
+                            f"{SHORT.repr(model_id)}; give another --out")
         done = found.turns
     if whole[end:]:
         with open(file, "ab") as out:

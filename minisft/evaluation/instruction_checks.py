@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from itertools import chain, pairwise
 from typing import Any, get_origin
 
-from minisft.errors import UserError
+from minisft.data.records import SHORT
+from minisft.errors import UserError, printable
 from minisft.evaluation.language import check_language, detect, lower
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {  # "exactly" is ours
@@ -261,7 +262,7 @@ def parameters(instruction: str, given: Mapping[str, Any], where: str) -> dict[s
              if parameter.kind is parameter.KEYWORD_ONLY}
     if given.keys() != takes.keys():
         raise UserError(f"{where}: {instruction} takes {', '.join(takes) or 'no parameters'}; "
-                        f"found {', '.join(given) or 'none'}")
+                        f"found {printable(', '.join(given)) or 'none'}")
     for name, kind in takes.items():
         value = given[name]
         if kind is int and isinstance(value, float) and value.is_integer():
@@ -269,9 +270,10 @@ def parameters(instruction: str, given: Mapping[str, Any], where: str) -> dict[s
         if type(value) is not kind or (kind is str and not value.strip()) or (
                 kind is list and not (value and all(isinstance(item, str) and item.strip() for item in value))):
             wanted = {int: "a whole number", str: "text", list: "a list of texts"}[kind]
-            raise UserError(f"{where}: {instruction}: {name} must be {wanted}, not {value!r}")
+            raise UserError(f"{where}: {instruction}: {name} must be {wanted}, not {SHORT.repr(value)}")
         if name.endswith("relation") and value not in RELATIONS:
-            raise UserError(f"{where}: {instruction}: {name} must be one of {', '.join(RELATIONS)}, not {value!r}")
+            raise UserError(f"{where}: {instruction}: {name} must be one of {', '.join(RELATIONS)}, not "
+                            f"{SHORT.repr(value)}")
         if name == "language":
             check_language(value, f"{where}: {instruction}")
     return given

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minisft.config import Config
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
 from minisft.model.lora_config import LoRA
@@ -286,7 +286,7 @@ def describe(found: dict[str, Any]) -> str:
     for title, text in rows.items():
         lines += textwrap.wrap(text, 110, initial_indent=f"{title:<9}", subsequent_indent=" " * 9,
                                break_on_hyphens=False)
-    return "\n".join(lines)
+    return "\n".join(printable(line, PATH) for line in lines)
 
 
 def _memory_table(found: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from zlib import crc32
 
 import numpy as np
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 from minisft.reports import page
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _svg(figure: "Figure", plt: ModuleType) -> str:
 
 def _short(name: str) -> str:
     """A name for a legend; one that begins with an underscore would be left out of it."""
-    name = name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+    name = printable(name, NAME)
     return f" {name}" if name.startswith("_") else name
 
 
