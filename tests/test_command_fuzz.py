@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -25,20 +26,22 @@ from minisft.__main__ import main, parser
 from minisft.config import KEYS
 
 SECONDS = 10
+MEMORY = 4 * 2**30  # bytes that a run may take
 CODES = (0, 2, 3, 4)
-INTEGERS = ("-1", "0", "1", "2", "7", str(2**31), str(2**62), str(2**63), "9" * 30, "9" * 400, "9" * 5000, "1e3", "-0", "0x1",
-            "１", "", " ", "nan", "1_0")
-FLOATS = ("0", "-0.0", "1e-300", "5e-324", "1e-5", "0.5", "1", "1.5", "1e5", "1e10", "1e18", "1e300", "inf", "-inf", "nan", "-1",
-          "9" * 400, "", "x")
+INTEGERS = ("-1", "0", "1", "2", "7", str(2**31), str(2**62), str(2**63), "9" * 30, "9" * 400, "9" * 5000, "1e3", "-0",
+            "0x1", "１", "", " ", "nan", "1_0")
+FLOATS = ("0", "-0.0", "1e-300", "5e-324", "1e-5", "0.5", "1", "1.5", "1e5", "1e10", "1e18", "1e300", "inf", "-inf",
+          "nan", "-1", "9" * 400, "", "x")
 TEXTS = ("", " ", "x", "\x1b[31m\x1b]0;x\x07", "a" * 300, "a" * 5000, "\udcff", "ş\u202e", "..", ".", "/", "/dev/null",
-         "/dev/zero", "$(x)'\"", "-", "--", "%s{}{0}", "a\nb", "no/such", "llama3", "text", "jinja", "model", "data.jsonl",
-         "recipe.toml", "run", "run/metrics.jsonl", "sky_test.csv", "one.jsonl", "questions.jsonl", "new", "model/config.json",
+         "$(x)'\"", "-", "--", "%s{}{0}", "a\nb", "no/such", "llama3", "text", "jinja", "model", "data.jsonl", "run",
+         "recipe.toml", "run/metrics.jsonl", "sky_test.csv", "one.jsonl", "questions.jsonl", "new", "model/config.json",
          "pipe", "link", "a,b", "mt-en", "random", "llama-3-8b")
+SHORT = ["--max-new-tokens", "2"]
 USUAL = {
     "prepare": [], "show": [], "plan": ["--gpus", "1"],
-    "chat": ["model", "--prompt", "hi", "--template", "llama3", "--max-new-tokens", "2"],
-    "eval": ["model", "--template", "llama3", "--choices", "sky_test.csv", "--max-new-tokens", "2"],
-    "answer": ["model", "--template", "llama3", "--questions", "questions.jsonl", "--out", "new", "--max-new-tokens", "2"],
+    "chat": ["model", "--prompt", "hi", "--template", "llama3", *SHORT],
+    "eval": ["model", "--template", "llama3", "--choices", "sky_test.csv", *SHORT],
+    "answer": ["model", "--template", "llama3", "--questions", "questions.jsonl", "--out", "new", *SHORT],
     "compare": ["one.jsonl", "two.jsonl", "--questions", "questions.jsonl", "--out", "new"],
     "report": ["run"], "convert": ["model", "new"]}
 OPTIONS = {command: [action for action in each._actions if not isinstance(action, argparse._HelpAction)]
@@ -60,11 +63,9 @@ def arguments(draw):
     for _ in range(draw.randint(1, 3)):
         if recipes and draw.random() < 0.8:
             key = draw.choice(list(KEYS))
-            kind = str(KEYS[key].type)
-            choices = KEYS[key].metadata["choices"]
-            values = choices if choices and draw.random() < 0.5 else (*INTEGERS, *FLOATS) if "int" in kind or "float" in kind \
-                else (*TEXTS, *INTEGERS)
-            more += [f"--{key}={draw.choice(values)}"]
+            choices, is_number = KEYS[key].metadata["choices"], any(n in str(KEYS[key].type) for n in ("int", "float"))
+            values = (*INTEGERS, *FLOATS) if is_number else (*TEXTS, *INTEGERS)
+            more += [f"--{key}={draw.choice(choices if choices and draw.random() < 0.5 else values)}"]
             continue
         action = draw.choice(OPTIONS[command])
         value = value_of(action, draw)
@@ -145,6 +146,9 @@ def inside(room):
 def fuzz(count, seed, room):
     """-> how many runs ended in which way, and those that ended badly."""
     draw, found, bad, at_home = random.Random(seed), Counter(), [], os.getcwd()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, limits[1]))
     os.chdir(room)
     try:
         if not Path("whole").exists():
@@ -166,6 +170,7 @@ def fuzz(count, seed, room):
                 bad.append(f"{argv}\n{note[:3000]}\n{end}")
     finally:
         os.chdir(at_home)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     return found, bad
 
 

@@ -1,6 +1,8 @@
 """The page of a run: every figure is there, every number is the log's, nothing of the run's can act on the page."""
 
 import json
+import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -357,6 +359,24 @@ def test_tensorboard(write_run, tmp_path, capsys):
     assert f"{sum(map(len, found.values())):,} values" in capsys.readouterr().out
     assert len([tag for tag in events.Tags()["tensors"] if tag.startswith("sample/general/")]) == 2
     assert "holds event files already" in failing(capsys, run, "--tensorboard", out)
+
+
+def test_only_regular_files_are_opened(write_run, tmp_path, capsys):
+    run = write_run()
+    for name in ("metrics.jsonl", "status.json", "config.toml", "data.json", "environment.json"):
+        text = (run / name).read_text() if (run / name).exists() else None
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+        assert f"{name}: is no regular file; delete it, and the report does without" in failing(capsys, run)
+        (run / name).unlink()
+        (run / name).write_text(text or "")
+
+
+def test_numbers_that_are_none_are_no_scalars(write_run, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    records = [{"kind": "train", "step": 1, "loss": 10**400, "lr": 1.0, "seconds": math.inf}]
+    assert main(["report", str(write_run(records=records)), "--tensorboard", str(tmp_path / "events")]) == 0
+    assert ": 2 values" in capsys.readouterr().out
 
 
 def test_tensorboard_is_an_extra(write_run, tmp_path, monkeypatch, capsys):

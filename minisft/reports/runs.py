@@ -160,6 +160,8 @@ def _json(text: str) -> Any:
 
 
 def _text(file: Path) -> str:
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: is no regular file; delete it, and the report does without")
     return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from minisft.errors import UserError
 from minisft.reports.runs import Run
+from minisft.reports.shapes import is_number
 
 
 def write_events(run: Run, folder: Path) -> int:
@@ -25,7 +26,7 @@ def write_events(run: Run, folder: Path) -> int:
                                                       for name, evals in run.evals.items()}}.items():
             for record in records:
                 for name, value in record.items():
-                    if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                    if name != "step" and is_number(value):
                         writer.add_scalar(f"{prefix}/{name}", value, record["step"])
                         values += 1
                 for source, tokens in record.get("sources", {}).items():
