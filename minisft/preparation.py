@@ -75,6 +75,9 @@ def inputs(config: Config, arguments: Sequence[str] = ()) -> list[str]:
 def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input."""
     data = config.data
+    for path in map(Path, inputs(config)):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is a device, a pipe or a socket; name a regular file")
     tokenizer = Tokenizer(config.model.tokenizer)
     templates = load_templates(data.templates or None)
     sources = (*data.train, *data.replay)
