@@ -399,6 +399,13 @@ def test_only_regular_files_are_opened(write_run, tmp_path, capsys):
         (run / name).write_text(text or "")
 
 
+@pytest.mark.parametrize("name", ["\udcff", "a\x1b[31m"])
+def test_tensorboard_takes_only_names_that_are_text(write_run, tmp_path, capsys, name):
+    pytest.importorskip("tensorboard")
+    assert failing(capsys, write_run(), "--tensorboard", tmp_path / name).endswith(
+        f"{repr(name)[1:-1]}/run: TensorBoard takes no such name; choose another folder")
+
+
 def test_numbers_that_are_none_are_no_scalars(write_run, tmp_path, capsys):
     pytest.importorskip("tensorboard")
     records = [{"kind": "train", "step": 1, "loss": 10**400, "lr": 1.0, "seconds": math.inf}]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.reports.runs import Run
 from minisft.reports.shapes import is_number
 
@@ -17,6 +17,8 @@ def write_events(run: Run, folder: Path) -> int:
     except ImportError:
         raise UserError("event files need tensorboard, which is not installed; pip install -e '.[tensorboard]'"
                         ) from None
+    if printable(folder, PATH) != str(folder):
+        raise UserError(f"{folder}: TensorBoard takes no such name; choose another folder")
     if any(folder.glob("events.out.tfevents.*")):
         raise UserError(f"{folder}: holds event files already, and TensorBoard would show both; delete them, or choose "
                         "another folder")
