@@ -19,10 +19,12 @@ import os
 import sys
 
 from minisft.commands import answer, chat, compare, convert, evaluate, plan, prepare, report, show
-from minisft.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_USAGE, UserError
+from minisft.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_USAGE, UserError, printable
 from minisft.streams import secure
 
-COMMANDS = (prepare, show, plan, chat, evaluate, answer, compare, report, convert)
+OF_RECIPES = (prepare, show, plan)
+COMMANDS = (*OF_RECIPES, chat, evaluate, answer, compare, report, convert)
+LONGEST = 20_000  # characters of a message
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,17 +40,23 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     secure("stderr")
-    options, recipe = parser().parse_known_args(argv)  # what is left over are keys of a recipe
+    options, rest = parser().parse_known_args(argv)  # what is left over are keys of a recipe
     code = 0
     try:
-        options.run(options, recipe)
+        if any(options.run is command.run for command in OF_RECIPES):
+            options.run(options, rest)
+        elif rest:
+            raise UserError(f"unknown argument {printable(rest[0])}; `minisft {options.command} --help` lists the "
+                            "options")
+        else:
+            options.run(options)
     except BrokenPipeError:  # `| head` has seen enough
         pass
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(*(printable(line, LONGEST) for line in f"error: {error}".split("\n")), sep="\n", file=sys.stderr)
         code = EXIT_USAGE if isinstance(error, UserError) else EXIT_IO
     return code or _flushed()
 

@@ -73,7 +73,7 @@ class Batch:
 @dataclass(frozen=True)
 class Train:
     """Length and arithmetic of the run."""
-    epochs: int = key(3, "passes over the training data", low=1)
+    epochs: int = key(3, "passes over the training data", low=1, high=10**4)
     max_steps: int | None = key(None, "stop after this many steps", low=1)
     seed: int = key(0, "seed of the weights, of the order of the data and of rounding", low=0, high=2**32 - 1)
     max_skipped: int = key(10, "steps in a row that may be NaN or infinite before the run fails", low=0)
@@ -105,7 +105,7 @@ class Optim:
 @dataclass(frozen=True)
 class Lora:
     """Adapters instead of full fine-tuning: the base is frozen, thin matrices beside its own are trained."""
-    rank: int = key(0, "rank of the adapters; 0: full fine-tuning", low=0)
+    rank: int = key(0, "rank of the adapters; 0: full fine-tuning", low=0, high=2**16)
     alpha: float = key(16.0, "their product is scaled by alpha / rank", above=0)
     targets: tuple[str, ...] = key(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
                                    "matrices with an adapter, by patterns such as layers.*.mlp.*")

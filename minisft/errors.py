@@ -4,6 +4,7 @@ Everything else is a bug and keeps its traceback. `OSError` (a full disk, a fold
 of its own: the command line reports it with exit code 4.
 """
 
+PATH = 4096  # characters that are shown of a path: all that there can be
 EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_NUMERICS = 3

@@ -12,6 +12,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from minisft.errors import printable
+
 FORMATS = ("auto", "alpaca", "dolly", "sharegpt", "oasst", "messages", "prompt_completion", "text")
 BOUNDS = {"low": (">=", operator.ge), "above": (">", operator.gt),
           "high": ("<=", operator.le), "below": ("<", operator.lt)}
@@ -34,7 +36,8 @@ class Source:
     path: str = key(MISSING, "the file")
     format: str = key("", "empty: data.format", choices=FORMATS)
     template: str = key("", "empty: data.template")
-    weight: float = key(1.0, "passes over it in an epoch; a part of one is drawn anew each time", above=0)
+    weight: float = key(1.0, "passes over it in an epoch; a part of one is drawn anew each time", above=0,
+                        high=10**4)
     name: str = key("", "name in reports; empty: the file's name without suffixes")
 
 
@@ -62,7 +65,7 @@ def typed(where: str, value: Any, spec: Field[Any]) -> tuple[Any, list[str]]:
     if spec.type == tuple[str, ...]:
         names = value if isinstance(value, list) else [value]
         fits = all(_fits(name, str, spec) and name for name in names)
-        return tuple(names), [] if fits else [f"{where}: expected {accepted(spec)}, got {value!r}"]
+        return tuple(names), [] if fits else [f"{where}: expected {accepted(spec)}, got {printable(repr(value))}"]
     value = spec.metadata["booleans"].get(str(value).capitalize(), value)
     kinds = get_args(spec.type) or (spec.type,)
     if type(None) in kinds and value == "none":
@@ -74,7 +77,7 @@ def typed(where: str, value: Any, spec: Field[Any]) -> tuple[Any, list[str]]:
         fits = _fits(value, kinds[0], spec)
         typed = kinds[0](value) if fits else None
     near = nearest(value, spec.metadata["choices"]) if spec.metadata["choices"] and isinstance(value, str) else ""
-    return typed, [] if fits else [f"{where}: expected {accepted(spec)}, got {value!r}{near}"]
+    return typed, [] if fits else [f"{where}: expected {accepted(spec)}, got {printable(repr(value))}{near}"]
 
 
 def _fits(value: Any, kind: type, spec: Field[Any]) -> bool:
@@ -94,14 +97,15 @@ def _source(where: str, item: Any) -> tuple[Source | None, list[str]]:
     """-> one source from a path or a table, problems."""
     table = {"path": item} if isinstance(item, str) else item
     if not isinstance(table, dict):
-        return None, [f"{where}: expected a path or a table, got {item!r}"]
+        return None, [f"{where}: expected a path or a table, got {printable(repr(item))}"]
     specs, values, wrong = {spec.name: spec for spec in fields(Source)}, {}, []
     for name, value in table.items():
         if name in specs:
             values[name], found = typed(f"{where}.{name}", value, specs[name])
             wrong += found
         else:
-            wrong.append(f"{where}.{name}: unknown key{nearest(name, specs)}; a source has {', '.join(specs)}")
+            wrong.append(f"{where}.{printable(name)}: unknown key{nearest(name, specs)}; a source has "
+                         f"{', '.join(specs)}")
     if "path" not in table:
         wrong.append(f"{where}: path is missing")
     return (None if wrong else Source(**values)), wrong
@@ -122,6 +126,8 @@ def accepted(spec: Field[Any]) -> str:
 
 def nearest(name: str, names: Any, prefix: str = "") -> str:
     """' (did you mean X?)', or nothing. The part after the dot counts as much as the whole: lr -> optim.lr."""
+    name = name[:80]  # comparing takes time in proportion to it
+
     def likeness(other: str) -> float:
         leaf, other_leaf = name.rpartition(".")[2], other.rpartition(".")[2]
         return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, other), (leaf, other_leaf)))

@@ -3,6 +3,7 @@
 Everything here happens before a process group exists, so that no collective times out while a file is tokenised.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from minisft.keys import Source
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
 from minisft.model.lora_config import LoRA
+
+MOST = 2**31  # documents in an epoch
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,22 @@ def adapters_of(config: Config) -> LoRA | None:
     return LoRA(**asdict(config.lora)) if config.lora.rank else None
 
 
+def inputs(config: Config, arguments: Sequence[str] = ()) -> list[str]:
+    """What is read to prepare `config`, files and folders; with the recipe, where `arguments` begin with one."""
+    data, model = config.data, config.model
+    sources = [source.path for source in (*data.train, *data.replay, *data.eval, *data.general)]
+    return [*sources, model.tokenizer, model.path, model.config, data.templates, data.cache, *arguments[:1]]
+
+
 def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Prepared:
     """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input.
 
     With `verify` every stored document is held against its hash first, and what is damaged made again.
     """
     data = config.data
+    for path in map(Path, inputs(config)):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is a device, a pipe or a socket; name a regular file")
     tokenizer = Tokenizer(config.model.tokenizer)
     _look_for_files(data)
     templates = load_templates(data.templates or None)
@@ -142,7 +155,11 @@ def _weights(config: Config, train: Dataset) -> np.ndarray:
     for name, part in (("data.train", ~replayed), ("data.replay", replayed)):
         if part.any() and not tokens[part].sum():
             raise UserError(f"{name}: no conversation is left to train on:{train.reasons(part)}")
-    return mixing.replay_weights(tokens, given, replayed, config.data.replay_ratio)
+    weights = mixing.replay_weights(tokens, given, replayed, config.data.replay_ratio)
+    if (documents := float(train.per_source(np.ones_like(train.lengths)) @ weights)) > MOST:
+        raise UserError(f"data.train: an epoch has {documents:,.0f} documents by the weights of its sources, more than "
+                        f"{MOST:,}; lower the largest weight")
+    return weights
 
 
 def _network(config: Config) -> LlamaConfig | None:

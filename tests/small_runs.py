@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -101,3 +102,23 @@ def assert_same(folder, uninterrupted):
 
 def figures(records, *names):
     return [[record[name] for name in names] for record in records]
+
+
+def room_of_files(base, room):
+    """`room`, with something of every kind that a command reads, and a run."""
+    train(base, room, train__max_steps=1)
+    shutil.copytree(base, room / "model")
+    for name in ("data", "general"):
+        shutil.copy(HERE / "oracles" / "conversations.jsonl", room / f"{name}.jsonl")
+    files = {
+        "recipe.toml": '[model]\npath = "model"\n[data]\ntrain = ["data.jsonl"]\ngeneral = ["general.jsonl"]\n'
+                       f'template = "llama3"\nseq_len = 512\ncache = "{room}/cache"\n',
+        "sky_test.csv": "How many moons has Mars?,one,two,B\n",
+        "questions.jsonl": '{"question_id": 1, "turns": ["hi"]}\n',
+        "told.jsonl": '{"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}\n',
+        "scores.jsonl": '{"question_id": 1, "model": "m", "score": 7}\n',
+        **{f"{name}.jsonl": f'{{"question_id": 1, "model_id": "{name}", "choices": [{{"turns": ["{name}"]}}]}}\n'
+           for name in ("one", "two")}}
+    for name, text in files.items():
+        (room / name).write_text(text)
+    return room

@@ -10,7 +10,7 @@ from oracles.tiny_llama import write_tiny_llama
 from minisft.__main__ import main
 from minisft.data.conversation import Turn
 from minisft.errors import UserError
-from minisft.evaluation.answers import answer_turns, model_name, read_answers, unanswered, write_answers
+from minisft.evaluation.answers import alone, answer_turns, model_name, read_answers, unanswered, write_answers
 from minisft.evaluation.language import detect
 from minisft.evaluation.prompts import Question, load_questions
 
@@ -72,6 +72,23 @@ def test_a_stopped_command_goes_on_behind_the_last_whole_line(tmp_path):
     assert unanswered(QUESTIONS, file, model_id="m") == []
     with pytest.raises(UserError, match="holds the answers of 'm', not of 'other'; give another --out"):
         unanswered(QUESTIONS, file, model_id="other")
+
+
+def test_two_commands_do_not_answer_into_one_file(tmp_path, base, capsys):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "turns": ["Hi"]}))
+    file = tmp_path / "a.jsonl"
+    command = ["answer", str(base), "--questions", str(tmp_path / "q.jsonl"), "--out", str(file), "--template",
+               "llama3", "--max-new-tokens", "1"]
+    with alone(file):
+        assert main(command) == 2
+        assert capsys.readouterr().err == (f"error: {file}: another process is writing answers there; wait for it, or "
+                                           "give another --out\n")
+        assert file.read_bytes() == b""
+    assert not file.exists()
+    assert main(command) == main(command) == 0
+    assert len(file.read_text().splitlines()) == 1
+    file.chmod(0o444)
+    assert main(command) == 0, "what is there is described without writing"
 
 
 @pytest.mark.parametrize("content", [
@@ -170,10 +187,11 @@ def test_command_answers_and_then_only_counts(tmp_path, capsys):
     (["--questions", "nothing.jsonl"], "nothing.jsonl: there is no such file"),
     (["--questions", "mt-en", "--colour"], "unknown argument --colour; `minisft answer --help` lists the options"),
     (["--questions", "mt-en"], "nowhere: no such folder; name a Hugging Face folder, such as runs/my/final"),
-    (["--questions", "mt-en", "--json", "a.jsonl"], "a.jsonl: is named twice, and one would overwrite the other; name "
-                                                    "another file"),
-    (["--questions", "./a.jsonl"], "a.jsonl: is named twice, and one would overwrite the other; name another file"),
-    (["--questions", "mt-en", "--json", "."], ".: is a folder; name a file"),
+    (["--questions", "mt-en", "--json", "a.jsonl"], "--json a.jsonl: is named twice, and one would overwrite the "
+                                                    "other; name another file"),
+    (["--questions", "./a.jsonl"], "--out a.jsonl: is a file that this command reads, and would be written over; name "
+                                   "another file"),
+    (["--questions", "mt-en", "--json", "."], "--json .: is a folder; name a file"),
 ])
 def test_bad_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)

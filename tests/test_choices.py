@@ -112,10 +112,10 @@ def test_special_tokens_in_a_question_stay_text(assistant):
 
 def test_letters_share_one_document_and_the_head_sees_only_what_is_scored(assistant, monkeypatch):
     streams, rows = [], []
-    forward, linear = type(assistant.model).forward, choices.linear
+    forward, linear = type(assistant.model).forward, choices.logits
     monkeypatch.setattr(type(assistant.model), "forward", lambda self, tokens, *rest: (
         streams.append(len(tokens)), forward(self, tokens, *rest))[1])
-    monkeypatch.setattr(choices, "linear", lambda x, head: (rows.append(len(x)), linear(x, head))[1])
+    monkeypatch.setattr(choices, "logits", lambda x, head: (rows.append(len(x)), linear(x, head))[1])
     prompt = list(range(40))
     log_likelihoods(assistant.model, [(prompt, [letter]) for letter in (65, 66, 67, 68)])
     assert (streams, rows) == ([40], [4])
@@ -208,6 +208,16 @@ def test_broken_weights_are_refused(base):
         figures(broken, ask([TOOLS]))
 
 
+def test_log_likelihoods_are_not_those_of_rounded_logits():
+    """Logits near 20 are 0.125 apart in bf16; these are 1e-3 apart, and the best is not the first."""
+    head = torch.zeros(64, 32, dtype=torch.bfloat16)
+    head[:, 0], head[:, 1] = 20, torch.arange(64) * 2**-10
+    hidden = torch.ones(3, 32, dtype=torch.bfloat16)
+    words = torch.tensor([0, 40, 63])
+    truth = (hidden.double() @ head.double().T).log_softmax(dim=-1)[0, words]
+    assert (choices._log_p(hidden, head, words) - truth).abs().max() < 1e-5
+
+
 def test_the_command(base, tmp_path, capsys):
     assert main(["eval", str(base), "--choices", SKY, KITCHEN, "--shots", "1", "--json", str(tmp_path / "f.json")]) == 0
     found = json.loads((tmp_path / "f.json").read_text())
@@ -228,8 +238,8 @@ def test_the_command(base, tmp_path, capsys):
     (["--choices", SKY, "--shots", "9"], f"{SKY}:1: --shots 9, but there are 3 other questions about 'night sky'; ask "
                                          "for fewer, or name files that have them with --shots-from"),
     (["--choices", SKY, "--shot", "9"], "unknown argument --shot; `minisft eval --help` lists the options"),
-    (["--choices", SKY, "--json", "none/a.json"], "none/a.json: there is no folder none; make it first"),
-    (["--choices", SKY, "--json", str(HERE)], f"{HERE}: is a folder; name a file"),
+    (["--choices", SKY, "--json", "none/a.json"], "--json none/a.json: there is no folder none; make it first"),
+    (["--choices", SKY, "--json", str(HERE)], f"--json {HERE}: is a folder; name a file"),
     (["--choices", SKY, "--chat", "--template", "jinja"], "--template: no template is called 'jinja'; choose with "
      "--template: llama3, llama3.1, chatml, alpaca, text; or write your own and name its file in --templates"),
 ])
@@ -243,8 +253,8 @@ def test_figures_do_not_overwrite_the_questions(base, tmp_path, capsys):
     copy = tmp_path / "sky.csv"
     copy.write_bytes(Path(SKY).read_bytes())
     assert main(["eval", str(base), "--choices", str(copy), "--json", str(copy)]) == 2
-    assert capsys.readouterr().err == (f"error: {copy}: is named twice, and one would overwrite the other; "
-                                       "name another file\n")
+    assert capsys.readouterr().err == (f"error: --json {copy}: is a file that this command reads, and would be written "
+                                       "over; name another file\n")
     assert copy.read_bytes() == Path(SKY).read_bytes()
 
 

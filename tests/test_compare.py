@@ -168,7 +168,7 @@ def test_what_several_people_rated_counts_once(tmp_path):
     ({"page": "KEY", "ratings": {"0": "a"}}, "rating 0: 'a' is not of this page; a choice is left, right or tie"),
     ({"page": "KEY", "ratings": {"-1": "tie"}}, "rating -1"),
     ({"page": "KEY", "ratings": {"0": ["left"]}}, "rating 0: ['left'] is not of this page"),
-    ({"page": "KEY", "ratings": {"9" * 5000: "left"}}, "rating 99999999999999999999: 'left' is not of this page"),
+    ({"page": "KEY", "ratings": {"9" * 5000: "left"}}, "rating 9999999999999999999…: 'left' is not of this page"),
     ({"page": ["KEY"], "ratings": {}}, "is no file of ratings"),
     ([], "must hold one JSON object"),
     ("[" * 10**5, "bad JSON: "), ("", "bad JSON: "),
@@ -291,11 +291,11 @@ def test_command_from_answers_to_win_rates(tmp_path, capsys):
     (["a.jsonl", "b.jsonl", "--questions", "mt-en", "--out", "p.html"], "a.jsonl: there is no such file"),
     (["--ratings", "nowhere.json", "--key", "no.json"], "no.json: there is no such file"),
     (["--ratings", "nowhere.json", "--key", "."], ".: there is no such file"),
-    (["a", "b", "--questions", "mt-en", "--out", "no/p.html"], "no/p.html: there is no folder no; make it first"),
-    (["a", "b", "--questions", "mt-en", "--out", "b"], "b: is named twice, and one would overwrite the other; name "
-                                                       "another file"),
-    (["--judge", "empty.jsonl", "--json", "empty.jsonl"], "empty.jsonl: is named twice, and one would overwrite the "
-                                                          "other; name another file"),
+    (["a", "b", "--questions", "mt-en", "--out", "no/p.html"], "--out no/p.html: there is no folder no; make it first"),
+    (["a", "b", "--questions", "mt-en", "--out", "b"], "--out b: is a file that this command reads, and would be "
+                                                       "written over; name another file"),
+    (["--judge", "empty.jsonl", "--json", "empty.jsonl"], "--json empty.jsonl: is a file that this command reads, and "
+                                                          "would be written over; name another file"),
     (["--judge", "empty.jsonl"], "empty.jsonl: holds no verdicts"),
     (["a", "b", "--questions", "mt-en", "--out", "p.html", "--json", "p.json"], "--json: a page has no figures; they "
                                                                                "come with --ratings or --judge"),

@@ -181,7 +181,7 @@ finite = st.floats(0, 1e18)
 
 
 @settings(database=None)
-@given(path=printable, files=st.lists(st.tuples(printable, finite.filter(bool)), min_size=1, max_size=3), lr=finite,
+@given(path=printable, files=st.lists(st.tuples(printable, st.floats(1e-9, 1e4)), min_size=1, max_size=3), lr=finite,
        steps=st.none() | st.integers(1, 2**62), shuffle=st.booleans())
 def test_any_configuration_survives_toml(tmp_path_factory, path, files, lr, steps, shuffle):
     sources = tuple(Source(file, weight=weight, format="text", name=f"n{i}") for i, (file, weight) in enumerate(files))
@@ -222,10 +222,11 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("[train]\nepochs = 1.0", "train.epochs: expected int >= 1, got 1.0"),
-    ("[train]\nepochs = true", "train.epochs: expected int >= 1, got True"),
+    ("[train]\nepochs = 1.0", "train.epochs: expected int >= 1 and <= 10000, got 1.0"),
+    ("[train]\nepochs = true", "train.epochs: expected int >= 1 and <= 10000, got True"),
     ("[train]\nmax_steps = 0", "train.max_steps: expected int >= 1 or none, got 0"),
-    ("[train]\nepochs = 99999999999999999999", "train.epochs: expected int >= 1, got 99999999999999999999"),
+    ("[train]\nepochs = 99999999999999999999", "train.epochs: expected int >= 1 and <= 10000, got "
+     "99999999999999999999"),
     ("[optim]\nlr = true", "optim.lr: expected float >= 0, got True"),
     ("[optim]\nlr = nan", "optim.lr: expected float >= 0, got nan"),
     ("[optim]\nclip_norm = inf", "optim.clip_norm: expected float >= 0, got inf"),
@@ -269,7 +270,16 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     ("[data]\neval = 3", "data.eval[0]: expected a path or a table, got 3"),
     ("[data]\neval = ['']", "data.eval: a path is empty"),
     ("[[data.eval]]\nweight = 1", "data.eval[0]: path is missing"),
-    ("[[data.eval]]\npath = 'a'\nweight = 0", "data.eval[0].weight: expected float > 0, got 0"),
+    ("[[data.eval]]\npath = 'a'\nweight = 0", "data.eval[0].weight: expected float > 0 and <= 10000, got 0"),
+    ("[[data.eval]]\npath = 'a'\nweight = 1e18",
+     "data.eval[0].weight: expected float > 0 and <= 10000, got 1e+18"),
+    ("[data]\ntrain = [{path = 'a', \"\\u001b[31m\" = 1}]",
+     "data.train[0].\\x1b[31m: unknown key; a source has path, format, template, weight, name"),
+    ("learning_rate = 1", "learning_rate: unknown key outside a section (here: optim.lr)"),
+    ("[optim]\nlearning_rate = 1", "optim.learning_rate: unknown key (here: optim.lr); --help lists them all"),
+    ("[\"\\u001b]0;x\"]\na = 1", "\\x1b]0;x: unknown section; sections are model, data, batch, train, optim, lora, "
+     "checkpoint, parallel, eval, run"),
+    ("optim = \"" + "x" * 200 + "\"", "optim: expected a section [optim], got '" + "x" * 78 + "…"),
     ("[[data.eval]]\npath = 'a'\nformt = ''",
      "data.eval[0].formt: unknown key (did you mean format?); a source has path, format, template, weight, name"),
     ("[data]\neval = [{path = 'a', name = 'n'}, {path = 'b', name = 'n'}]",
@@ -284,6 +294,21 @@ def test_one_mistake_in_a_recipe_is_one_line(recipe, text, expected):
     ("--epoch=1", "--epoch: unknown option (did you mean --train.epochs?); --help lists them all"),
     ("--train.lr 1", "--train.lr: unknown option (did you mean --optim.lr?); --help lists them all"),
     ("--data.seq-len 9", "--data.seq-len: unknown option (did you mean --data.seq_len?); --help lists them all"),
+    ("--learning_rate 1", "--learning_rate: unknown option (here: --optim.lr); --help lists them all"),
+    ("--max-length 1", "--max-length: unknown option (here: --data.seq_len); --help lists them all"),
+    ("--train.gradient_accumulation_steps 1", "--train.gradient_accumulation_steps: unknown option (here: "
+     "--batch.packs, over all ranks (accumulation is derived)); --help lists them all"),
+    ("--per_device_train_batch_size 1", "--per_device_train_batch_size: unknown option (here: --batch.micro_packs); "
+     "--help lists them all"),
+    ("--packing true", "--packing: unknown option (here: documents are always packed, and never see each other); "
+     "--help lists them all"),
+    ("--num_train_epochs 1", "--num_train_epochs: unknown option (here: --train.epochs); --help lists them all"),
+    ("--warmup_ratio 1", "--warmup_ratio: unknown option (here: --optim.warmup_steps); --help lists them all"),
+    ("--\x1b[31mx 1", "--\\x1b[31mx: unknown option; --help lists them all"),
+    ("--data.template \x1b[31m", "--data.template: expected str, got '\\x1b[31m'"),
+    ("--data.seq_len 16777217", "--data.seq_len: expected int >= 2 and <= 16777216, got 16777217"),
+    ("--parallel.timeout 1e10", "--parallel.timeout: expected float > 0 and <= 100000000.0, got 10000000000.0"),
+    ("--lora.rank 65537", "--lora.rank: expected int >= 0 and <= 65536, got 65537"),
     ("-x 1", "-x: unknown option; --help lists them all"),
     ("--", "--: unknown option; --help lists them all"),
     ("--optim.lr", "--optim.lr: the value is missing; expected float >= 0"),
@@ -291,8 +316,8 @@ def test_one_mistake_in_a_recipe_is_one_line(recipe, text, expected):
     ("--optim.lr=", "--optim.lr: expected float >= 0, got ''"),
     ("--optim.lr -1", "--optim.lr: expected float >= 0, got -1.0"),
     ("--optim.lr nan", "--optim.lr: expected float >= 0, got nan"),
-    ("--train.epochs 1e3", "--train.epochs: expected int >= 1, got '1e3'"),
-    ("--train.epochs none", "--train.epochs: expected int >= 1, got 'none'"),
+    ("--train.epochs 1e3", "--train.epochs: expected int >= 1 and <= 10000, got '1e3'"),
+    ("--train.epochs none", "--train.epochs: expected int >= 1 and <= 10000, got 'none'"),
     ("--data.shuffle yes", "--data.shuffle: expected true|false, got 'yes'"),
     ("--data.shuffle 1", "--data.shuffle: expected true|false, got '1'"),
     ("--optim.betas 0.9,x", "--optim.betas: expected 2 floats >= 0 and < 1, got [0.9, 'x']"),
@@ -337,6 +362,9 @@ def test_unreadable_recipes(recipe):
         "mine.toml: not a TOML file: Cannot overwrite a value")
     Path("latin.toml").write_bytes(b"# \xff\n")
     assert complaints("latin.toml")[0].startswith("latin.toml: not a TOML file: 'utf-8' codec can't decode byte 0xff")
+    assert complaints(recipe("a = " + "[" * 3000 + "]" * 3000))[0].startswith(
+        "mine.toml: not a TOML file: maximum recursion depth exceeded")
+    assert complaints(recipe("#" * 2**24 + "\n"))[0] == "mine.toml: not a TOML file: it has more than 16,777,216 bytes"
     Path("folder").mkdir()
     assert complaints("folder")[0].startswith("command line: 'folder' is neither a file nor a shipped recipe")
     assert complaints("")[0].startswith("command line: '' is neither a file nor a shipped recipe")

@@ -116,7 +116,7 @@ def test_metas_files_become_hugging_faces(tmp_path):
     ("both", ["--merge"], "holds a model beside its adapter (model.safetensors); leave out --merge, or move one"),
     ("stray", [], "holds an adapter; add --merge"),
     ("adapter", [], "holds an adapter; add --merge"), ("base", ["--base", "x"], "goes with --merge"),
-    ("base", ["--optim.lr", "1"], "--optim.lr: unknown option"), ("nowhere", [], "nowhere: no such folder"),
+    ("base", ["--optim.lr", "1"], "unknown argument --optim.lr"), ("nowhere", [], "nowhere: no such folder"),
 ])
 def test_what_cannot_be_is_one_line_and_exit_2(base, tmp_path, adapter, capsys, source, options, message):
     if source in ("both", "stray"):
@@ -141,6 +141,16 @@ def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, kind):
     assert f"{target}: exists and is not an empty folder" in capsys.readouterr().err
     assert file.read_text() == "mine"
     assert main(["convert", str(base), str(base)]) == 2
+
+
+@pytest.mark.parametrize("target", [".", "", "a/..", "link"])
+def test_a_target_that_is_here_or_a_link_is_refused(base, tmp_path, monkeypatch, capsys, target):
+    monkeypatch.chdir(tmp_path)
+    if target == "link":
+        (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert main(["convert", str(base), target]) == 2
+    assert "is a link, or the current folder or one around it; name a new folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir() if file.name != "link"] == []
 
 
 def test_a_conversion_that_fails_leaves_nothing(base, tmp_path, monkeypatch, capsys):

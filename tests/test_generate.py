@@ -1,6 +1,7 @@
 """Generation: greedily transformers', with a cache what it is without one, and each text as if it were alone."""
 
 import json
+import math
 import os
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from oracles.tiny_llama import CONFIG, write_tiny_llama
 
 from minisft.errors import UserError
+from minisft.evaluation import decoding
 from minisft.evaluation import generate as module
 from minisft.evaluation.decoding import Decoder, Product
 from minisft.evaluation.generate import generate, stream
@@ -110,6 +112,49 @@ def test_products_are_sums_rounded_once(outputs, dtype, packed):
         assert y.dtype == x.dtype
         eps = torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 else 20)  # fp32 rounds within the sum as well
         assert torch.allclose(y.double(), truth, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize(("hidden", "head"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16),
+                                              (torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_logits_are_never_rounded_to_bf16(hidden, head):
+    """5,003 tokens whose logits are near 20, where bf16 has steps of 0.125: in bf16 hundreds of them are the best."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 576, generator=generator).to(hidden)
+    x[:, 0] = 20
+    weight = (torch.randn(5003, 576, generator=generator) * 1e-3).to(head)
+    weight[:, 0] = 1
+    truth = x.double() @ weight.to(hidden).double().T
+    found = decoding.logits(x, weight)
+    assert found.dtype == torch.float32
+    assert (found - truth).abs().max() < 1e-4
+    assert torch.equal(found.argmax(dim=1), truth.argmax(dim=1))
+    assert len(set(truth.bfloat16()[0].tolist())) < 5 < len(set(found[0].tolist()))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_first_and_later_tokens_have_logits_in_fp32(base, packed, monkeypatch):
+    seen = []
+
+    def logits(hidden, head):
+        seen.append((hidden, head, found := kept(hidden, head)))
+        return found
+
+    kept = decoding.logits
+    monkeypatch.setattr(decoding, "logits", logits)
+    decoder = Decoder(Llama.from_pretrained(base, dtype=torch.bfloat16), packed=packed)
+    assert len(list(stream(decoder, PROMPTS, max_new_tokens=3, stop_ids=set()))) == 12
+    assert len(seen) == 3
+    for hidden, head, found in seen:
+        truth = hidden.double() @ head.double().T
+        assert (found - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_logits_that_are_no_numbers_choose_no_token(base, temperature):
+    broken = Llama.from_pretrained(base)
+    broken.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(UserError, match="the model's logits are not finite; its weights are broken"):
+        generate(broken, PROMPTS, max_new_tokens=3, stop_ids=set(), sampling=Sampling(temperature=temperature))
 
 
 def test_a_draw_depends_on_seed_and_prompt_and_not_on_the_batch(model):

@@ -5,6 +5,7 @@ import torch
 from small_runs import train
 from test_cuda_paths import TINY
 
+from minisft.evaluation.decoding import logits
 from minisft.model.attention import Documents, attend
 from minisft.model.llama import Llama
 from minisft.training.loss import linear_cross_entropy
@@ -43,6 +44,17 @@ def test_loss(dtype, extras):
     for cpu, gpu in zip(*found, strict=True):
         scale = float(cpu.abs().max())
         torch.testing.assert_close(gpu, cpu, rtol=0, atol=scale * (0.02 if dtype == torch.bfloat16 else 1e-3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_logits_are_never_rounded_to_bf16(dtype, rows):
+    torch.manual_seed(0)
+    x, head = torch.randn(rows, 2048).to(dtype), (torch.randn(50_001, 2048) * 0.02).to(dtype)
+    truth = x.double() @ head.double().T
+    found = logits(x.cuda(), head.cuda())
+    assert found.dtype == torch.float32
+    assert (found.cpu() - truth).abs().max() < 1e-4 * truth.abs().max()
 
 
 @pytest.mark.parametrize("savers", [{}, {"moments": torch.bfloat16}])

@@ -385,10 +385,19 @@ def test_a_damaged_tokenizer(here, capsys):
 
 @pytest.mark.parametrize("option", ["--dump", "--json"])
 @pytest.mark.parametrize(("path", "reason"), [("no/such/folder", "there is no folder no/such; make it first"),
-                                              (".", "is a folder; give the name of a file")])
+                                              (".", "is a folder; name a file")])
 def test_a_file_that_cannot_be_written_is_said_before_any_work(here, capsys, option, path, reason):
     assert refused(capsys, option, path) == f"error: {option} {path}: {reason}\n"
     assert not Path("cache").exists()
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.eval", "data.general", "data.replay", "data.templates",
+                                 "model.path", "model.tokenizer"])
+@pytest.mark.parametrize("path", ["pipe", "/dev/zero"])
+def test_only_regular_files_are_opened(here, capsys, key, path):
+    os.mkfifo("pipe")
+    assert refused(capsys, f"--{key}={path}") == (
+        f"error: {path}: is a device, a pipe or a socket; name a regular file\n")
 
 
 def test_a_cache_that_cannot_be_made_is_an_input_output_error(here, capsys):

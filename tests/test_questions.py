@@ -161,6 +161,13 @@ def test_a_format_that_is_named_is_taken(tmp_path):
         read(TURKISH, format="mmlu")
 
 
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=f"{file}: is no regular file; name a file of questions"):
+            read(file)
+
+
 def test_files_that_are_not_there(tmp_path):
     with pytest.raises(UserError) as error:
         read(tmp_path / "none.csv")

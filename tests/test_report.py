@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -11,7 +13,7 @@ import pytest
 from minisft.__main__ import main
 from minisft.errors import UserError
 from minisft.reports import drawing, run_data, run_report
-from minisft.reports.runs import read_runs
+from minisft.reports.runs import Evals, Run, read_runs
 
 pytest.importorskip("matplotlib")
 
@@ -264,7 +266,7 @@ def test_what_is_no_run_is_refused(write_run, tmp_path, capsys):
     assert "holds no run (no status.json, metrics.jsonl or config.toml)" in failing(capsys, tmp_path)
     run = write_run()
     assert "a run is named twice" in failing(capsys, run, run)
-    assert "unknown option --colour" in failing(capsys, run, "--colour")
+    assert "unknown argument --colour" in failing(capsys, run, "--colour")
     assert "there is no folder" in failing(capsys, run, "--out", tmp_path / "no" / "x.html")
     assert "ask for one at a time" in failing(capsys, run, "--out", tmp_path / "x", "--tensorboard", tmp_path / "y")
     (run / "status.json").write_text("[1]")
@@ -363,6 +365,58 @@ def test_tensorboard(write_run, tmp_path, capsys):
     assert f"{sum(map(len, found.values())):,} values" in capsys.readouterr().out
     assert len([tag for tag in events.Tags()["tensors"] if tag.startswith("sample/general/")]) == 2
     assert "holds event files already" in failing(capsys, run, "--tensorboard", out)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e308, -1e308, 10**400, 2**63 - 1])
+@pytest.mark.parametrize("name", ["loss", "lr", "grad_norm", "tokens", "target_tokens", "seconds", "tokens_per_second",
+                                  "memory_gib", "mfu"])
+@pytest.mark.filterwarnings("error")
+def test_a_figure_that_is_none_is_a_gap(name, value):
+    records = [{**record, **({name: value} if record["step"] == 2 else {})} for record in steps(4)]
+    evals = Evals([{"step": 1, name: value}, {"step": 2, name: 1.0}])
+    run = Run("r", {}, "", DATA, {}, {}, records, {"h": evals}, [], "", 0.0)
+    kept = [records[i].get(name, np.nan) for i in (0, 2, 3)]
+    assert run.column(name)[[0, 2, 3]] == pytest.approx(kept, nan_ok=True)
+    assert np.isnan(run.column(name)[1])
+    assert np.isnan(run.evals["h"][name][0])
+    assert math.isfinite(run.total(name))
+    run_report._summary([run])
+    run_report.time_shares(run)
+    run_report.token_shares(run)
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "1e308", "9223372036854775807", "-1e400"])
+@pytest.mark.parametrize("field", ["step", "sources"])
+def test_a_record_whose_step_is_none_is_refused(write_run, capsys, value, field):
+    run = write_run()
+    record = {"kind": "train", "step": 1, **({"step": "@"} if field == "step" else {"sources": {"a": "@"}})}
+    (run / "metrics.jsonl").write_text(json.dumps(record).replace('"@"', value) + "\n")
+    assert "metrics.jsonl:1: not a record of a run; delete the line, or restore the file" in failing(capsys, run)
+
+
+def test_only_regular_files_are_opened(write_run, tmp_path, capsys):
+    run = write_run()
+    for name in ("metrics.jsonl", "status.json", "config.toml", "data.json", "environment.json"):
+        text = (run / name).read_text() if (run / name).exists() else None
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+        assert f"{name}: is no regular file; delete it, and the report does without" in failing(capsys, run)
+        (run / name).unlink()
+        (run / name).write_text(text or "")
+
+
+@pytest.mark.parametrize("name", ["\udcff", "a\x1b[31m"])
+def test_tensorboard_takes_only_names_that_are_text(write_run, tmp_path, capsys, name):
+    pytest.importorskip("tensorboard")
+    assert failing(capsys, write_run(), "--tensorboard", tmp_path / name).endswith(
+        f"{repr(name)[1:-1]}/run: TensorBoard takes no such name; choose another folder")
+
+
+def test_numbers_that_are_none_are_no_scalars(write_run, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    records = [{"kind": "train", "step": 1, "loss": 10**400, "lr": 1.0, "seconds": math.inf}]
+    assert main(["report", str(write_run(records=records)), "--tensorboard", str(tmp_path / "events")]) == 0
+    assert ": 1 values" in capsys.readouterr().out
 
 
 def test_tensorboard_is_an_extra(write_run, tmp_path, monkeypatch, capsys):

@@ -59,14 +59,18 @@ def test_the_random_numbers_are_a_function_of_seed_and_prompt():
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"temperature": -1}, "temperature: -1 was given; it must be a number from 0 (the most probable token)"),
+    ({"temperature": -1}, "temperature: -1 was given; it must be 0 (the most probable token), or a"),
+    ({"temperature": 1e-300}, "temperature: 1e-300 was given; it must be 0 (the most probable token), or a"),
+    ({"temperature": 1e300}, "temperature: 1e+300 was given"),
     ({"temperature": math.nan}, "temperature: nan was given"),
     ({"temperature": math.inf}, "temperature: inf was given"),
     ({"top_k": -1}, "top_k: -1 was given; it must be a whole number from 0 (all tokens)"),
     ({"top_p": 0.0}, "top_p: 0.0 was given; it must be above 0, and 1 at most"),
     ({"top_p": 1.5}, "top_p: 1.5 was given"),
     ({"top_p": math.nan}, "top_p: nan was given"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 was given; it must be above 0; 1 changes nothing"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 was given; it must be a number from 0.001 to 1000; 1"),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty: 1e-300 was given"),
+    ({"repetition_penalty": math.inf}, "repetition_penalty: inf was given"),
     ({"seed": -1}, "seed: -1 was given; it must be a whole number from 0"),
     ({"top_k": 5}, "top_k and top_p mean nothing at temperature 0, where nothing is drawn; raise temperature"),
 ])

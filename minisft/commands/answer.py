@@ -1,12 +1,12 @@
 """`minisft answer`: a model's answers to a file of questions, for judges, and their signals."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft.commands.numbers import positive
-from minisft.errors import UserError
+from minisft.errors import PATH, printable
+from minisft.reports.page import check_outputs, write_json
 
 if TYPE_CHECKING:
     from minisft.evaluation.assistant import Assistant
@@ -41,42 +41,28 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
                          "fp32)")
 
 
-def run(options: argparse.Namespace, recipe: list[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Answer, then describe the answers."""
     from minisft.evaluation import answers, prompts, signals
 
-    check(options, recipe, writes=(options.out, options.json), reads=(options.questions,))
+    check_outputs({"--out": options.out, "--json": options.json},
+                  (prompts.question_file(options.questions), options.model, options.templates), appended=("--out",))
     questions = prompts.load_questions(options.questions)[: options.limit]
     model_id = options.model_id or answers.model_name(options.model)
     assistant = None
-    if options.flips or answers.unanswered(questions, options.out, model_id=model_id):
-        assistant = load(options.model, options)
-        answers.write_answers(assistant, questions, options.out, model_id=model_id,
-                              max_new_tokens=options.max_new_tokens, batch=options.batch)
-    found = answers.read_answers(options.out)
+    with answers.alone(options.out):
+        if options.flips or answers.unanswered(questions, options.out, model_id=model_id):
+            assistant = load(options.model, options)
+            answers.write_answers(assistant, questions, options.out, model_id=model_id,
+                                  max_new_tokens=options.max_new_tokens, batch=options.batch)
+        found = answers.read_answers(options.out)
     figures = signals.signals((turn for turns in found.turns.values() for turn in turns), found.cut)
     flips = signals.flip_figures(assistant, batch=options.batch, max_new_tokens=min(64, options.max_new_tokens)
                                  ) if options.flips and assistant else None
-    print(f"{options.out}: {found.model_id}, {len(found.turns)} questions")
+    print(f"{printable(options.out, PATH)}: {printable(found.model_id)}, {len(found.turns)} questions")
     print(signals.describe(figures, flips))
     if options.json:
-        report = {"model": found.model_id, "signals": figures, "flips": flips}
-        options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def check(options: argparse.Namespace, recipe: list[str], *, writes: tuple[Path | None, ...],
-          reads: tuple[str | Path | None, ...]) -> None:
-    """Raise UserError for arguments that nobody knows, and for files that cannot be written or are read as well."""
-    if recipe:
-        raise UserError(f"unknown argument {recipe[0]}; `minisft {options.command} --help` lists the options")
-    taken = {Path(file).resolve() for file in reads if file}
-    for file in filter(None, writes):
-        if file.is_dir() or not file.parent.is_dir():
-            reason = "is a folder; name a file" if file.is_dir() else f"there is no folder {file.parent}; make it first"
-            raise UserError(f"{file}: {reason}")
-        if file.resolve() in taken:
-            raise UserError(f"{file}: is named twice, and one would overwrite the other; name another file")
-        taken.add(file.resolve())
+        write_json(options.json, {"model": found.model_id, "signals": figures, "flips": flips})
 
 
 def precision_of(options: argparse.Namespace) -> str:

@@ -10,8 +10,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minisft.commands.numbers import natural, positive
 from minisft.data.conversation import Turn
-from minisft.errors import EXIT_INTERRUPTED, UserError
+from minisft.errors import EXIT_INTERRUPTED, PATH, UserError, printable
 
 HELP = """  /reset         begin a new conversation
   /system TEXT   begin a new conversation with this system text; without TEXT, with none
@@ -33,22 +34,19 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
                          help="0: always the most probable token (0)")
     command.add_argument("--top-p", type=float, default=1.0, metavar="P",
                          help="draw from the fewest tokens that together are as likely as P (1: all)")
-    command.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (0: all)")
+    command.add_argument("--top-k", type=natural, default=0, metavar="K",
+                         help="draw from the K likeliest tokens (0: all)")
     command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
                          help="above 1: tokens that were there before become less likely (1)")
-    command.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens of an answer (512)")
-    command.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    command.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="tokens of an answer (512)")
+    command.add_argument("--seed", type=natural, default=0, help="of what is drawn (0)")
     command.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                          help="of the weights; auto: bf16 on a GPU and on a CPU that multiplies in it (auto)")
     command.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, rest: list[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Talk until the user ends it, or answer --prompt."""
-    if rest:
-        raise UserError(f"{rest[0]}: unknown; minisft chat --help lists the options")
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: {options.max_new_tokens} was given; it must be at least 1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ş shows a question mark
     try:
@@ -129,7 +127,7 @@ def converse(chat: Chat) -> None:
     """Read a line, answer it, until the user ends."""
     terminal = sys.stdin.isatty()
     if terminal:
-        print(f"{chat.assistant.name}: /help lists the commands, Ctrl-D ends")
+        print(f"{printable(chat.assistant.name)}: /help lists the commands, Ctrl-D ends")
     with history() if terminal else nullcontext():
         while True:
             try:
@@ -148,7 +146,7 @@ def converse(chat: Chat) -> None:
             except KeyboardInterrupt:
                 print(" (stopped)")
             except UserError as error:
-                print(f"error: {error}; /reset begins anew", file=sys.stderr)
+                print(f"error: {printable(error, PATH)}; /reset begins anew", file=sys.stderr)
 
 
 def respond(chat: Chat, line: str, command: str, argument: str) -> None:
@@ -160,7 +158,7 @@ def respond(chat: Chat, line: str, command: str, argument: str) -> None:
         if command == "/system":
             chat.system = argument
     elif command.startswith("/"):
-        print(f"error: {command}: no such command; /help lists them", file=sys.stderr)
+        print(f"error: {printable(command)}: no such command; /help lists them", file=sys.stderr)
     elif line.strip():
         chat.ask(line.strip())
 
@@ -186,7 +184,7 @@ def history() -> Iterator[None]:
             readline.write_history_file(file)
             file.chmod(0o600)
         except OSError as error:
-            print(f"{file}: the history is not kept: {error.strerror}", file=sys.stderr)
+            print(f"{printable(file, PATH)}: the history is not kept: {error.strerror}", file=sys.stderr)
 
 
 def harmless(text: str) -> str:

@@ -1,13 +1,13 @@
 """`minisft compare`: a page for blind ratings of two models, and win rates of ratings or of a judge."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft.commands import answer
-from minisft.commands.numbers import positive
-from minisft.errors import UserError
+from minisft.commands.numbers import natural, positive
+from minisft.errors import PATH, UserError, printable
+from minisft.reports.page import check_outputs, write_json
 
 if TYPE_CHECKING:
     from minisft.evaluation.answers import Answers
@@ -27,7 +27,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
                          "IFEval's layout")
     command.add_argument("--out", type=Path, metavar="FILE", help="the page; its key is written beside it, and so are "
                          "the answers of model folders")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the hidden order (0)")
+    command.add_argument("--seed", type=natural, default=0, metavar="N", help="of the hidden order (0)")
     command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
     command.add_argument("--ratings", nargs="+", type=Path, default=[], metavar="FILE", help="saved by the page")
     command.add_argument("--key", nargs="+", type=Path, default=[], metavar="FILE", help="of the rated pages")
@@ -37,10 +37,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, recipe: list[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """One of three: make a page, read ratings, read a judge's verdicts."""
-    answer.check(options, recipe, writes=(options.out, options.json),
-                 reads=(*options.models, options.questions, *options.ratings, *options.key, options.judge))
+    from minisft.evaluation import comparison, prompts
+
+    out, asked = options.out, options.questions and prompts.question_file(options.questions)
+    answered = {f"--out, its answers of {side}:": answers_beside(out, side)
+                for model, side in zip(options.models, "ab", strict=False) if out and Path(model).is_dir()}
+    key = out and comparison.key_file(out)
+    check_outputs({"--out": out, "--json": options.json, "--out, its key:": key, **answered},
+                  (*options.models, asked, options.templates, *options.ratings, *options.key, options.judge),
+                  appended=answered)
     if sum(map(bool, (options.models, options.ratings, options.judge))) != 1:
         raise UserError("give two models, or --ratings, or --judge; `minisft compare --help` shows each")
     if options.models:
@@ -56,8 +63,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     lines = ratings.table(pairs)
     print(ratings.describe(lines, scores, left_out) or "nothing is rated")
     if options.json:
-        options.json.write_text(json.dumps({"pairs": lines, "scores": scores, "left_out": left_out}, indent=2,
-                                           ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(options.json, {"pairs": lines, "scores": scores, "left_out": left_out})
 
 
 def make_page(options: argparse.Namespace) -> None:
@@ -73,9 +79,14 @@ def make_page(options: argparse.Namespace) -> None:
             for model, side in zip(options.models, ("a", "b"), strict=True))
     key = comparison.write_page(options.out, questions, a, b, seed=options.seed)
     lacking = len(questions) - len(key["pairs"]) - len(key["identical"])
-    print(f"{options.out}: {len(key['pairs'])} pairs to rate; {len(key['identical'])} with the same answers, which are "
-          f"ties; {lacking} questions that one of the two has not answered")
-    print(f"{comparison.key_file(options.out)}: whose answers are where; not for the rater")
+    print(f"{printable(options.out, PATH)}: {len(key['pairs'])} pairs to rate; {len(key['identical'])} with the same "
+          f"answers, which are ties; {lacking} questions that one of the two has not answered")
+    print(f"{printable(comparison.key_file(options.out), PATH)}: whose answers are where; not for the rater")
+
+
+def answers_beside(page: Path, side: str) -> Path:
+    """Where the answers of a model folder are kept."""
+    return page.parent / f"{page.name}.{side}.jsonl"
 
 
 def answers_of(model: str, questions: "list[Question]", options: argparse.Namespace, side: str) -> "Answers":
@@ -84,8 +95,9 @@ def answers_of(model: str, questions: "list[Question]", options: argparse.Namesp
 
     if not Path(model).is_dir():
         return answers.read_answers(Path(model))
-    file, name = options.out.with_name(f"{options.out.name}.{side}.jsonl"), answers.model_name(model)
-    if answers.unanswered(questions, file, model_id=name):
-        answers.write_answers(answer.load(model, options), questions, file, model_id=name,
-                              max_new_tokens=options.max_new_tokens, batch=options.batch)
-    return answers.read_answers(file)
+    file, name = answers_beside(options.out, side), answers.model_name(model)
+    with answers.alone(file):
+        if answers.unanswered(questions, file, model_id=name):
+            answers.write_answers(answer.load(model, options), questions, file, model_id=name,
+                                  max_new_tokens=options.max_new_tokens, batch=options.batch)
+        return answers.read_answers(file)

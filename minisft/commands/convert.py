@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from minisft.errors import UserError, printable
+from minisft.errors import PATH, UserError, printable
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "generation_config.json")
@@ -28,7 +28,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, recipe: list[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """SOURCE as TARGET, which appears in one rename when it is complete."""
     from minisft.model.llama import Llama  # imported late: torch takes seconds
     from minisft.model.peft import PeftFolder, is_adapter
@@ -36,8 +36,6 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.training.provenance import FILE
 
     source, target = options.source, options.target.resolve()
-    if recipe:
-        raise UserError(f"{recipe[0]}: unknown option; minisft convert --help lists them")
     refuse_what_cannot_be(options, target, adapter=is_adapter(source))
     partial = target.with_name(target.name + ".tmp")
     if partial.exists():
@@ -58,7 +56,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         raise
     numbers = sum(parameter.numel() for parameter in model.parameters())
     lacks = "" if (target / "tokenizer.json").exists() else "; it has no tokenizer.json, copy one there"
-    print(f"{target}: {numbers:,} parameters in {options.dtype}{lacks}")
+    print(f"{printable(target, PATH)}: {numbers:,} parameters in {options.dtype}{lacks}")
 
 
 def refuse_what_cannot_be(options: argparse.Namespace, target: Path, *, adapter: bool) -> None:
@@ -76,5 +74,5 @@ def refuse_what_cannot_be(options: argparse.Namespace, target: Path, *, adapter:
         raise UserError("--base: names the base model of an adapter, which goes with --merge")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an empty folder; choose another target")
-    if target == Path.cwd():
-        raise UserError(f"{target}: is the folder you are in, which would be replaced; choose another target")
+    if options.target.is_symlink() or target in (here := Path.cwd(), *here.parents):
+        raise UserError(f"{target}: is a link, or the current folder or one around it; name a new folder")

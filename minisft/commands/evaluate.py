@@ -5,7 +5,6 @@ functions: one makes a dict of figures, the other a table of them. `--json` writ
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from minisft.commands import answer
 from minisft.commands.numbers import natural, positive
 from minisft.errors import UserError
 from minisft.keys import FORMATS
+from minisft.reports.page import check_outputs, write_json
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,12 +54,14 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, recipe: list[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """All evaluations that the options ask for, of one model."""
     from minisft.evaluation import choices, heldout, instructions  # late: `minisft --help` does not wait for torch
+    from minisft.evaluation.prompts import question_file
 
-    answer.check(options, recipe, writes=(options.json,),
-                 reads=(*options.choices, *options.shots_from, options.instructions, *options.data))
+    table = options.instructions and question_file(options.instructions)
+    check_outputs({"--json": options.json}, (options.model, options.templates, *options.choices, *options.shots_from,
+                                             table, *options.data))
     if not (options.choices or options.instructions or options.data):
         raise UserError("nothing to evaluate; give --choices FILE ..., --instructions FILE or --data FILE ...")
     # All files are read before the weights are: an error in them should not take a minute.
@@ -82,4 +84,4 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
                                                   seq_len=options.seq_len)
         print(heldout.describe(found["losses"]))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(options.json, found)

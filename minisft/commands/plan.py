@@ -1,14 +1,13 @@
 """`minisft plan`: memory, time and cost of a run on given GPUs; no weights are read."""
 
 import argparse
-import json
 from pathlib import Path
 
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
-from minisft.commands.numbers import count, positive, share
+from minisft.commands.numbers import count, positive, price, share
 from minisft.planning import UTILISATION
-from minisft.reports.page import check_writable
+from minisft.reports.page import check_outputs, write_json
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,7 +18,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         allow_abbrev=False)
     command.add_argument("--gpus", type=positive, default=8, metavar="N", help="GPUs, over all hosts (8)")
     command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of GPU, as in hardware.toml (h100)")
-    command.add_argument("--hours-price", type=float, metavar="USD", help="price of one GPU for an hour")
+    command.add_argument("--hours-price", type=price, metavar="USD", help="price of one GPU for an hour")
     command.add_argument("--tokens", type=count, metavar="N", help="tokens of the data, such as 50M, instead of "
                          "reading them")
     command.add_argument("--document-length", type=count, metavar="N", help="with --tokens: tokens of a document "
@@ -34,12 +33,13 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """The plan of a recipe; no weights are read."""
     from minisft.planning import estimate  # imported late, as is all that needs torch or NumPy
     from minisft.planning.hardware import find_gpu
+    from minisft.preparation import inputs
 
+    config = configuration.load(recipe)
+    check_outputs({"--json": options.json}, inputs(config, recipe))
+    found = estimate.figures(config, find_gpu(options.gpu), gpus=options.gpus, tokens=options.tokens,
+                             document=options.document_length, utilisation=options.utilisation,
+                             price=options.hours_price)
     if options.json:
-        check_writable(options.json, "--json")
-    found = estimate.figures(configuration.load(recipe), find_gpu(options.gpu), gpus=options.gpus,
-                             tokens=options.tokens, document=options.document_length,
-                             utilisation=options.utilisation, price=options.hours_price)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, found)
     print(estimate.describe(found))

@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
-from minisft.reports.page import check_writable
+from minisft.reports.page import check_outputs, write, write_json
 
 if TYPE_CHECKING:
     from minisft.preparation import Prepared
@@ -30,18 +31,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """The data of a recipe, as training would see them."""
-    from minisft.preparation import prepare  # imported late, as is all that needs NumPy
+    from minisft.preparation import inputs, prepare  # imported late, as is all that needs NumPy
     from minisft.reports.data_report import describe, figures
 
-    for file, option in ((options.dump, "--dump"), (options.json, "--json")):
-        if file:
-            check_writable(file, option)
-    prepared = prepare(configuration.load(recipe), verify=options.verify)
+    config = configuration.load(recipe)
+    check_outputs({"--dump": options.dump, "--json": options.json}, inputs(config, recipe))
+    prepared = prepare(config, verify=options.verify)
     found = figures(prepared)
     if options.dump:
-        dump(prepared, options.dump)
+        write(options.dump, dump(prepared))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(options.json, found)
     encoding = sys.stdout.encoding or "utf-8"  # one that has no bars shows question marks
     print(describe(found).encode(encoding, "replace").decode(encoding))
     if options.verify:
@@ -50,11 +50,10 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         print(f"verified {documents:,} documents of {files}: as they were written")
 
 
-def dump(prepared: "Prepared", file: Path) -> None:
+def dump(prepared: "Prepared") -> Iterator[str]:
     """One JSON a training document: where it came from, its token ids, and 1 where a token is trained."""
-    with open(file, "w", encoding="utf-8") as out:
-        for i in range(len(prepared.train)):
-            source, line = prepared.train.origin(i)
-            ids, trained = prepared.train.document(i)
-            document = {"source": source, "line": line, "ids": ids.tolist(), "trained": trained.tolist()}
-            out.write(json.dumps(document) + "\n")
+    for i in range(len(prepared.train)):
+        source, line = prepared.train.origin(i)
+        ids, trained = prepared.train.document(i)
+        document = {"source": source, "line": line, "ids": ids.tolist(), "trained": trained.tolist()}
+        yield json.dumps(document) + "\n"

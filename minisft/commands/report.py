@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from minisft.errors import UserError
-from minisft.reports.page import check_writable, write
+from minisft.errors import PATH, UserError, printable
+from minisft.reports.page import check_outputs, write
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,24 +19,23 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, rest: list[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """The page, or the event files."""
     from minisft.reports.run_report import page  # imported late, as is all that needs NumPy
     from minisft.reports.runs import read_runs
 
-    if rest:
-        raise UserError(f"minisft report: unknown option {rest[0]}; `minisft report --help` lists them")
     if options.out and options.tensorboard:
         raise UserError("minisft report: --out and --tensorboard are two things; ask for one at a time")
+    file = options.out or options.runs[0] / "report.html"
+    if not options.tensorboard and options.runs[0].is_dir():
+        check_outputs({"--out": file}, options.runs)
     runs = read_runs(options.runs)
     if options.tensorboard:
         from minisft.reports.tensorboard import write_events
 
         for each in runs:
             folder = options.tensorboard / each.name.strip("/").replace("/", "-")
-            print(f"{folder}: {write_events(each, folder):,} values")
+            print(f"{printable(folder, PATH)}: {write_events(each, folder):,} values")
         return
-    file = options.out or options.runs[0] / "report.html"
-    check_writable(file, "--out")
     write(file, page(runs))
-    print(file)
+    print(printable(file, PATH))

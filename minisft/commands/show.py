@@ -5,7 +5,9 @@ from pathlib import Path
 
 from minisft import config as configuration
 from minisft.commands import RECIPE_HELP
-from minisft.reports.page import check_writable, write
+from minisft.commands.numbers import whole
+from minisft.errors import PATH, printable
+from minisft.reports.page import check_outputs, write
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,12 +16,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "show", help="show documents as the model sees them: every token, and which are trained",
         usage="minisft show RECIPE [--section.key value ...] [options]", epilog=RECIPE_HELP,
         allow_abbrev=False)
-    command.add_argument("--index", type=int, metavar="N", help="document N, from 0")
+    command.add_argument("--index", type=whole, metavar="N", help="document N, from 0")
     command.add_argument("--longest", action="store_true", help="the longest document")
-    command.add_argument("--random", type=int, nargs="?", const=0, metavar="SEED", help="a few documents at random")
+    command.add_argument("--random", type=whole, nargs="?", const=0, metavar="SEED", help="a few documents at random")
     command.add_argument("--source", metavar="NAME", help="among the documents of one source of data.train, data.eval")
-    command.add_argument("--pack", type=int, metavar="N", help="pack N, from 0, of the first epoch or of --step")
-    command.add_argument("--step", type=int, metavar="N", help="the packs of step N, from 1 as in metrics.jsonl")
+    command.add_argument("--pack", type=whole, metavar="N", help="pack N, from 0, of the first epoch or of --step")
+    command.add_argument("--step", type=whole, metavar="N", help="the packs of step N, from 1 as in metrics.jsonl")
     command.add_argument("--ids", action="store_true", help="one token a line, with its position and id")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows a whole pack")
     command.set_defaults(run=run)
@@ -27,20 +29,20 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """Documents of a recipe, on the terminal or as a page."""
-    from minisft.preparation import prepare  # imported late, as is all that needs NumPy
+    from minisft.preparation import inputs, prepare  # imported late, as is all that needs NumPy
     from minisft.reports.data_report import unread_fields
     from minisft.reports.show import choose, print_views
     from minisft.reports.show_html import page
 
-    if options.html:
-        check_writable(options.html, "--html")
-    prepared = prepare(configuration.load(recipe))
+    config = configuration.load(recipe)
+    check_outputs({"--html": options.html}, inputs(config, recipe))
+    prepared = prepare(config)
     views = choose(prepared, source=options.source, index=options.index,
                    longest=options.longest, random=options.random, pack=options.pack, step=options.step,
                    whole=bool(options.html))
     if options.html:
         write(options.html, page(views))
-        print(options.html, *(view.heading for view in views), sep="\n  ")
+        print(printable(options.html, PATH), *(view.heading for view in views), sep="\n  ")
     else:
         print_views(views, ids=options.ids)
     for line in unread_fields(prepared):

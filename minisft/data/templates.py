@@ -73,6 +73,8 @@ def load_templates(path: str | Path | None = None) -> dict[str, Template]:
     shipped = resources.files("minisft.data") / "templates.toml"
     templates = _parse(shipped.read_text(encoding="utf-8"), "templates.toml")
     if path:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path}: data.templates cannot be read: it is no regular file")
         try:
             if Path(path).exists():
                 regular_file(path)
@@ -85,7 +87,7 @@ def load_templates(path: str | Path | None = None) -> dict[str, Template]:
 def _parse(text: str, file: str) -> dict[str, Template]:
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not TOML: {error}") from None
     known = {field.name: str(field.type) for field in fields(Template) if field.name != "name"}
     templates = {}

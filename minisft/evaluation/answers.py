@@ -8,11 +8,13 @@ One line a question, in the order of the question file. The second turn is asked
 written whole as soon as its questions are answered, so a command that was stopped goes on behind the last whole line.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +23,8 @@ from tqdm import tqdm
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
-from minisft.errors import UserError
+from minisft.data.records import SHORT
+from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.prompts import Question, json_lines, texts
 
 MAX_NEW_TOKENS = 1024  # FastChat's default
@@ -65,11 +68,28 @@ def answer_turns(assistant: Answering, questions: list[Question], *, max_new_tok
     return [[turn.content for turn in talk if turn.role == "assistant"] for talk in talks]
 
 
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Hold a file of answers. Raises UserError while another process does: both would ask everything."""
+    with open(os.open(file, os.O_RDONLY | os.O_CREAT, 0o666)) as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{printable(file, PATH)}: another process is writing answers there; wait for it, or give "
+                            "another --out") from None
+        try:
+            yield
+        finally:
+            if not os.stat(held.fileno()).st_size:
+                file.unlink(missing_ok=True)  # nothing came of it
+
+
 def write_answers(assistant: Answering, questions: list[Question], file: Path, *, model_id: str,
                   max_new_tokens: int = MAX_NEW_TOKENS, batch: int = 8) -> None:
     """Append to `file` the answers that it lacks."""
     missing = unanswered(questions, file, model_id=model_id)
-    with open(file, "ab") as out, tqdm(total=len(missing), desc=model_id, unit="question", leave=False) as progress:
+    with open(file, "ab") as out, tqdm(total=len(missing), desc=printable(model_id), unit="question",
+                                       leave=False) as progress:
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
             for question, turns in zip(some, answer_turns(assistant, some, max_new_tokens=max_new_tokens), strict=True):
@@ -107,7 +127,8 @@ def unanswered(questions: list[Question], file: Path, *, model_id: str) -> list[
     if kept:
         found = read_answers(file, end=len(kept))
         if found.model_id != model_id:
-            raise UserError(f"{file}: holds the answers of {found.model_id!r}, not of {model_id!r}; give another --out")
+            raise UserError(f"{file}: holds the answers of {SHORT.repr(found.model_id)}, not of "
+                            f"{SHORT.repr(model_id)}; give another --out")
         done = found.turns
     if whole[end:]:
         with open(file, "ab") as out:

@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 from minisft.data.conversation import Turn
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.assistant import Assistant
+from minisft.evaluation.decoding import logits
 from minisft.evaluation.interval import wilson
 from minisft.evaluation.questions import LETTERS, Question, read
 from minisft.model.attention import Documents
-from minisft.model.precision import linear
 
 STYLES = ("letter", "text")
 WORDS = {"en": ("Question:", "Answer:"), "tr": ("Soru:", "Cevap:")}
@@ -109,7 +109,8 @@ def ask(files: list[str], *, format: str = "auto", language: str = "", style: st
         chosen = tuple(other for other, _ in zip(others, range(shots), strict=False))
         if len(chosen) < shots:
             raise UserError(f"{question.where}: --shots {shots}, but there are {len(chosen)} other questions about "
-                            f"{question.subject!r}; ask for fewer, or name files that have them with --shots-from")
+                            f"{printable(repr(question.subject))}; ask for fewer, or name files that have them "
+                            "with --shots-from")
         asked.append(Asked(question, style or ("text" if question.format == "arc" else "letter"), chosen))
     return asked
 
@@ -196,7 +197,7 @@ def log_likelihoods(model: nn.Module, requests: list[Request], *, batch_tokens: 
 def _log_p(hidden: Tensor, head: Tensor, words: Tensor) -> Tensor:
     """(n, D), (V, D), (n,) -> (n,) log p(word)"""
     rows = max(LOGITS // len(head), 1)
-    parts = [linear(x, head).float().log_softmax(dim=-1).gather(-1, word[:, None]).squeeze(1)
+    parts = [logits(x, head).log_softmax(dim=-1).gather(-1, word[:, None]).squeeze(1)
              for x, word in zip(hidden.split(rows), words.split(rows), strict=True)]
     return torch.cat(parts)
 
@@ -257,4 +258,4 @@ def describe(found: dict[str, Any]) -> str:
             low, high = row[f"{score}_interval"]
             cells.append(f"{100 * row[score]:5.1f} ({100 * low:.1f}-{100 * high:.1f})".rjust(18))
         lines.append(f"{name:{wide}}  {row['questions']:9,}  {100 * row['chance']:6.1f}  " + "  ".join(cells))
-    return "\n".join(lines)
+    return "\n".join(printable(line, PATH) for line in lines)

@@ -24,7 +24,7 @@ from minisft.reports.page import write
 
 def key_file(page: Path) -> Path:
     """Where the key of a page is kept: beside it."""
-    return page.with_name(f"{page.name}.key.json")
+    return page.parent / f"{page.name}.key.json"
 
 
 def write_page(page: Path, questions: list[Question], a: Answers, b: Answers, *, seed: int) -> dict[str, Any]:

@@ -64,7 +64,10 @@ def _continued(decoder: Decoder, prompts: list[list[int]], texts: list[int], lim
             logits = penalized(logits, present, sampling.repetition_penalty)
         numbers = torch.tensor([next(draws[i]) for i in texts], dtype=torch.float64, device=logits.device)
         tokens = choose(logits, sampling, numbers)
-        said = tokens.tolist()  # waits for the device
+        said = torch.where(logits.amax(dim=-1).isfinite(), tokens, -1).tolist()  # waits for the device
+        if min(said) < 0:
+            raise UserError("the model's logits are not finite; its weights are broken, or --precision bf16 is too "
+                            "coarse for them")
         yield from ((i, token) for i, token in zip(texts, said, strict=True) if token not in stop_ids)
         stopped = [row for row, (i, token) in enumerate(zip(texts, said, strict=True))
                    if token in stop_ids or cache.lengths[row] + 1 == limits[i]]

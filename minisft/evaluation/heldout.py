@@ -17,7 +17,7 @@ from minisft.data.dataset import Dataset
 from minisft.data.loader import steps
 from minisft.data.packing import Plan
 from minisft.data.store import open_store
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.assistant import Assistant
 from minisft.training.loss import batch_loss
 from minisft.training.parallel import World, all_sum
@@ -88,4 +88,4 @@ def describe(found: list[dict[str, Any]]) -> str:
         loss, perplexity = ("-" if each[name] is None else f"{each[name]:,.4f}" for name in ("loss", "perplexity"))
         lines.append(f"{loss:>8}{perplexity:>12}{each['target_tokens']:>12,}{each['documents']:>11,}"
                      f"{each['left_out']:>10,}  {each['name']}")
-    return "\n".join(lines)
+    return "\n".join(printable(line, PATH) for line in lines)

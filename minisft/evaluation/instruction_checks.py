@@ -12,9 +12,11 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import chain, pairwise
 from typing import Any, get_origin
 
-from minisft.errors import UserError
+from minisft.data.records import SHORT
+from minisft.errors import UserError, printable
 from minisft.evaluation.language import check_language, detect, lower
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {  # "exactly" is ours
@@ -25,7 +27,8 @@ RELATIONS: dict[str, Callable[[int, int], bool]] = {  # "exactly" is ours
 # A full stop after one of these, or after a single capital letter, ends no sentence although a capital may follow.
 ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "st", "prof", "capt", "lt", "vs", "e.g", "i.e", "doç", "yrd", "örn", "bkz",
                  "m.ö", "m.s", "t.c"}
-_STOP = re.compile(r"""(\S*?)(?:[.…]+|[.…]*[!?][.!?…]*)["'”’»)\]*]*(?=\s|$)""")
+_CLOSING, _STOPS, _OPENING = "\"'”’»)]*", ".!?…", "(\"'“‘*"
+_WORD = re.compile(r"\w")
 
 
 def words(text: str) -> int:
@@ -40,13 +43,15 @@ def sentences(text: str) -> int:
     ("3. sınıf", "e.g. this").
     """
     count, start = 0, 0
-    for stop in _STOP.finditer(text):
-        last, rest = stop[1].strip("(\"'“‘*"), text[stop.end() :].lstrip()
-        plain = "!" not in stop[0] and "?" not in stop[0]
+    for run, after in pairwise(chain(re.finditer(r"\S+", text), [None])):
+        assert run
+        unclosed = run[0].rstrip(_CLOSING)
+        before, rest = unclosed.rstrip(_STOPS), after[0] if after else ""
+        last, plain = before.strip(_OPENING), "!" not in run[0] and "?" not in run[0]
         inside = rest[:1].islower() or lower(last, "en") in ABBREVIATIONS or (len(last) == 1 and last.isupper())
-        if not (plain and rest and inside):
-            count, start = count + bool(re.search(r"\w", text[start : stop.end()])), stop.end()
-    return count + bool(re.search(r"\w", text[start:]))
+        if before != unclosed and not (plain and rest and inside):
+            count, start = count + bool(_WORD.search(text, start, run.end())), run.end()
+    return count + bool(_WORD.search(text, start))
 
 
 def occurrences(keyword: str, answer: str, language: str) -> int:
@@ -108,7 +113,7 @@ def nth_paragraph_first_word(answer: str, language: str, *, num_paragraphs: int,
 
 def number_placeholders(answer: str, _: str, *, num_placeholders: int) -> bool:
     """At least so many [such] pieces."""
-    return len(re.findall(r"\[.*?\]", answer)) >= num_placeholders
+    return re.findall(r"\[[^\]\n]*(\]?)", answer).count("]") >= num_placeholders  # without ], none begins in the line
 
 
 def postscript(answer: str, language: str, *, postscript_marker: str) -> bool:
@@ -120,7 +125,7 @@ def postscript(answer: str, language: str, *, postscript_marker: str) -> bool:
 
 def number_bullet_lists(answer: str, _: str, *, num_bullets: int) -> bool:
     """Lines that begin with * (not **) or -."""
-    return len(re.findall(r"^\s*(?:\*[^*]|-).*$", answer, re.MULTILINE)) == num_bullets
+    return len(re.findall(r"^[^\S\n]*(?:\*[^*]|-).*$", answer, re.MULTILINE)) == num_bullets
 
 
 def constrained_response(answer: str, language: str) -> bool:
@@ -154,7 +159,8 @@ def json_format(answer: str, _: str) -> bool:
 
 def title(answer: str, _: str) -> bool:
     """A title in <<such>> brackets, in one line."""
-    return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", answer))
+    lines = [line[line.find("<<") : line.rfind(">>") + 2] for line in answer.split("\n") if "<<" in line]
+    return any(line.lstrip("<").rstrip(">").strip() for line in lines)
 
 
 def two_responses(answer: str, _: str) -> bool:
@@ -256,7 +262,7 @@ def parameters(instruction: str, given: Mapping[str, Any], where: str) -> dict[s
              if parameter.kind is parameter.KEYWORD_ONLY}
     if given.keys() != takes.keys():
         raise UserError(f"{where}: {instruction} takes {', '.join(takes) or 'no parameters'}; "
-                        f"found {', '.join(given) or 'none'}")
+                        f"found {printable(', '.join(given)) or 'none'}")
     for name, kind in takes.items():
         value = given[name]
         if kind is int and isinstance(value, float) and value.is_integer():
@@ -264,9 +270,10 @@ def parameters(instruction: str, given: Mapping[str, Any], where: str) -> dict[s
         if type(value) is not kind or (kind is str and not value.strip()) or (
                 kind is list and not (value and all(isinstance(item, str) and item.strip() for item in value))):
             wanted = {int: "a whole number", str: "text", list: "a list of texts"}[kind]
-            raise UserError(f"{where}: {instruction}: {name} must be {wanted}, not {value!r}")
+            raise UserError(f"{where}: {instruction}: {name} must be {wanted}, not {SHORT.repr(value)}")
         if name.endswith("relation") and value not in RELATIONS:
-            raise UserError(f"{where}: {instruction}: {name} must be one of {', '.join(RELATIONS)}, not {value!r}")
+            raise UserError(f"{where}: {instruction}: {name} must be one of {', '.join(RELATIONS)}, not "
+                            f"{SHORT.repr(value)}")
         if name == "language":
             check_language(value, f"{where}: {instruction}")
     return given

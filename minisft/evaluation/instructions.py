@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.data.conversation import Turn
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.answers import Answering, in_batches
 from minisft.evaluation.instruction_checks import CHECKS, parameters
 from minisft.evaluation.language import check_language
@@ -69,8 +69,8 @@ def load(name: str | Path, *, skip_unknown: bool = False, limit: int | None = No
             raise UserError(f"{where}: needs instruction_id_list, a list of names, and kwargs, an object for each name")
         unknown = [name for name in names if name not in CHECKS]
         if unknown and not skip_unknown:
-            raise UserError(f"{where}: there is no check for the instruction {unknown[0]!r}; leave such ones out with "
-                            f"--skip-unknown, or choose from {', '.join(sorted(CHECKS))}")
+            raise UserError(f"{where}: there is no check for the instruction {printable(repr(unknown[0]))}; leave such "
+                            f"ones out with --skip-unknown, or choose from {', '.join(sorted(CHECKS))}")
         skipped.update(unknown)
         known = tuple((name, parameters(name, kwargs, where))
                       for name, kwargs in zip(names, given, strict=True) if name in CHECKS)
@@ -126,4 +126,4 @@ def describe(found: dict[str, Any]) -> str:
               if len(found["by_language"]) > 1]
     lines += [f"    {name:45} {percent(figure)}" for name, figure in found["by_instruction"].items()]
     lines += [f"  not checked: {name} ({count} times)" for name, count in found["skipped"].items()]
-    return "\n".join(lines)
+    return "\n".join(printable(line, PATH) for line in lines)

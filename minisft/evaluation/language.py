@@ -18,7 +18,7 @@ from collections import Counter
 from functools import cache
 from importlib.resources import files
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 
 _BETWEEN_WORDS = re.compile(r"[\s\d.,;:!?…\"'’‘“”«»()\[\]{}<>*_#/|`~+=।؟،؛—–-]+")
 
@@ -42,7 +42,8 @@ def languages() -> dict[str, str]:
 def check_language(code: str, where: str) -> str:
     """`code`, or UserError where it is not one of the table's."""
     if code not in languages():
-        raise UserError(f"{where}: no language {code!r} can be told here; choose from {', '.join(sorted(languages()))}")
+        raise UserError(f"{where}: no language {printable(repr(code))} can be told here; choose from "
+                        f"{', '.join(sorted(languages()))}")
     return code
 
 

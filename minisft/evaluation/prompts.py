@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from minisft.data.records import BadRecord, records
+from minisft.data.records import SHORT, BadRecord, records
 from minisft.errors import UserError
 
 SHIPPED = ("mt-en", "mt-tr", "instructions", "flips")
@@ -52,7 +52,7 @@ def load_questions(name: str | Path) -> list[Question]:
     for line, record in json_lines(file := question_file(name)):
         question = _question(record, f"{file}:{line}")
         if question.id in found:
-            raise UserError(f"{file}:{line}: question {question.id!r} stands in this file already")
+            raise UserError(f"{file}:{line}: question {SHORT.repr(question.id)} stands in this file already")
         found[question.id] = question
     if not found:
         raise UserError(f"{file}: no questions")
@@ -62,7 +62,7 @@ def load_questions(name: str | Path) -> list[Question]:
 def _question(record: dict[str, Any], where: str) -> Question:
     number = record.get("question_id", record.get("key"))
     if not isinstance(number, int | str) or isinstance(number, bool):
-        raise UserError(f"{where}: question_id (or key) must be a number or text, not {number!r}")
+        raise UserError(f"{where}: question_id (or key) must be a number or text, not {SHORT.repr(number)}")
     return Question(number, texts(record.get("turns", [record.get("prompt")]), f"{where}: turns (or prompt)"),
                     str(record.get("category", "")),
                     texts(record["reference"], f"{where}: reference") if record.get("reference") else ())
@@ -71,5 +71,6 @@ def _question(record: dict[str, Any], where: str) -> Question:
 def texts(value: object, what: str) -> tuple[str, ...]:
     """`value` as a tuple of texts, of which there is at least one."""
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise UserError(f"{what}: must be text in a list, such as [\"a question\", \"a second\"], not {value!r:.80}")
+        raise UserError(f"{what}: must be text in a list, such as [\"a question\", \"a second\"], not "
+                        f"{SHORT.repr(value)}")
     return tuple(value)

@@ -56,6 +56,8 @@ def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[
     `format` "auto": known from the content. `language` is that of the prompt's own words; empty: the format's.
     """
     source = str(path)
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"{source}: is no regular file; name a file of questions")
     try:
         content = Path(path).read_bytes().removeprefix(BOM)
     except OSError as error:

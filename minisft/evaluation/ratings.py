@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 from minisft.data.records import SHORT
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.prompts import json_lines
 from minisft.evaluation.rates import percent, rate, sign_test
 
@@ -42,14 +42,14 @@ def read_ratings(ratings: Iterable[Path], keys: Iterable[Path]) -> dict[tuple[st
         if not (isinstance(rated.get("ratings"), dict) and isinstance(rated.get("page"), str)):
             raise UserError(f"{file}: is no file of ratings that a page of `minisft compare` has saved")
         if (key := by_page.get(rated["page"])) is None:
-            raise UserError(f"{file}: rates page {rated['page']!r}, whose key is not among --key; give the "
+            raise UserError(f"{file}: rates page {SHORT.repr(rated['page'])}, whose key is not among --key; give the "
                             ".key.json that was written beside the page")
         used[key["page"]] = key
         pairs = {str(i): pair for i, pair in enumerate(key["pairs"])}
         for index, choice in rated["ratings"].items():
             if index not in pairs or choice not in ("left", "right", "tie"):
-                raise UserError(f"{file}: rating {index:.20}: {SHORT.repr(choice)} is not of this page; a choice is "
-                                "left, right or tie")
+                raise UserError(f"{file}: rating {printable(index, 20)}: {SHORT.repr(choice)} is not of this "
+                                "page; a choice is left, right or tie")
             pair = pairs[index]
             score = 0.5 if choice == "tie" else float((choice == "left") == (pair["left"] == "a"))
             found[key["model_a"], key["model_b"]][pair["question_id"], 0].append(score)
@@ -110,9 +110,9 @@ def _pairwise(record: dict[str, Any], where: str) -> tuple[tuple[str, str], floa
     one, two, winners = record.get("model_1"), record.get("model_2"), (record["g1_winner"], record.get("g2_winner"))
     for winner in winners:
         if winner not in ("model_1", "model_2", "tie", "error"):
-            raise UserError(f"{where}: a winner is model_1, model_2, tie or error, not {winner!r}")
+            raise UserError(f"{where}: a winner is model_1, model_2, tie or error, not {SHORT.repr(winner)}")
     if not isinstance(one, str) or not isinstance(two, str) or one == two:
-        raise UserError(f"{where}: model_1 and model_2 must be the names of two models, not {(one, two)}")
+        raise UserError(f"{where}: model_1 and model_2 must be the names of two models, not {SHORT.repr((one, two))}")
     if "error" in winners:
         return None
     first = 0.5 if winners[0] != winners[1] or winners[0] == "tie" else float(winners[0] == "model_1")
@@ -151,4 +151,4 @@ def describe(lines: list[dict[str, Any]], scores: dict[str, list[float]] | None 
     text += [f"{model}: mean score {mean(each):.2f} of {len(each)}" for model, each in sorted((scores or {}).items())]
     if left_out:
         text.append(f"{left_out} lines without a verdict were left out")
-    return "\n".join(text)
+    return "\n".join(printable(line, PATH) for line in text)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from minisft.data.dataset import Dataset
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.evaluation.decoding import logits
 from minisft.model.attention import Documents
-from minisft.model.precision import linear
 
 MOST = 128  # tokens of an answer: a base model seldom stops by itself
 
@@ -80,7 +80,7 @@ def continued(model: nn.Module, prompts: list[list[int]], *, stop_ids: set[int],
         last = documents.cu_seqlens[1:].long() - 1
 
         def best(hidden: Tensor, head: Tensor, last: Tensor = last) -> Tensor:
-            return linear(hidden[last], head).argmax(dim=-1)
+            return logits(hidden[last], head).argmax(dim=-1)
 
         chosen = model(torch.tensor([token for i in growing for token in texts[i]], device=device), documents, best)
         dist.broadcast(chosen, 0)  # a rank that rounds another way would end earlier, and leave the others waiting

@@ -34,11 +34,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        finite = np.isfinite(self.temperature) and np.isfinite(self.repetition_penalty)
-        allowed = {"temperature": (finite and self.temperature >= 0, "a number from 0 (the most probable token)"),
+        # Past these bounds logits in fp32 overflow, and what is drawn then is no token.
+        allowed = {"temperature": (self.temperature == 0 or 1e-5 <= self.temperature <= 1e5,
+                                   "0 (the most probable token), or a number from 0.00001 to 100000"),
                    "top_k": (self.top_k >= 0, "a whole number from 0 (all tokens)"),
                    "top_p": (0 < self.top_p <= 1, "above 0, and 1 at most"),
-                   "repetition_penalty": (finite and self.repetition_penalty > 0, "above 0; 1 changes nothing"),
+                   "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3,
+                                          "a number from 0.001 to 1000; 1 changes nothing"),
                    "seed": (self.seed >= 0, "a whole number from 0")}
         for name, (fine, expected) in allowed.items():
             if not fine:

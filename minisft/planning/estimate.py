@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minisft.config import Config
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
 from minisft.model.lora_config import LoRA
@@ -23,7 +23,7 @@ from minisft.model.meta import MetaFolder
 from minisft.planning import UTILISATION
 from minisft.planning.hardware import REACHED, Gpu, Traffic
 from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, Sizes, peak
-from minisft.preparation import adapters_of, prepare
+from minisft.preparation import adapters_of, inputs, prepare
 
 RESERVED = 1.2  # memory that PyTorch's allocator holds for each byte allocated: about that in published runs
 OUTSIDE = 1.5  # GiB assumed for what PyTorch does not count: CUDA's context, NCCL's buffers
@@ -71,9 +71,8 @@ class Work:
 
 def missing(config: Config) -> list[str]:
     """Files that must be read to count the data, and are not there."""
-    paths = [source.path for source in (*config.data.train, *config.data.replay, *config.data.eval,
-                                         *config.data.general)]
-    return [path for path in (*paths, config.model.tokenizer) if not Path(path).exists()]
+    *paths, _, _, _, _ = inputs(config)
+    return [path for path in paths if not Path(path).exists()]
 
 
 def flops_per_token(network: LlamaConfig, lengths: np.ndarray, targets: np.ndarray,
@@ -287,7 +286,7 @@ def describe(found: dict[str, Any]) -> str:
     for title, text in rows.items():
         lines += textwrap.wrap(text, 110, initial_indent=f"{title:<9}", subsequent_indent=" " * 9,
                                break_on_hyphens=False)
-    return "\n".join(lines)
+    return "\n".join(printable(line, PATH) for line in lines)
 
 
 def _memory_table(found: dict[str, Any]) -> list[str]:

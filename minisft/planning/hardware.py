@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 from minisft.keys import nearest
 from minisft.model.config import LlamaConfig
 from minisft.model.lora_config import LoRA
@@ -55,7 +55,8 @@ def find_gpu(name: str) -> Gpu:
     """The GPU called `name` in hardware.toml. Raises UserError for one that is not there."""
     known = _known()
     if name.lower() not in known:
-        raise UserError(f"--gpu: no GPU is called {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+        raise UserError(f"--gpu: no GPU is called {printable(repr(name))}{nearest(name, known)}; known are "
+                        f"{', '.join(known)}")
     return Gpu(**known[name.lower()])
 
 

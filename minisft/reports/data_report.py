@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from minisft.data.dataset import Dataset
+from minisft.errors import PATH, printable
 from minisft.model.flops import training_flops
 from minisft.preparation import Prepared, adapters_of
 
@@ -142,7 +143,7 @@ def describe(found: dict[str, Any], *, short: bool = False) -> str:
     lines.append("")
     for title, text in _plan_lines(found):
         lines += textwrap.wrap(text, columns, initial_indent=f"{title:<9}", subsequent_indent=" " * 9)
-    return "\n".join(lines)
+    return "\n".join(printable(line, PATH) for line in lines)
 
 
 def _source_rows(found: dict[str, Any]) -> list[list[str] | str]:

@@ -20,7 +20,7 @@ from zlib import crc32
 
 import numpy as np
 
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 from minisft.reports import page
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _svg(figure: "Figure", plt: ModuleType) -> str:
     svg = out.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :], count=2)
     svg = re.sub(r' id="\w+_\d+"|<style.*?</style>', "", svg)  # ids of groups, to which nothing refers
-    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    svg = "\n".join(filter(None, map(str.strip, svg.split("\n"))))
     own = f"f{crc32(svg.encode()):x}"
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}", svg)
     return re.sub("|".join(VARIABLES), lambda code: f"var({VARIABLES[code[0]]})", svg).strip()
@@ -203,7 +203,7 @@ def _svg(figure: "Figure", plt: ModuleType) -> str:
 
 def _short(name: str) -> str:
     """A name for a legend; one that begins with an underscore would be left out of it."""
-    name = name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+    name = printable(name, NAME)
     return f" {name}" if name.startswith("_") else name
 
 

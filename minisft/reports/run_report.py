@@ -16,6 +16,7 @@ from itertools import starmap
 
 import numpy as np
 
+from minisft.errors import PATH, printable
 from minisft.reports import page as pages
 from minisft.reports.drawing import STYLE as COLOURS
 from minisft.reports.drawing import Curve, Panel, lines, running_mean, shares, window
@@ -46,7 +47,7 @@ def page(runs: Sequence[Run]) -> str:
     title = " · ".join(run.name for run in runs)
     sections = (_summary(runs), _losses(runs), _forgetting(runs), _optimisation(runs), _throughput(runs), _data(runs),
                 _samples(runs), _environment(runs))
-    return pages.render(f"minisft report: {title}", STYLE, f"<h1>{escape(title)}</h1>\n" + "".join(sections))
+    return pages.render(f"minisft report: {title}", STYLE, f"<h1>{_safe(title)}</h1>\n" + "".join(sections))
 
 
 # ---- the table at the top --------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def page(runs: Sequence[Run]) -> str:
 
 def _summary(runs: Sequence[Run]) -> str:
     rows = {"state": [_state(run) for run in runs], "model": [_model(run) for run in runs],
-            "data": [escape(", ".join(run.sources())) for run in runs],
+            "data": [_safe(", ".join(run.sources())) for run in runs],
             "steps": [_steps(run) for run in runs],
             "tokens": [f"{run.total('tokens'):,.0f}, of which {run.total('target_tokens'):,.0f} trained"
                        for run in runs],
@@ -67,18 +68,18 @@ def _summary(runs: Sequence[Run]) -> str:
 
 
 def _state(run: Run) -> str:
-    state, error = str(run.status.get("state", "unknown")), str(run.status.get("error") or "")
+    state, error = str(run.status.get("state", "unknown")), " ".join(str(run.status.get("error") or "").split())
     kind = {"failed": "failed", "dead": "failed", "done": "done"}.get(state, "")
-    text = f'<span class="{kind}">{escape(state)}</span>'
+    text = f'<span class="{kind}">{_safe(state)}</span>'
     if state in ("running", "dead"):
         text += f"; last written {datetime.fromtimestamp(run.written, UTC):%Y-%m-%d %H:%M} UTC"
-    return text + (f": {escape(error)}" if error else "")
+    return text + (f": {_safe(error)}" if error else "")
 
 
 def _model(run: Run) -> str:
     model, lora = run.config.get("model", {}), run.config.get("lora", {}).get("rank", 0)
     base = model.get("path") or f"{model.get('config', 'unknown')}, random weights"
-    return escape(f"{base}{f', LoRA of rank {lora}' if lora else ''}")
+    return _safe(f"{base}{f', LoRA of rank {lora}' if lora else ''}")
 
 
 def _steps(run: Run) -> str:
@@ -215,7 +216,7 @@ def _throughput(runs: Sequence[Run]) -> str:
             figures.append((shares(packed), "Where the room of the packs went. Context is read and not trained; the "
                             "empty part costs nothing but evenness, since nothing is padded unless layers are "
                             "compiled."))
-    profiles = "".join(f"<details><summary>Profile of {escape(run.name)}: time by kind of work</summary>"
+    profiles = "".join(f"<details><summary>Profile of {_safe(run.name)}: time by kind of work</summary>"
                        f"<pre>{escape(run.profile)}</pre></details>\n" for run in runs if run.profile)
     return _section("Throughput and its losses", figures) + profiles
 
@@ -253,7 +254,7 @@ def _data(runs: Sequence[Run]) -> str:
     for run in runs:
         if run.data and run.data not in seen:
             seen.append(run.data)
-            heading = f"<h3>{escape(run.name)}</h3>\n" if len(runs) > 1 else ""
+            heading = f"<h3>{_safe(run.name)}</h3>\n" if len(runs) > 1 else ""
             parts.append(heading + data_figures(run))
     return f"<h2>Data</h2>\n{''.join(parts)}" if parts else ""
 
@@ -273,9 +274,9 @@ def _samples(runs: Sequence[Run]) -> str:
             said.append((f"{who}step {record['step']:,}", answer, answer.strip() == reference.strip()))
     html = ""
     for (name, prompt), said in asked.items():
-        rows = "".join(f'<tr><th>{escape(who)}</th><td class="text{" right" * right}">{_text(text)}</td></tr>\n'
+        rows = "".join(f'<tr><th>{_safe(who)}</th><td class="text{" right" * right}">{_text(text)}</td></tr>\n'
                        for who, text, right in said)
-        html += (f'<div class="wide"><table><tr><th>{escape(name)}</th><td class="text">{_text(prompt)}</td></tr>\n'
+        html += (f'<div class="wide"><table><tr><th>{_safe(name)}</th><td class="text">{_text(prompt)}</td></tr>\n'
                  f"{rows}</table></div><br>\n")
     return (f"<h2>Answers before and after</h2>\n<p>Held-out questions, answered greedily. A tick marks an answer that "
             f"is word for word the expected one.</p>\n{html}" if html else "")
@@ -294,8 +295,8 @@ def _environment(runs: Sequence[Run]) -> str:
             value = (", ".join(f"{value.count(each)} × {each}" for each in dict.fromkeys(map(str, value)))
                      if isinstance(value, list) else value)
             if value not in (None, ""):
-                rows.setdefault(name, [""] * len(runs))[i] = escape(str(value))
-    configurations = "".join(f"<details><summary>Configuration of {escape(run.name)}</summary><pre>"
+                rows.setdefault(name, [""] * len(runs))[i] = _safe(str(value))
+    configurations = "".join(f"<details><summary>Configuration of {_safe(run.name)}</summary><pre>"
                              f"{escape(run.configuration)}</pre></details>\n" for run in runs if run.configuration)
     table = _table(runs, rows) if rows else ""
     return f"<h2>Environment</h2>\n{table}{configurations}" if table or configurations else ""
@@ -306,10 +307,10 @@ def _environment(runs: Sequence[Run]) -> str:
 
 def _table(runs: Sequence[Run], rows: dict[str, list[str]]) -> str:
     """A row for each figure, a column for each run; cells are HTML, names are not."""
-    head = "".join(f'<th><span class="key" style="--k: var(--c{i % 6})">{escape(run.name)}</span></th>'
+    head = "".join(f'<th><span class="key" style="--k: var(--c{i % 6})">{_safe(run.name)}</span></th>'
                    for i, run in enumerate(runs)) if len(runs) > 1 else ""
     head = f"<thead><tr><th></th>{head}</tr></thead>" if head else ""
-    body = "".join(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
+    body = "".join(f"<tr><th>{_safe(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
                    for name, cells in rows.items() if any(cells))
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>\n'
 
@@ -317,6 +318,11 @@ def _table(runs: Sequence[Run], rows: dict[str, list[str]]) -> str:
 def _section(title: str, figures: list[tuple[str, str]], *, empty: str = "") -> str:
     content = "".join(starmap(pages.figure, figures)) or (f"<p>{empty}</p>\n" if empty else "")
     return f"<h2>{title}</h2>\n{content}" if content else ""
+
+
+def _safe(name: object) -> str:
+    """A name, or another line that was written elsewhere, as HTML."""
+    return escape(printable(name, PATH))
 
 
 def _duration(seconds: float) -> str:

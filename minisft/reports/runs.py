@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.reports.shapes import is_number, misfit
 
 # What a page reads of these files (shapes.py); there is more in them.
@@ -83,8 +83,8 @@ class Evals:
 
 def read_runs(paths: list[Path]) -> list[Run]:
     """The runs in the folders `paths`, by names that differ. Raises UserError for folders that hold no run."""
-    last = [path.resolve().name for path in paths]
-    names = last if len(set(last)) == len(last) else [str(path) for path in paths]
+    last = [printable(path.resolve().name) for path in paths]
+    names = last if len(set(last)) == len(last) else [printable(path, PATH) for path in paths]
     if len(set(names)) < len(names):
         raise UserError(f"a run is named twice: {', '.join(names)}; name each folder once")
     return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
@@ -176,6 +176,8 @@ def _json(text: str) -> Any:
 
 
 def _text(file: Path) -> str:
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: is no regular file; delete it, and the report does without")
     return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
 

@@ -9,7 +9,7 @@ import reprlib
 from typing import Any
 
 KINDS = {int: "a whole number", float: "a number", str: "text"}
-LARGEST = 2**63  # beyond it NumPy has no numbers
+LARGEST = 2**53  # beyond it fp64 leaves out whole numbers, and no figure of a run is as large
 
 
 def misfit(value: Any, shape: Any, where: str = "") -> str:
@@ -33,9 +33,8 @@ def misfit(value: Any, shape: Any, where: str = "") -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a number that NumPy can hold; NaN and infinity are."""
-    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)
-                                        and abs(value) < LARGEST)
+    """Whether `value` is a number as large as a figure may be; NaN and infinity are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _fits(value: Any, kind: type) -> bool:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 from minisft.reports.runs import Run
+from minisft.reports.shapes import is_number
 
 
 def write_events(run: Run, folder: Path) -> int:
@@ -16,6 +17,8 @@ def write_events(run: Run, folder: Path) -> int:
     except ImportError:
         raise UserError("event files need tensorboard, which is not installed; pip install -e '.[tensorboard]'"
                         ) from None
+    if printable(folder, PATH) != str(folder):
+        raise UserError(f"{folder}: TensorBoard takes no such name; choose another folder")
     if any(folder.glob("events.out.tfevents.*")):
         raise UserError(f"{folder}: holds event files already, and TensorBoard would show both; delete them, or choose "
                         "another folder")
@@ -25,7 +28,7 @@ def write_events(run: Run, folder: Path) -> int:
                                                       for name, evals in run.evals.items()}}.items():
             for record in records:
                 for name, value in record.items():
-                    if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                    if name != "step" and is_number(value):
                         writer.add_scalar(f"{prefix}/{name}", value, record["step"])
                         values += 1
                 for source, tokens in record.get("sources", {}).items():
