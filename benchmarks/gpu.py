@@ -120,7 +120,7 @@ def stream(tokens: int, each: int, vocabulary: int, *, seed: int = 0, trained: f
     rng = np.random.default_rng(seed)
     documents = [(rng.integers(0, vocabulary, n), (np.arange(n) >= max(n * (1 - trained), 1)).astype(int))
                  for n in lengths_of(tokens, each)]
-    return micro_batch(SimpleNamespace(document=documents.__getitem__), list(range(len(documents))))
+    return micro_batch(SimpleNamespace(document=documents.__getitem__, lengths=documents), list(range(len(documents))))
 
 
 def near(found: Any, expected: Any) -> float:

@@ -112,7 +112,7 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
 
     def stream(packs: list[list[dict]]):
         documents = [(np.array(d["ids"]), np.array(d["trained"])) for pack in packs for d in pack]
-        return micro_batch(SimpleNamespace(document=documents.__getitem__), range(len(documents)))
+        return micro_batch(SimpleNamespace(document=documents.__getitem__, lengths=documents), range(len(documents)))
 
     config = configuration.load(job.arguments)
     world = parallel.start()

@@ -19,7 +19,15 @@ import os
 import sys
 
 from minisft.commands import answer, chat, compare, convert, evaluate, plan, prepare, report, show
-from minisft.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_USAGE, UserError, printable
+from minisft.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_NUMERICS,
+    EXIT_USAGE,
+    NumericsError,
+    UserError,
+    printable,
+)
 from minisft.streams import secure
 
 OF_RECIPES = (prepare, show, plan)
@@ -55,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except (UserError, OSError) as error:
+    except (UserError, NumericsError, OSError) as error:
         print(*(printable(line, LONGEST) for line in f"error: {error}".split("\n")), sep="\n", file=sys.stderr)
-        code = EXIT_USAGE if isinstance(error, UserError) else EXIT_IO
+        found = {UserError: EXIT_USAGE, NumericsError: EXIT_NUMERICS, OSError: EXIT_IO}
+        code = next(code for kind, code in found.items() if isinstance(error, kind))
     return code or _flushed()
 
 

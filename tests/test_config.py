@@ -222,10 +222,10 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("[train]\nepochs = 1.0", "train.epochs: expected int >= 1 and <= 10000, got 1.0"),
-    ("[train]\nepochs = true", "train.epochs: expected int >= 1 and <= 10000, got True"),
+    ("[train]\nepochs = 1.0", "train.epochs: expected int >= 1 and <= 1000000000, got 1.0"),
+    ("[train]\nepochs = true", "train.epochs: expected int >= 1 and <= 1000000000, got True"),
     ("[train]\nmax_steps = 0", "train.max_steps: expected int >= 1 or none, got 0"),
-    ("[train]\nepochs = 99999999999999999999", "train.epochs: expected int >= 1 and <= 10000, got "
+    ("[train]\nepochs = 99999999999999999999", "train.epochs: expected int >= 1 and <= 1000000000, got "
      "99999999999999999999"),
     ("[optim]\nlr = true", "optim.lr: expected float >= 0, got True"),
     ("[optim]\nlr = nan", "optim.lr: expected float >= 0, got nan"),
@@ -307,7 +307,7 @@ def test_one_mistake_in_a_recipe_is_one_line(recipe, text, expected):
     ("--\x1b[31mx 1", "--\\x1b[31mx: unknown option; --help lists them all"),
     ("--data.template \x1b[31m", "--data.template: expected str, got '\\x1b[31m'"),
     ("--data.seq_len 16777217", "--data.seq_len: expected int >= 2 and <= 16777216, got 16777217"),
-    ("--parallel.timeout 1e10", "--parallel.timeout: expected float > 0 and <= 100000000.0, got 10000000000.0"),
+    ("--parallel.timeout 1e10", "--parallel.timeout: expected float > 0 and <= 10000000, got 10000000000.0"),
     ("--lora.rank 65537", "--lora.rank: expected int >= 0 and <= 65536, got 65537"),
     ("-x 1", "-x: unknown option; --help lists them all"),
     ("--", "--: unknown option; --help lists them all"),
@@ -316,8 +316,8 @@ def test_one_mistake_in_a_recipe_is_one_line(recipe, text, expected):
     ("--optim.lr=", "--optim.lr: expected float >= 0, got ''"),
     ("--optim.lr -1", "--optim.lr: expected float >= 0, got -1.0"),
     ("--optim.lr nan", "--optim.lr: expected float >= 0, got nan"),
-    ("--train.epochs 1e3", "--train.epochs: expected int >= 1 and <= 10000, got '1e3'"),
-    ("--train.epochs none", "--train.epochs: expected int >= 1 and <= 10000, got 'none'"),
+    ("--train.epochs 1e3", "--train.epochs: expected int >= 1 and <= 1000000000, got '1e3'"),
+    ("--train.epochs none", "--train.epochs: expected int >= 1 and <= 1000000000, got 'none'"),
     ("--data.shuffle yes", "--data.shuffle: expected true|false, got 'yes'"),
     ("--data.shuffle 1", "--data.shuffle: expected true|false, got '1'"),
     ("--optim.betas 0.9,x", "--optim.betas: expected 2 floats >= 0 and < 1, got [0.9, 'x']"),

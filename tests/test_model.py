@@ -342,3 +342,13 @@ def test_selective_recomputation_multiplies_one_matrix_and_attends_never_again(c
     assert [calls[name][attend] for name in calls] == [1, 1, 2]
     for found in gradients.values():
         assert all(torch.equal(ours, plain) for ours, plain in zip(found, gradients["none"], strict=True))
+
+
+def test_the_gradient_of_a_bf16_embedding_is_summed_in_fp32():
+    """A token that comes 3,000 times: in bf16 the sum stands still once it is 256 times an addend."""
+    embedding = precision.Embedding(7, 100).bfloat16()
+    tokens = torch.tensor([2] * 3000 + [5] * 3)
+    grad = torch.rand(len(tokens), 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    embedding(tokens).backward(grad)
+    expected = torch.zeros(7, 100, dtype=torch.float64).index_add_(0, tokens, grad.double())
+    torch.testing.assert_close(embedding.weight.grad.double(), expected, rtol=2**-8, atol=0)

@@ -162,7 +162,7 @@ def test_ctrl_c_is_no_traceback(room, monkeypatch, capsys):
     monkeypatch.chdir(room)
     monkeypatch.setattr(preparation, "prepare", interrupted)
     assert main(["prepare", "recipe.toml"]) == 130
-    assert capsys.readouterr().err == "stopped\n"
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -73,8 +73,6 @@ def load_templates(path: str | Path | None = None) -> dict[str, Template]:
     shipped = resources.files("minisft.data") / "templates.toml"
     templates = _parse(shipped.read_text(encoding="utf-8"), "templates.toml")
     if path:
-        if Path(path).exists() and not Path(path).is_file():
-            raise UserError(f"{path}: data.templates cannot be read: it is no regular file")
         try:
             if Path(path).exists():
                 regular_file(path)

@@ -37,7 +37,7 @@ from minisft.model.config import LlamaConfig
 from minisft.model.meta import MetaFolder
 from minisft.model.norm import RMSNorm
 from minisft.model.peft import PeftFolder, is_adapter
-from minisft.model.precision import Linear, linear
+from minisft.model.precision import Embedding, Linear, linear
 from minisft.model.rope import rotate, rotations
 
 
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

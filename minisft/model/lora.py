@@ -66,11 +66,15 @@ class FrozenLinear(Linear):
         if self.rank:  # first: what comes last in a block, recomputation leaves out
             z = x if draws is None else dropped(x, draws, self.channels, self.dropout)
             beside = linear(self.scale * linear(z, self.lora_A), self.lora_B)
-        y = beside + (linear(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4))
+        y = linear(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4)
         if self.dora:
             with torch.no_grad():
                 lengths = self.sum(self.weight, self.lora_A, self.lora_B).norm(dim=1)
-            y = y * ((self.lengths + self.lora_magnitude) / lengths).to(y.dtype)
+            # Scaled before the sum is rounded: most gains are nearer to 1 than the next bf16 number, and what is
+            # already rounded would come back unchanged from each of them.
+            y = ((y.float() + beside) * ((self.lengths + self.lora_magnitude) / lengths)).to(y.dtype)
+        elif self.rank:
+            y = beside + y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def sum(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

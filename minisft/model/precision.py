@@ -26,14 +26,14 @@ class _ConvertedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         dtype = product_dtype(x)
-        return cast(cast(x, dtype) @ cast(weight, dtype).T, x.dtype)
+        return cast(cast(x, dtype) @ operand(weight, x).T, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dtype = product_dtype(x)
         wide = cast(grad, dtype)
-        grad_x = cast(wide @ cast(weight, dtype), x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = cast(wide @ operand(weight, x), x.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = cast(cast(wide.T @ cast(x, dtype), x.dtype), weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
 
@@ -47,6 +47,12 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def operand(weight: Tensor, x: Tensor) -> Tensor:
+    """`weight` as a product with activations like `x` takes it: rounded to their dtype, and widened again where that is
+    faster."""
+    return cast(cast(weight, x.dtype), product_dtype(x))
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """What operands of a product are converted to where activations are like `x`: their dtype, or fp32 where that is
     faster on this machine."""
@@ -58,6 +64,34 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """(T, D) and (O, D) -> (T, O): `x @ weight.T` in the dtype of `x`."""
     as_they_are = x.dtype == weight.dtype == product_dtype(x)
     return F.linear(x, weight) if as_they_are else _ConvertedLinear.apply(x, weight)
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of a bf16 table. PyTorch's gradient on a CPU adds up what a frequent token gets in bf16; here in fp32, for
+    some columns at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = len(weight)
+        return weight[tokens]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        tokens, = ctx.saved_tensors
+        summed = grad.new_empty(ctx.rows, grad.shape[1])
+        for some, out in zip(grad.split(64, dim=1), summed.split(64, dim=1), strict=True):
+            out.copy_(torch.zeros(out.shape, dtype=torch.float32).index_add_(0, tokens, some.float()))
+        return None, summed
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` whose gradient is summed in fp32 on every device."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(T,) -> (T, D)."""
+        narrow = self.weight.is_cpu and self.weight.dtype == torch.bfloat16
+        return _Embedding.apply(tokens, self.weight) if narrow else super().forward(tokens)
 
 
 class Linear(nn.Linear):

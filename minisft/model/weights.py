@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minisft.errors import UserError, printable
+from minisft.errors import NumericsError, UserError, printable
 from minisft.model.config import LlamaConfig, read_config
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -47,7 +47,7 @@ class Checkpoint(Protocol):
         ...
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor. Raises UserError where a number in them is not finite."""
+        """Rows [start, stop) of a tensor. Raises NumericsError if a number in them is not finite."""
         ...
 
 
@@ -116,11 +116,12 @@ class SafetensorsFolder:
 
 
 def finite(rows: Tensor, name: str, file: Path) -> Tensor:
-    """`rows` of a tensor, as they are. Raises UserError where a number in them is not finite."""
+    """`rows` of a tensor, as they are. Raises NumericsError if a number in them is not finite."""
     # The sum is twenty times as fast; it cannot be finite where a number is not, though it may overflow in fp16.
     if not rows.sum().isfinite() and not rows.isfinite().all():
-        raise UserError(f"{file}: {printable(name, 120)} has numbers that are not finite (NaN or infinity), so nothing "
-                        "could be learned; download the model again, or take an earlier checkpoint of its training")
+        raise NumericsError(f"{file}: {printable(name, 120)} has numbers that are not finite (NaN or infinity), so "
+                            "nothing could be learned; download the model again, or take an earlier checkpoint of its "
+                            "training")
     return rows
 
 

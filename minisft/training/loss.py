@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minisft.data.loader import MicroBatch
 from minisft.model.attention import Documents
-from minisft.model.precision import product_dtype
+from minisft.model.precision import operand, product_dtype
 
 CHUNK = 2**27  # logits that exist at one time: those of 1,024 tokens with Llama-3's vocabulary, 263 MB in bf16
 TILE = 128  # tokens: a chunk is a multiple of it, or the products' last tiles would keep only part of a GPU busy
@@ -79,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z_loss: float, compiled: bool) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dtype = product_dtype(hidden)
-        matrix = weight.to(dtype)
+        matrix = operand(weight, hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         scale = torch.full_like(total, 1 / denominator)  # filled on the device, which nobody waits for
         tokens = chunk_tokens(len(weight))

@@ -234,14 +234,22 @@ def _chunk(device: torch.device) -> int:
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all of them, in fp32: those in bf16 chunk by chunk, since a CPU widens them first."""
+    """The Euclidean norm of all of them, in fp32.
+
+    A CPU adds squares up one after the other, and loses what is small beside a long sum (0.5% of the norm of 6e7
+    numbers), so it goes chunk by chunk; it also widens bf16 first, and a chunk is all that is wide.
+    """
     parts = []
     for gradient in gradients:
-        if gradient.dtype == torch.float32:
-            parts.append(gradient)
+        flat, size = gradient.reshape(-1), _chunk(gradient.device)
+        if gradient.is_cuda and gradient.dtype == torch.float32:
+            parts.append(flat)
+        elif gradient.dtype == torch.float32:
+            whole = len(flat) // size * size
+            parts += [torch.linalg.vector_norm(flat[:whole].view(-1, size), dim=1),
+                      torch.linalg.vector_norm(flat[whole:])]
         else:
-            chunks = gradient.reshape(-1).split(_chunk(gradient.device))
-            parts += [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
+            parts += [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in flat.split(size)]
     return torch.nn.utils.get_total_norm(parts)
 
 
