@@ -28,7 +28,7 @@ from minisft.keys import FORMATS, Source, accepted, key, to_toml, typed
 class Model:
     """The network to start from."""
     path: str = key("", "Hugging Face folder of the base model")
-    init: str = key("", "source of the weights; empty: pretrained if model.path is given", choices=("pretrained", "random"))
+    init: str = key("", "the weights; empty: pretrained if model.path is given", choices=("pretrained", "random"))
     config: str = key("", "for random weights: a config.json, or a preset such as llama-3.1-8b")
     tokenizer: str = key("", "folder or tokenizer.json; empty: model.path")
     format: str = key("hf", "hf: safetensors; meta: consolidated.*.pth, read with weights_only=True",
@@ -129,7 +129,7 @@ class Parallel:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks a parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard leaves", low=0)
-    timeout: float = key(1800.0, "seconds after which a hanging step ends the run, with all stacks", above=0, high=10**7)
+    timeout: float = key(1800.0, "seconds after which a hanging step ends the run, with stacks", above=0, high=10**7)
     activation_checkpointing: str = key("none", "what the backward pass computes again: nothing, what is cheap for the "
                                         "memory it took, or whole blocks", choices=("none", "selective", "full"))
     compile: str = key("auto", "compile the layers for packs of one shape; auto: on a GPU",
