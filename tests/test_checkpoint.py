@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from minisft.errors import UserError
 from minisft.training import checkpoint, parallel, resume
@@ -63,6 +65,30 @@ def test_what_comes_back_is_what_was_saved(tmp_path, world):
     assert all(torch.equal(a, b) for a, b in zip(state(other), before, strict=True))
     assert other.steps() == 3
     assert torch.equal(torch.rand(3), draws)  # the generator goes on where it was
+
+
+def test_rows_are_those_asked_for_however_they_are_divided(tmp_path):
+    """Of shards of uneven sizes, one of them empty: every range of rows."""
+    whole, sizes = torch.arange(22.0).view(11, 2), [3, 1, 0, 5, 2]
+    for i, part in enumerate(torch.split(whole, sizes)):
+        save_file({"w": part.contiguous()}, tmp_path / f"{i}.safetensors")
+    shards = [safe_open(tmp_path / f"{i}.safetensors", framework="pt") for i in range(len(sizes))]
+    for start in range(11):
+        for stop in range(start + 1, 12):
+            assert torch.equal(checkpoint._rows(shards, "w", start, stop), whole[start:stop])
+
+
+def test_room_is_asked_for_all_shards_before_anything_is_written(tmp_path, world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "check_room", lambda folder, needed: asked.append(needed))
+    save(tmp_path, world)
+    saver, optimizer = Saver(tmp_path / "three", world), trained_optimizer(world)
+    monkeypatch.setattr(type(world), "shards", property(lambda self: 3))
+    monkeypatch.setattr(checkpoint, "check_room", lambda folder, needed: asked.append(needed) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        saver.save(1, optimizer, {})
+    assert list((tmp_path / "three").iterdir()) == []
+    assert asked[1] == 3 * asked[0] > 3 * 3 * 4 * (30 + 5 + 15), "fp32 weights and two moments, and the generator"
 
 
 def test_training_goes_on_after_saving_while_the_disk_is_slow(tmp_path, world, monkeypatch):

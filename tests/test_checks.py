@@ -14,7 +14,7 @@ from oracles.tiny_llama import write_tiny_llama
 from minisft.data.chat import TRAIN_ON, Renderer
 from minisft.data.checks import Laws
 from minisft.data.conversation import Conversation, Turn
-from minisft.data.encoding import encode, render
+from minisft.data.encoding import Rendered, encode, render
 from minisft.data.store import open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
@@ -51,6 +51,15 @@ def encoded(folder, template="llama3", train_on="assistant", conversations=ALL):
     learnable = documents.targets() > 0
     kept = [conversation for conversation, keep in zip(conversations, learnable, strict=True) if keep]
     return renderer, documents.only(learnable), kept
+
+
+def test_the_first_token_of_a_document_is_not_trained_even_if_it_is_the_only_one(folder):
+    renderer = Renderer(load_templates()["text"], Tokenizer(folder))
+    rendered = Rendered([PLAIN] * 2, [("a", False, True)], np.zeros(3, np.int64), np.ones(3, bool), np.array([1, 2]))
+    documents = encode(rendered, renderer)
+    assert documents.offsets.tolist() == [0, 1, 3]
+    assert documents.trained.tolist() == [False, False, True]
+    assert documents.targets().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("train_on", TRAIN_ON)
