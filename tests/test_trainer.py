@@ -189,3 +189,30 @@ def test_a_finished_run_is_never_overwritten(base, tmp_path, capsys):
     assert "holds a finished run; choose another folder with run.dir" in capsys.readouterr().err
     assert all(torch.equal(weight, before[name]) for name, weight in final_weights(tmp_path).items())
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+
+
+def test_an_export_can_be_left_out(base, tmp_path):
+    train(base, tmp_path, run__export="false", checkpoint__every=0, train__max_steps=2)
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "done"
+    assert not (tmp_path / "run/final").exists()
+    assert not [*(tmp_path / "run/checkpoints").iterdir()]
+
+
+def test_what_cannot_be_deterministic_is_refused(base, tmp_path, monkeypatch, capsys):
+    """Where torch knows no deterministic kernel it raises; the run ends with 2 and the operation's name."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    def operation(*args, **kwargs):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise RuntimeError("an_operation_cuda does not have a deterministic implementation, but you set "
+                           "'torch.use_deterministic_algorithms(True)'.")  # as torch says it
+
+    monkeypatch.setattr(trainer, "forward", operation)
+    try:
+        assert main(options(base, tmp_path, train__deterministic="true")) == 2
+    finally:
+        torch.use_deterministic_algorithms(was[0])
+        torch.utils.deterministic.fill_uninitialized_memory = was[1]
+    said = capsys.readouterr().err
+    assert "error: train.deterministic: an_operation_cuda does not have a deterministic implementation" in said
+    assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 2

@@ -113,6 +113,9 @@ def fail(error: Exception, world: World | None, folder: RunFolder | None) -> Non
     if isinstance(error, torch.OutOfMemoryError):
         error = UserError(f"{str(error).splitlines()[0]} To need less: parallel.activation_checkpointing = full, a "
                           "lower batch.micro_packs or data.seq_len, or what docs/memory.md has")
+    if isinstance(error, RuntimeError) and "deterministic implementation" in str(error):
+        error = UserError(f"train.deterministic: {str(error).splitlines()[0]} Set it to false, or leave out what needs "
+                          "this operation")
     rank, code = parallel.launched_rank()[0], exit_code(error)
     text = str(error) or type(error).__name__
     first: dict[str, Any] = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
