@@ -30,7 +30,7 @@ from minisft.training.parallel import World
 
 SMALL = LlamaConfig(vocab_size=20_000, hidden_size=256, intermediate_size=896, num_hidden_layers=3,
                     num_attention_heads=4, num_key_value_heads=2, head_dim=64)
-ON_A_CPU = Bytes(softmax=2**20)  # fake tensors, too, take the loss's branch for a CPU
+ON_A_CPU = Bytes(softmax=2**20, compiled=False)  # fake tensors, too, take the loss's branch for a CPU
 TIED = LlamaConfig(**{**vars(SMALL), "tie_word_embeddings": True})
 
 

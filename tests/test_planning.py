@@ -59,9 +59,10 @@ def test_the_figures_of_8b_on_eight_h100_by_hand(recipe):
 
 
 def test_the_published_activations_of_8b(recipe):
-    """32 layers, bf16: x, norm, q, k, v, attention, x, norm, gate, silu, up, product; and with them the selected."""
+    """32 layers, bf16: x, norm, q, k, v, attention, x, norm, gate, up, product (the compiler makes silu again); and the
+    selected."""
     found = planned("--batch.packs", "8")["memory"]
-    per_layer = {"none": 2 * (6 * 4096 + 2 * 1024 + 4 * 14_336) + 4 * 32 + 8,
+    per_layer = {"none": 2 * (6 * 4096 + 2 * 1024 + 3 * 14_336) + 4 * 32 + 8,
                  "selective": 2 * (4 * 4096 + 2 * 1024 + 14_336) + 4 * 32}
     assert 32 * per_layer["selective"] / 2**20 == pytest.approx(2.0, rel=0.01)  # MiB a token
     for policy, one in per_layer.items():

@@ -222,7 +222,8 @@ def bytes_of(config: Config) -> Bytes:
     optim, offload = config.optim, config.parallel.offload
     weight, moment = (2 if precision == "bf16" else FP32 for precision in (optim.parameters, optim.moments))
     here = 0 if offload == "parameters" else weight
-    return Bytes(parameter=here, gradient=0 if optim.in_backward else here, moments=2 * moment * (offload == "none"))
+    return Bytes(parameter=here, gradient=0 if optim.in_backward else here, moments=2 * moment * (offload == "none"),
+                 compiled=config.parallel.compile != "false")
 
 
 def nothing_fits(config: Config, network: LlamaConfig, gpu: Gpu, *, gpus: int, shards: int, smallest: Choice) -> str:

@@ -35,6 +35,7 @@ class Bytes:
     moments: int = 2 * FP32
     compute: int = 2  # gathered weights and activations: bf16
     softmax: int = SOFTMAX  # logits whose softmax is taken at once; a CPU's cache holds fewer
+    compiled: bool = True  # layers, as on a GPU
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,15 @@ class Memory:
         return sum(self.parts.values())
 
 
-def kept(config: LlamaConfig, recompute: str, compute: int = 2) -> int:
-    """Bytes that a block keeps of each token for its backward pass (model/llama.py)."""
+def kept(config: LlamaConfig, recompute: str, compute: int = 2, *, compiled: bool = False) -> int:
+    """Bytes that a block keeps of each token for its backward pass (model/llama.py). The compiler makes the SiLU of the
+    gate again."""
     width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     shared, inner, lse = config.num_key_value_heads * config.head_dim, config.intermediate_size, 4
+    wide = 3 if compiled else 4
     return {
         # input, its norm, q, k, v, attention, stream between, its norm; gate, its SiLU, up, their product
-        "none": compute * (4 * width + 2 * heads + 2 * shared + 4 * inner) + lse * config.num_attention_heads + 2 * 4,
+        "none": compute * (4 * width + 2 * heads + 2 * shared + wide * inner) + lse * config.num_attention_heads + 8,
         # input, q, k, v, attention, o, gate
         "selective": compute * (2 * width + 2 * heads + 2 * shared + inner) + lse * config.num_attention_heads,
         "full": compute * width,
@@ -107,6 +110,10 @@ def peak(config: LlamaConfig, *, shards: int, tokens: int, trained: int, recompu
         parts = _standing(config, shards, tokens, trained, each)
         reduced, parts_now = parts_of(config, shards, tokens, trained, recompute, each)
         parts["gradients"] = each.gradient * (Sizes.of(config).total if accumulates else reduced) // shards
+        converts = shards == 1 and each.compute < each.parameter
+        if converts and each.compiled and recompute == "none" and name in ("head", "last block"):
+            # The compiler keeps the converted matrices for the backward pass.
+            parts_now["gathered"] += each.compute * config.num_hidden_layers * Sizes.of(config).block
         found.append(Memory(name, parts | parts_now))
     return max(found, key=lambda memory: memory.allocated)
 
@@ -160,9 +167,9 @@ def _first_block(config: LlamaConfig, shards: int, tokens: int, trained: int, re
     """In the backward pass of the first block, or where its gradients are copied for the reduction."""
     sizes, tied, lone = Sizes.of(config), config.tie_word_embeddings, shards == 1
     reduced = sizes.total - sizes.block - sizes.vocabulary
-    work = kept(config, recompute, each.compute) * tokens + _again(config, tokens, recompute, each)
+    per_token = kept(config, recompute, each.compute, compiled=each.compiled)
     return reduced, {
-        "activations": work,
+        "activations": per_token * tokens + _again(config, tokens, recompute, each),
         "head": _waiting(config, shards, each),
         "gathered": 0 if lone else each.compute * ((sizes.vocabulary if tied else 0) + sizes.block),
         "reduction": 0 if lone else (each.compute + FP32) * sizes.block,  # gradients, and the buffer of others
@@ -221,7 +228,7 @@ def _waiting(config: LlamaConfig, shards: int, each: Bytes) -> int:
 
 def _activations(config: LlamaConfig, tokens: int, recompute: str, each: Bytes) -> int:
     """What all blocks keep, and the stream that leaves the last."""
-    per_token = config.num_hidden_layers * kept(config, recompute, each.compute)
+    per_token = config.num_hidden_layers * kept(config, recompute, each.compute, compiled=each.compiled)
     return (per_token + each.compute * config.hidden_size) * tokens
 
 
