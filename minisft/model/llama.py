@@ -95,12 +95,13 @@ def selective(adapter_rank: int = 0) -> tuple[AbstractContextManager[None], Abst
     block's products. Norms, rotation and SwiGLU's product are computed again too, which costs no multiplications.
     So are the thin products of adapters (lora.py), which are told by the rank.
     """
-    products = count(1)  # q, k, v, o, gate, up, down: in the order of `compute`
+    # q, k, v, o, gate, up, down, in the order of `compute`; counted for each pass, as torch 2.11 asks in both of them.
+    products = {again: count(1) for again in (False, True)}
 
     def keep(context: SelectiveCheckpointContext, operation: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operation.name()
         is_thin = name in PRODUCTS and adapter_rank in args[-1].shape
-        kept = name in ATTENTION or (name in PRODUCTS and not is_thin and next(products) <= 5)
+        kept = name in ATTENTION or (name in PRODUCTS and not is_thin and next(products[context.is_recompute]) <= 5)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(keep)

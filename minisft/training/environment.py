@@ -25,7 +25,8 @@ def environment() -> dict[str, Any]:
             "commit": commit(SOURCE), "ranks": launched_rank()[1], "gpus": gpus, "cuda": torch.version.cuda,
             "cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
             "system": platform.platform(), "python": platform.python_version(),
-            "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)}}
+            "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)}
+            | {"torch": torch.__version__}}
 
 
 def commit(root: Path) -> str:
