@@ -82,8 +82,10 @@ def gradients(world, setting, recompute, *, compiled, sharded):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sharded", [False, True], ids=["alone", "FSDP2"])
-@pytest.mark.parametrize("recompute", ["none", "selective", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("sharded", "recompute"), [
+    pytest.param(sharded, recompute, id=f"{'FSDP2' if sharded else 'alone'}-{recompute}",
+                 marks=[pytest.mark.slow] * (sharded == (recompute == "none") or recompute == "full"))
+    for sharded in (False, True) for recompute in ("none", "selective", "full")])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_compiled_gradients_are_eager_ones(world, monkeypatch, setting, recompute, sharded, backend):
     if setting == "NF4" and sharded and not SHARDS_BYTES:

@@ -288,7 +288,8 @@ def stop_in(monkeypatch, step, call):
     monkeypatch.setattr(trainer.After, "step", begin)
 
 
-@pytest.mark.parametrize("settings", [{}, {"data__general": HERE / "oracles/conversations.jsonl"}])
+@pytest.mark.parametrize("settings", [
+    {}, pytest.param({"data__general": HERE / "oracles/conversations.jsonl"}, marks=pytest.mark.slow)])
 def test_an_evaluation_is_given_up_and_made_up_for(base, tmp_path, monkeypatch, capsys, settings):
     """Stopped in the third of the 11 batches that an evaluation has, and in the answers, which come after them."""
     settings = {**SMALL, **HELD_OUT, **settings, "eval__every": 2, "eval__samples": 1, "checkpoint__every": 3}
