@@ -39,6 +39,11 @@ def test_wsd_stays_and_then_decays_over_the_last_share():
     assert values[80:] == pytest.approx([2.0 * (1 - i / 20) for i in range(20)])
 
 
+def test_wsd_decays_in_the_shortest_run_too():
+    assert rates(total=4, schedule="wsd", decay_fraction=0.1) == [2.0, 2.0, 2.0, 1.0]
+    assert rates(total=4, schedule="wsd", decay_fraction=0.0) == [2.0] * 4
+
+
 def test_a_run_shorter_than_its_warmup_stays_on_the_line():
     assert rates(total=5, warmup_steps=10) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 

@@ -265,7 +265,9 @@ def learning_rate(step: int, *, total_steps: int, peak: float, schedule: str = "
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    start = max(warmup_steps, round(total_steps * (1 - decay_fraction))) if schedule == "wsd" else warmup_steps
+    start = warmup_steps
+    if schedule == "wsd":  # over two steps at least: the first of them still has the full rate
+        start = max(start, min(round(total_steps * (1 - decay_fraction)), total_steps - 2 * (decay_fraction > 0)))
     progress = min(max(step - start, 0) / max(total_steps - start, 1), 1.0)
     share = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
     return peak * (min_ratio + (1 - min_ratio) * share)
