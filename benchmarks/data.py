@@ -253,11 +253,12 @@ def balance(options: argparse.Namespace, folder: Path) -> None:
     for name, lengths in lengths_of(options, folder).items():
         plan = Plan(lengths, lengths, seq_len=options.seq_len, packs_per_step=ranks * options.packs, epochs=1)
         rows: dict[str, list] = {"dealt in turn": [], "dealt by cost": []}
-        if plan.total_steps < 2:
+        epoch, size = plan.epoch(0), ranks * options.packs
+        if len(epoch) < size:
             raise UserError(f"{name}: makes no full step of {ranks} x {options.packs} packs of {options.seq_len:,} "
                             "tokens; raise --conversations, or lower --packs, --ranks or --seq-len")
-        for step in range(min(300, plan.total_steps - 1)):
-            costs = np.array([np.square(lengths[pack]).sum() for pack in plan.documents(step)])
+        for first in range(0, min(300 * size, len(epoch) // size * size), size):  # full steps: a plan's may be smaller
+            costs = np.array([np.square(lengths[epoch.pack(i)]).sum() for i in range(first, first + size)])
             in_turn = [list(range(rank, len(costs), ranks)) for rank in range(ranks)]
             for way, hands in zip(rows, (in_turn, deal(costs, ranks=ranks)), strict=True):
                 table = np.array([costs[hand] for hand in hands])

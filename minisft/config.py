@@ -65,7 +65,7 @@ class Data:
 @dataclass(frozen=True)
 class Batch:
     """The size of a step."""
-    packs: int = key(32, "packs per optimizer step over all ranks", low=1)
+    packs: int = key(32, "packs per optimizer step over all ranks", low=1, high=2**24)
     micro_packs: int = key(1, "packs per rank per forward pass; accumulation is derived", low=1)
 
 

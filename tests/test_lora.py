@@ -21,6 +21,7 @@ from minisft.model.peft import PeftFolder
 from minisft.model.weights import SafetensorsFolder
 from minisft.training import parallel
 from minisft.training.trainer import main
+from minisft.versions import SHARDS_BYTES
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
 RUN = {"lora__rank": 4, "lora__base": "fp32", "train__max_steps": 10}
@@ -247,6 +248,8 @@ RUNS = {"lora": {}, "nf4": {"lora__base": "nf4", "lora__dora": "true", "lora__dr
                                     {"parallel__activation_checkpointing": "selective"}])
 def test_ranks_accumulation_and_recomputation_change_nothing(base, tmp_path, references, kind, change):
     """With dropout too, which is drawn by token: in bf16 to its rounding, which ranks and packs change."""
+    if kind == "nf4" and "ranks" in change and not SHARDS_BYTES:
+        pytest.skip("this torch cannot shard bytes, which is refused")
     records, weights, _ = references(kind)
     changed = train(base, tmp_path, **{**RUN, **RUNS[kind], **change})
     tolerance = 1e-5 if kind == "lora" else 5e-3

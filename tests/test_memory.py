@@ -27,6 +27,7 @@ from minisft.training import parallel
 from minisft.training.loss import linear_cross_entropy
 from minisft.training.optimizer import Optimizer
 from minisft.training.parallel import World
+from minisft.versions import SHARDS_BYTES
 
 SMALL = LlamaConfig(vocab_size=20_000, hidden_size=256, intermediate_size=896, num_hidden_layers=3,
                     num_attention_heads=4, num_key_value_heads=2, head_dim=64)
@@ -91,6 +92,8 @@ def test_the_peak_is_what_torch_tracks(config, step):
     (LoRA(64, base="nf4"), {"ranks": 2, "tokens": 1024, "trained": 512, "recompute": "full"}),
 ], ids=["bf16", "nf4"])
 def test_the_peak_with_adapters_is_what_torch_tracks(lora, step):
+    if lora.base == "nf4" and not SHARDS_BYTES:
+        pytest.skip("this torch cannot shard bytes, which is refused")
     compare(SMALL, **step, lora=lora)
 
 
