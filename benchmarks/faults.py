@@ -605,7 +605,8 @@ def streams_of_output(bench: Bench) -> Iterator[Row]:
     def redirected(*numbers: int, to: Callable[[], int]) -> None:
         for number in numbers:
             os.dup2(to(), number)
-            setattr(sys, ("stdout", "stderr")[number - 1], open(number, "w", closefd=False))
+            stream = open(number, "w", closefd=False)  # noqa: SIM115 (stays open)
+            setattr(sys, ("stdout", "stderr")[number - 1], stream)
 
     def as_train_py(argv: list[str]) -> int:
         streams.secure("stdout", "stderr")
