@@ -14,12 +14,12 @@ from minisft.config import Config, Data, heldout_name
 from minisft.data import mixing
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.dataset import Dataset
-from minisft.data.digest import regular_file
 from minisft.data.packing import Plan
 from minisft.data.store import Store, open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.files import regular_file
 from minisft.keys import Source
 from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops

@@ -285,3 +285,33 @@ def test_chatml_that_begins_with_bos_begins_with_it_here(model):
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="the model's own chat template is none of these"):
         choose_template("", known, Tokenizer(model))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
+                                  "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge"])
+def test_a_models_folder_holds_regular_files_of_a_sensible_size(tmp_path, model, capsys, name, kind):
+    """Each of them once hung, filled the memory, or ended in a traceback."""
+    if kind == "huge" and name == "model.safetensors":
+        pytest.skip("weights may be of any size; a header that is none is refused")
+    from minisft.training.trainer import main
+
+    (model / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(model / name)
+    elif kind == "device":
+        (model / name).symlink_to("/dev/zero")
+    else:
+        with open(model / name, "wb") as file:
+            file.truncate(2**40)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    (tmp_path / "empty.toml").touch()
+    settings = {"model.path": model, "data.train": tmp_path / "a.jsonl", "run.dir": tmp_path / "run",
+                "data.cache": tmp_path / "cache"}
+    if name not in ("tokenizer_config.json", "chat_template.jinja"):  # which are read to find the template
+        settings["data.template"] = "llama3"
+    assert main([str(tmp_path / "empty.toml"), *(str(text) for key, value in settings.items()
+                                                 for text in (f"--{key}", value))]) == 2
+    said = capsys.readouterr().err
+    assert f"{model / name}: " in said
+    assert "a pipe or a device" in said or "more than such a file may have" in said

@@ -243,3 +243,14 @@ def test_llama_cpp_knows_llama_3_s_tokens(base, tmp_path):
     answer, = ours.answer([(Turn("user", "Hello!"),)], max_new_tokens=8)
     assert theirs.create_completion(prompt, temperature=0, max_tokens=8)["choices"][0]["text"] == answer
     assert theirs.token_eos() == 128_009
+
+
+def test_a_folder_of_something_else_is_not_deleted(tmp_path):
+    from minisft.training.export import appearing
+
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/mine").touch()
+    with pytest.raises(OSError, match="final: holds something else than a model; move it elsewhere"), \
+            appearing(tmp_path / "final", leads=True):
+        pytest.fail("it would be replaced")
+    assert (tmp_path / "final/mine").exists()

@@ -9,26 +9,13 @@ it was hashed is not remembered: within the grain of its clock it could change o
 import hashlib
 import json
 import os
-import stat
 import time
 from pathlib import Path
 
 from minisft.errors import UserError
+from minisft.files import regular_file
 
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system in use: FAT's two seconds
-
-
-def regular_file(path: str | Path, *, key: str = "") -> os.stat_result:
-    """Its stat. Raises UserError, which begins with `key`, where nothing can be read twice and to its end."""
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{key}{path}: {error.strerror} (remedy: name a file that can be read)") from None
-    if stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{key}{path}: Is a directory (remedy: name a file that can be read)")
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{key}{path}: a pipe or a device, not a regular file (remedy: write what it says to a file)")
-    return found
 
 
 def file_state(path: str) -> list[int]:

@@ -18,8 +18,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minisft.data.digest import regular_file
 from minisft.errors import UserError
+from minisft.files import regular_file
 
 File = BufferedReader | gzip.GzipFile
 CHUNK_BYTES = 1 << 20

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from minisft.data.conversation import Conversation, Turn
-from minisft.data.digest import regular_file
 from minisft.errors import UserError
+from minisft.files import read_small
 
 TOOLS = ("call", "result", "tools_user")  # these belong together,
 BUILTIN = ("builtin_system", "builtin_call", "builtin_stop")  # and so do these
@@ -74,9 +74,7 @@ def load_templates(path: str | Path | None = None) -> dict[str, Template]:
     templates = _parse(shipped.read_text(encoding="utf-8"), "templates.toml")
     if path:
         try:
-            if Path(path).exists():
-                regular_file(path)
-            templates |= _parse(Path(path).read_text(encoding="utf-8"), str(path))
+            templates |= _parse(read_small(path), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: data.templates cannot be read: {error}") from None
     return templates

@@ -15,8 +15,8 @@ from typing import Any
 
 import tokenizers
 
-from minisft.data.digest import regular_file
 from minisft.errors import UserError, printable
+from minisft.files import read_small, regular_file
 
 LARGEST = 2**28  # bytes; Llama-3's has 17 MB
 
@@ -67,7 +67,7 @@ class Tokenizer:
         """`tokenizer_config.json` beside it; empty where there is none."""
         file = self.file.with_name("tokenizer_config.json")
         try:
-            settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() and regular_file(file) else {}
+            settings = json.loads(read_small(file)) if file.exists() else {}
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: not readable JSON ({error})") from None
         if not isinstance(settings, dict):
@@ -78,8 +78,8 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The Jinja text that comes with the tokenizer, to be looked at, never executed; of several the default."""
         file = self.file.with_name("chat_template.jinja")
-        if file.exists() and regular_file(file):
-            return file.read_text(encoding="utf-8", errors="replace")
+        if file.exists():
+            return read_small(file, errors="replace")
         jinja = self.settings.get("chat_template")
         if isinstance(jinja, list):  # [{"name": "default", "template": ...}, ...]
             named = {str(one.get("name")): one.get("template") for one in jinja if isinstance(one, dict)}

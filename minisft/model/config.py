@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError, printable
+from minisft.files import read_small
 
 _LARGEST = 2**20  # four times the widest Llama; the product of two such sizes is still a valid tensor
 _DEEPEST = 2**10  # eight times the deepest one; that many layers are built in a second
@@ -92,7 +93,7 @@ def read_config(path: str | Path) -> LlamaConfig:
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(read_small(file))
     except FileNotFoundError:
         adapter = (f". This one holds an adapter: `minisft convert {path} TARGET --merge` makes one model of it and "
                    "its base" if (path / "adapter_config.json").exists() else "")

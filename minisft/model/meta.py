@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minisft.errors import UserError, printable
+from minisft.files import read_small
 from minisft.model.config import LlamaConfig, RopeScaling
 from minisft.model.weights import finite
 
@@ -76,7 +77,7 @@ class MetaFolder:
     def _config(self) -> LlamaConfig:
         file = self.path / "params.json"
         try:
-            params = json.loads(file.read_text(encoding="utf-8"))
+            params = json.loads(read_small(file))
             embedding, head = "tok_embeddings.weight", "output.weight"
             tied = all(head not in part or torch.equal(part[head], part[embedding]) for part in self._parts)
             return _config(params, vocab_size=sum(len(part[embedding]) for part in self._parts), tied=tied)

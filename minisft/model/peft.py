@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minisft.errors import UserError, printable
+from minisft.files import read_small
 from minisft.model.config import LlamaConfig
 from minisft.model.lora_config import LoRA, matrices
 from minisft.model.weights import finite
@@ -58,7 +59,7 @@ class PeftFolder:
         self.path = Path(path)
         file = self.path / "adapter_config.json"
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(read_small(file))
             self.rank, self.alpha = int(found["r"]), float(found["lora_alpha"])
             self.base = Path(str(found["base_model_name_or_path"]))
             rslora, self.dora = bool(found.get("use_rslora")), bool(found.get("use_dora"))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minisft.errors import NumericsError, UserError, printable
+from minisft.files import read_small, regular_file
 from minisft.model.config import LlamaConfig, read_config
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -65,6 +66,8 @@ class SafetensorsFolder:
         self._places: dict[str, tuple[Path, int, torch.dtype]] = {}  # file, offset of the first byte, dtype
         listed = _index(self.path)
         for file in sorted(set(listed.values())) if listed else ["model.safetensors"]:
+            if (self.path / file).exists():
+                regular_file(self.path / file)
             try:
                 opened = safe_open(self.path / file, framework="pt")  # checks the header, that of untrusted files too
                 offsets = _offsets(self.path / file)
@@ -144,7 +147,7 @@ def _index(folder: Path) -> dict[str, str]:
             return {}
         raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json; {_instead(folder)}")
     try:
-        listed = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        listed = json.loads(read_small(file))["weight_map"]
         names = set(listed.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a readable index ({type(error).__name__}: {printable(error, 200)})") from None

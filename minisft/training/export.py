@@ -68,6 +68,9 @@ def appearing(folder: Path, *, leads: bool) -> Iterator[Path]:
     """A folder to write into, which the leading rank then makes durable and renames to `folder`."""
     partial = _partial(folder)
     if leads:
+        if folder.exists() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise OSError(f"{folder}: holds something else than a model; move it elsewhere and start the same command "
+                          "again")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)  # of steps that are taken again after a resume
         partial.mkdir(parents=True)

@@ -20,6 +20,7 @@ import torch
 
 import minisft
 from minisft.errors import UserError, printable
+from minisft.files import read_small
 from minisft.training.card import rounds
 from minisft.training.environment import SOURCE, commit
 
@@ -95,7 +96,7 @@ def _base(folder: Path) -> Record:
 
 def _object(file: Path) -> Record:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_small(file))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a readable JSON file ({printable(error, 200)}); it is kept in the new model's "
                         f"{FILE}: mend it, or remove it") from None
