@@ -273,3 +273,23 @@ def test_nothing_that_could_run_code_is_in_a_checkpoint(tmp_path, world):
     folder = tmp_path / "step-000003"
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "rank-0.safetensors"]
     assert json.loads((folder / "manifest.json").read_text())["manifest"]["step"] == 3
+
+
+def test_the_buffer_that_a_gpu_writes_into_is_released_before_it_is_freed(monkeypatch, tmp_path):
+    """Freed while registered, its addresses would lead later copies to pages that are gone. CUDA is a stand-in."""
+    calls = []
+    runtime = SimpleNamespace(cudaHostRegister=lambda *given: calls.append(("register", given[0])) or 0,
+                              cudaHostUnregister=lambda *given: calls.append(("unregister", given[0])) or 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    saver = Saver(tmp_path, SimpleNamespace(device=torch.device("cuda"), leads=False))
+    for step in range(2):
+        state = {"a": torch.full((3, 5), 1.5 + step), "b": torch.arange(7).bfloat16()}
+        copies = saver._on_host(state)
+        assert all(torch.equal(copies[key], value) for key, value in state.items())
+    address = copies["a"].data_ptr()
+    del copies
+    assert calls == [("register", address)]
+    del saver
+    assert calls == [("register", address), ("unregister", address)]

@@ -21,6 +21,7 @@ import re
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import accumulate
@@ -100,13 +101,14 @@ class Saver:
     def _on_host(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies in the host's memory. Those from a GPU go into one pinned buffer, several times faster than into
         memory that the system may move; the save before this one has been written from it."""
-        starts = list(accumulate((-(-tensor.nbytes // 64) * 64 for tensor in state.values()), initial=0))
         if self.world.device.type != "cuda" or not state:
             return {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
-        if self._pinned is None or len(self._pinned) < starts[-1]:
+        starts = list(accumulate((-(-tensor.nbytes // 64) * 64 for tensor in state.values()), initial=0))
+        if self._pinned is None:
             self._pinned = torch.empty(starts[-1], dtype=torch.uint8)
             # Not torch's own pinned memory, which is rounded up to a power of two.
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self._pinned.data_ptr(), starts[-1], 0)))
+            weakref.finalize(self, _unpin, self._pinned)
         copies = {}
         for (key, tensor), start in zip(state.items(), starts, strict=False):
             part = self._pinned[start : start + tensor.nbytes]
@@ -272,7 +274,6 @@ class SavedState:
                 if world.device.type == "cuda" and "random/cuda" in mine.keys():  # noqa: SIM118
                     torch.cuda.set_rng_state(mine.get_tensor("random/cuda"), world.device)
 
-
     def _check_shapes(self, shards: list[safe_open], optimizer: Optimizer) -> None:
         wanted = {name: list(parameter.shape) for name, parameter in optimizer.parameters.items()}
         there = {key.removeprefix("weights/"): [shard.get_slice(key).get_shape() for shard in shards]
@@ -287,6 +288,11 @@ class SavedState:
             raise UserError(f"{self.folder}: holds another network: {'; '.join(problems)}. Nothing of it can be "
                             "resumed, with checkpoint.allow_change either: go back to the network it was saved from, "
                             "or choose another run.dir")
+
+
+def _unpin(buffer: Tensor) -> None:
+    """Before `buffer` is freed: whatever gets its addresses next would still be written where the old pages were."""
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())))
 
 
 def _rows(shards: list[safe_open], key: str, start: int, stop: int) -> Tensor:
