@@ -19,15 +19,7 @@ import os
 import sys
 
 from minisft.commands import answer, chat, compare, convert, evaluate, plan, prepare, report, show
-from minisft.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_IO,
-    EXIT_NUMERICS,
-    EXIT_USAGE,
-    NumericsError,
-    UserError,
-    printable,
-)
+from minisft.errors import EXIT_INTERRUPTED, EXIT_IO, NumericsError, UserError, exit_code, printable
 from minisft.streams import secure
 
 OF_RECIPES = (prepare, show, plan)
@@ -65,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         code = EXIT_INTERRUPTED
     except (UserError, NumericsError, OSError) as error:
         print(*(printable(line, LONGEST) for line in f"error: {error}".split("\n")), sep="\n", file=sys.stderr)
-        found = {UserError: EXIT_USAGE, NumericsError: EXIT_NUMERICS, OSError: EXIT_IO}
-        code = next(code for kind, code in found.items() if isinstance(error, kind))
+        code = exit_code(error)
     return code or _flushed()
 
 

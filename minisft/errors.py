@@ -21,6 +21,12 @@ class NumericsError(ArithmeticError):
     """The numbers of the run are no longer finite. Exit code 3."""
 
 
+def exit_code(error: Exception) -> int:
+    """2 for what the user can mend, 3 for numerics, 4 for input and output, 1 for a bug."""
+    kinds = {UserError: EXIT_USAGE, NumericsError: EXIT_NUMERICS, OSError: EXIT_IO}
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_BUG)
+
+
 def printable(name: object, limit: int = 80) -> str:
     """A foreign name as harmless text: what is not printable is escaped as in a repr, and `limit` characters are kept.
 

@@ -17,15 +17,7 @@ from typing import Any
 
 import torch
 
-from minisft.errors import (
-    EXIT_BUG,
-    EXIT_INTERRUPTED,
-    EXIT_IO,
-    EXIT_NUMERICS,
-    EXIT_USAGE,
-    NumericsError,
-    UserError,
-)
+from minisft.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, NumericsError, UserError, exit_code
 from minisft.training import parallel
 from minisft.training.parallel import World
 from minisft.training.run_folder import RunFolder
@@ -81,12 +73,6 @@ def say_error(error: Exception) -> None:
     """One message for a person."""
     rank, _ = parallel.launched_rank()
     print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
-
-
-def exit_code(error: Exception) -> int:
-    """2 for what the user can mend, 3 for numerics, 4 for input and output, 1 for a bug."""
-    kinds = {UserError: EXIT_USAGE, NumericsError: EXIT_NUMERICS, OSError: EXIT_IO}
-    return next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_BUG)
 
 
 def listen(world: World, folder: RunFolder | None) -> None:
