@@ -150,24 +150,24 @@ class Optimizer:
             part = slice(start, start + self._chunk)
             kept = [moment[part] for moment in moments]
             here = self._visits.fetch(kept) if self._visits else kept
-            if self._compiled:
-                self._update_compiled([flat[part], *here], grad[part], found_inf, key, self._first[name] + start,
-                                      steps=self._steps[name], decays=rows.dim() >= 2)
-                if self._visits:
-                    self._visits.store(kept, here)
-                continue
-            narrow = [flat[part], *here]
-            wide = [tensor.float() for tensor in narrow]  # fp32 tensors are not copied, and updated in place
-            self._adamw(wide[:1], [grad[part].float()], wide[1:2], wide[2:], [self._steps[name].clone()],
-                        found_inf=found_inf, decays=rows.dim() >= 2)
-            if any(tensor.dtype == torch.bfloat16 for tensor in narrow):
-                bits = random_bits(key, self._first[name] + start, len(wide[0]), self._device)
-                # Each is unbiased by itself; the halves keep a parameter and its first moment independent, too.
-                for tensor, values, drawn in zip(narrow, wide, (bits, bits >> 16, bits), strict=True):
-                    if tensor.dtype == torch.bfloat16:
-                        tensor.copy_(rounded(values, drawn))
+            update = self._update_compiled if self._compiled else self._update_chunk
+            update([flat[part], *here], grad[part], found_inf, key, self._first[name] + start,
+                   steps=self._steps[name], decays=rows.dim() >= 2)
             if self._visits:
                 self._visits.store(kept, here)
+
+    def _update_chunk(self, state: list[Tensor], gradient: Tensor, found_inf: Tensor, key: tuple[int, int],
+                      first: int, *, steps: Tensor, decays: bool) -> None:
+        """Update a chunk of a parameter and of its two moments (`state`), which begins at element `first`."""
+        wide = [tensor.float() for tensor in state]  # fp32 tensors are not copied, and updated in place
+        self._adamw(wide[:1], [gradient.float()], wide[1:2], wide[2:], [steps.clone()], found_inf=found_inf,
+                    decays=decays)
+        if any(tensor.dtype == torch.bfloat16 for tensor in state):
+            bits = random_bits(key, first, len(wide[0]), self._device)
+            # Each is unbiased by itself; the halves keep a parameter and its first moment independent, too.
+            for tensor, values, drawn in zip(state, wide, (bits, bits >> 16, bits), strict=True):
+                if tensor.dtype == torch.bfloat16:
+                    tensor.copy_(rounded(values, drawn))
 
     def _update_and_free(self, name: str) -> None:
         """In the backward pass, when the gradient of a parameter is summed over its uses and over the ranks.
@@ -186,6 +186,7 @@ class Optimizer:
 
     def _update_compiled(self, state: list[Tensor], gradient: Tensor, found_inf: Tensor, key: tuple[int, int],
                          first: int, *, steps: Tensor, decays: bool) -> None:
+        """The same in one kernel."""
         # Views at an offset become tensors that begin where they do: each kind of offset would be compiled anew.
         tensors = [torch.from_dlpack(x) if x.storage_offset() else x for x in (*state, gradient)]
         for tensor in tensors:
