@@ -115,15 +115,15 @@ def export_as(run: Run, folder: Path, *, adapter: str, step: int) -> None:
         export_adapter(parallel.sharded(model), adapters, prepared.renderer, folder.with_name(adapter),
                        base=str(Path(config.model.path).absolute()), leads=world.leads)
     export(model, model.config, prepared.renderer, folder, leads=world.leads, dtype=DTYPES[config.train.precision],
-           record=record_of_model(run, step=step, log=read_log(run.folder)) if world.leads else None)
+           record=record_of_model(run, figures(prepared), step=step, log=read_log(run.folder)) if world.leads else None)
 
 
-def record_of_model(run: Run, *, step: int, log: list[dict[str, Any]]) -> dict[str, Any]:
-    """`training.json` of the model after `step`, of a run that logged `log`."""
-    config, found = run.config, figures(run.prepared)
+def record_of_model(run: Run, data: dict[str, Any], *, step: int, log: list[dict[str, Any]]) -> dict[str, Any]:
+    """`training.json` of the model after `step`, of a run that logged `log`; `data` are the figures of its data."""
+    config = run.config
     return provenance.training_record(
         run.base.record, recipe=config.to_toml(), seed=config.train.seed, ranks=run.world.ranks,
-        data={use: found[use] for use in ("train", "replay", "eval", "general")}, log=log, step=step,
+        data={use: data[use] for use in ("train", "replay", "eval", "general")}, log=log, step=step,
         total_steps=run.prepared.plan.total_steps, history=run.history)
 
 

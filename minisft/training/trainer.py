@@ -96,7 +96,7 @@ def begin(run: Run, folder: RunFolder, saved: SavedState | None, *, data: dict[s
     step = saved.step if saved else 0
     if run.config.run.export:
         try_export(run.base.network, run.prepared.renderer, run.folder / "final",
-                   record=record_of_model(run, step=step, log=[]))
+                   record=record_of_model(run, data, step=step, log=[]))
     give_up(resume.given_up(saved, checkpoints(folder.path / "checkpoints")))
     folder.begin(run.config.to_toml(), data=data, environment=environment())
     logged = folder.rewind_log(step if saved else -1)  # step 0 is evaluated again
