@@ -20,7 +20,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 def main(argv: list[str]) -> int:
     """Run a recipe; the demo is two of them and a comparison. Returns the exit code."""
     if argv[:1] == ["demo"] or not argv or argv[0].startswith("--"):
-        from minisft.demo.run import main as demo  # imported late: each needs torch, and takes seconds
+        from minisft.demo.demo_run import main as demo  # imported late: each needs torch, and takes seconds
 
         return demo(argv[1:] if argv[:1] == ["demo"] else argv)
     from minisft.training.trainer import main as train

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from minisft.model import weights
-from minisft.model.config import read_config
+from minisft.model.llama_config import read_config
 from minisft.training import parallel
 from minisft.training.checkpoint import SavedState, Saver
 from minisft.training.optimizer import MOMENTS, Optimizer

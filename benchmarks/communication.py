@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from minisft.model.config import read_config
 from minisft.model.llama import Llama
+from minisft.model.llama_config import read_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -64,7 +64,7 @@ class Setting:
 
     def config(self, preset: str) -> Any:
         """The shape of a network."""
-        from minisft.model.config import PRESETS
+        from minisft.model.llama_config import PRESETS
 
         config = PRESETS[preset]
         return replace(config, vocab_size=640, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -205,7 +205,7 @@ def gradients(s: Setting) -> Figures:
     """Compiled layers against the same layers run as they are: every parameter's gradient."""
     import torch
 
-    from minisft.model.config import PRESETS
+    from minisft.model.llama_config import PRESETS
 
     config = replace(PRESETS["llama-3.2-1b"], vocab_size=1024, hidden_size=256, intermediate_size=512,
                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
@@ -597,8 +597,8 @@ def peers(s: Setting, *, seq_len: int) -> Figures:
     """Llama-3.2-1B, the same packs for all: minisft, TRL with its attention kernels, plain transformers."""
     import torch
 
-    from minisft.model.config import read_config
     from minisft.model.llama import Llama
+    from minisft.model.llama_config import read_config
     from minisft.model.weights import initialize
 
     folder = s.folder / "model"

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from minisft.model import weights
-from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
+from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
 from minisft.training import parallel
 
 BLOCK, SHARD = 16 * 2**20, 2**30

@@ -105,7 +105,7 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
     from minisft import config as configuration
     from minisft.data.loader import micro_batch, padded
     from minisft.model import weights
-    from minisft.model.config import read_config
+    from minisft.model.llama_config import read_config
     from minisft.training import parallel
     from minisft.training.loss import batch_loss
     from minisft.training.optimizer import Optimizer

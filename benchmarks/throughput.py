@@ -42,9 +42,9 @@ from minisft import config as configuration
 from minisft.config import Config
 from minisft.data.loader import steps
 from minisft.errors import UserError
-from minisft.model.config import LlamaConfig, read_config
 from minisft.model.flops import training_flops
-from minisft.preparation import prepare
+from minisft.model.llama_config import LlamaConfig, read_config
+from minisft.prepare import prepare
 
 PEERS = Path(__file__).with_name("peers.py")
 SYSTEMS = ("minisft", "minisft-compile", "minisft-bf16-weights", "trl", "trl-compile", "trl-bf16-weights", "trl-liger",

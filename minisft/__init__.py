@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minisft.errors import NumericsError, UserError
-    from minisft.model.config import LlamaConfig
     from minisft.model.llama import Llama
+    from minisft.model.llama_config import LlamaConfig
     from minisft.training.loss import linear_cross_entropy, masked_cross_entropy
 
 __version__ = "0.1.0"

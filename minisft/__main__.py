@@ -18,12 +18,22 @@ import argparse
 import os
 import sys
 
-from minisft.commands import answer, chat, compare, convert, evaluate, plan, prepare, report, show
+from minisft.commands import (
+    answer_command,
+    chat_command,
+    compare_command,
+    convert_command,
+    eval_command,
+    plan_command,
+    prepare_command,
+    report_command,
+    show_command,
+)
 from minisft.errors import EXIT_INTERRUPTED, EXIT_IO, NumericsError, UserError, exit_code, printable
 from minisft.streams import secure
 
-OF_RECIPES = (prepare, show, plan)
-COMMANDS = (*OF_RECIPES, chat, evaluate, answer, compare, report, convert)
+OF_RECIPES = (prepare_command, show_command, plan_command)
+COMMANDS = (*OF_RECIPES, chat_command, eval_command, answer_command, compare_command, report_command, convert_command)
 LONGEST = 20_000  # characters of a message
 
 

@@ -25,7 +25,7 @@ from minisft.keys import FORMATS, Source, accepted, key, to_toml, typed
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """The network to start from."""
     path: str = key("", "Hugging Face folder of the base model")
     init: str = key("", "the weights; empty: pretrained if model.path is given", choices=("pretrained", "random"))
@@ -36,7 +36,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """From files to packs of tokens."""
     train: tuple[Source, ...] = key((), "files to train on")
     eval: tuple[Source, ...] = key((), "held-out files")
@@ -63,14 +63,14 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchConfig:
     """The size of a step."""
     packs: int = key(32, "packs per optimizer step over all ranks", low=1, high=2**24)
     micro_packs: int = key(1, "packs per rank per forward pass; accumulation is derived", low=1)
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     """Length and arithmetic of the run."""
     epochs: int = key(3, "passes over the training data", low=1, high=10**9)
     max_steps: int | None = key(None, "stop after this many steps", low=1)
@@ -82,7 +82,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     """AdamW, its learning rate over time, and the loss."""
     lr: float = key(2e-5, "peak learning rate", low=0)
     schedule: str = key("cosine", "learning rate after warmup", choices=("cosine", "linear", "constant", "wsd"))
@@ -102,7 +102,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraConfig:
     """Adapters instead of full fine-tuning: the base is frozen, thin matrices beside its own are trained."""
     rank: int = key(0, "rank of the adapters; 0: full fine-tuning", low=0, high=2**16)
     alpha: float = key(16.0, "their product is scaled by alpha / rank", above=0)
@@ -115,7 +115,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     """Saving the run, and going on from what was saved."""
     every: int = key(200, "steps between checkpoints; 0: only the last step, or when asked to stop", low=0)
     keep: int = key(2, "newest checkpoints that are kept; 0: all", low=0)
@@ -125,7 +125,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelConfig:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks a parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard leaves", low=0)
@@ -142,7 +142,7 @@ class Parallel:
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvalConfig:
     """Evaluation on data.eval and data.general."""
     every: int = key(0, "steps between evaluations; 0: only at the start and the end", low=0)
     samples: int = key(0, "questions of each data.eval answered, into the log, at the start and the end", low=0)
@@ -151,7 +151,7 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     """Where results go."""
     dir: str = key("", "run folder; empty: runs/ and the recipe's name")
     export: bool = key(True, "write final/ at the end; false: for benchmarks and sweeps")
@@ -161,16 +161,16 @@ class Run:
 @dataclass(frozen=True)
 class Config:
     """The whole configuration. Only `load` checks it and fills in the dependent defaults."""
-    model: Model = Model()
-    data: Data = Data()
-    batch: Batch = Batch()
-    train: Train = Train()
-    optim: Optim = Optim()
-    lora: Lora = Lora()
-    checkpoint: Checkpoint = Checkpoint()
-    parallel: Parallel = Parallel()
-    eval: Eval = Eval()
-    run: Run = Run()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()
 
     def to_toml(self) -> str:
         """The configuration as a recipe: `load` of the file gives an equal Config."""
@@ -211,16 +211,16 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
          f"evaluation every {config.eval.every} steps, but neither data.eval nor data.general names a file"),
         (config.eval.samples > 0 and not data.eval and not data.eval_fraction, ("eval.samples", "data.eval"),
          f"{config.eval.samples} questions of each file are to be answered, but data.eval names no file"),
-        (config.eval.forgetting_bound not in (0, Eval.forgetting_bound) and not data.general,
+        (config.eval.forgetting_bound not in (0, EvalConfig.forgetting_bound) and not data.general,
          ("eval.forgetting_bound", "data.general"), f"a bound of {config.eval.forgetting_bound:g} nats on what is "
          "forgotten, but data.general names no file to measure it on"),
-        (data.replay_ratio != Data.replay_ratio and not data.replay, ("data.replay_ratio", "data.replay"),
+        (data.replay_ratio != DataConfig.replay_ratio and not data.replay, ("data.replay_ratio", "data.replay"),
          f"{data.replay_ratio:g} of the tokens should be replayed text, but data.replay names no file"),
         (optim.parameters == "bf16" and config.train.precision == "fp32", ("optim.parameters", "train.precision"),
          "parameters in bf16 cannot be computed with in fp32; set train.precision to bf16"),
         (optim.in_backward and optim.clip_norm > 0, ("optim.in_backward", "optim.clip_norm"),
          "the norm of the gradient is known only when every parameter has been updated; set optim.clip_norm to 0"),
-        (config.lora != Lora() and not config.lora.rank, ("lora.rank",),
+        (config.lora != LoraConfig() and not config.lora.rank, ("lora.rank",),
          "is 0, so the other keys of [lora] do nothing; set it to 8, say"),
         (config.lora.rank > 0 and random, ("lora.rank", "model.init"),
          "adapters change what a pretrained model does; random weights are trained in full"),
@@ -235,7 +235,7 @@ def problems(config: Config) -> list[tuple[tuple[str, ...], str]]:
     return [(keys, message) for wrong, keys, message in (*checks, *_name_checks(data)) if wrong]
 
 
-def _name_checks(data: Data) -> Iterator[tuple[bool, tuple[str, ...], str]]:
+def _name_checks(data: DataConfig) -> Iterator[tuple[bool, tuple[str, ...], str]]:
     """Whether a source has no path, or the name of another beside which it is reported."""
     held_out = [replace(source, name=heldout_name(source)) for source in data.train if data.eval_fraction]
     beside: dict[str, tuple[Sequence[Source], Sequence[Source]]] = {

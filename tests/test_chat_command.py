@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.__main__ import main
-from minisft.commands import chat
+from minisft.commands import chat_command
 from minisft.data.conversation import Turn
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.assistant import Assistant
@@ -70,7 +70,7 @@ def test_a_conversation_goes_on_until_it_is_reset(assistant, said):
 
 
 def test_help_and_unknown_commands(said):
-    assert said("/help\n")[1] == chat.HELP + "\n"
+    assert said("/help\n")[1] == chat_command.HELP + "\n"
     code, out, err = said("/halp me\n")
     assert (code, out) == (0, "")
     assert "error: /halp: no such command; /help lists them" in err
@@ -158,29 +158,29 @@ def test_the_pieces_of_any_tokens_are_their_text(ids, base):
 
 
 def test_an_answer_cannot_steer_the_terminal():
-    assert chat.harmless("\x1b[2J\ta\n\x07ş🌳") == "⟨U+001B⟩[2J\ta\n⟨U+0007⟩ş🌳"
+    assert chat_command.harmless("\x1b[2J\ta\n\x07ş🌳") == "⟨U+001B⟩[2J\ta\n⟨U+0007⟩ş🌳"
 
 
 def test_lines_are_remembered_under_the_state_folder(tmp_path, monkeypatch, capsys):
     readline = pytest.importorskip("readline")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     readline.clear_history()
-    with chat.history():
+    with chat_command.history():
         readline.add_history("önce bu")
     file = tmp_path / "minisft" / "history"
     assert "nce bu" in file.read_text(encoding="utf-8", errors="replace")
     assert file.stat().st_mode & 0o777 == 0o600
     readline.clear_history()
-    with chat.history():
+    with chat_command.history():
         assert readline.get_history_item(readline.get_current_history_length()) == "önce bu"
     monkeypatch.setenv("XDG_STATE_HOME", "relative")  # not allowed by the specification, so ignored
-    monkeypatch.setattr(chat.Path, "home", lambda: tmp_path / "home")
-    with chat.history():
+    monkeypatch.setattr(chat_command.Path, "home", lambda: tmp_path / "home")
+    with chat_command.history():
         pass
     assert (tmp_path / "home/.local/state/minisft/history").exists()
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    with chat.history():
+    with chat_command.history():
         pass
     assert "the history is not kept" in capsys.readouterr().err
 
@@ -195,4 +195,4 @@ def test_auto_is_bf16_where_the_machine_multiplies_in_it(base, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         options = SimpleNamespace(model=base, template="llama3", templates="", temperature=0.0, top_k=0, top_p=1.0,
                                   repetition_penalty=1.0, seed=0, precision="auto", system="", max_new_tokens=1)
-        assert chat.Chat(options).assistant.model.model.norm.weight.dtype == dtype
+        assert chat_command.Chat(options).assistant.model.model.norm.weight.dtype == dtype

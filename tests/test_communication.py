@@ -16,9 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft import config as configuration
-from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
-from minisft.preparation import prepare
+from minisft.model.llama_config import LlamaConfig
+from minisft.prepare import prepare
 from minisft.training import parallel, trainer
 from minisft.training.optimizer import Optimizer
 from minisft.training.preemption import Preemption

@@ -123,10 +123,10 @@ def test_the_compiled_loss_is_the_loss(monkeypatch, options, backend):
 
 
 def test_packed_bytes_that_this_torch_cannot_shard_are_refused(monkeypatch):
-    from minisft.config import Config, Lora, Model
+    from minisft.config import Config, LoraConfig, ModelConfig
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(run, "SHARDS_BYTES", False)
     with pytest.raises(UserError, match=r"nf4 on several ranks: torch .* cannot shard bytes; use torch 2\.13 or newer"):
-        run.check_ranks(Config(model=Model(path="x"), lora=Lora(rank=8, base="nf4")))
+        run.check_ranks(Config(model=ModelConfig(path="x"), lora=LoraConfig(rank=8, base="nf4")))

@@ -31,13 +31,13 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisft.config import Config, Optim
+from minisft.config import Config, OptimConfig
 from minisft.data.loader import micro_batch, padded, steps
 from minisft.data.packing import Plan
 from minisft.model import attention
 from minisft.model.attention import Documents, attend
-from minisft.model.config import PRESETS, LlamaConfig
 from minisft.model.llama import Block, Llama
+from minisft.model.llama_config import PRESETS, LlamaConfig
 from minisft.training import parallel, trainer
 from minisft.training.loss import linear_cross_entropy
 from minisft.training.optimizer import Optimizer
@@ -296,7 +296,7 @@ def simulated_step(config, world, **options):
     """One step of the loop with two documents on this rank: the events, the optimizer, its gradients, the norm."""
     model = build_model(config, world, **options)
     optimizer = Optimizer(model, world.mesh)
-    settings = Config(optim=Optim(label_smoothing=0.1, z_loss=1e-4))
+    settings = Config(optim=OptimConfig(label_smoothing=0.1, z_loss=1e-4))
     shared = torch.zeros(2, device=world.device)
     with Recorder() as recorder:
         optimizer.begin(1e-5, 0)

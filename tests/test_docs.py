@@ -202,7 +202,7 @@ def check(block: Block, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The demo's data and, in the base model's place, a folder with its tokenizer and shape."""
-    from minisft.demo.run import COUNTRIES, write_world
+    from minisft.demo.demo_run import COUNTRIES, write_world
 
     folder = tmp_path_factory.mktemp("docs")
     write_world(folder / "runs/demo-world", countries=COUNTRIES, seed=0)

@@ -25,7 +25,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
 from minisft.model import weights
-from minisft.model.config import read_config
+from minisft.model.llama_config import read_config
 from minisft.training import export, trainer
 
 LLAMA_CPP = os.environ.get("MINISFT_LLAMA_CPP", "")

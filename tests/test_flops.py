@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft.model import llama
 from minisft.model.attention import Documents
-from minisft.model.config import PRESETS, LlamaConfig
 from minisft.model.flops import training_flops
+from minisft.model.llama_config import PRESETS, LlamaConfig
 from minisft.model.lora import adapt
 from minisft.model.lora_config import MATRICES, LoRA
 from minisft.training.loss import linear_cross_entropy

@@ -16,7 +16,7 @@ from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.forgetting import Forgetting
 from minisft.evaluation.heldout import file_losses, loss_figures
 from minisft.model.llama import Llama
-from minisft.preparation import prepare
+from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
 from minisft.training.after import After
 from minisft.training.trainer import main

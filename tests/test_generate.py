@@ -14,8 +14,8 @@ from minisft.evaluation import generate as module
 from minisft.evaluation.decoding import Decoder, Product
 from minisft.evaluation.generate import generate, stream
 from minisft.evaluation.sampling import Sampling
-from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
+from minisft.model.llama_config import LlamaConfig
 
 PROMPTS = [[309, 5, 6], [309, 80, 81, 82, 83, 84, 85], [40], [309, 5, 6, 7] * 20]
 

@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from minisft.evaluation.assistant import Assistant
 from minisft.model import lora
 from minisft.model.attention import Documents
-from minisft.model.config import read_config
 from minisft.model.llama import Llama
+from minisft.model.llama_config import read_config
 from minisft.model.lora_config import LoRA
 from minisft.model.peft import PeftFolder
 from minisft.model.weights import SafetensorsFolder

@@ -19,8 +19,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minisft.model import precision
 from minisft.model.attention import Documents
-from minisft.model.config import PRESETS, LlamaConfig
 from minisft.model.llama import Llama
+from minisft.model.llama_config import PRESETS, LlamaConfig
 from minisft.model.lora_config import LoRA
 from minisft.planning.memory import Bytes, Sizes, peak
 from minisft.training import parallel

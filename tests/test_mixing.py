@@ -20,7 +20,7 @@ from small_runs import log, train
 from minisft import config as configuration
 from minisft.data.mixing import copies, held_out, replay_weights
 from minisft.errors import UserError
-from minisft.preparation import prepare
+from minisft.prepare import prepare
 from minisft.training.run import identity
 
 WORDS = ["the", "sea", "is", "on", "a", "bir", "dağ", "göl", "ev", "and", "then", "kırmızı", "yeşil", "in", "rain"]

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft.model import document_attention, precision
 from minisft.model.attention import Documents
-from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
+from minisft.model.llama_config import LlamaConfig
 from minisft.model.rope import rotations
 
 transformers = pytest.importorskip("transformers")

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minisft.errors import UserError
-from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.llama import Llama
+from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
 
 RAW = {"model_type": "llama", "vocab_size": 37, "hidden_size": 16, "intermediate_size": 22, "num_hidden_layers": 2,
        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0}

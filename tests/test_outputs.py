@@ -154,13 +154,13 @@ def test_a_name_that_is_no_text_is_an_error_of_one_line(room):
 
 
 def test_ctrl_c_is_no_traceback(room, monkeypatch, capsys):
-    from minisft import preparation
+    from minisft import prepare
 
     def interrupted(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.chdir(room)
-    monkeypatch.setattr(preparation, "prepare", interrupted)
+    monkeypatch.setattr(prepare, "prepare", interrupted)
     assert main(["prepare", "recipe.toml"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

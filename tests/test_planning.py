@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minisft.__main__ import main
-from minisft.model.config import PRESETS
+from minisft.model.llama_config import PRESETS
 from minisft.planning.hardware import Traffic, find_gpu
 
 HERE = Path(__file__).parent

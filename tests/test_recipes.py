@@ -10,7 +10,7 @@ import pytest
 
 from minisft import config as configuration
 from minisft.__main__ import main
-from minisft.model.config import PRESETS
+from minisft.model.llama_config import PRESETS
 
 RECIPES = Path(str(resources.files("minisft"))) / "recipes"
 SAMPLE = RECIPES / "sample"

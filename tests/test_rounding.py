@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from minisft.noise import key_of, random_bits
+from minisft.counter_rng import key_of, random_bits
 from minisft.training import rounding
 
 

@@ -23,11 +23,11 @@ from minisft import config as configuration
 from minisft.__main__ import main
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
-from minisft.preparation import prepare
+from minisft.prepare import prepare
 from minisft.reports import page as pages
-from minisft.reports import show, show_html
-from minisft.reports.show import as_text, choose
+from minisft.reports import show_html, token_view
 from minisft.reports.spans import OURS, spans, whole_characters
+from minisft.reports.token_view import as_text, choose
 
 ROOT = Path(__file__).parent.parent
 CONVERSATIONS = ROOT / "tests" / "oracles" / "conversations.jsonl"
@@ -137,7 +137,7 @@ def test_emoji_of_several_characters_stay_whole(prepared):
 def test_headings_cannot_be_faked(prepared):
     [view] = choose(prepared, source="attacks")
     text = as_text([view], color=False)
-    assert len(re.findall("^⟨── document", text, re.MULTILINE)) == len(view.documents) == show.FEW
+    assert len(re.findall("^⟨── document", text, re.MULTILINE)) == len(view.documents) == token_view.FEW
     assert "⟨── document" not in shown(prepared, 36)
 
 
@@ -217,7 +217,7 @@ def test_choices(prepared, monkeypatch):
     plan, lengths = prepared.plan, prepared.train.lengths
     first = plan.epoch(0).pack(0).tolist()
     with monkeypatch.context() as patch:
-        patch.setattr(show, "FEW", 1)
+        patch.setattr(token_view, "FEW", 1)
         assert indices(choose(prepared)) == first[:1] != first
     assert indices(choose(prepared, whole=True)) == indices(choose(prepared, pack=0)) == first
     assert indices(choose(prepared, index=0)) == [0]
@@ -241,7 +241,7 @@ def test_random_is_a_function_of_its_seed(prepared):
     drawn = {seed: indices(choose(prepared, random=seed)) for seed in range(20)}
     assert all(indices(choose(prepared, random=seed)) == found for seed, found in drawn.items())
     assert len({tuple(found) for found in drawn.values()}) > 10
-    assert all(len(set(found)) == show.FEW for found in drawn.values())
+    assert all(len(set(found)) == token_view.FEW for found in drawn.values())
     assert all(index >= 32 for seed in range(20) for index in indices(choose(prepared, random=seed, source="attacks")))
 
 

@@ -9,7 +9,7 @@ from small_runs import HERE, final_weights, log, options, train
 from minisft import config as configuration
 from minisft.evaluation.generate import generate
 from minisft.model.llama import Llama
-from minisft.preparation import prepare
+from minisft.prepare import prepare
 from minisft.training import trainer
 from minisft.training.loss import masked_cross_entropy
 from minisft.training.trainer import main

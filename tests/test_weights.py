@@ -24,8 +24,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minisft.errors import NumericsError, UserError, printable
 from minisft.model import weights
-from minisft.model.config import LlamaConfig, RopeScaling
 from minisft.model.llama import Llama
+from minisft.model.llama_config import LlamaConfig, RopeScaling
 
 CONFIG = LlamaConfig(vocab_size=37, hidden_size=16, intermediate_size=22, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=6, attention_bias=True, bos_token_id=1, eos_token_id=[2, 3],

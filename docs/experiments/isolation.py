@@ -11,7 +11,7 @@ import torch
 
 from minisft.config import load
 from minisft.model.llama import Llama
-from minisft.preparation import prepare
+from minisft.prepare import prepare
 from minisft.training.loss import masked_cross_entropy
 
 TOGETHER = 8

@@ -11,7 +11,7 @@ import torch
 from minisft.config import load
 from minisft.data.loader import micro_batch
 from minisft.model.llama import Llama
-from minisft.preparation import prepare
+from minisft.prepare import prepare
 from minisft.training.loss import batch_loss
 
 model = Llama.from_pretrained(sys.argv[1])

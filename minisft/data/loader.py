@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisft.counter_rng import hashed
 from minisft.data.dataset import Dataset
 from minisft.data.packing import Plan
-from minisft.noise import hashed
 
 EVEN = 0.03  # of the mean: how far apart the ranks' attention costs in a step may be
 AHEAD = 2  # steps that are made before they are asked for

@@ -16,7 +16,7 @@ norms, rotation and softmax are no matrix products and do not count; nor does wh
 
 import numpy as np
 
-from minisft.model.config import LlamaConfig
+from minisft.model.llama_config import LlamaConfig
 from minisft.model.lora_config import MATRICES, LoRA, matrices
 
 

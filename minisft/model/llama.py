@@ -33,7 +33,7 @@ from torch.utils.checkpoint import (
 from minisft.errors import UserError
 from minisft.model import weights
 from minisft.model.attention import Documents, attend
-from minisft.model.config import LlamaConfig
+from minisft.model.llama_config import LlamaConfig
 from minisft.model.meta import MetaFolder
 from minisft.model.norm import RMSNorm
 from minisft.model.peft import PeftFolder, is_adapter

@@ -11,10 +11,9 @@ base.
 DoRA's m is kept as its distance from the length it began at. The distance is small: gathered in bf16 it loses nothing
 that counts, where m itself would be rounded by a fifth of a percent.
 
-Dropout is drawn from (seed, step, document, position, channel) by a hash (noise.py): a block that is computed again,
-a resumed run, and any number of ranks drop the same. With DoRA it is taken of what the adapter sees; peft, whose base
-sees the dropped input a second time there, is followed at a dropout of 0 only.
-"""
+Dropout is drawn from (seed, step, document, position, channel) by a hash (counter_rng.py): a recomputed block, a
+resumed run, and any number of ranks drop the same. With DoRA it is taken of what the adapter sees; peft, whose base
+sees the dropped input a second time there, is followed at a dropout of 0 only. """
 
 # T tokens, I inputs and O outputs of a matrix, r rank
 
@@ -24,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from minisft.counter_rng import hashed, key_of
 from minisft.model import weights
 from minisft.model.llama import Llama
 from minisft.model.lora_config import LoRA, matrices
@@ -31,7 +31,6 @@ from minisft.model.nf4 import NF4, dequantise, nf4_linear
 from minisft.model.peft import PARTS, PREFIX
 from minisft.model.precision import Linear, linear
 from minisft.model.weights import whole
-from minisft.noise import hashed, key_of
 
 STORED = {"bf16": torch.bfloat16, "fp32": torch.float32, "nf4": torch.bfloat16}  # what is in no packed matrix
 
@@ -148,7 +147,7 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{PREFIX}{name}{PARTS[part]}", value.cpu().contiguous()
 
 
-def load(model: nn.Module, base: weights.Checkpoint, *, seed: int) -> None:
+def load(model: nn.Module, base: weights.WeightSource, *, seed: int) -> None:
     """Fill an adapted model: what is frozen from `base`, quantised as it is read, and fresh adapters.
 
     In memory is the model and, besides, one matrix of a rank's rows.

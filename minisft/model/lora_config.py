@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from math import sqrt
 
 from minisft.errors import UserError
-from minisft.model.config import LlamaConfig
+from minisft.model.llama_config import LlamaConfig
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OTHERS = ("lm_head", "model.embed_tokens")  # never adapted

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minisft.errors import UserError, printable
 from minisft.files import read_small
-from minisft.model.config import LlamaConfig, RopeScaling
+from minisft.model.llama_config import LlamaConfig, RopeScaling
 from minisft.model.weights import finite
 
 _TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}

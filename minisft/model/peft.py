@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minisft.errors import UserError, printable
 from minisft.files import read_small
-from minisft.model.config import LlamaConfig
+from minisft.model.llama_config import LlamaConfig
 from minisft.model.lora_config import LoRA, matrices
 from minisft.model.weights import finite
 

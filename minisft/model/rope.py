@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from minisft.model.config import LlamaConfig
+from minisft.model.llama_config import LlamaConfig
 
 
 def inverse_wavelengths(config: LlamaConfig, device: torch.device) -> Tensor:

@@ -29,13 +29,13 @@ from torch.distributed.tensor import DTensor
 
 from minisft.errors import NumericsError, UserError, printable
 from minisft.files import read_small, regular_file
-from minisft.model.config import LlamaConfig, read_config
+from minisft.model.llama_config import LlamaConfig, read_config
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 THREADS = 4
 
 
-class Checkpoint(Protocol):
+class WeightSource(Protocol):
     """Named tensors on disk."""
 
     path: Path
@@ -180,7 +180,7 @@ def _instead(folder: Path) -> str:
     return "download the model again"
 
 
-def check(model: nn.Module, checkpoint: Checkpoint) -> None:
+def check(model: nn.Module, checkpoint: WeightSource) -> None:
     """Raise UserError where the tensors of `checkpoint` are not exactly the parameters of `model` (first ten named)."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     problems = [f"{name}: missing" for name in wanted if name not in checkpoint.shapes]
@@ -192,7 +192,7 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.path}: weights and config.json disagree: {_first_ten(problems)}")
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: WeightSource) -> str:
     """A digest of every tensor's name, shape and first row: cheap, and another for any model that was trained on."""
     digest = hashlib.sha256()
     for name, shape in sorted(checkpoint.shapes.items()):
@@ -209,7 +209,7 @@ def check_memory(model: nn.Module) -> None:
                         "smaller model, or a machine with more")
 
 
-def _is_redundant(name: str, checkpoint: Checkpoint) -> bool:
+def _is_redundant(name: str, checkpoint: WeightSource) -> bool:
     """Old files carry a table that follows from the config; tied models may repeat their one matrix as a head."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and checkpoint.config.tie_word_embeddings)
 
@@ -219,7 +219,7 @@ def _first_ten(items: list[str]) -> str:
 
 
 @torch.no_grad()
-def load(model: nn.Module, checkpoint: Checkpoint, *, left_out: Collection[str] = ()) -> None:
+def load(model: nn.Module, checkpoint: WeightSource, *, left_out: Collection[str] = ()) -> None:
     """Copy this rank's rows of every parameter not `left_out` from `checkpoint`, converting to its dtype."""
     pieces = []
     for name, parameter in ((name, p) for name, p in model.named_parameters() if name not in left_out):

@@ -16,7 +16,7 @@ import torch
 
 from minisft.errors import UserError, printable
 from minisft.keys import nearest
-from minisft.model.config import LlamaConfig
+from minisft.model.llama_config import LlamaConfig
 from minisft.model.lora_config import LoRA
 from minisft.planning.memory import FP32, Bytes, Sizes
 

@@ -18,7 +18,7 @@ ranks (tests/test_memory.py); a caching allocator reserves more than is allocate
 
 from dataclasses import dataclass
 
-from minisft.model.config import LlamaConfig
+from minisft.model.llama_config import LlamaConfig
 from minisft.model.lora_config import BLOCK, LoRA, matrices
 from minisft.training.loss import SOFTMAX, chunk_tokens
 

@@ -16,7 +16,7 @@ import numpy as np
 from minisft.data.dataset import Dataset
 from minisft.errors import PATH, printable
 from minisft.model.flops import training_flops
-from minisft.preparation import Prepared, adapters_of
+from minisft.prepare import Prepared, adapters_of
 
 CHECKS = ("one beginning-of-text token a document where the template has one",
           "trained answers end in a trained stop token", "no control token from content",

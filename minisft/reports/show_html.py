@@ -17,8 +17,8 @@ from itertools import accumulate
 import numpy as np
 
 from minisft.reports.page import render
-from minisft.reports.show import Document, View
 from minisft.reports.spans import LEGEND, Span
+from minisft.reports.token_view import Document, View
 
 STYLE = """
 :root { --block: #b9c3d1; --trained: #2e9e5b; --mark: #cdeed9 }

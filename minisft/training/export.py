@@ -27,7 +27,7 @@ from torch import nn
 from minisft.data.chat import Renderer
 from minisft.errors import UserError, printable
 from minisft.model import weights
-from minisft.model.config import LlamaConfig
+from minisft.model.llama_config import LlamaConfig
 from minisft.training.card import model_card
 from minisft.training.provenance import FILE, model_name
 

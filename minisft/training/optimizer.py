@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.adamw import adamw
 
+from minisft.counter_rng import key_of, random_bits, signed
 from minisft.model.weights import local_rows
-from minisft.noise import key_of, random_bits, signed
 from minisft.training.offload import HostVisits
 from minisft.training.rounding import rounded
 

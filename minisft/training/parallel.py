@@ -25,8 +25,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from minisft.errors import UserError
 from minisft.model import lora
-from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
+from minisft.model.llama_config import LlamaConfig
 from minisft.model.lora_config import LoRA
 from minisft.model.precision import DTYPES
 

@@ -7,7 +7,7 @@ At a learning rate of 2e-5 most updates are smaller than half the distance betwe
 nearest loses each of them; rounding by chance applies a few of them in full (Gupta et al. 2015, "Deep Learning with
 Limited Numerical Precision"; Zamirai et al. 2020, "Revisiting BFloat16 Training").
 
-The random bits are a hash of (seed, step, parameter, element) (noise.py).
+The random bits are a hash of (seed, step, parameter, element) (counter_rng.py).
 """
 
 import torch

@@ -21,12 +21,12 @@ from minisft.data import packing
 from minisft.errors import NumericsError, UserError
 from minisft.evaluation import samples
 from minisft.model import lora, weights
-from minisft.model.config import LlamaConfig, read_config
 from minisft.model.llama import Llama
+from minisft.model.llama_config import LlamaConfig, read_config
 from minisft.model.meta import MetaFolder
 from minisft.model.precision import DTYPES
 from minisft.planning.memory import Sizes
-from minisft.preparation import Prepared, adapters_of, check_vocabulary
+from minisft.prepare import Prepared, adapters_of, check_vocabulary
 from minisft.training import parallel, provenance
 from minisft.training.checkpoint import SavedState, check_room, checkpoints
 from minisft.training.optimizer import Optimizer
@@ -39,7 +39,7 @@ class Base:
     """What a run begins with."""
 
     network: LlamaConfig
-    checkpoint: weights.Checkpoint | None  # None: random weights
+    checkpoint: weights.WeightSource | None  # None: random weights
     record: provenance.Record
 
 
@@ -87,7 +87,7 @@ def check_ranks(config: Config) -> None:
 
 def open_base(config: Config, prepared: Prepared) -> Base:
     """The network's shape and its weights on disk, checked against each other and the data."""
-    checkpoint: weights.Checkpoint | None = None
+    checkpoint: weights.WeightSource | None = None
     if config.model.init == "random":
         network = prepared.network or read_config(config.model.config)
     elif config.model.format == "meta":
@@ -158,7 +158,7 @@ def check_finite(tensors: Mapping[str, Tensor], world: World, when: str, remedy:
 
 
 def identity(config: Config, prepared: Prepared, model_config: LlamaConfig,
-             base: weights.Checkpoint | None) -> dict[str, Any]:
+             base: weights.WeightSource | None) -> dict[str, Any]:
     """What must be the same when a run goes on, or its batches, or what it trains, would be others."""
     frozen = {}
     if config.lora.rank and base:  # as JSON has it, where a tuple is a list

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from minisft import config as configuration
 from minisft.config import Config
+from minisft.counter_rng import key_of
 from minisft.data import packing
 from minisft.data.loader import MicroBatch, Step, steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
-from minisft.noise import key_of
 from minisft.planning.hardware import peak_flops
-from minisft.preparation import Prepared, prepare
+from minisft.prepare import Prepared, prepare
 from minisft.reports.data_report import describe, figures
 from minisft.training import parallel, resume
 from minisft.training.after import After, export_as, is_due, record_of_model

@@ -29,10 +29,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """Documents of a recipe, on the terminal or as a page."""
-    from minisft.preparation import inputs, prepare  # imported late, as is all that needs NumPy
+    from minisft.prepare import inputs, prepare  # imported late, as is all that needs NumPy
     from minisft.reports.data_report import unread_fields
-    from minisft.reports.show import choose, print_views
     from minisft.reports.show_html import page
+    from minisft.reports.token_view import choose, print_views
 
     config = configuration.load(recipe)
     check_outputs({"--html": options.html}, inputs(config, recipe))

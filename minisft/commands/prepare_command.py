@@ -12,7 +12,7 @@ from minisft.commands import RECIPE_HELP
 from minisft.reports.page import check_outputs, write, write_json
 
 if TYPE_CHECKING:
-    from minisft.preparation import Prepared
+    from minisft.prepare import Prepared
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """The data of a recipe, as training would see them."""
-    from minisft.preparation import inputs, prepare  # imported late, as is all that needs NumPy
+    from minisft.prepare import inputs, prepare  # imported late, as is all that needs NumPy
     from minisft.reports.data_report import describe, figures
 
     config = configuration.load(recipe)

@@ -21,7 +21,7 @@ import numpy as np
 
 from minisft.data.dataset import Dataset
 from minisft.errors import UserError
-from minisft.preparation import Prepared
+from minisft.prepare import Prepared
 from minisft.reports.spans import LEGEND, Span, spans, visible
 
 FEW = 3  # documents shown where nobody said which

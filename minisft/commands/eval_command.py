@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minisft.commands import answer
+from minisft.commands import answer_command
 from minisft.commands.numbers import natural, positive
 from minisft.errors import UserError
 from minisft.keys import FORMATS
@@ -70,8 +70,9 @@ def run(options: argparse.Namespace) -> None:
     prompts = instructions.load(options.instructions, skip_unknown=options.skip_unknown,
                                 limit=options.limit) if options.instructions else None
     # A base model has no chat template and needs none where nothing is asked in turns.
-    assistant = answer.load(options.model, options, template="" if options.chat or prompts or options.data else "text")
-    found: dict[str, Any] = {"model": options.model, "precision": answer.precision_of(options)}
+    template = "" if options.chat or prompts or options.data else "text"
+    assistant = answer_command.load(options.model, options, template=template)
+    found: dict[str, Any] = {"model": options.model, "precision": answer_command.precision_of(options)}
     if asked:
         found["choices"] = choices.figures(assistant, asked, chat=options.chat, batch_tokens=options.batch_tokens)
         print(choices.describe(found["choices"]))

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """The plan of a recipe; no weights are read."""
     from minisft.planning import estimate  # imported late, as is all that needs torch or NumPy
     from minisft.planning.hardware import find_gpu
-    from minisft.preparation import inputs
+    from minisft.prepare import inputs
 
     config = configuration.load(recipe)
     check_outputs({"--json": options.json}, inputs(config, recipe))

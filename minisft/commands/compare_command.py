@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft.commands import answer
+from minisft.commands import answer_command
 from minisft.commands.numbers import natural, positive
 from minisft.errors import PATH, UserError, printable
 from minisft.reports.page import check_outputs, write_json
@@ -33,7 +33,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.add_argument("--key", nargs="+", type=Path, default=[], metavar="FILE", help="of the rated pages")
     command.add_argument("--judge", type=Path, metavar="FILE", help="verdicts in FastChat's layout, of pairs or scores")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
-    answer.add_model_options(command)
+    answer_command.add_model_options(command)
     command.set_defaults(run=run)
 
 
@@ -98,6 +98,6 @@ def answers_of(model: str, questions: "list[Question]", options: argparse.Namesp
     file, name = answers_beside(options.out, side), answers.model_name(model)
     with answers.alone(file):
         if answers.unanswered(questions, file, model_id=name):
-            answers.write_answers(answer.load(model, options), questions, file, model_id=name,
+            answers.write_answers(answer_command.load(model, options), questions, file, model_id=name,
                                   max_new_tokens=options.max_new_tokens, batch=options.batch)
         return answers.read_answers(file)

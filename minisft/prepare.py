@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minisft.config import Config, Data, heldout_name
+from minisft.config import Config, DataConfig, heldout_name
 from minisft.data import mixing
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.dataset import Dataset
@@ -21,8 +21,8 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.files import regular_file
 from minisft.keys import Source
-from minisft.model.config import PRESETS, LlamaConfig, read_config
 from minisft.model.flops import training_flops
+from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
 from minisft.model.lora_config import LoRA
 
 MOST = 2**31  # documents in an epoch
@@ -120,7 +120,7 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
     return prepared
 
 
-def _look_for_files(data: Data) -> None:
+def _look_for_files(data: DataConfig) -> None:
     """Raises UserError for one that is not there, before the first is read."""
     for key in ("train", "replay", "eval", "general"):
         for source in getattr(data, key):

@@ -25,8 +25,8 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.demo import bpe, world
 from minisft.errors import UserError
 from minisft.evaluation.generate import generate
-from minisft.model.config import LlamaConfig
 from minisft.model.llama import Llama
+from minisft.model.llama_config import LlamaConfig
 from minisft.training.failure import guarded
 from minisft.training.parallel import launched_rank
 from minisft.training.trainer import train
