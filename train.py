@@ -1,7 +1,7 @@
 """Fine-tune a Llama-3: `torchrun [--nproc-per-node N] train.py [RECIPE] [--section.key value ...]`.
 
 RECIPE is a TOML file or the name of a shipped recipe; without one the demo runs. `python train.py --help` lists every
-key. The loop itself is in minisft/training/trainer.py.
+key. The loop itself is in minisft/runs/lifecycle.py.
 """
 
 import os
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         from minisft.demo.demo_run import main as demo  # imported late: each needs torch, and takes seconds
 
         return demo(argv[1:] if argv[:1] == ["demo"] else argv)
-    from minisft.training.trainer import main as train
+    from minisft.runs.lifecycle import main as train
 
     return train(argv)
 

@@ -16,20 +16,21 @@ from pathlib import Path
 
 import torch
 
+from minisft.config import Config, TrainConfig
 from minisft.model import weights
 from minisft.model.llama_config import read_config
 from minisft.training import parallel
 from minisft.training.checkpoint import SavedState, Saver
-from minisft.training.optimizer import MOMENTS, Optimizer
+from minisft.training.optimizer import MOMENTS, AdamW
 
 
-def tensors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+def tensors(optimizer: AdamW) -> dict[str, torch.Tensor]:
     """What both sides write."""
     state = {name: rows.detach() for name, rows in optimizer.rows.items()}
     return state | {f"{moment}/{name}": t for moment in MOMENTS for name, t in optimizer.moments(moment).items()}
 
 
-def one_round(folder: Path, optimizer: Optimizer, world: parallel.World) -> dict[str, float]:
+def one_round(folder: Path, optimizer: AdamW, world: parallel.World) -> dict[str, float]:
     """Seconds of each part, minisft and torch one after the other."""
     seconds = {}
 
@@ -68,9 +69,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     world = parallel.start()
-    model = parallel.build_model(read_config(arguments.model), world, precision="fp32")
+    model = parallel.build_model(read_config(arguments.model), world, Config(train=TrainConfig(precision="fp32")))
     weights.load(model, weights.SafetensorsFolder(arguments.model))
-    optimizer = Optimizer(model, world.mesh)
+    optimizer = AdamW(model, mesh=world.mesh)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         rounds = [one_round(Path(folder), optimizer, world) for _ in range(arguments.rounds)]
     size = sum(tensor.nbytes for tensor in tensors(optimizer).values())

@@ -48,9 +48,9 @@ from small_runs import (  # noqa: E402
 
 from minisft import streams  # noqa: E402
 from minisft.__main__ import main as command  # noqa: E402
-from minisft.training import trainer  # noqa: E402
-from minisft.training.checkpoint import checkpoints  # noqa: E402
-from minisft.training.trainer import main as train  # noqa: E402
+from minisft.runs import lifecycle  # noqa: E402
+from minisft.runs.lifecycle import main as train  # noqa: E402
+from minisft.training.checkpoint import saved_checkpoints  # noqa: E402
 
 STEPS = 24
 SETTINGS = {"train__max_steps": STEPS, "batch__packs": 3, "checkpoint__every": 2, "checkpoint__keep": 3}
@@ -206,7 +206,7 @@ def soak(bench: Bench) -> Row:
         os.waitpid(child, 0)
         row.injected += 1
         before = log(folder)[-1]["step"]
-        newest = checkpoints(folder / "run/checkpoints")
+        newest = saved_checkpoints(folder / "run/checkpoints")
         row.lost.append(before - int(newest[0].name[5:]) if newest else before)
         row.survived += 1
     code, output = bench.run(folder, **settings)
@@ -315,10 +315,10 @@ def damaged(bench: Bench) -> Iterator[Row]:
         ("a file of the newest checkpoint missing", Path.unlink, 1)]
     for name, damage, times in damages:
         row = Row(name)
-        for file in [file.name for file in checkpoints(stopped / "run/checkpoints")[0].iterdir()] * times:
+        for file in [file.name for file in saved_checkpoints(stopped / "run/checkpoints")[0].iterdir()] * times:
             folder = bench.new()
             shutil.copytree(stopped, folder)
-            newest = checkpoints(folder / "run/checkpoints")[0]
+            newest = saved_checkpoints(folder / "run/checkpoints")[0]
             damage(newest / file)
             code, output = bench.run(folder)
             named = f"passed over {newest / file}: " in output or "its save was not finished; " in output
@@ -531,7 +531,7 @@ def logs(bench: Bench) -> Iterator[Row]:
             file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:left]))
             kept = left
         code, output = bench.run(folder, train__max_steps=steps)
-        said = f"{file}: has {kept} of the 6 steps before; the others are lost from it" in output
+        said = f"{file}: has {kept} of the 6 steps so far; the others are lost from the log" in output
         row.count(left, code == 0 and said and (folder / "run/final").exists(), output)
         row.lost.append(0)
         row.compared += 1
@@ -586,7 +586,7 @@ def exports(bench: Bench) -> Row:
         shutil.rmtree(place) if place.is_dir() else place.unlink()
         argv = options(bench.base, folder, **{**SETTINGS, "train__max_steps": steps, "checkpoint__every": 0})
         code, again = bench.call(*argv, folder=folder, main=train,
-                                 plant=lambda: setattr(trainer, "forward", trained_again))
+                                 plant=lambda: setattr(lifecycle, "forward", trained_again))
         bench.finished(row, folder, again, before=steps, steps=steps, code=code or not as_promised)
     return row
 

@@ -234,19 +234,23 @@ def network(config: Any, s: Setting, *, compiled: bool, recompute: str = "none",
     import torch
     import torch.distributed as dist
 
+    from minisft.config import Config, OptimConfig, ParallelConfig
     from minisft.model import lora
     from minisft.model.lora_config import LoRA
     from minisft.model.precision import DTYPES
+    from minisft.runs.assemble import open_optimizer
     from minisft.training import parallel
-    from minisft.training.optimizer import Optimizer
 
     global WORLD  # one process, one group
     if not dist.is_initialized():
         WORLD = parallel.start()
     world = WORLD
     adapters = LoRA(rank=rank, base=base) if rank else None
-    model = parallel.build_model(config, replace(world, ranks=2) if sharded else world, recompute=recompute,
-                                 parameters=DTYPES[parameters], compiled=compiled, adapters=adapters)
+    settings = Config(optim=OptimConfig(parameters=parameters, moments=moments, in_backward=in_backward),
+                      parallel=ParallelConfig(activation_checkpointing=recompute,
+                                              compile="true" if compiled else "false"))
+    model = parallel.build_model(config, replace(world, ranks=2) if sharded else world, settings, adapt=partial(
+        lora.adapt, lora=adapters, trained=DTYPES[parameters]) if adapters else None)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -254,15 +258,14 @@ def network(config: Any, s: Setting, *, compiled: bool, recompute: str = "none",
             local.fill_(1) if name.endswith("norm.weight") else local.normal_(std=0.02)
         for _, module in lora.adapters(model):
             module.channels.zero_()
-    optimizer = Optimizer(model, world.mesh, moments=DTYPES[moments], in_backward=in_backward, compiled=compiled)
-    return model, optimizer, world
+    return model, open_optimizer(model, settings, world), world
 
 
 WORLD: Any = None
 
 
 def step(model: Any, optimizer: Any, world: Any, batches: list[Any], *, compiled: bool, number: int = 0) -> Any:
-    """One step of the loop in minisft/training/trainer.py, without evaluation, log and checkpoint."""
+    """One step of the loop in minisft/training/loop.py, without evaluation, log and checkpoint."""
     import torch
 
     from minisft.training.loss import batch_loss
@@ -272,11 +275,11 @@ def step(model: Any, optimizer: Any, world: Any, batches: list[Any], *, compiled
     if optimizer:
         optimizer.begin(1e-5, number)
     for batch in batches:
-        loss = batch_loss(model, batch, device=world.device, denominator=targets, compiled=compiled)
+        loss = batch_loss(model, batch, world.device, targets, compiled=compiled)
         loss.backward()
         total += loss.detach()
     if optimizer:
-        optimizer.clip(0.0 if optimizer._in_backward else 1.0)
+        optimizer.clip(0.0 if optimizer.optim.in_backward else 1.0)
         optimizer.step()
     return total
 
@@ -449,8 +452,9 @@ def optimizer(s: Setting) -> Figures:
     """An update of 10^9 numbers."""
     import torch
 
+    from minisft.config import OptimConfig
+    from minisft.lean.adamw import LeanAdamW
     from minisft.model.precision import DTYPES
-    from minisft.training.optimizer import Optimizer
 
     side, matrices, on = s.size(4096, 32), s.size(60, 2), s.device
     for parameters, moments, compiled in (("fp32", "fp32", False), ("bf16", "bf16", True), ("bf16", "bf16", False),
@@ -458,7 +462,7 @@ def optimizer(s: Setting) -> Figures:
         torch._dynamo.reset()
         model = torch.nn.ParameterList(torch.randn(side, side, device=on, dtype=DTYPES[parameters])
                                        for _ in range(matrices))
-        updates = Optimizer(model, moments=DTYPES[moments], compiled=compiled)
+        updates = LeanAdamW(model, OptimConfig(moments=moments), compiled=compiled)
         grads = [torch.randn_like(p) for p in model]
 
         def work(updates=updates, model=model, grads=grads) -> None:

@@ -131,7 +131,7 @@ def worker(folder: Path, way: str) -> None:
     own = sum(weights.local_rows(p)[0].nbytes for p in model.parameters()) if model else 0
     figures = torch.tensor([most - own for most in memory.stop()])
     dist.all_reduce(figures, op=dist.ReduceOp.MAX)
-    if world.leads:
+    if world.is_main:
         print(json.dumps([seconds, *figures.tolist()]))
     parallel.stop()
 

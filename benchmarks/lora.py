@@ -22,9 +22,9 @@ from typing import ClassVar
 import torch
 
 from minisft.model.nf4 import NF4
-from minisft.training import run, trainer
-from minisft.training.optimizer import MOMENTS, Optimizer
-from minisft.training.run_folder import read_log
+from minisft.runs import assemble, lifecycle
+from minisft.runs.run_dir import read_log
+from minisft.training.optimizer import MOMENTS
 
 VARIANTS = {
     "full": {"optim.lr": 2e-5},
@@ -35,7 +35,7 @@ VARIANTS = {
 }
 
 
-class Measured(Optimizer):
+class Measured:
     """Notes what is trained, the memory, and the processor time of each step."""
 
     figures: ClassVar[dict[str, float]] = {}
@@ -51,7 +51,7 @@ class Measured(Optimizer):
 
     def begin(self, lr, number):
         if number == 1:  # the peak begins anew
-            if self._device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             else:
                 Path("/proc/self/clear_refs").write_text("5")
@@ -60,7 +60,7 @@ class Measured(Optimizer):
     def step(self):
         super().step()
         self.clock.append(time.process_time())
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             self.figures["peak"] = torch.cuda.max_memory_allocated()
         else:
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -69,8 +69,9 @@ class Measured(Optimizer):
 
 def run_variant(argv: list[str]) -> None:
     """One run in this process; its figures are the last line printed."""
-    run.Optimizer = Measured
-    code = trainer.main(argv)
+    for name in ("AdamW", "LeanAdamW"):
+        setattr(assemble, name, type(name, (Measured, getattr(assemble, name)), {}))
+    code = lifecycle.main(argv)
     if not code:
         Measured.figures["cpu seconds"] = statistics.median(b - a for a, b in pairwise(Measured.clock))
         print(json.dumps(Measured.figures))

@@ -9,7 +9,7 @@ its own document, on the GPU where there is one: AdamW (fused) at a constant rat
 to norm 1 where the system clips, all activations kept, as many packs in one forward pass as the job says. A step's
 seconds go from making the batch to the updated parameters.
 
-    minisft              training/trainer.py's steps
+    minisft              runs/lifecycle.py's steps
     minisft-bf16-weights the same with optim.parameters and optim.moments in bf16
     trl                  SFTTrainer with bfd packing and its default loss, `sdpa`; bf16 is autocast
     trl-compile          the same with torch_compile=True
@@ -97,18 +97,19 @@ def labels(document: dict) -> list[int]:
 
 
 def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str = "float32") -> None:
-    """The loop of `trainer.run_steps`, without evaluation, checkpoints and log."""
+    """The steps of `training.loop`, without evaluation, checkpoints and log."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import numpy as np
     import torch
 
     from minisft import config as configuration
+    from minisft.config import Config, OptimConfig, ParallelConfig, TrainConfig
     from minisft.data.loader import micro_batch, padded
     from minisft.model import weights
     from minisft.model.llama_config import read_config
+    from minisft.runs.assemble import open_optimizer
     from minisft.training import parallel
     from minisft.training.loss import batch_loss
-    from minisft.training.optimizer import Optimizer
 
     def stream(packs: list[list[dict]]):
         documents = [(np.array(d["ids"]), np.array(d["trained"])) for pack in packs for d in pack]
@@ -117,10 +118,13 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
     config = configuration.load(job.arguments)
     world = parallel.start()
     compiled = compiled or world.device.type == "cuda"  # as parallel.compile = "auto" has it
-    model = parallel.build_model(read_config(job.model), world, precision=job.precision, compiled=compiled,
-                                 parameters=getattr(torch, dtype))
+    kept = "bf16" if dtype == "bfloat16" else "fp32"
+    settings = Config(train=TrainConfig(precision=job.precision),
+                      optim=OptimConfig(betas=BETAS, eps=EPS, parameters=kept, moments=kept),
+                      parallel=ParallelConfig(compile="true" if compiled else "false"))
+    model = parallel.build_model(read_config(job.model), world, settings)
     size = config.data.seq_len * job.micro_packs
-    optimizer = Optimizer(model, world.mesh, betas=BETAS, eps=EPS, moments=getattr(torch, dtype), compiled=compiled)
+    optimizer = open_optimizer(model, settings, world)
     weights.load(model, weights.SafetensorsFolder(job.model))
     for index, packs in enumerate(job.steps):
         turn.begin()
@@ -129,7 +133,7 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
         total = torch.zeros((), device=world.device)
         for batch in map(stream, in_micro_batches(packs, job)):
             batch = padded(batch, size, longest=config.data.seq_len) if compiled else batch
-            loss = batch_loss(model, batch, device=world.device, denominator=targets, compiled=compiled)
+            loss = batch_loss(model, batch, world.device, targets, compiled=compiled)
             loss.backward()
             total += loss.detach()
         optimizer.clip(CLIP)

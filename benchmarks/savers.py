@@ -24,10 +24,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
-from minisft.training import optimizer as optimizer_module
-from minisft.training import run, trainer
-from minisft.training.optimizer import MOMENTS, Optimizer
-from minisft.training.run_folder import read_log
+from minisft.lean import adamw
+from minisft.runs import assemble, lifecycle
+from minisft.runs.run_dir import read_log
+from minisft.training.optimizer import MOMENTS
 
 BF16 = {"optim.parameters": "bf16"}
 SAVERS = {**BF16, "optim.moments": "bf16", "optim.in_backward": "true", "parallel.offload": "optimizer"}
@@ -43,7 +43,7 @@ VARIANTS = {
 COLUMNS = ("peak", "parameters", "gradients", "moments")
 
 
-class Measured(Optimizer):
+class Measured:
     """Notes the memory of the process and of its parts, and the processor time of each step."""
 
     figures: ClassVar[dict[str, float]] = {}
@@ -78,10 +78,11 @@ class Measured(Optimizer):
 
 def run_variant(name: str, argv: list[str]) -> None:
     """One run in this process; its figures of memory are the last line printed."""
-    run.Optimizer = Measured
+    for name in ("AdamW", "LeanAdamW"):
+        setattr(assemble, name, type(name, (Measured, getattr(assemble, name)), {}))
     if name == "nearest":
-        optimizer_module.rounded = lambda values, bits: values
-    code = trainer.main(argv)
+        adamw.rounded = lambda values, bits: values
+    code = lifecycle.main(argv)
     Measured.figures["cpu seconds"] = statistics.median(b - a for a, b in pairwise(Measured.clock))
     print(json.dumps(Measured.figures))
     raise SystemExit(code)

@@ -18,14 +18,15 @@ import sys
 import time
 
 from minisft.data.loader import steps
-from minisft.training import checkpoint, trainer
+from minisft.runs import lifecycle
+from minisft.training import checkpoint, loop
 from minisft.training.parallel import launched_rank
 
 
 def main(argv: list[str]) -> int:
     fault, rank, at = argv[0], int(argv[1]), int(argv[2])
-    current, forward = 0, trainer.forward
-    check, save_file, write_durably = trainer.Preemption.check, checkpoint.save_file, checkpoint._write_durably
+    current, forward = 0, loop.batch_loss
+    check, save_file, write_durably = lifecycle.Preemption.check, checkpoint.save_file, checkpoint._write_durably
 
     def watched(*args, **kwargs):
         nonlocal current
@@ -33,9 +34,9 @@ def main(argv: list[str]) -> int:
             current = step.index + 1
             yield step
 
-    def planted_forward(*args):
+    def planted_forward(*args, **options):
         nonlocal current
-        loss = forward(*args)
+        loss = forward(*args, **options)
         if current != at or fault in ("disk", "slow", "long"):
             return loss
         current = 0  # once a step
@@ -67,14 +68,14 @@ def main(argv: list[str]) -> int:
         check(preemption, device)
 
     if (launched_rank()[0] == rank or fault == "deaf") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        trainer.steps, trainer.forward = watched, planted_forward
+        loop.steps, loop.batch_loss = watched, planted_forward
         if fault == "long":
-            trainer.Preemption.check = long_check
+            lifecycle.Preemption.check = long_check
         if fault == "disk":
             checkpoint.save_file = full_disk
         if fault == "slow":
             checkpoint._write_durably = slow_disk
-    return trainer.main(argv[3:])
+    return lifecycle.main(argv[3:])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from minisft.training.trainer import main
+from minisft.runs.lifecycle import main
 
 HERE = Path(__file__).parent
 

@@ -25,7 +25,7 @@ FORBIDDEN = {
 # Of logs: they know no data set.
 PLAIN_FILES = ("page.py", "drawing.py", "runs.py", "shapes.py", "run_report.py", "run_data.py",
                "tensorboard.py")
-READS_CONFIG = {"training/trainer.py", "training/run.py", "prepare.py", "demo/demo_run.py", "planning/estimate.py",
+READS_CONFIG = {"runs/lifecycle.py", "runs/assemble.py", "prepare.py", "demo/demo_run.py", "planning/estimate.py",
                 "commands/prepare_command.py", "commands/show_command.py", "commands/plan_command.py"}
 
 
@@ -72,7 +72,7 @@ def test_what_is_public_says_what_it_is(file):
 
 
 def test_the_runtime_needs_five_packages():
-    code = "import sys, minisft, minisft.training.trainer, minisft.__main__; print(*sys.modules)"
+    code = "import sys, minisft, minisft.runs.lifecycle, minisft.__main__; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert not {"transformers", "trl", "datasets", "accelerate", "pandas", "requests"} & set(loaded.split())
 

@@ -294,7 +294,7 @@ def test_a_models_folder_holds_regular_files_of_a_sensible_size(tmp_path, model,
     """Each of them once hung, filled the memory, or ended in a traceback."""
     if kind == "huge" and name == "model.safetensors":
         pytest.skip("weights may be of any size; a header that is none is refused")
-    from minisft.training.trainer import main
+    from minisft.runs.lifecycle import main
 
     (model / name).unlink(missing_ok=True)
     if kind == "pipe":

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from minisft.config import CheckpointConfig, Config
 from minisft.errors import UserError
-from minisft.training import checkpoint, parallel, resume
-from minisft.training.checkpoint import SavedState, Saver, checkpoints, step_of
-from minisft.training.optimizer import Optimizer
+from minisft.runs import resume
+from minisft.training import checkpoint, parallel
+from minisft.training.checkpoint import SavedState, Saver, saved_checkpoints, step_of
+from minisft.training.optimizer import AdamW
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def trained_optimizer(world, seed=0, steps=3):
     """An optimiser with moments that are not zero."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3, bias=False))
-    optimizer = Optimizer(model, world.mesh)
+    optimizer = AdamW(model, mesh=world.mesh)
     for number in range(steps):
         optimizer.begin(0.1, number)
         model(torch.randn(4, 6)).square().sum().backward()
@@ -111,7 +113,7 @@ def test_training_goes_on_after_saving_while_the_disk_is_slow(tmp_path, world, m
 def test_old_ones_go_only_after_the_new_one_is_there(tmp_path, world):
     for step in (2, 4, 10):
         save(tmp_path, world, step=step, keep=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000004"]
+    assert [path.name for path in saved_checkpoints(tmp_path)] == ["step-000010", "step-000004"]
 
 
 def test_what_is_incomplete_is_never_taken_and_that_is_said(tmp_path, world, capsys):
@@ -121,18 +123,26 @@ def test_what_is_incomplete_is_never_taken_and_that_is_said(tmp_path, world, cap
         shutil.copytree(folder / "step-000003", folder / other)
     (folder / "step-000005" / "manifest.json").unlink()
     os.truncate(folder / "step-000006" / "manifest.json", 100)
-    assert resume.find(tmp_path, world, {"data": "a"}).step == 3
+    assert find(tmp_path, world, {"data": "a"}).step == 3
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    assert said.startswith(f"going on from {folder / 'step-000003'}, after step 3 (passed over ")
+    assert said.startswith(f"resuming from {folder / 'step-000003'}, after step 3 (passed over ")
     for reason in ("step-000004.tmp: its save was not finished", "step-000005/manifest.json: no such file",
                    "step-000006/manifest.json: damaged, or written in part"):
         assert reason in said
     Saver(folder, world)
     assert not (folder / "step-000004.tmp").exists()
     shutil.rmtree(folder / "step-000003")
-    assert resume.find(tmp_path, world, {"data": "a"}) is None
-    assert "no checkpoint to go on from, beginning at step 0 (passed over" in capsys.readouterr().out
+    assert find(tmp_path, world, {"data": "a"}) is None
+    assert "no checkpoint to resume from, beginning at step 0 (passed over" in capsys.readouterr().out
+
+
+def find(folder, world, fingerprint, *, wanted="auto", allow_change=False):
+    """The state from which a run with this fingerprint resumes in `folder`."""
+    prepared = SimpleNamespace(plan=SimpleNamespace(total_steps=9))
+    return resume.find(SimpleNamespace(
+        folder=folder, world=world, fingerprint=fingerprint, prepared=prepared,
+        config=Config(checkpoint=CheckpointConfig(resume=wanted, allow_change=allow_change))))
 
 
 def test_ranks_look_at_what_the_leading_one_sees(tmp_path, monkeypatch):
@@ -142,7 +152,7 @@ def test_ranks_look_at_what_the_leading_one_sees(tmp_path, monkeypatch):
 
     monkeypatch.setattr(resume.dist, "all_gather_object", gather)
     mine = [tmp_path / "step-000002"]
-    assert resume.as_leader((mine, False), SimpleNamespace(ranks=2)) == ([tmp_path / "step-000004", *mine], True)
+    assert resume.from_main((mine, False), SimpleNamespace(ranks=2)) == ([tmp_path / "step-000004", *mine], True)
 
 
 def test_where_all_are_damaged_a_person_has_to_look(tmp_path, world):
@@ -150,7 +160,7 @@ def test_where_all_are_damaged_a_person_has_to_look(tmp_path, world):
         save(tmp_path / "checkpoints", world, step=step)
         flip(tmp_path / f"checkpoints/step-00000{step}/rank-0.safetensors", -1)
     with pytest.raises(UserError, match=r"(?s)no checkpoint of this run is intact.*step-000004.*step-000002"):
-        resume.find(tmp_path, world, {"data": "a"})
+        find(tmp_path, world, {"data": "a"})
 
 
 def flip(file, position):
@@ -180,25 +190,25 @@ def test_auto_falls_back_and_says_so_and_a_named_one_fails(tmp_path, world, caps
         save(tmp_path / "checkpoints", world, step=step)
     flip(tmp_path / "checkpoints" / "step-000006" / "rank-0.safetensors", -1)
     (tmp_path / "checkpoints" / "step-000004" / "rank-0.safetensors").unlink()
-    assert resume.find(tmp_path, world, {"data": "a"}).step == 2
+    assert find(tmp_path, world, {"data": "a"}).step == 2
     said = capsys.readouterr().out
     assert "passed over" in said
     assert "step-000006/rank-0.safetensors: damaged" in said
     assert "step-000004/rank-0.safetensors: missing" in said
-    assert "going on from" in said
+    assert "resuming from" in said
     with pytest.raises(UserError, match=r"step-000006/rank-0\.safetensors: damaged"):
-        resume.find(tmp_path, world, {"data": "a"}, wanted=str(tmp_path / "checkpoints" / "step-000006"))
+        find(tmp_path, world, {"data": "a"}, wanted=str(tmp_path / "checkpoints" / "step-000006"))
     with pytest.raises(UserError, match=r'holds checkpoints, and checkpoint\.resume is "never"'):
-        resume.find(tmp_path, world, {"data": "a"}, wanted="never")
+        find(tmp_path, world, {"data": "a"}, wanted="never")
     for wanted in ("auto", "never"):
-        assert resume.find(tmp_path / "empty", world, {"data": "a"}, wanted=wanted) is None
+        assert find(tmp_path / "empty", world, {"data": "a"}, wanted=wanted) is None
 
 
 def test_other_settings_are_refused_with_the_differences(tmp_path, world):
     save(tmp_path / "checkpoints", world)
     with pytest.raises(UserError, match="data: was 'a', is 'b'"):
-        resume.find(tmp_path, world, {"data": "b"})
-    assert resume.find(tmp_path, world, {"data": "b"}, allow_change=True).step == 3
+        find(tmp_path, world, {"data": "b"})
+    assert find(tmp_path, world, {"data": "b"}, allow_change=True).step == 3
 
 
 def test_a_disk_without_room_is_named_and_older_checkpoints_stay(tmp_path, world, monkeypatch):
@@ -220,7 +230,7 @@ def test_a_disk_that_fills_up_while_saving(tmp_path, world, monkeypatch):
         save(disk, world)
         (disk / "ballast").write_bytes(bytes(64 * 1024 - 16 * 1024))
         monkeypatch.setattr(checkpoint, "check_room", lambda folder, needed: None)
-        big = Optimizer(torch.nn.Linear(100, 100), world.mesh)
+        big = AdamW(torch.nn.Linear(100, 100), mesh=world.mesh)
         with pytest.raises(OSError, match=r"step-000006\.tmp: the checkpoint could not be written .* bytes"):
             save(disk, world, step=6, optimizer=big)
         assert sorted(path.name for path in disk.iterdir()) == ["ballast", "step-000003"]
@@ -256,12 +266,12 @@ def test_killed_at_any_moment_of_a_save_the_newest_is_whole(tmp_path, world):
                 saver.save(step, optimizer, {"adam_steps": 3.0, "fingerprint": {}})
             os._exit(0)
         reached, deadline = rng.randrange(1, 8), time.monotonic() + 60
-        while step_of(checkpoints(folder)[0]) < reached and time.monotonic() < deadline:
+        while step_of(saved_checkpoints(folder)[0]) < reached and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.03 * rng.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        found = checkpoints(folder)
+        found = saved_checkpoints(folder)
         assert found
         SavedState(found[0]).verify()
         landed.add(SavedState(found[0]).step)
@@ -283,7 +293,7 @@ def test_the_buffer_that_a_gpu_writes_into_is_released_before_it_is_freed(monkey
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    saver = Saver(tmp_path, SimpleNamespace(device=torch.device("cuda"), leads=False))
+    saver = Saver(tmp_path, SimpleNamespace(device=torch.device("cuda"), is_main=False))
     for step in range(2):
         state = {"a": torch.full((3, 5), 1.5 + step), "b": torch.arange(7).bfloat16()}
         copies = saver._on_host(state)

@@ -19,11 +19,12 @@ from minisft import config as configuration
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
 from minisft.prepare import prepare
-from minisft.training import parallel, trainer
-from minisft.training.optimizer import Optimizer
-from minisft.training.preemption import Preemption
-from minisft.training.run import Base, Run
-from minisft.training.trainer import run_steps
+from minisft.runs import lifecycle
+from minisft.runs.assemble import Base, Run
+from minisft.runs.lifecycle import run_steps
+from minisft.runs.preemption import Preemption
+from minisft.training import parallel
+from minisft.training.optimizer import AdamW
 
 RANKS, STEPS, MICRO_STEPS = 8, 2, 2
 # No size is a multiple of 8 but the width: the rows of every matrix are padded.
@@ -73,7 +74,8 @@ def theory(config, shards, precision, *, reshard):
     expected["reduce_scatter_base", torch.float32] = sum(numbers.values()) * 4 * MICRO_STEPS
     if shards < RANKS:  # the copies' parts are added up
         expected["allreduce", torch.float32] += sum(numbers.values()) // shards * 4 * MICRO_STEPS
-    expected["allreduce", torch.float32] += 4 + 2 * 4  # the gradient's norm; the loss and the wish to stop
+    expected["allreduce", torch.float32] += 4 + 4  # the gradient's norm; the loss
+    expected["allreduce", torch.float32] += 4 * (STEPS - 1) / STEPS  # the wish to stop, between two steps
     return expected
 
 
@@ -88,12 +90,12 @@ def test_bytes_of_a_step(base, tmp_path, monkeypatch, ranks, precision, tied, re
                                           data__train=data, checkpoint__every=0, train__precision=precision))
     monkeypatch.setenv("WORLD_SIZE", str(RANKS))
     prepared, config = prepare(settings, quiet=True), LlamaConfig(**SIZES, tie_word_embeddings=tied)
-    model = parallel.build_model(config, ranks, precision=precision)
+    model = parallel.build_model(config, ranks, settings)
     if not reshard:
         model.set_reshard_after_forward(False)
-    optimizer, preemption = Optimizer(model, ranks.mesh), Preemption()
+    optimizer, preemption = AdamW(model, mesh=ranks.mesh), Preemption()
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(trainer, "save", lambda *args: None)  # the leading rank would wait for the others' parts
+    monkeypatch.setattr(lifecycle, "save", lambda *args: None)  # the leading rank would wait for the others' parts
     try:
         with Bytes() as sent:
             complete = run_steps(Run(settings, prepared, ranks, Base(config, None, {}), model, optimizer), preemption)

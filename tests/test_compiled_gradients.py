@@ -12,11 +12,13 @@ import pytest
 import torch
 from test_cuda_paths import TINY
 
+from minisft.config import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from minisft.data.loader import micro_batch
 from minisft.errors import UserError
 from minisft.model import lora, weights
 from minisft.model.lora_config import LoRA
-from minisft.training import parallel, run
+from minisft.runs import assemble
+from minisft.training import parallel
 from minisft.training.loss import batch_loss, linear_cross_entropy
 from minisft.versions import SHARDS_BYTES
 
@@ -65,8 +67,10 @@ def world():
 
 def gradients(world, setting, recompute, *, compiled, sharded):
     precision, adapters = SETTINGS[setting]
-    model = parallel.build_model(CONFIG, replace(world, ranks=2) if sharded else world, precision=precision,
-                                 recompute=recompute, compiled=compiled, adapters=adapters)
+    config = Config(train=TrainConfig(precision=precision), parallel=ParallelConfig(
+        activation_checkpointing=recompute, compile="true" if compiled else "false"))
+    model = parallel.build_model(CONFIG, replace(world, ranks=2) if sharded else world, config,
+                                 adapt=partial(lora.adapt, lora=adapters) if adapters else None)
     if adapters:
         lora.load(model, Drawn(CONFIG), seed=0)
         for _, module in lora.adapters(model):
@@ -75,7 +79,7 @@ def gradients(world, setting, recompute, *, compiled, sharded):
     else:
         weights.load(model, Drawn(CONFIG))
     batch = micro_batch(Documents(), [0, 1, 2])
-    loss = batch_loss(model, batch, device=world.device, denominator=len(batch.targets), compiled=compiled)
+    loss = batch_loss(model, batch, world.device, len(batch.targets), compiled=compiled)
     loss.backward()
     return {"loss": loss.detach(), **{name: weights.whole(p.grad) for name, p in model.named_parameters()
                                       if p.requires_grad}}
@@ -123,10 +127,9 @@ def test_the_compiled_loss_is_the_loss(monkeypatch, options, backend):
 
 
 def test_packed_bytes_that_this_torch_cannot_shard_are_refused(monkeypatch):
-    from minisft.config import Config, LoraConfig, ModelConfig
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(run, "SHARDS_BYTES", False)
+    monkeypatch.setattr(assemble, "SHARDS_BYTES", False)
     with pytest.raises(UserError, match=r"nf4 on several ranks: torch .* cannot shard bytes; use torch 2\.13 or newer"):
-        run.check_ranks(Config(model=ModelConfig(path="x"), lora=LoraConfig(rank=8, base="nf4")))
+        assemble.check_ranks(Config(model=ModelConfig(path="x"), lora=LoraConfig(rank=8, base="nf4")))

@@ -188,7 +188,8 @@ def test_any_configuration_survives_toml(tmp_path_factory, path, files, lr, step
     default = Config()
     config = replace(
         default, model=replace(default.model, path=path, init="pretrained", tokenizer=path),
-        run=configuration.RunConfig("r"), data=replace(default.data, train=sources, shuffle=shuffle, cache="c"), optim=replace(default.optim, lr=lr),
+        run=configuration.RunConfig("r"),
+        data=replace(default.data, train=sources, shuffle=shuffle, cache="c"), optim=replace(default.optim, lr=lr),
         train=replace(default.train, max_steps=steps))
     file = tmp_path_factory.getbasetemp() / "any.toml"
     file.write_text(config.to_toml(), encoding="utf-8")

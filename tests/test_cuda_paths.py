@@ -31,16 +31,16 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisft.config import Config, OptimConfig
+from minisft.config import Config, OptimConfig, ParallelConfig
 from minisft.data.loader import micro_batch, padded, steps
 from minisft.data.packing import Plan
 from minisft.model import attention
 from minisft.model.attention import Documents, attend
 from minisft.model.llama import Block, Llama
 from minisft.model.llama_config import PRESETS, LlamaConfig
-from minisft.training import parallel, trainer
-from minisft.training.loss import linear_cross_entropy
-from minisft.training.optimizer import Optimizer
+from minisft.training import parallel
+from minisft.training.loss import batch_loss, linear_cross_entropy
+from minisft.training.optimizer import AdamW
 from minisft.training.parallel import World, build_model
 
 TINY = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -294,15 +294,12 @@ def fake_world(ranks, *, rank=0, replicate=1):
 
 def simulated_step(config, world, **options):
     """One step of the loop with two documents on this rank: the events, the optimizer, its gradients, the norm."""
-    model = build_model(config, world, **options)
-    optimizer = Optimizer(model, world.mesh)
-    settings = Config(optim=OptimConfig(label_smoothing=0.1, z_loss=1e-4))
-    shared = torch.zeros(2, device=world.device)
+    settings = Config(optim=OptimConfig(label_smoothing=0.1, z_loss=1e-4), parallel=ParallelConfig(**options))
+    model = build_model(config, world, settings)
+    optimizer = AdamW(model, settings.optim, world.mesh)
     with Recorder() as recorder:
         optimizer.begin(1e-5, 0)
-        loss = trainer.forward(model, BATCH, SimpleNamespace(target_tokens=6, index=0), settings, world)
-        loss.backward()
-        shared[0] += loss.detach()
+        batch_loss(model, BATCH, world.device, 6, settings.optim).backward()
         gradients = {name: p.grad.to_local() for name, p in model.named_parameters()}
         norm = optimizer.clip(1.0)
         optimizer.step()
@@ -378,7 +375,7 @@ def test_clipping_rows_on_the_host_with_ranks_on_gpus():
         with FakeTensorMode():
             model = torch.nn.Linear(8, 4)
             mesh = SimpleNamespace(device_type="meta", get_group=lambda name: dist.group.WORLD)
-            optimizer = Optimizer(model, mesh)
+            optimizer = AdamW(model, mesh=mesh)
             for parameter in model.parameters():
                 parameter.grad = torch.ones_like(parameter)
             optimizer.begin(1e-3, 0)

@@ -7,7 +7,7 @@ import pytest
 from minisft import config as configuration
 from minisft.demo import run as demo
 from minisft.demo import world
-from minisft.training.trainer import train
+from minisft.runs.lifecycle import train
 
 
 @pytest.fixture(scope="module")

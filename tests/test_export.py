@@ -26,7 +26,8 @@ from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
 from minisft.model import weights
 from minisft.model.llama_config import read_config
-from minisft.training import export, trainer
+from minisft.runs import lifecycle
+from minisft.training import export
 
 LLAMA_CPP = os.environ.get("MINISFT_LLAMA_CPP", "")
 SMOLLM2, DATA = os.environ.get("MINISFT_SMOLLM2", ""), os.environ.get("MINISFT_DATA", "")
@@ -142,7 +143,7 @@ def test_half_of_a_surrogate_pair_in_the_base_s_files_is_carried_over(base, tmp_
 
 def test_the_exported_tokenizer_is_the_one_trained_with(base, tmp_path, monkeypatch):
     """Whatever happens to the base's folder meanwhile."""
-    other, steps = other_base(base, tmp_path), trainer.run_steps
+    other, steps = other_base(base, tmp_path), lifecycle.run_steps
 
     def meanwhile(*given, **named):
         content = read(other, "tokenizer.json")
@@ -152,7 +153,7 @@ def test_the_exported_tokenizer_is_the_one_trained_with(base, tmp_path, monkeypa
         (other / "tokenizer_config.json").unlink()
         return steps(*given, **named)
 
-    monkeypatch.setattr(trainer, "run_steps", meanwhile)
+    monkeypatch.setattr(lifecycle, "run_steps", meanwhile)
     train(other, tmp_path, train__max_steps=1, batch__packs=1)
     final = tmp_path / "run" / "final"
     assert (final / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()

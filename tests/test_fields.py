@@ -14,7 +14,7 @@ from minisft.data.conversation import Conversation, Skipped, Turn
 from minisft.data.fields import MAX_NAMES, OTHERS, Fields
 from minisft.data.formats import read
 from minisft.errors import UserError
-from minisft.training.trainer import main as train
+from minisft.runs.lifecycle import main as train
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 EMPTY = ["", " ", "null", "[]", "{}", None, [], {}]

@@ -18,8 +18,8 @@ from minisft.evaluation.heldout import file_losses, loss_figures
 from minisft.model.llama import Llama
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
-from minisft.training.after import After
-from minisft.training.trainer import main
+from minisft.runs.after import AfterStep
+from minisft.runs.lifecycle import main
 
 TEXTS = ["In spring the river rises and the mill turns.", "The clock on the tower is late, as it always was.",
          "He wrote the letter twice, and sent neither of the two."]
@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_measures_against_the_same_base(base, tmp_path, gener
     settings = {"data__general": general, "train__max_steps": 5, "eval__every": 1, "checkpoint__every": 2,
                 "batch__packs": 1}
     train(base, tmp_path / "whole", **settings)
-    step = After.step
+    step = AfterStep.step
 
     def dying(after, number, **kwargs):
         if number == die_at:
@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_measures_against_the_same_base(base, tmp_path, gener
         return step(after, number, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(After, "step", dying)
+        patch.setattr(AfterStep, "step", dying)
         with pytest.raises(Death):
             main(options(base, tmp_path / "died", **settings))
         wait_for_savers()

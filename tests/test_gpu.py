@@ -5,11 +5,12 @@ import torch
 from small_runs import train
 from test_cuda_paths import TINY
 
+from minisft.config import OptimConfig
 from minisft.evaluation.decoding import logits
+from minisft.lean.adamw import LeanAdamW
 from minisft.model.attention import Documents, attend
 from minisft.model.llama import Llama
 from minisft.training.loss import linear_cross_entropy
-from minisft.training.optimizer import Optimizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICES = ("cpu", "cuda")
@@ -57,7 +58,7 @@ def test_logits_are_never_rounded_to_bf16(dtype, rows):
     assert (found.cpu() - truth).abs().max() < 1e-4 * truth.abs().max()
 
 
-@pytest.mark.parametrize("savers", [{}, {"moments": torch.bfloat16}])
+@pytest.mark.parametrize("savers", [{}, {"moments": "bf16"}])
 def test_moments_that_visit_from_the_host_change_nothing(savers):
     """Three streams that race would give other weights."""
     found = []
@@ -66,7 +67,7 @@ def test_moments_that_visit_from_the_host_change_nothing(savers):
         model = Llama(TINY).cuda()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        optimizer = Optimizer(model, offload=offload, **savers)
+        optimizer = LeanAdamW(model, OptimConfig(**savers), offload=offload)
         for step in range(5):
             optimizer.begin(1e-3, step)
             for parameter in model.parameters():

@@ -19,8 +19,8 @@ from minisft.model.llama_config import read_config
 from minisft.model.lora_config import LoRA
 from minisft.model.peft import PeftFolder
 from minisft.model.weights import SafetensorsFolder
+from minisft.runs.lifecycle import main
 from minisft.training import parallel
-from minisft.training.trainer import main
 from minisft.versions import SHARDS_BYTES
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
@@ -266,7 +266,7 @@ def test_a_run_that_died_goes_on_bit_for_bit(base, tmp_path, monkeypatch, capsys
     whole = train(base, tmp_path / "whole", **settings), final_weights(tmp_path / "whole")
     run_until_death(monkeypatch, options(base, tmp_path / "died", **settings), step=4, micro_batches=4)
     train(base, tmp_path / "died", **settings)
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert [r["loss"] for r in log(tmp_path / "died")] == [r["loss"] for r in whole[0]]
     assert all(torch.equal(weight, whole[1][name]) for name, weight in final_weights(tmp_path / "died").items())
     saved = next((tmp_path / "died" / "run" / "checkpoints").glob("step-*/rank-0.safetensors"))

@@ -7,6 +7,7 @@ Simulated: fake tensors have sizes and no contents, and a fake process group sen
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,17 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from minisft.config import Config, ParallelConfig
 from minisft.model import precision
 from minisft.model.attention import Documents
 from minisft.model.llama import Llama
 from minisft.model.llama_config import PRESETS, LlamaConfig
+from minisft.model.lora import adapt
 from minisft.model.lora_config import LoRA
 from minisft.planning.memory import Bytes, Sizes, peak
 from minisft.training import parallel
 from minisft.training.loss import linear_cross_entropy
-from minisft.training.optimizer import Optimizer
+from minisft.training.optimizer import AdamW
 from minisft.training.parallel import World
 from minisft.versions import SHARDS_BYTES
 
@@ -42,8 +45,10 @@ def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=
         mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replicate", "shard"))
         with FakeTensorMode(allow_non_fake_inputs=True):
             world = World(0, ranks, torch.device("cpu"), mesh["shard"], None)
-            model = parallel.build_model(config, world, recompute=recompute, adapters=lora)
-            optimizer = Optimizer(model, world.mesh)
+            model = parallel.build_model(
+                config, world, Config(parallel=ParallelConfig(activation_checkpointing=recompute, compile="false")),
+                adapt=partial(adapt, lora=lora) if lora else None)
+            optimizer = AdamW(model, mesh=world.mesh)
             ids, targets, at = (torch.zeros(n, dtype=torch.int64) for n in (tokens, trained, trained))
             documents = Documents.of_lengths((512,) * (tokens // 512))
             tracker = FSDPMemTracker(model)
@@ -149,11 +154,12 @@ def resident(field):
 
 def take_steps(config, world, *, tokens, recompute):
     """Two real steps with random weights."""
-    model = parallel.build_model(config, world, recompute=recompute)
+    model = parallel.build_model(
+        config, world, Config(parallel=ParallelConfig(activation_checkpointing=recompute)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    optimizer = Optimizer(model, world.mesh)
+    optimizer = AdamW(model, mesh=world.mesh)
     ids, documents = torch.arange(tokens), Documents.of_lengths((512,) * (tokens // 512))
     for step in range(2):
         optimizer.begin(1e-3, step)

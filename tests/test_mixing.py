@@ -21,7 +21,7 @@ from minisft import config as configuration
 from minisft.data.mixing import copies, held_out, replay_weights
 from minisft.errors import UserError
 from minisft.prepare import prepare
-from minisft.training.run import identity
+from minisft.runs.assemble import resume_fingerprint
 
 WORDS = ["the", "sea", "is", "on", "a", "bir", "dağ", "göl", "ev", "and", "then", "kırmızı", "yeşil", "in", "rain"]
 
@@ -310,7 +310,7 @@ def test_the_log_has_the_trained_tokens_of_each_source(tiny, here):
 def test_a_run_is_only_itself_with_the_same_mixture(here):
     def fingerprint(*argv, replay="general.jsonl"):
         data = prepared("--data.replay", replay, *argv)
-        return identity(data.config, data, data.network, None)
+        return resume_fingerprint(data.config, data, data.network, None)
 
     def changed(*argv, **replay):
         found = fingerprint(*argv, **replay)

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from minisft.errors import NumericsError
-from minisft.training.metrics import Monitor
+from minisft.runs.metrics import Monitor
 
 
 def follow(monitor, losses):
     """Take steps of these losses; a gradient norm of NaN where the loss is."""
     for step, loss in enumerate(losses, 1):
         figures = torch.tensor(float(loss))
-        monitor.step({"kind": "train", "step": step, "tokens_per_second": 1.0}, figures, figures * 0 + 1,
-                     torch.tensor(0.0))
+        monitor.step({"kind": "train", "step": step, "tokens_per_second": 1.0}, figures, figures * 0 + 1)
     monitor.settle()
 
 

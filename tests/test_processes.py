@@ -68,7 +68,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_is_the_same(base, tm
                      **settings)  # the save of step 8 waited for that of step 4
     printed = process.communicate(timeout=200)[0]
     assert process.returncode == 0, printed
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert_same(tmp_path / "killed", whole)
 
 

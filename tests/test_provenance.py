@@ -12,10 +12,10 @@ import torch
 from small_runs import HERE, log, options, train
 
 import minisft
+from minisft.runs.lifecycle import main
 from minisft.training.card import model_card
 from minisft.training.environment import commit
 from minisft.training.provenance import beginnings, model_name
-from minisft.training.trainer import main
 
 CONVERSATIONS = HERE / "oracles" / "conversations.jsonl"
 

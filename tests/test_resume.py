@@ -15,8 +15,9 @@ from small_runs import HERE, assert_same, final_weights, log, options, train, wa
 
 from minisft.data.dataset import Dataset
 from minisft.model import weights
-from minisft.training import trainer
-from minisft.training.trainer import main
+from minisft.runs import lifecycle
+from minisft.runs.lifecycle import main
+from minisft.training import loop
 
 SMALL = {"train__max_steps": 7, "batch__packs": 4, "checkpoint__every": 2}  # 3 steps an epoch
 
@@ -33,17 +34,17 @@ class Death(BaseException):
 
 def run_until_death(monkeypatch, argv, *, step, micro_batches=4):
     """Start a run and let it die in the middle of `step` (from 1)."""
-    calls, forward = 0, trainer.forward
+    calls, forward = 0, loop.batch_loss
 
-    def dying(*args):
+    def dying(*args, **options):
         nonlocal calls
         calls += 1
         if calls > (step - 1) * micro_batches + 1:
             raise Death
-        return forward(*args)
+        return forward(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "forward", dying)
+        patch.setattr(loop, "batch_loss", dying)
         with pytest.raises(Death) as death:  # which keeps the loop's variables
             main(argv)
         assert death
@@ -99,23 +100,23 @@ def test_a_start_that_fails_early_is_no_preempted_run(base, tmp_path, monkeypatc
 def test_fewer_steps_than_were_taken_are_refused(base, tmp_path, monkeypatch, capsys):
     run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=6)
     assert main(options(base, tmp_path, **{**SMALL, "train__max_steps": 3})) == 2
-    assert "step-000004: is of step 4, and the run has 3 steps now; raise train.epochs" in capsys.readouterr().err
+    assert "step-000004: is of step 4, but the run has only 3 steps now; raise train.epochs" in capsys.readouterr().err
     train(base, tmp_path, **{**SMALL, "train__max_steps": 4})
     assert (tmp_path / "run/final/config.json").exists()
 
 
 def test_asked_to_stop_in_the_last_step_it_saves_before_it_exports(base, tmp_path, monkeypatch):
-    calls, forward = [], trainer.forward
+    calls, forward = [], loop.batch_loss
 
-    def asked(*args):
+    def asked(*args, **options):
         calls.append(args)
         if len(calls) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(*args)
+        return forward(*args, **options)
 
-    monkeypatch.setattr(trainer, "forward", asked)
+    monkeypatch.setattr(loop, "batch_loss", asked)
     found = []
-    monkeypatch.setattr(trainer, "export_as", lambda *args, **kwargs: found.append(
+    monkeypatch.setattr(lifecycle, "export_as", lambda *args, **kwargs: found.append(
         (saved(tmp_path / "run"), json.loads((tmp_path / "run/status.json").read_text())["state"])))
     assert main(options(base, tmp_path, **{**SMALL, "train__max_steps": 1, "checkpoint__every": 0})) == 0
     assert found == [(["step-000001"], "preempted")]  # killed from here on, a scheduler starts it again
@@ -133,7 +134,7 @@ def test_going_back_by_hand_replaces_what_came_after(base, tmp_path, monkeypatch
     assert saved(run) == ["step-000004", "step-000006"]
     back = {"checkpoint__resume": run / "checkpoints/step-000004", "checkpoint__every": 5, "optim__lr": 1e-5}
     run_until_death(monkeypatch, options(base, tmp_path, **{**settings, **back}), step=1)  # dies in step 5
-    assert "step-000004, after step 4; the next checkpoint takes the place of step-000006\n" in capsys.readouterr().out
+    assert "step-000004, after step 4; the next checkpoint replaces step-000006\n" in capsys.readouterr().out
     assert saved(run) == ["step-000004", "step-000006.given-up"]
     run_until_death(monkeypatch, options(base, tmp_path, **{**settings, "optim__lr": 1e-5, "checkpoint__every": 5}),
                     step=2)  # of itself it goes on from where it went back to
@@ -150,7 +151,7 @@ def test_the_command_that_goes_back_goes_on_when_it_is_started_again(base, tmp_p
     back = options(base, tmp_path, **settings, checkpoint__resume=run / "checkpoints/step-000004", optim__lr=1e-5)
     for died_in, goes_on in ((5, 4), (7, 4), (9, 6), (10, 8)):
         run_until_death(monkeypatch, back, step=died_in - goes_on)
-        assert f"going on from {run}/checkpoints/step-{goes_on:06}, after step {goes_on}\n" in capsys.readouterr().out
+        assert f"resuming from {run}/checkpoints/step-{goes_on:06}, after step {goes_on}\n" in capsys.readouterr().out
     assert main(back) == 0
     assert [record["step"] for record in log(tmp_path)] == list(range(1, 12))
 
@@ -169,7 +170,7 @@ def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("precious")
     assert main(options(base, tmp_path, **SMALL)) == 2
-    assert "holds config.toml, but not of a run" in capsys.readouterr().err
+    assert "holds config.toml, but no run" in capsys.readouterr().err
     assert (tmp_path / "run" / "config.toml").read_text() == "precious"
     (tmp_path / "run" / "config.toml").unlink()
     run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=4)
@@ -180,15 +181,15 @@ def test_nothing_foreign_is_overwritten(base, tmp_path, capsys, monkeypatch):
 
 def plant_nan(monkeypatch, steps, micro_batches=4):
     """Make the loss of the first micro-batch of these steps (from 1) not a number."""
-    calls, forward = 0, trainer.forward
+    calls, forward = 0, loop.batch_loss
 
-    def poisoned(*args):
+    def poisoned(*args, **options):
         nonlocal calls
         calls += 1
-        loss = forward(*args)
+        loss = forward(*args, **options)
         return loss * float("nan") if (calls - 1) // micro_batches + 1 in steps else loss
 
-    monkeypatch.setattr(trainer, "forward", poisoned)
+    monkeypatch.setattr(loop, "batch_loss", poisoned)
 
 
 def test_a_step_that_is_not_finite_touches_nothing(base, tmp_path, monkeypatch, capsys):
@@ -233,7 +234,7 @@ def test_going_on_late_reads_no_more_than_beginning(base, tmp_path, monkeypatch)
     fetched, first = [], {}
     document = Dataset.document
     monkeypatch.setattr(Dataset, "document", lambda self, i: fetched.append(i) or document(self, i))
-    steps = trainer.steps
+    steps = loop.steps
 
     def counted(dataset, plan, **options):
         for step in steps(dataset, plan, **options):
@@ -241,7 +242,7 @@ def test_going_on_late_reads_no_more_than_beginning(base, tmp_path, monkeypatch)
             first.setdefault(options["start"], (sorted(fetched[: len(needed)]), sorted(needed)))
             yield step
 
-    monkeypatch.setattr(trainer, "steps", counted)
+    monkeypatch.setattr(loop, "steps", counted)
     run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=7)
     fetched.clear()
     assert main(options(base, tmp_path, **SMALL)) == 0
@@ -294,7 +295,7 @@ def test_interrupted_before_the_first_step(base, tmp_path, monkeypatch, capsys):
         for _ in range(1000):  # another thread may be the one that is told; this one hears of it a little later
             time.sleep(0.01)
 
-    monkeypatch.setattr(trainer, "prepare", interrupted)
+    monkeypatch.setattr(lifecycle, "prepare", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     try:
         assert main(options(base, tmp_path, **SMALL)) == 130
@@ -329,15 +330,15 @@ def test_a_folder_that_cannot_hold_the_run_is_found_before_the_model_is_read(bas
 
 
 def test_too_little_memory_on_a_gpu_ends_with_what_helps(base, tmp_path, monkeypatch, capsys):
-    def full(*args):
+    def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
 
-    monkeypatch.setattr(trainer, "forward", full)
+    monkeypatch.setattr(loop, "batch_loss", full)
     assert main(options(base, tmp_path, **SMALL)) == 2
     assert capsys.readouterr().err.endswith(
         "error: CUDA out of memory. Tried to allocate 2.00 GiB. To need less: "
         "parallel.activation_checkpointing = full, "
-        "a lower batch.micro_packs or data.seq_len, or what docs/memory.md has\n")
+        "a lower batch.micro_packs or data.seq_len, or see docs/memory.md\n")
     assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 2
 
 
@@ -367,7 +368,7 @@ def test_the_room_asked_for_is_what_a_run_takes_at_most(base, tmp_path, monkeypa
 
 
 def test_every_step_of_a_checkpoint_is_in_the_log(base, tmp_path, monkeypatch, uninterrupted):
-    save = trainer.Saver.save
+    save = lifecycle.Saver.save
 
     def dying(saver, step, *args):  # when the checkpoint is there and nothing else has happened since
         save(saver, step, *args)
@@ -377,7 +378,7 @@ def test_every_step_of_a_checkpoint_is_in_the_log(base, tmp_path, monkeypatch, u
             raise Death
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Saver, "save", dying)
+        patch.setattr(lifecycle.Saver, "save", dying)
         with pytest.raises(Death):
             main(options(base, tmp_path, **SMALL))
     train(base, tmp_path, **SMALL)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from minisft.counter_rng import key_of, random_bits
-from minisft.training import rounding
+from minisft.lean import rounding
 
 
 def rounded(values, bits):

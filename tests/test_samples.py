@@ -14,8 +14,8 @@ from minisft.__main__ import main as command
 from minisft.errors import UserError
 from minisft.model.llama import Llama
 from minisft.reports.data_report import pack_fill
+from minisft.runs.lifecycle import main
 from minisft.training import environment as on
-from minisft.training.trainer import main
 
 DOCUMENTS = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))["documents"]
 LINES = (HERE / "oracles" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
@@ -83,7 +83,7 @@ def test_another_programs_files_are_not_written_over(base, tmp_path, capsys, nam
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("mine")
     assert main(options(base, tmp_path)) == 2
-    assert f"holds {name}, but not of a run" in capsys.readouterr().err
+    assert f"holds {name}, but no run" in capsys.readouterr().err
     assert (tmp_path / "run" / name).read_text() == "mine"
 
 

@@ -8,9 +8,10 @@ from test_resume import SMALL, plant_nan, run_until_death
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minisft.config import OptimConfig
+from minisft.lean.adamw import LeanAdamW
+from minisft.runs.lifecycle import main
 from minisft.training import optimizer
-from minisft.training.optimizer import Optimizer
-from minisft.training.trainer import main
 
 BF16 = {"train__precision": "bf16", "optim__parameters": "bf16"}
 IN_BACKWARD = {"optim__in_backward": "true", "optim__clip_norm": 0, "batch__micro_packs": 4}
@@ -31,6 +32,10 @@ class Tied(nn.Module):
         return ((x @ self.table * self.scale) @ self.table.T).float().square().mean()
 
 
+def lean(model, *, offload=False, **optim):
+    return LeanAdamW(model, OptimConfig(**optim), offload=offload)
+
+
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks in a parameter, the last of them short."""
@@ -41,7 +46,7 @@ def small_chunks(monkeypatch):
 def test_in_fp32_the_update_is_that_of_torch(saver):
     """Where and when it is computed changes nothing: torch.optim.AdamW, to the last few bits."""
     ours, theirs = Tied(), Tied()
-    saving = Optimizer(ours, weight_decay=0.1, **saver)
+    saving = lean(ours, weight_decay=0.1, **saver)
     reference = torch.optim.AdamW([{"params": [theirs.table], "weight_decay": 0.1},
                                    {"params": [theirs.scale], "weight_decay": 0.0}], betas=(0.9, 0.95))
     for number in range(6):
@@ -68,12 +73,12 @@ def ordered(tensor):
 
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize("saver", [{}, {"in_backward": True, "offload": True}])
 def test_in_bf16_it_is_computed_in_fp32_and_rounded_once(parameters, moments, saver):
     """What is stored is a neighbour of fp32 AdamW's result from the same state, and on average the result itself."""
     model = Tied(parameters)
-    saving = Optimizer(model, weight_decay=0.1, moments=moments, **saver)
+    saving = lean(model, weight_decay=0.1, moments=moments, **saver)
     differences = {}  # away from zero, in distances between neighbours
     for number in range(5):
         before = Tied()
@@ -117,7 +122,7 @@ def test_a_slow_second_moment_does_not_stall():
     """beta2 = 0.999 shrinks a moment by less than bf16 can tell; on average it still shrinks as it should."""
     parameter = nn.Module()
     parameter.w = nn.Parameter(torch.zeros(5_000))
-    saving = Optimizer(parameter, betas=(0.9, 0.999), moments=torch.bfloat16)
+    saving = lean(parameter, betas=(0.9, 0.999), moments="bf16")
     for number in range(301):
         parameter.w.grad = torch.full((5_000,), 1.0 if number == 0 else 0.0)
         saving.begin(0.0, number)
@@ -133,7 +138,7 @@ def test_gradients_are_freed_on_the_way():
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(
             lambda _: alive.append(sum(p.grad is not None for p in model.parameters())))
-    saving = Optimizer(model, in_backward=True)
+    saving = lean(model, in_backward=True)
     saving.begin(0.1, 0)
     model(torch.randn(3, 8)).sum().backward()
     assert alive == [1, 1, 1, 1]
@@ -142,7 +147,7 @@ def test_gradients_are_freed_on_the_way():
 
 def test_in_backward_what_is_not_finite_stays_out():
     model = Tied()
-    saving, before = Optimizer(model, in_backward=True), {k: v.clone() for k, v in model.state_dict().items()}
+    saving, before = lean(model, in_backward=True), {k: v.clone() for k, v in model.state_dict().items()}
     saving.begin(0.1, 0)
     model.table.register_hook(lambda grad: grad * float("nan"))
     model.loss(0).backward()
@@ -223,7 +228,7 @@ def test_a_step_that_is_not_finite_in_backward_is_said_as_it_is(base, tmp_path, 
     records = train(base, tmp_path, train__max_steps=3, **{**IN_BACKWARD, "batch__packs": 4})
     assert records[1]["skipped"]
     assert np.isfinite(records[2]["loss"])
-    assert "parameters whose gradient is not finite are left as they are, the others are" in capsys.readouterr().out
+    assert "parameters whose gradient is not finite stay as they are, the others are" in capsys.readouterr().out
 
 
 class Streams:
@@ -314,7 +319,7 @@ class Races(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize("forgotten", ["nothing", "the store before", "the fetch", "the compute", "the step before"])
 def test_no_two_streams_race_for_the_moments(monkeypatch, moments, forgotten):
     """Every access is ordered after those it depends on; and without any one of the waits the test sees a race.
@@ -326,8 +331,8 @@ def test_no_two_streams_race_for_the_moments(monkeypatch, moments, forgotten):
     for model in (Tied(), nn.Linear(4, 4, bias=False)):
         streams = Streams()
         monkeypatch.setattr(torch, "get_device_module", lambda device, streams=streams: streams)
-        saving = Optimizer(model, moments=moments, offload=True)
-        visits = saving._visits
+        saving = lean(model, moments=moments, offload=True)
+        visits = saving._host
         where, what = {"nothing": (None, ""), "the store before": (visits._fetching, "wait_event"),
                        "the fetch": (streams.default, "wait_stream"), "the compute": (visits._storing, "wait_stream"),
                        "the step before": (visits, "begin")}[forgotten]

@@ -10,9 +10,10 @@ from minisft import config as configuration
 from minisft.evaluation.generate import generate
 from minisft.model.llama import Llama
 from minisft.prepare import prepare
-from minisft.training import trainer
+from minisft.runs import lifecycle
+from minisft.runs.lifecycle import main
+from minisft.training import loop
 from minisft.training.loss import masked_cross_entropy
-from minisft.training.trainer import main
 
 ORACLE = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))
 
@@ -121,7 +122,7 @@ def test_what_the_run_folder_holds(base, tmp_path):
 
 def test_mfu_where_the_peak_is_known(base, tmp_path, monkeypatch):
     """An epoch's FLOPs by the log are the 6 P a token of `prepare` and what pairs of tokens cost, by hand."""
-    monkeypatch.setattr(trainer, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(lifecycle, "peak_flops", lambda device: 1e9)
     options_of_run = options(base, tmp_path, train__max_steps=3)  # 3 steps an epoch
     assert main(options_of_run) == 0
     records = log(tmp_path)
@@ -207,7 +208,7 @@ def test_what_cannot_be_deterministic_is_refused(base, tmp_path, monkeypatch, ca
         raise RuntimeError("an_operation_cuda does not have a deterministic implementation, but you set "
                            "'torch.use_deterministic_algorithms(True)'.")  # as torch says it
 
-    monkeypatch.setattr(trainer, "forward", operation)
+    monkeypatch.setattr(loop, "batch_loss", operation)
     try:
         assert main(options(base, tmp_path, train__deterministic="true")) == 2
     finally:

@@ -131,11 +131,11 @@ def test_cut_off_for_good_both_hosts_end_and_a_new_start_goes_on(base, tmp_path,
     assert hosts.wait_for_end("b", 60) != 0  # the kernel's 25 s, too
     assert "Timeout (0:00:08)" in hosts.printed("a")
     assert "Timeout (0:00:08)" in hosts.printed("b")
-    assert "going on from" not in hosts.printed("a")
+    assert "resuming from" not in hosts.printed("a")
     hosts.plug("up")
     hosts.start(argv)
     assert [hosts.wait_for_end("a", 180), hosts.wait_for_end("b", 30)] == [0, 0], hosts.printed("a")
-    assert "going on from" in hosts.printed("a")
+    assert "resuming from" in hosts.printed("a")
     assert_same(tmp_path, uninterrupted)
 
 
@@ -146,7 +146,7 @@ def test_cut_off_for_a_while_both_hosts_restart_and_the_run_is_the_same(base, tm
     time.sleep(10)  # longer than parallel.timeout; the kernel sends again after 12.6 s, and not after 25
     hosts.plug("up")
     assert [hosts.wait_for_end("a", 180), hosts.wait_for_end("b", 30)] == [0, 0], hosts.printed("a")
-    assert "going on from" in hosts.printed("a")
+    assert "resuming from" in hosts.printed("a")
     assert_same(tmp_path, uninterrupted)
 
 
@@ -158,7 +158,7 @@ def test_a_dead_host_is_done_without(base, tmp_path, hosts, uninterrupted):
     hosts.kill("b")
     hosts.plug("down")
     assert hosts.wait_for_end("a", 180) == 0, hosts.printed("a")
-    assert "going on from" in hosts.printed("a")
+    assert "resuming from" in hosts.printed("a")
     records, names = uninterrupted[0], ("step", "epoch", "tokens", "target_tokens", "lr")
     assert figures(log(tmp_path), *names) == figures(records, *names)
     assert [r["loss"] for r in log(tmp_path)] == pytest.approx([r["loss"] for r in records], rel=1e-4)

@@ -20,9 +20,10 @@ from small_runs import HERE, final_weights, launch, log, options, train, wait_fo
 from minisft.__main__ import main as command
 from minisft.evaluation import samples
 from minisft.model.llama import Llama
-from minisft.training import after, metrics, trainer
-from minisft.training.preemption import Stopped
-from minisft.training.trainer import main
+from minisft.runs import after, lifecycle, metrics
+from minisft.runs.lifecycle import main
+from minisft.runs.preemption import Stopped
+from minisft.training import loop
 
 SMALL = {"train__max_steps": 7, "batch__packs": 4, "checkpoint__every": 2}
 HELD_OUT = {"data__eval": HERE / "oracles/conversations.jsonl"}
@@ -72,9 +73,18 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run_before_it_begins(base, 
 
 def plant_nan(monkeypatch, steps):
     """Make the loss of these steps (from 1) not a number."""
-    forward = trainer.forward
-    monkeypatch.setattr(trainer, "forward", lambda model, batch, step, *args: forward(model, batch, step, *args) * (
-        float("nan") if step.index + 1 in steps else 1))
+    rate, forward, current = loop.learning_rate, loop.batch_loss, 0
+
+    def counted(step, *args):
+        nonlocal current
+        current = step + 1
+        return rate(step, *args)
+
+    monkeypatch.setattr(loop, "learning_rate", counted)
+    monkeypatch.setattr(loop, "batch_loss", lambda *args, **options: forward(*args, **options) * (
+        float("nan") if current in steps else 1))
+    monkeypatch.setattr(lifecycle, "batch_loss", lambda *args, **options: forward(*args, **options) * (
+        float("nan") if 1 in steps else 1))  # on the documents of the first step, at the end
 
 
 @pytest.mark.parametrize("settings", [{}, {"optim__in_backward": "true", "optim__clip_norm": 0,
@@ -92,10 +102,10 @@ def test_a_run_of_skipped_steps_only_fails(base, tmp_path, monkeypatch, capsys, 
 
 def test_a_rate_that_destroys_the_model_exports_nothing(base, tmp_path, capsys):
     assert main(options(base, tmp_path, **SMALL, optim__lr=1e18)) == 3
-    assert "the last 6 of 7 steps had no finite loss or gradient, and the model has none" in capsys.readouterr().err
+    assert "the last 6 of 7 steps had no finite loss or gradient, and neither has the model" in capsys.readouterr().err
     assert not (tmp_path / "run/final").exists()
     assert main(options(base, tmp_path, **SMALL, optim__lr=1e18)) == 3  # from its checkpoint of step 6
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert main(options(base, tmp_path / "held", **SMALL, **HELD_OUT, optim__lr=1e18, train__max_skipped=2)) == 3
     assert "3 steps in a row" in capsys.readouterr().err
 
@@ -114,14 +124,14 @@ def test_the_row_of_skipped_steps_is_counted_across_a_restart(base, tmp_path, mo
 
 
 def test_weights_that_are_not_finite_are_not_saved_over_those_that_are(base, tmp_path, monkeypatch, capsys):
-    step = trainer.After.step
+    step = lifecycle.AfterStep.step
 
     def broken(after, number, **kwargs):
         if number == 5:
             after.run.model.model.norm.weight.data[0] = float("inf")
         return step(after, number, **kwargs)
 
-    monkeypatch.setattr(trainer.After, "step", broken)
+    monkeypatch.setattr(lifecycle.AfterStep, "step", broken)
     assert main(options(base, tmp_path, **{**SMALL, "checkpoint__keep": 1})) == 3
     assert "weights after step 6 are NaN or infinite: model.norm.weight; lower optim.lr" in capsys.readouterr().err
     wait_for_savers()
@@ -173,7 +183,7 @@ def test_a_log_shorter_than_the_checkpoint_is_said_and_recorded(base, tmp_path, 
     file = tmp_path / "run/metrics.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
     train(base, tmp_path, **SMALL)
-    assert f"{file}: has 4 of the 6 steps before; the others are lost from it" in capsys.readouterr().out
+    assert f"{file}: has 4 of the 6 steps so far; the others are lost from the log" in capsys.readouterr().out
     record = record_of(tmp_path)
     assert (record["steps"], record["logged_steps"], record["total_steps"]) == (7, 5, 7)
     assert "7 of 7 steps (the log of 2 is lost; they are in none of these figures)" in \
@@ -181,10 +191,10 @@ def test_a_log_shorter_than_the_checkpoint_is_said_and_recorded(base, tmp_path, 
 
 
 def test_the_log_is_durable_when_a_checkpoint_begins(base, tmp_path, monkeypatch):
-    events, fsync, begin = [], os.fsync, trainer.Saver.save
+    events, fsync, begin = [], os.fsync, lifecycle.Saver.save
     monkeypatch.setattr(metrics.os, "fsync", lambda file: events.append(os.readlink(f"/proc/self/fd/{file}")) or
                         fsync(file))
-    monkeypatch.setattr(trainer.Saver, "save", lambda saver, step, *args: events.append(step) or
+    monkeypatch.setattr(lifecycle.Saver, "save", lambda saver, step, *args: events.append(step) or
                         begin(saver, step, *args))
     train(base, tmp_path, **{**SMALL, "train__max_steps": 4})
     for step in (2, 4):
@@ -192,7 +202,7 @@ def test_the_log_is_durable_when_a_checkpoint_begins(base, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("change", "messages"), [
-    ({"num_hidden_layers": 1}, ["it has besides model.layers.1.input_layernorm.weight, "]),
+    ({"num_hidden_layers": 1}, ["it also has model.layers.1.input_layernorm.weight, "]),
     ({"num_hidden_layers": 3}, ["it lacks model.layers.2.input_layernorm.weight, "]),
     ({"intermediate_size": 96}, ["shapes differ: model.layers.0.mlp.down_proj.weight ([64, 160] there, [64, 96] here)",
                                  "gate_proj.weight ([160, 64] there, [96, 64] here)"])])
@@ -230,7 +240,7 @@ def test_a_failed_export_loses_nothing_and_is_tried_again_without_training(base,
     assert (tmp_path / "run/checkpoints/step-000007/manifest.json").exists()
     before = (tmp_path / "run/metrics.jsonl").read_text()
     (tmp_path / "run/final.tmp").unlink()
-    monkeypatch.setattr(trainer, "forward", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "batch_loss", lambda *args: pytest.fail("trained again"))
     monkeypatch.setattr(after, "heldout_loss", lambda *args, **kwargs: pytest.fail("evaluated again"))
     assert main(options(base, tmp_path, **settings)) == 0
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
@@ -249,14 +259,14 @@ def test_a_disk_that_is_full_when_the_model_is_written(base, tmp_path, monkeypat
     if os.system(f"mount -t tmpfs -o size=6m tmpfs {disk} 2>/dev/null"):
         pytest.skip("no small file system can be mounted here")
     try:
-        export_as = trainer.export_as
+        export_as = lifecycle.export_as
 
         def filled(*args, **kwargs):
             (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 40_000))
             export_as(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "export_as", filled)
+            patch.setattr(lifecycle, "export_as", filled)
             assert main(options(base, tmp_path, **SMALL)) == 4
         (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert f"{disk}/final.tmp/model.safetensors" in said
@@ -273,7 +283,7 @@ def test_a_disk_that_is_full_when_the_model_is_written(base, tmp_path, monkeypat
 
 def stop_in(monkeypatch, step, call):
     """Signal this process at the given call, from 1, of `Preemption.check` in the evaluation of `step`."""
-    check, do, calls = trainer.Preemption.check, trainer.After.step, []
+    check, do, calls = lifecycle.Preemption.check, lifecycle.AfterStep.step, []
 
     def signalled(self, device):
         calls.append(self)
@@ -282,10 +292,10 @@ def stop_in(monkeypatch, step, call):
         check(self, device)
 
     def begin(after, number, **kwargs):
-        monkeypatch.setattr(trainer.Preemption, "check", signalled if number == step else check)
+        monkeypatch.setattr(lifecycle.Preemption, "check", signalled if number == step else check)
         return do(after, number, **kwargs)
 
-    monkeypatch.setattr(trainer.After, "step", begin)
+    monkeypatch.setattr(lifecycle.AfterStep, "step", begin)
 
 
 @pytest.mark.parametrize("settings", [
@@ -311,7 +321,7 @@ def test_an_evaluation_is_given_up_and_made_up_for(base, tmp_path, monkeypatch, 
         assert max([0, *(int(path.name[-1]) for path in (run / "checkpoints").iterdir())]) == step
         assert not (run / "final").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "forward", lambda *args: pytest.fail("trained again"))
+        patch.setattr(loop, "batch_loss", lambda *args: pytest.fail("trained again"))
         assert main(argv) == 0
     records, weights = whole
     assert [r["loss"] for r in log(run.parent)] == [r["loss"] for r in records]
@@ -385,7 +395,7 @@ def test_interrupted_commands_say_one_word(monkeypatch, capsys, verb):
     def interrupted(options, *rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"minisft.commands.{'evaluate' if verb == 'eval' else verb}.run", interrupted)
+    monkeypatch.setattr(f"minisft.commands.{verb}_command.run", interrupted)
     assert command([verb, "x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -450,7 +460,7 @@ def test_a_closed_terminal_saves(base, tmp_path):
 def test_nohup_stays_nohup(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        preemption = trainer.Preemption()
+        preemption = lifecycle.Preemption()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         preemption.close()
     finally:

@@ -26,7 +26,7 @@ def gradient(*parts) -> torch.Tensor:
     """The gradient of the sum of the losses of (micro-batch, denominator) pairs."""
     model.zero_grad()
     for batch, denominator in parts:
-        batch_loss(model, batch, device=torch.device("cpu"), denominator=denominator).backward()
+        batch_loss(model, batch, torch.device("cpu"), denominator).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 

@@ -27,9 +27,9 @@ from minisft.errors import UserError
 from minisft.evaluation.generate import generate
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
-from minisft.training.failure import guarded
+from minisft.runs.failure import guarded
+from minisft.runs.lifecycle import train
 from minisft.training.parallel import launched_rank
-from minisft.training.trainer import train
 
 COUNTRIES = 96  # of the 190 in world.tsv: as many as a small model learns in two minutes on two cores
 VOCABULARY = 2048

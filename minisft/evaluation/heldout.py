@@ -48,7 +48,7 @@ def loss_sum(model: nn.Module, dataset: Dataset, *, seq_len: int, rank: int = 0,
                        device=device)) as planned:
         for batch in (batch for step in planned for batch in step.micro_batches):
             check()
-            total += batch_loss(model, batch, device=device, denominator=1.0, compiled=fixed)
+            total += batch_loss(model, batch, device, 1.0, compiled=fixed)
     return total
 
 

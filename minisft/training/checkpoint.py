@@ -1,17 +1,17 @@
-"""Checkpoints that no crash can spoil, and the way back from them.
+"""Checkpoints that no crash can spoil, and how to restore them.
 
-    checkpoints/step-000100.tmp/  rank-0.safetensors  rank-0.json  rank-1.safetensors ...     while it is written
-                step-000100/      rank-0.safetensors  rank-1.safetensors ...  manifest.json   in one rename, at the end
-                step-000200.given-up/     damaged, or of a future that a run went back behind; goes with the next save
+    checkpoints/step-000100.tmp/  rank-0.safetensors  rank-0.json  rank-1.safetensors ...     being written
+                step-000100/      rank-0.safetensors  rank-1.safetensors ...  manifest.json   renamed at the end
+                step-000200.given-up/     damaged, or past the step that a run went back to; deleted by the next save
 
-Each rank writes the rows that it holds: weights and both moments of AdamW, in the precision that the optimiser keeps
-them in; and the states of its random generators. Ranks of a further copy (HSDP) write their generators alone. The
-training step that saves stalls for a copy to the host's memory; the disk is left to a thread. When the digests of all
-parts are there, the leading rank writes the manifest, makes everything durable, and renames the folder. So a folder
-without `.tmp` is complete, whichever byte the process died at; older checkpoints go only after that.
+Each rank writes the rows that it holds (weights and both moments of AdamW, in the optimizer's precision) and its random
+generators. Ranks of a further copy (HSDP) write their generators only. The step that saves waits for a copy to host
+memory; a thread writes it to disk. When the digests of all parts are there, the main rank writes the manifest, makes
+everything durable, and renames the folder. So a folder without `.tmp` is complete, at whichever byte the process died;
+older checkpoints are deleted only after that.
 
-The formats are safetensors and JSON: no pickle is read. A flipped bit would be loaded silently by any tensor format,
-hence the digests. Another number of ranks reads the rows it needs from whichever shards hold them.
+The formats are safetensors and JSON: no pickle is read. Any tensor format would load a flipped bit silently, hence the
+digests. A different number of ranks reads the rows it needs from whichever shards hold them.
 """
 
 import hashlib
@@ -36,10 +36,10 @@ from torch import Tensor
 
 from minisft.errors import EXIT_IO, UserError
 from minisft.model.weights import local_rows
-from minisft.training.optimizer import MOMENTS, Optimizer
+from minisft.training.optimizer import MOMENTS, AdamW
 from minisft.training.parallel import World
 
-Progress = dict[str, Any]  # what a run knows about where it is: JSON
+Progress = dict[str, Any]  # where a run is, as JSON
 
 
 def _digest(file: Path) -> str:
@@ -48,7 +48,7 @@ def _digest(file: Path) -> str:
 
 
 def _write_durably(file: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that it is either absent or whole, also after the power failed."""
+    """Write JSON so that the file is absent or whole, even after a power failure."""
     partial = file.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as out:
         out.write(json.dumps(content))
@@ -69,28 +69,28 @@ class Saver:
     def __init__(self, folder: Path, world: World, *, keep: int = 0):
         self.folder, self.world, self.keep = folder, world, keep
         self.step: int | None = None  # of the newest save
-        self.error: OSError | None = None  # what became of the save under way, as soon as it is known
+        self.error: OSError | None = None  # of the save under way, as soon as it is known
         self._thread: threading.Thread | None = None
-        self._pinned: Tensor | None = None  # bytes of the host that a GPU writes into by itself, kept for the next save
-        if world.leads:
+        self._pinned: Tensor | None = None  # host memory that a GPU writes into, kept for the next save
+        if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for partial in leftovers(folder):
                 shutil.rmtree(partial)
 
-    def save(self, step: int, optimizer: Optimizer, progress: Progress) -> None:
-        """Copy this rank's state as of `step` finished steps, and begin to write it. All ranks call it.
+    def save(self, step: int, optimizer: AdamW, progress: Progress) -> None:
+        """Copy this rank's state after `step` steps, and begin to write it. All ranks call it.
 
-        Raises OSError where the disk has no room, or where the save before this one failed.
+        Raises OSError if the disk has no room, or if the previous save failed.
         """
         self.finish()
-        state = _state(optimizer) if self.world.writes_rows else {}
+        state = _state(optimizer) if self.world.rank < self.world.shards else {}
         tensors = self._on_host({key: tensor.detach() for key, tensor in state.items()})
         tensors |= _generators(self.world.device)
         check_room(self.folder, sum(tensor.nbytes for tensor in tensors.values()) * self.world.shards)
         partial = self.folder / f"step-{step:06}.tmp"
-        if self.world.leads:
+        if self.world.is_main:
             partial.mkdir()
-        dist.barrier()  # whoever finds the folder gone from here on knows that a rank has failed
+        dist.barrier()  # from here on, a missing folder means that a rank has failed
         manifest = {"step": step, "shards": self.world.shards, "ranks": self.world.ranks,
                     "rows": {name: p.shape[0] for name, p in optimizer.parameters.items()}, "progress": progress}
         self.step = step
@@ -99,14 +99,14 @@ class Saver:
         self._thread.start()
 
     def _on_host(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in the host's memory. Those from a GPU go into one pinned buffer, several times faster than into
-        memory that the system may move; the save before this one has been written from it."""
+        """Copies in host memory. A GPU copies into one pinned buffer, several times faster than into pageable memory;
+        the previous save has been written from it by now."""
         if self.world.device.type != "cuda" or not state:
             return {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
         starts = list(accumulate((-(-tensor.nbytes // 64) * 64 for tensor in state.values()), initial=0))
         if self._pinned is None:
             self._pinned = torch.empty(starts[-1], dtype=torch.uint8)
-            # Not torch's own pinned memory, which is rounded up to a power of two.
+            # torch's own pinned memory would be rounded up to a power of two.
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self._pinned.data_ptr(), starts[-1], 0)))
             weakref.finalize(self, _unpin, self._pinned)
         copies = {}
@@ -117,14 +117,14 @@ class Saver:
         return copies
 
     def finish(self) -> None:
-        """Wait until the save under way is on the disk. Raises OSError where it failed."""
+        """Wait until the save under way is on disk. Raises OSError if it failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raise OSError where the save under way has failed by now."""
+        """Raise OSError if the save under way has failed by now."""
         if self.error:
             raise self.error
 
@@ -134,7 +134,7 @@ class Saver:
             save_file(tensors, file)
             _sync(file)
             _write_durably(file.with_suffix(".json"), {"bytes": file.stat().st_size, "sha256": _digest(file)})
-            if self.world.leads:
+            if self.world.is_main:
                 self._commit(partial, manifest)
         except (OSError, SafetensorError) as error:
             size = sum(tensor.nbytes for tensor in tensors.values())
@@ -162,21 +162,21 @@ class Saver:
         final = partial.with_suffix("")
         os.rename(partial, final)
         _sync(self.folder)
-        older = checkpoints(self.folder)[self.keep :] if self.keep else []
+        older = saved_checkpoints(self.folder)[self.keep :] if self.keep else []
         for folder in [*older, *self.folder.glob("step-*.given-up")]:
             shutil.rmtree(folder)
 
 
 def check_room(folder: Path, needed: int, what: str = "a checkpoint needs") -> None:
-    """Raise OSError unless `needed` bytes are free where `folder` is."""
+    """Raise OSError unless `needed` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{folder}: {what} {needed:,} bytes and {free:,} are free; nothing that was there "
-                      "is lost, free some space and start again")
+        raise OSError(f"{folder}: {what} {needed:,} bytes and {free:,} are free; free some space and "
+                      "start again, nothing is lost")
 
 
-def _state(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Every tensor of a rank's state by name: its rows of the weights and of both moments."""
+def _state(optimizer: AdamW) -> dict[str, Tensor]:
+    """A rank's rows of the weights and of both moments, by name."""
     state: dict[str, Tensor] = {f"weights/{name}": rows for name, rows in optimizer.rows.items()}
     for moment in MOMENTS:
         state |= {f"{moment}/{name}": tensor for name, tensor in optimizer.moments(moment).items()}
@@ -193,32 +193,32 @@ def _signed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(content.encode()).hexdigest(), "manifest": manifest}
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first. Whether each is intact, its manifest tells."""
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first. They may be damaged (`SavedState`)."""
     named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(named, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The steps that were finished when it was saved, as its name says."""
+    """The number of finished steps, from the folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def give_up(folders: list[Path]) -> None:
-    """Set checkpoints aside that a run does not go on from: none of them is taken for its newest one any more."""
+def set_aside(folders: list[Path]) -> None:
+    """Rename checkpoints that a run no longer resumes from, so that none of them counts as its newest."""
     for checkpoint in folders:
         aside = checkpoint.with_suffix(".given-up")
-        shutil.rmtree(aside, ignore_errors=True)  # of the same step, given up before
+        shutil.rmtree(aside, ignore_errors=True)  # of the same step, set aside earlier
         os.rename(checkpoint, aside)
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What runs that died while they saved have left in `folder`."""
+    """The remains in `folder` of runs that died during a save."""
     return sorted(folder.glob("step-*.tmp"))
 
 
 class IncompleteError(UserError):
-    """A folder without a manifest that could vouch for it."""
+    """A checkpoint folder whose manifest is missing or damaged."""
 
 
 class SavedState:
@@ -240,9 +240,9 @@ class SavedState:
         self.step, self.progress = int(self.manifest["step"]), self.manifest["progress"]
 
     def verify(self, files: Callable[[list[str]], list[str]] = list) -> None:
-        """Hold sizes and digests of the files against the manifest; `files` selects those that this rank reads.
+        """Compare the files' sizes and digests with the manifest; `files` selects those that this rank reads.
 
-        Raises UserError naming the file that is not as it was written.
+        Raises UserError naming the file that differs.
         """
         for name in files(sorted(self.manifest["files"])):
             file, expected = self.folder / name, self.manifest["files"][name]
@@ -254,10 +254,10 @@ class SavedState:
                 raise UserError(f"{file}: damaged (its sha256 is not the one that was written)")
 
     @torch.no_grad()
-    def restore(self, optimizer: Optimizer, world: World) -> None:
-        """Fill weights, moments and, at the same number of ranks, the random generators.
+    def restore(self, optimizer: AdamW, world: World) -> None:
+        """Fill weights, moments and, with the same number of ranks, the random generators.
 
-        Raises UserError if these are not the tensors of this network.
+        Raises UserError if the checkpoint is of another network.
         """
         shards = [safe_open(self.folder / f"rank-{i}.safetensors", framework="pt")
                   for i in range(self.manifest["shards"])]
@@ -274,7 +274,7 @@ class SavedState:
                 if world.device.type == "cuda" and "random/cuda" in mine.keys():  # noqa: SIM118
                     torch.cuda.set_rng_state(mine.get_tensor("random/cuda"), world.device)
 
-    def _check_shapes(self, shards: list[safe_open], optimizer: Optimizer) -> None:
+    def _check_shapes(self, shards: list[safe_open], optimizer: AdamW) -> None:
         wanted = {name: list(parameter.shape) for name, parameter in optimizer.parameters.items()}
         there = {key.removeprefix("weights/"): [shard.get_slice(key).get_shape() for shard in shards]
                  for key in shards[0].keys() if key.startswith("weights/")}  # noqa: SIM118
@@ -283,15 +283,15 @@ class SavedState:
         other = [f"{name} ({found[name]} there, {wanted[name]} here)" for name in sorted(wanted.keys() & found.keys())
                  if found[name] != wanted[name]]
         problems = [f"{what} {', '.join(names[:10])}{' ...' * (len(names) > 10)}" for what, names in
-                    (("it lacks", lacking), ("it has besides", surplus), ("shapes differ:", other)) if names]
+                    (("it lacks", lacking), ("it also has", surplus), ("shapes differ:", other)) if names]
         if problems:
-            raise UserError(f"{self.folder}: holds another network: {'; '.join(problems)}. Nothing of it can be "
-                            "resumed, with checkpoint.allow_change either: go back to the network it was saved from, "
+            raise UserError(f"{self.folder}: holds another network: {'; '.join(problems)}. It cannot be "
+                            "resumed, not even with checkpoint.allow_change: go back to the network it was saved from, "
                             "or choose another run.dir")
 
 
 def _unpin(buffer: Tensor) -> None:
-    """Before `buffer` is freed: whatever gets its addresses next would still be written where the old pages were."""
+    """Unregister `buffer` before it is freed, or writes to its next owner would still go to the old pages."""
     torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())))
 
 

@@ -1,8 +1,8 @@
-"""What a run tells about itself while it runs.
+"""The log and the progress bar of a run.
 
-Figures that live on the device are read one step late. By then they are ready, and reading them does not make the host
-wait for the step that the device is working on. All ranks read the same figures in the same step, so what they decide
-from them (to stop, to give up) they decide together, without another word.
+Figures that live on the device are read one step late. By then they are ready, and the host does not wait for the step
+that the device is working on. All ranks read the same figures in the same step, so they make the same decisions from
+them (to give up, say) without further communication.
 """
 
 import json
@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from minisft.errors import NumericsError
 
-SPIKE, PATIENCE, MEMORY = 2.0, 5, 0.95  # warn where the loss is over twice its running mean for five steps
+SPIKE, PATIENCE, MEMORY = 2.0, 5, 0.95  # warn if the loss is over twice its running mean for five steps
 
 
-class Later:
+class AsyncScalars:
     """Numbers on the device, on their way to the host."""
 
     def __init__(self, figures: Tensor):
@@ -36,16 +36,16 @@ class Later:
             self._host = figures.clone()
 
     def read(self) -> list[float]:
-        """The numbers; waits until they have arrived, and for nothing that was queued after them."""
+        """The numbers. Waits until they have arrived, but not for work queued after them."""
         if self._event:
             self._event.synchronize()
         return self._host.tolist()
 
 
 class Monitor:
-    """Follows a run: its log (on the leading rank), its bar, bad steps, spikes, and the wish to stop.
+    """Follows a run: its log (on the main rank), its progress bar, skipped steps and loss spikes.
 
-    `before` is the `progress` of a run that is resumed.
+    `before` is the `progress` of the checkpoint that the run resumes from.
     """
 
     def __init__(self, log: Path | None, *, start: int, total: int, max_skipped: int,
@@ -54,46 +54,44 @@ class Monitor:
         self._file = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115 (open as long as the run)
         self._bar = tqdm(total=total, initial=start, desc="train", unit=" steps", disable=log is None)
         self._max_skipped, self._documents = max_skipped, documents
-        self._consequence = ("parameters whose gradient is not finite are left as they are, the others are updated"
+        self._consequence = ("parameters whose gradient is not finite stay as they are, the others are updated"
                              if in_backward else "the step is skipped")
-        self._waiting: tuple[dict[str, Any], Later] | None = None
+        self._waiting: tuple[dict[str, Any], AsyncScalars] | None = None
         before = before or {}
         self.finite_steps: int = before.get("finite_steps", start)
         self.skipped_in_a_row: int = before.get("skipped_in_a_row", 0)
         self._spikes = 0
         self._mean: float | None = None
         self._lapped = time.perf_counter()
-        self.stop = False  # some rank was asked to stop
 
     def lap(self) -> float:
-        """Seconds since this was asked before, or since the beginning."""
+        """Seconds since the last call, or since the beginning."""
         before, self._lapped = self._lapped, time.perf_counter()
         return self._lapped - before
 
-    def step(self, record: dict[str, Any], loss: Tensor, grad_norm: Tensor, asked: Tensor) -> None:
+    def step(self, record: dict[str, Any], loss: Tensor, grad_norm: Tensor) -> None:
         """Take the record of a step and its figures, and settle the step before."""
         self.settle()
-        self._waiting = record, Later(torch.stack((loss, grad_norm, asked)))
+        self._waiting = record, AsyncScalars(torch.stack((loss, grad_norm.to(loss.device))))
 
     def settle(self) -> None:
         """Log the step whose figures are still on their way. Raises NumericsError after too many skipped in a row."""
         if self._waiting is None:
             return
-        (record, later), self._waiting = self._waiting, None
-        loss, grad_norm, asked = later.read()
-        self.stop = self.stop or asked > 0
-        skipped = not math.isfinite(grad_norm)  # as the optimiser saw it
+        (record, figures), self._waiting = self._waiting, None
+        loss, grad_norm = figures.read()
+        skipped = not math.isfinite(grad_norm)  # as the optimizer saw it
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.finite_steps += not skipped
-        figures: dict[str, Any] = {name: value if math.isfinite(value) else None  # JSON has no NaN
-                                   for name, value in (("loss", loss), ("grad_norm", grad_norm))}
+        record |= {name: value if math.isfinite(value) else None  # JSON has no NaN
+                   for name, value in (("loss", loss), ("grad_norm", grad_norm))}
         if skipped:
-            figures |= {"skipped": True, "documents": self._documents(record["step"] - 1)}
+            record |= {"skipped": True, "documents": self._documents(record["step"] - 1)}
             self.say(f"step {record['step']}: the loss or the gradient is not finite (loss {loss}, norm {grad_norm}); "
-                     f"{self._consequence}. Its documents: {figures['documents']}")
+                     f"{self._consequence}. Its documents: {record['documents']}")
         else:
             self._watch(record["step"], loss)
-        self.write({**record, **figures})
+        self.write(record)
         self._bar.set_postfix(loss=f"{loss:.4f}", tokens_per_second=f"{record['tokens_per_second']:,.0f}")
         self._bar.update()
         if self.skipped_in_a_row > self._max_skipped:
@@ -109,12 +107,18 @@ class Monitor:
         if self._spikes == 0:
             self._mean = loss if self._mean is None else MEMORY * self._mean + (1 - MEMORY) * loss
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Append a record to the log."""
+        self._on_file(lambda file: (file.write(json.dumps(record) + "\n"), file.flush()))
+
+    def sync(self) -> None:
+        """Make the log durable, as the checkpoint that relies on it will be."""
+        self._on_file(lambda file: os.fsync(file.fileno()))
+
+    def _on_file(self, work: Callable[[Any], object]) -> None:
         if self._file:
             try:
-                self._file.write(json.dumps(record) + "\n")
-                self._file.flush()
+                work(self._file)
             except OSError as error:  # a full disk; the library names no file
                 raise OSError(error.errno, error.strerror, self._file.name) from None
 
@@ -122,16 +126,8 @@ class Monitor:
         """What a checkpoint keeps of it."""
         return {"finite_steps": self.finite_steps, "skipped_in_a_row": self.skipped_in_a_row}
 
-    def sync(self) -> None:
-        """Make the log durable, as a checkpoint that relies on it will be."""
-        if self._file:
-            try:
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, self._file.name) from None
-
     def say(self, text: str) -> None:
-        """Print a line above the bar, once however many processes run."""
+        """Print a line above the bar, on the main rank."""
         if self._file:
             tqdm.write(text)
 
@@ -146,7 +142,7 @@ class Monitor:
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most memory that was in use so far: allocated on the device, or resident for a CPU process."""
+    """Peak memory so far: allocated on the device, or resident for a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -1,9 +1,9 @@
 """How a run fails: every rank in bounded time, and one of them saying why.
 
-When one rank fails, the others fail for want of it, a moment later and with words that help nobody. So each asks the
-store that all ranks share who was first. The first one speaks, and the leading rank keeps its reason in `status.json`,
-also where it sits in a kernel that waits for the other and would never come to fail itself (`listen`).
-A rank that hangs does not even fail: each is watched by a thread that ends it after `parallel.timeout`.
+When one rank fails, the others fail in its wake, with messages that help nobody. So each asks the store that all ranks
+share who was first. The first one speaks, and the main rank keeps its reason in `status.json`, even if it sits in a
+kernel that waits for the other and would never fail by itself (`listen`). A rank that hangs does not even fail: a timer
+in each ends it after `parallel.timeout`.
 """
 
 import faulthandler
@@ -20,14 +20,14 @@ import torch
 from minisft.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, NumericsError, UserError, exit_code
 from minisft.training import parallel
 from minisft.training.parallel import World
-from minisft.training.run_folder import RunFolder
+from minisft.runs.run_dir import RunDir
 
-GRACE = 5  # seconds that the leading rank has to fail by itself, when another one has
+GRACE = 5  # seconds that the main rank has to fail by itself after another one has
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """The exit code of `run`. Errors that a person can mend become one message on each host, however many processes
-    run."""
+    """The exit code of `run`. An error that a person can mend becomes one message on each host, however many processes
+    run there."""
     try:
         check_launch()
     except UserError as error:
@@ -49,7 +49,7 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def check_launch() -> None:
-    """Raise UserError for environment variables of torchrun that are incomplete or not numbers."""
+    """Raise UserError if torchrun's environment variables are incomplete or not numbers."""
     remedy = "unset RANK to train in one process, or start with torchrun, which sets it"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
         value = os.environ.get(name, "missing" if "RANK" in os.environ and not name.startswith("LOCAL") else "0")
@@ -62,7 +62,7 @@ def check_launch() -> None:
 
 
 class Reported(Exception):  # noqa: N818 (not an error by itself)
-    """The run has failed, and why has been said: here, or by the rank that failed first."""
+    """The run has failed, and the reason has been printed: here, or by the rank that failed first."""
 
     def __init__(self, code: int):
         super().__init__(code)
@@ -70,45 +70,46 @@ class Reported(Exception):  # noqa: N818 (not an error by itself)
 
 
 def say_error(error: Exception) -> None:
-    """One message for a person."""
+    """Print one message for a person."""
     rank, _ = parallel.launched_rank()
     print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
 
 
-def listen(world: World, folder: RunFolder | None) -> None:
-    """Let a thread end the leading rank, which owns `folder`, where another has failed and it does not notice."""
-    if not folder or world.ranks == 1:
+def listen(world: World, run_dir: RunDir | None) -> None:
+    """Start a thread that ends the main rank, which holds `run_dir`, if another rank has failed and it does not
+    notice."""
+    if not run_dir or world.ranks == 1:
         return
 
     def hear() -> None:
         first = world.heard_failure()
-        while folder.is_ours and not first:
+        while run_dir.is_locked and not first:
             time.sleep(1)
             first = world.heard_failure()
         time.sleep(GRACE)
-        if first and folder.is_ours:
+        if first and run_dir.is_locked:
             with suppress(OSError):
-                folder.status("failed", exit_code=first["code"], error=first["text"])
+                run_dir.status("failed", exit_code=first["code"], error=first["text"])
             os._exit(first["code"])
 
     threading.Thread(target=hear, name="listener", daemon=True).start()
 
 
-def fail(error: Exception, world: World | None, folder: RunFolder | None) -> None:
-    """Find out which rank failed first and keep its reason; raises Reported unless the error is this rank's own bug."""
+def fail(error: Exception, world: World | None, run_dir: RunDir | None) -> None:
+    """Find out which rank failed first and record its reason; raises Reported unless the error is this rank's own bug."""
     if isinstance(error, torch.OutOfMemoryError):
         error = UserError(f"{str(error).splitlines()[0]} To need less: parallel.activation_checkpointing = full, a "
-                          "lower batch.micro_packs or data.seq_len, or what docs/memory.md has")
+                          "lower batch.micro_packs or data.seq_len, or see docs/memory.md")
     if isinstance(error, RuntimeError) and "deterministic implementation" in str(error):
         error = UserError(f"train.deterministic: {str(error).splitlines()[0]} Set it to false, or leave out what needs "
                           "this operation")
     rank, code = parallel.launched_rank()[0], exit_code(error)
     text = str(error) or type(error).__name__
     first: dict[str, Any] = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
-    if folder:
-        with suppress(OSError, UserError):  # a full disk, or a broken log, is perhaps what this is about
-            folder.status("failed", exit_code=first["code"], error=first["text"])
-    if not world:  # each rank by itself: `guarded` says it
+    if run_dir:
+        with suppress(OSError, UserError):  # perhaps a full disk or a broken log is the cause
+            run_dir.status("failed", exit_code=first["code"], error=first["text"])
+    if not world:  # each rank fails by itself: `guarded` prints it
         return
     if first["rank"] != rank:
         raise Reported(code) from None

@@ -1,14 +1,15 @@
-"""What a run consists of, opened one after the other: base, ranks, model, optimiser, weights.
+"""The parts of a run, opened one after the other: base, ranks, model, optimizer, weights.
 
-    configuration, data -> Base -> Run, its parameters empty -> filled from the base, a checkpoint, or at random
+    configuration, data -> Base -> Run with empty parameters -> filled from the base, a checkpoint, or at random
 
-Whatever can be refused is refused before anything is allocated. The loop that works on it is in trainer.py.
+Whatever can be refused is refused before anything is allocated.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minisft.config import Config
 from minisft.data import packing
 from minisft.errors import NumericsError, UserError
 from minisft.evaluation import samples
+from minisft.lean.adamw import LeanAdamW
 from minisft.model import lora, weights
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig, read_config
@@ -28,15 +30,15 @@ from minisft.model.precision import DTYPES
 from minisft.planning.memory import Sizes
 from minisft.prepare import Prepared, adapters_of, check_vocabulary
 from minisft.training import parallel, provenance
-from minisft.training.checkpoint import SavedState, check_room, checkpoints
-from minisft.training.optimizer import Optimizer
+from minisft.training.checkpoint import SavedState, check_room, saved_checkpoints
+from minisft.training.optimizer import AdamW
 from minisft.training.parallel import World
 from minisft.versions import SHARDS_BYTES
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a run begins with."""
+    """The model that a run begins with."""
 
     network: LlamaConfig
     checkpoint: weights.WeightSource | None  # None: random weights
@@ -45,15 +47,15 @@ class Base:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run consists of, once all of it is open."""
+    """An open run."""
 
     config: Config
     prepared: Prepared
     world: World
     base: Base
     model: Llama
-    optimizer: Optimizer
-    history: list[dict[str, Any]] = field(default_factory=list)  # settings changed on the way (resume.history)
+    optimizer: AdamW
+    history: list[dict[str, Any]] = field(default_factory=list)  # settings changed on the way (resume.py)
 
     @property
     def folder(self) -> Path:
@@ -62,13 +64,13 @@ class Run:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """See `identity`."""
-        return identity(self.config, self.prepared, self.base.network, self.base.checkpoint)
+        """See `resume_fingerprint`."""
+        return resume_fingerprint(self.config, self.prepared, self.base.network, self.base.checkpoint)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Every key of the configuration, as JSON has it, except those that only say where files are or which
-        checkpoint a start takes."""
+        """Every key of the configuration as JSON, except those that only say where files are or which checkpoint a start
+        takes."""
         flat = {f"{section}.{key}": value for section, keys in asdict(self.config).items()
                 for key, value in keys.items()}
         return {key: value for key, value in json.loads(json.dumps(flat)).items()
@@ -76,13 +78,38 @@ class Run:
 
 
 def check_ranks(config: Config) -> None:
-    """Raise UserError where the ranks that torchrun has started cannot share a step as the configuration wants it."""
-    parallel.check_split(config.batch.packs, shard=config.parallel.shard, replicate=config.parallel.replicate)
-    if config.optim.in_backward:
-        parallel.check_one_micro_batch(config.batch.packs, config.batch.micro_packs)
-    if config.lora.rank and config.lora.base == "nf4" and parallel.launched_rank()[1] > 1 and not SHARDS_BYTES:
+    """Raise UserError if the ranks that torchrun has started cannot share a step as the configuration wants it."""
+    ranks, packs, micro_packs = parallel.launched_rank()[1], config.batch.packs, config.batch.micro_packs
+    replicate, sharded = parallel.copies(ranks, config.parallel), config.parallel.shard
+    if packs < ranks:
+        raise UserError(f"batch.packs = {packs} cannot be split over {ranks} ranks: some would never have work; raise "
+                        f"batch.packs to at least {ranks}, or start fewer processes")
+    if (sharded and sharded * replicate != ranks) or ranks % replicate:
+        raise UserError(f"parallel.shard = {sharded} times parallel.replicate = {replicate} is not the number of "
+                        f"ranks, {ranks}: it must be their product, or if one of them is 0, a multiple of the other")
+    if config.optim.in_backward and packs > micro_packs * ranks:
+        raise UserError(f"optim.in_backward: batch.packs = {packs} is more than batch.micro_packs = {micro_packs} on "
+                        f"{ranks} rank{'s' * (ranks > 1)}, but parameters that are updated in the backward pass cannot "
+                        f"wait for another; lower batch.packs to {micro_packs * ranks}, raise batch.micro_packs to "
+                        f"{-(-packs // ranks)}, or start more processes")
+    if config.lora.rank and config.lora.base == "nf4" and ranks > 1 and not SHARDS_BYTES:
         raise UserError(f"lora.base = nf4 on several ranks: torch {torch.__version__} cannot shard bytes; use torch "
                         "2.13 or newer, one process, or lora.base = bf16")
+
+
+def make_deterministic() -> None:
+    """Make every operation of a GPU give the same bits each time, or raise naming the one that cannot.
+
+    Otherwise the flash kernel's backward pass adds up in whatever order its blocks finish (Dao 2023), the compiler
+    chooses among kernels by timing them, and collectives choose how to add. Call it before CUDA is first used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    from torch._inductor import config  # imported late: it takes a second
+
+    config.deterministic = True
 
 
 def open_base(config: Config, prepared: Prepared) -> Base:
@@ -106,33 +133,37 @@ def open_base(config: Config, prepared: Prepared) -> Base:
             weights.check(Llama(network), checkpoint)
     check_vocabulary(prepared, network)
     if config.eval.samples:
-        samples.questions(prepared.evals, config.eval.samples)  # whether there are any is known before training
+        samples.questions(prepared.evals, config.eval.samples)  # raises if there are none
     return Base(network, checkpoint, provenance.beginnings(config.model.path if checkpoint else ""))
 
 
 def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Run:
-    """The model, allocated and not yet filled, and its optimiser. Raises OSError where the disk has no room."""
-    parts, optim = config.parallel, config.optim
-    model = parallel.build_model(
-        base.network, world, precision=config.train.precision, recompute=parts.activation_checkpointing,
-        parameters=DTYPES[optim.parameters], compiled=is_compiled(config, world), reshard=parts.reshard,
-        prefetch=parts.prefetch, offload=parts.offload, adapters=adapters_of(config))
-    if world.leads:
+    """The model, allocated but not filled yet, and its optimizer. Raises OSError if the disk has no room."""
+    adapters = adapters_of(config)
+    model = parallel.build_model(base.network, world, config, adapt=partial(
+        lora.adapt, lora=adapters, trained=DTYPES[config.optim.parameters]) if adapters else None)
+    if world.is_main:
         check_room(Path(config.run.dir), room_needed(config, model, prepared.plan.total_steps), "the run needs")
-    optimizer = Optimizer(
-        model, world.mesh, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps,
-        moments=DTYPES[optim.moments], in_backward=optim.in_backward, offload=parts.offload == "optimizer",
-        seed=config.train.seed, compiled=is_compiled(config, world) and parts.offload != "parameters")
-    return Run(config, prepared, world, base, model, optimizer)
+    return Run(config, prepared, world, base, model, open_optimizer(model, config, world))
+
+
+def open_optimizer(model: Llama, config: Config, world: World) -> AdamW:
+    """AdamW in the memory that the configuration leaves it."""
+    optim, offload = config.optim, config.parallel.offload
+    if not (optim.in_backward or offload == "optimizer" or "bf16" in (optim.moments, optim.parameters)):
+        return AdamW(model, optim, world.mesh)
+    compiled = parallel.is_compiled(config.parallel, world.device) and offload != "parameters"
+    return LeanAdamW(model, optim, world.mesh, offload=offload == "optimizer", seed=config.train.seed,
+                     compiled=compiled)
 
 
 def fill(run: Run, saved: SavedState | None) -> None:
-    """Give the model the weights of the checkpoint to resume from, of the base model, or random ones. Raises
-    NumericsError if any of them is not finite."""
+    """Fill the model with the weights of the checkpoint to resume from, of the base model, or random ones. Raises
+    NumericsError if any weight is not finite."""
     seed, adapters, checkpoint = run.config.train.seed, adapters_of(run.config), run.base.checkpoint
-    if adapters and checkpoint:  # also where there is something to go on from: the frozen weights are not in it
+    if adapters and checkpoint:  # on resume too: a checkpoint does not hold the frozen weights
         lora.load(run.model, checkpoint, seed=seed)
-        if run.world.leads:
+        if run.world.is_main:
             print(lora.described(run.model, adapters), flush=True)
     if saved:
         saved.restore(run.optimizer, run.world)
@@ -157,11 +188,11 @@ def check_finite(tensors: Mapping[str, Tensor], world: World, when: str, remedy:
                             f"{f' and {len(names) - 10} more' * (len(names) > 10)}; {remedy}")
 
 
-def identity(config: Config, prepared: Prepared, model_config: LlamaConfig,
+def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaConfig,
              base: weights.WeightSource | None) -> dict[str, Any]:
-    """What must be the same when a run goes on, or its batches, or what it trains, would be others."""
+    """What must stay the same when a run resumes, or it would have other batches or train something else."""
     frozen = {}
-    if config.lora.rank and base:  # as JSON has it, where a tuple is a list
+    if config.lora.rank and base:  # as JSON, where a tuple is a list
         frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
         frozen |= {"lora.targets": list(config.lora.targets), "base": weights.fingerprint(base)}
     return {**frozen,
@@ -178,9 +209,8 @@ def identity(config: Config, prepared: Prepared, model_config: LlamaConfig,
 
 
 def room_needed(config: Config, model: Llama, steps: int) -> int:
-    """Bytes on the disk without which a run of `steps` steps cannot end well: models and checkpoints, less those that
-    are there. The last step is saved, too; an old checkpoint goes only when the new one is complete, so there is one
-    more than are kept."""
+    """Bytes of disk that a run of `steps` steps needs: models and checkpoints, less those that exist. The last step is
+    saved, too; an old checkpoint goes only when the new one is complete, so there is one more than are kept."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)  # of all ranks
     final, weight, moment = (DTYPES[precision].itemsize for precision in (
         config.train.precision, config.optim.parameters, config.optim.moments))
@@ -188,12 +218,7 @@ def room_needed(config: Config, model: Llama, steps: int) -> int:
     saves = -(-steps // (config.checkpoint.every or steps))
     exports = steps // (config.checkpoint.export_every or steps + 1)
     models = config.run.export + max(exports - len([*folder.glob("exports/step-*[0-9]")]), 0)
-    states = max((min(keep + 1, saves) if keep else saves) - len(checkpoints(folder / "checkpoints")), 0)
-    # What a save or an export that was killed has left makes room for its like.
+    states = max((min(keep + 1, saves) if keep else saves) - len(saved_checkpoints(folder / "checkpoints")), 0)
+    # The remains of a save or an export that was killed make room for the next one.
     unfinished = sum(file.stat().st_size for file in folder.glob("**/*.tmp/*"))
     return models * Sizes.of(model.config).total * final + states * trained * (weight + 2 * moment) - unfinished
-
-
-def is_compiled(config: Config, world: World) -> bool:
-    """Whether the layers are compiled, and packs padded to one shape for that."""
-    return parallel.is_on(config.parallel.compile, auto=world.device.type == "cuda")

@@ -1,24 +1,24 @@
 """Tensors that live in the host's memory and visit the device a chunk at a time.
 
-AdamW's moments are touched once a step. Kept in pinned memory of the host, they cost the device only the chunks that
-are under way: one is fetched while the one before is computed and the one before that goes back (Ren et al. 2021,
-"ZeRO-Offload"; there the host computes, too, here it only stores).
+AdamW's moments are needed once a step. Kept in pinned host memory, they cost the device only the chunks in flight: one
+is fetched while the one before is computed and the one before that returns (Ren et al. 2021, "ZeRO-Offload", which also
+computes on the host; here the host only stores).
 
-    fetch    |  0  |  1  |  2  |  3  |          three streams; a slot is fetched into again
-    compute        |  0  |  1  |  2  |  3       when what was in it is back on the host
+    fetch    |  0  |  1  |  2  |  3  |          three streams; a slot is reused
+    compute        |  0  |  1  |  2  |  3       once its content is back on the host
     store                |  0  |  1  |  2  | 3
 
-On a CPU the same code runs on streams that do nothing: the moments are where they were, and nothing is saved.
+On a CPU the same code runs on streams that do nothing: the moments stay in place, and nothing is saved.
 """
 
 import torch
 from torch import Tensor
 
-SLOTS = 3  # one that is fetched, one that is computed, one that goes back
+SLOTS = 3  # one being fetched, one being computed, one being stored
 
 
-class HostVisits:
-    """The way of chunks of host tensors to `device` and back, each of at most `size` elements."""
+class HostOffload:
+    """Moves chunks of host tensors, each of at most `size` elements, to `device` and back."""
 
     def __init__(self, device: torch.device, *, size: int, dtype: torch.dtype, tensors: int = 2):
         self._backend = torch.get_device_module(device)
@@ -28,12 +28,12 @@ class HostVisits:
         self._turn = 0
 
     def begin(self) -> None:
-        """Before the first visit of a step: what the step before still writes to the host is not fetched."""
+        """Before the first fetch of a step: do not fetch what the step before is still writing to the host."""
         self._fetching.wait_stream(self._storing)
         self._fetching.wait_stream(self._backend.current_stream())  # the slots and their first use are this stream's
 
     def fetch(self, host: list[Tensor]) -> list[Tensor]:
-        """Copies of `host` (each (n,)) on the device. Work queued from here on finds them there."""
+        """Copies of `host` (each (n,)) on the device, ready for work queued from here on."""
         slot = self._turn % SLOTS
         with self._backend.stream(self._fetching):
             self._fetching.wait_event(self._stored[slot])
@@ -52,5 +52,5 @@ class HostVisits:
         self._turn += 1
 
     def wait(self) -> None:
-        """Let the host wait until everything is back."""
+        """Block the host until everything is back."""
         self._stored[(self._turn - 1) % SLOTS].synchronize()

@@ -1,10 +1,10 @@
-"""The folder of a run: who owns it, what state the run is in, what is in its log.
+"""The folder of a run: its lock, the state of the run, its log.
 
     config.toml  data.json  environment.json  metrics.jsonl  status.json
     checkpoints/step-000100/  final/  profile/  .lock
 
-One run at a time owns a folder, by a lock that the kernel lets go of when the owner dies. A folder that holds something
-else, or a run that is finished, is never written over.
+One run at a time holds a folder, by a lock that the kernel releases when the process dies. A folder that holds something
+else, or a finished run, is never overwritten.
 """
 
 import fcntl
@@ -18,15 +18,15 @@ from typing import Any, BinaryIO
 from minisft.errors import UserError
 from minisft.reports.shapes import is_number, misfit
 
-# What a record of a kind must have for a run to be resumed and recorded; the loss may also be null.
+# Fields that a run needs when it resumes and records its model; the loss may also be null.
 SHAPES = {"train": {"step": int, "tokens": int, "target_tokens": int, "seconds": float},
           "eval": {"step": int, "name": str, "target_tokens": int, "forgetting?": float}}
-# What a run would write over.
+# A run would overwrite these.
 OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "final", "profile")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records in the `metrics.jsonl` of a run; none if there is no such file. UserError for any other line."""
+    """The records in a run's `metrics.jsonl`; empty without one. Raises UserError for a line that is no record."""
     file = folder / "metrics.jsonl"
     if not file.exists():
         return []
@@ -35,7 +35,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def _records(log: BinaryIO, file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line and its record; not a last line that was cut off by a crash."""
+    """Each line and its record, except a last line that a crash cut off."""
     for number, line in enumerate(log, start=1):
         if not line.endswith(b"\n"):
             return
@@ -52,17 +52,17 @@ def _records(log: BinaryIO, file: Path) -> Iterator[tuple[bytes, dict[str, Any]]
         yield line, record
 
 
-class RunFolder:
-    """Owned from construction until `close`, by the leading rank.
+class RunDir:
+    """Locked by the main rank from construction until `close`.
 
-    Raises UserError if the folder is another run's or holds something else, OSError if it cannot be written.
+    Raises UserError if another run uses the folder or it holds something else, OSError if it cannot be written.
     """
 
     def __init__(self, path: Path):
         self.path = path
         foreign = [name for name in OURS if (path / name).exists()]
         if foreign and not (path / "status.json").exists():
-            raise UserError(f"{path}: holds {', '.join(foreign)}, but not of a run; choose another folder with run.dir")
+            raise UserError(f"{path}: holds {', '.join(foreign)}, but no run; choose another folder with run.dir")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
         try:
@@ -76,19 +76,19 @@ class RunFolder:
         self._lock.truncate(0)
         self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
 
-    def was_begun_with(self, effective_config: str) -> bool:
-        """Whether the last start that was accepted had this configuration."""
+    def was_started_with(self, effective_config: str) -> bool:
+        """True if the last accepted start had this configuration."""
         file = self.path / "config.toml"
         return file.exists() and file.read_bytes() == effective_config.encode()
 
     def begin(self, effective_config: str, *, data: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Write what the run is made of; when it goes on, what it goes on with."""
+        """Record what the run is made of at this start."""
         self._write("config.toml", effective_config)
         self._write("data.json", json.dumps(data, indent=1) + "\n")
         self._write("environment.json", json.dumps(environment, indent=1) + "\n")
 
     def status(self, state: str, *, exit_code: int | None = None, error: str = "") -> None:
-        """Replace `status.json`; torchrun hides a process's exit code, so it is kept here."""
+        """Replace `status.json`, which also keeps the exit code, because torchrun hides it."""
         content = {"state": state, "exit_code": exit_code, "step": self.last_step(), "error": error}
         self._write("status.json.tmp", json.dumps(content))
         os.replace(self.path / "status.json.tmp", self.path / "status.json")
@@ -96,11 +96,11 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         try:
             (self.path / name).write_text(text, encoding="utf-8")
-        except OSError as error:  # of a full disk, the library names no file
+        except OSError as error:  # a full disk; the library names no file
             raise OSError(error.errno, error.strerror, str(self.path / name)) from None
 
     def last_step(self) -> int:
-        """The last step in `metrics.jsonl` before any line that is not a record; 0 without one."""
+        """The last step in `metrics.jsonl`, up to the first line that is no record; 0 without one."""
         file, last = self.path / "metrics.jsonl", 0
         if file.exists():
             with suppress(UserError, OSError), open(file, "rb") as log:
@@ -109,8 +109,8 @@ class RunFolder:
         return last
 
     def rewind_log(self, step: int) -> int:
-        """Drop the records of `metrics.jsonl` that come after `step`: those steps are taken again. Returns how many
-        steps are left in it."""
+        """Drop the records of `metrics.jsonl` after `step`, because those steps are taken again. Returns the number of
+        steps left in it."""
         file, partial = self.path / "metrics.jsonl", self.path / "metrics.jsonl.tmp"
         if not file.exists():
             return 0
@@ -126,10 +126,10 @@ class RunFolder:
         return len(steps)
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it was not let go of yet."""
+    def is_locked(self) -> bool:
+        """True until `close`."""
         return not self._lock.closed
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         self._lock.close()

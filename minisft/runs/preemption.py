@@ -1,9 +1,9 @@
 """Being asked to stop: by a scheduler that wants the machines back, or by a person.
 
-The first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal), to any one process, only leaves a note. The note
-travels with the loss of the next step to all ranks, which stop after the same step, save, and exit with code 75; in an
-evaluation it travels with every batch, and the evaluation is given up. A second signal ends the process at once.
-torchrun passes signals on, but kills after 30 seconds unless `--shutdown-timeout` allows more.
+The first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal), to any one process, only leaves a note. After every
+step, and before every batch of an evaluation, the ranks add up their notes; all of them stop at the same place, save,
+and exit with code 75. A second signal ends the process at once. torchrun passes signals on, but kills after 30 seconds
+unless `--shutdown-timeout` allows more.
 """
 
 import os
@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from minisft.training.metrics import Later
+from minisft.runs.metrics import AsyncScalars
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -25,38 +25,38 @@ class Stopped(Exception):  # noqa: N818 (not an error)
 
 
 class Preemption:
-    """Whether this process was asked to stop. While the object is in use, signals do not end the process."""
+    """Notes that this process was asked to stop. While the object is in use, signals do not end the process."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self._told: Later | None = None
+        self.requested = False
+        self._last: AsyncScalars | None = None
         # nohup ignores SIGHUP, and so does a run that it started.
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS
                         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
 
     def check(self, device: torch.device) -> None:
-        """Raise Stopped if some rank had been asked to stop at the call before this one.
+        """Raise Stopped if some rank had been asked to stop by the call before this one.
 
-        All ranks call it together, between batches of work that they share. The answer is that of the call before, so
-        no host waits for its device.
+        All ranks call it together, between pieces of work that they share. The answer is one call late, so no host
+        waits for its device.
         """
-        wish = torch.full((1,), float(self.asked), device=device)
+        wish = torch.full((1,), float(self.requested), device=device)
         dist.all_reduce(wish)
-        before, self._told = self._told, Later(wish)
+        before, self._last = self._last, AsyncScalars(wish)
         if before and before.read()[0]:
             raise Stopped
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.asked:
+        if self.requested:
             _say(f"{name} again: stopping at once\n")
             os._exit(128 + number)
-        self.asked = True
+        self.requested = True
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _say(f"{name}: stopping soon, and saving; once more to stop at once\n")
 
     def close(self) -> None:
-        """Give the signals back to whoever handled them before."""
+        """Restore the handlers that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

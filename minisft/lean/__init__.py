@@ -1,0 +1,1 @@
+"""Ways to train with less memory; the core does not know them."""

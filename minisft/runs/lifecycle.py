@@ -1,0 +1,211 @@
+"""A run from its configuration to a Hugging Face folder, around the loop (training/loop.py).
+
+    configuration -> data and plan -> model, sharded -> resume? -> for each step that the loop yields:
+        log it; save, evaluate, export if it is time; stop if asked to
+    -> held-out losses -> final/
+"""
+
+import faulthandler
+import json
+import sys
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minisft import config as configuration
+from minisft.config import Config
+from minisft.data.loader import steps
+from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
+from minisft.planning.hardware import peak_flops
+from minisft.prepare import prepare
+from minisft.reports.data_report import describe, figures
+from minisft.runs import assemble, resume
+from minisft.runs.after import AfterStep, export_as, is_due, record_of_model
+from minisft.runs.assemble import Run, check_finite, check_ranks, fill, open_base, open_run
+from minisft.runs.failure import fail, guarded, listen, watch
+from minisft.runs.metrics import Monitor, memory_gib
+from minisft.runs.preemption import Preemption, Stopped
+from minisft.runs.run_dir import RunDir, read_log
+from minisft.training import parallel
+from minisft.training.checkpoint import SavedState, Saver, saved_checkpoints, set_aside
+from minisft.training.environment import environment
+from minisft.training.export import try_export
+from minisft.training.loop import StepResult, training_steps
+from minisft.training.loss import batch_loss
+from minisft.training.profile import profiled
+from minisft.versions import warn_if_untested
+
+
+def main(argv: list[str]) -> int:
+    """Train as the command line says; returns the exit code."""
+    return guarded(lambda: train(configuration.load(argv)))
+
+
+def train(config: Config) -> int:
+    """One run, from the data to `final/` in the run folder. Returns 0, or 75 if it was asked to stop and has saved."""
+    is_main = parallel.launched_rank()[0] == 0
+    preemption = run_dir = world = None
+    try:
+        warn_if_untested()
+        check_ranks(config)
+        if config.train.deterministic:
+            assemble.make_deterministic()
+        prepared = prepare(config, quiet=not is_main)
+        base, preemption = open_base(config, prepared), Preemption()
+        if is_main:
+            print(describe(data := figures(prepared), short=True), flush=True)
+            run_dir = RunDir(Path(config.run.dir))
+            run_dir.status("running")
+            read_log(run_dir.path)  # a line that is no record ends the run here, not hours later
+        world = parallel.start(config.parallel)
+        listen(world, run_dir)
+        watch(config.parallel.timeout)
+        run = open_run(config, prepared, world, base)
+        saved = resume.find(run, same_start=run_dir is not None and run_dir.was_started_with(config.to_toml()))
+        fill(run, saved)
+        run.history.extend(resume.history(saved, run.settings, run.fingerprint))
+        if run_dir:
+            record_start(run, run_dir, saved, data=data)
+        finished = run_steps(run, preemption, saved)
+        return finish(run, run_dir, finished=finished, stop_requested=preemption.requested)
+    except Exception as error:
+        run_dir = run_dir or (previous_run_dir(config) if is_main else None)
+        fail(error, world, run_dir)
+        raise
+    finally:
+        parallel.stop(failed=sys.exc_info()[0] is not None)
+        faulthandler.cancel_dump_traceback_later()
+        if preemption:
+            preemption.close()
+        if run_dir:
+            run_dir.close()
+
+
+def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: dict[str, Any]) -> None:
+    """Record in the folder that the run starts from `saved`. From now on it resumes from nothing else."""
+    step = saved.step if saved else 0
+    if run.config.run.export:
+        try_export(run.base.network, run.prepared.renderer, run.folder / "final",
+                   record=record_of_model(run, data, step=step, log=[]))
+    set_aside(resume.abandoned(saved, saved_checkpoints(run_dir.path / "checkpoints")))
+    run_dir.begin(run.config.to_toml(), data=data, environment=environment())
+    logged = run_dir.rewind_log(step if saved else -1)  # step 0 is evaluated again
+    for change in run.history:
+        if change["from_step"] == step + 1:
+            was, now = (text if len(text) <= 80 else f"{text[:77]}..."
+                        for text in map(json.dumps, (change["was"], change["is"])))
+            print(f"{change['key']}: was {was}, is {now} from step {step + 1}", flush=True)
+    if logged < step:
+        print(f"{run_dir.path / 'metrics.jsonl'}: has {logged} of the {step} steps so far; the others are lost from "
+              "the log, and the model's record will say so", flush=True)
+
+
+def finish(run: Run, run_dir: RunDir | None, *, finished: bool, stop_requested: bool) -> int:
+    """Export the model of a `finished` run, and record how the run ended; returns the exit code."""
+    if run_dir and (stop_requested or not finished):  # it has saved, and may be killed while it exports
+        run_dir.status("preempted", exit_code=EXIT_PREEMPTED)
+    if not finished:
+        dist.barrier()  # torchrun ends all ranks as soon as one leaves: not before the main one has recorded that
+        return EXIT_PREEMPTED
+    if run.config.run.export:
+        export_as(run, run.folder / "final", adapter="adapter", step=run.prepared.plan.total_steps)
+    if run_dir:
+        run_dir.status("done", exit_code=0)
+    return 0
+
+
+def previous_run_dir(config: Config) -> RunDir | None:
+    """The folder of an earlier attempt, which must not stay "preempted": a scheduler would restart it forever. None if
+    there is no such folder, it holds a finished run, or another process uses it."""
+    with suppress(UserError, OSError):
+        return RunDir(Path(config.run.dir)) if Path(config.run.dir, "status.json").exists() else None
+    return None
+
+
+def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None) -> bool:
+    """Take the steps of the plan after `saved`, with their evaluations and checkpoints. Returns True if the run is
+    complete: all steps trained, and evaluated."""
+    config, world, total = run.config, run.world, run.prepared.plan.total_steps
+    number = start = saved.step if saved else 0
+    saver = Saver(run.folder / "checkpoints", world, keep=config.checkpoint.keep)
+    monitor = Monitor(run.folder / "metrics.jsonl" if world.is_main else None, start=start, total=total,
+                      max_skipped=config.train.max_skipped, documents=run.prepared.origins,
+                      in_backward=config.optim.in_backward, before=saved.progress if saved else None)
+    taken = training_steps(run.model, run.optimizer, run.prepared.train, run.prepared.plan, config, world, start=start)
+    with closing(monitor), closing(taken):
+        complete, after = False, AfterStep(run, monitor, preemption)
+        with suppress(Stopped):
+            after.step(start, done=after.done(start) if start else frozenset())
+            watch(config.parallel.timeout)
+            for result in profiled(taken, run.folder / "profile" if config.run.profile and world.is_main else None):
+                number = result.step
+                monitor.step(record_of(run, result, seconds=monitor.lap()), result.loss, result.grad_norm)
+                saver.check()
+                if is_due(number, config.checkpoint.every) or number == total:  # before an export, which may fail
+                    save(run, saver, monitor, number)
+                after.step(number)
+                watch(config.parallel.timeout)
+                if number < total:
+                    preemption.check(world.device)
+            complete = number == total
+        if number > start and saver.step != number:
+            save(run, saver, monitor, number)
+        saver.finish()
+        if not complete:
+            monitor.say(f"saved step {number}; the same command resumes from there" if number else
+                        "stopped before the first step; the same command starts again")
+    return complete
+
+
+def save(run: Run, saver: Saver, monitor: Monitor, number: int) -> None:
+    """Begin a checkpoint of the run after `number` steps. Raises NumericsError rather than replace older checkpoints
+    with a broken model."""
+    monitor.settle()  # or this step would be in the checkpoint but not in the log
+    check_finite(run.optimizer.rows, run.world, f"after step {number}", "lower optim.lr")
+    if number == run.prepared.plan.total_steps:
+        check_trained(run, monitor)
+    monitor.sync()
+    if number == run.prepared.plan.total_steps and not (run.config.run.export or run.config.checkpoint.every):
+        return  # there is no export that could fail, and nobody asked for checkpoints
+    saver.save(number, run.optimizer, {
+        "adam_steps": run.optimizer.steps(), "fingerprint": run.fingerprint, "settings": run.settings,
+        "history": run.history, **monitor.progress()})
+
+
+def check_trained(run: Run, monitor: Monitor) -> None:
+    """Raise NumericsError if no step of the run was finite, or if its last one was not and neither is the loss now on
+    the documents of its first one."""
+    plan, advice = run.prepared.plan, "nothing is exported; check the base model, or lower optim.lr"
+    if not monitor.finite_steps:
+        raise NumericsError(f"none of the {plan.total_steps} steps had a finite loss and gradient, so nothing was "
+                            f"trained: {advice}")
+    if not monitor.skipped_in_a_row:
+        return
+    config, world, loss = run.config, run.world, torch.zeros((), device=run.world.device)
+    compiled = parallel.is_compiled(config.parallel, world.device)
+    with torch.no_grad(), closing(steps(
+            run.prepared.train, plan, rank=world.rank, ranks=world.ranks, micro_packs=config.batch.micro_packs,
+            fixed=compiled, device=world.device)) as planned:
+        step = next(planned)
+        for batch in step.micro_batches:
+            loss += batch_loss(run.model, batch, world.device, step.target_tokens, config.optim, compiled=compiled)
+    if not parallel.all_sum(loss).isfinite():
+        raise NumericsError(f"the last {monitor.skipped_in_a_row} of {plan.total_steps} steps had no finite loss or "
+                            f"gradient, and neither has the model on the documents of the first step: {advice}")
+
+
+def record_of(run: Run, result: StepResult, *, seconds: float) -> dict[str, Any]:
+    """The log's record of a step; loss and gradient norm are still on the device."""
+    record = {"kind": "train", "step": result.step, "epoch": result.epoch, "loss": None, "lr": result.lr,
+              "grad_norm": None, "tokens": result.tokens, "target_tokens": result.target_tokens, "seconds": seconds,
+              "tokens_per_second": result.tokens / seconds, "memory_gib": memory_gib(run.world.device)}
+    if not run.world.is_main:
+        return record
+    if (peak := peak_flops(run.world.device)) and run.prepared.network:
+        record["mfu"] = run.prepared.flops(result.step - 1) / seconds / (peak * run.world.ranks)
+    if run.world.device.type == "cuda":
+        record["memory_reserved_gib"] = torch.cuda.max_memory_reserved(run.world.device) / 2**30
+    return record | run.prepared.shares(result.step - 1)

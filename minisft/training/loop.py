@@ -1,0 +1,58 @@
+"""THE training loop: a generator of steps without input or output.
+
+    for each step of the plan:
+        forward and backward of each micro-batch, its loss divided by the trained tokens of the whole step
+        clip by the global norm, update
+        yield what happened
+
+Whoever runs the generator decides what happens between two steps: logging, evaluation, checkpoints, stopping
+(runs/lifecycle.py). The loop itself never waits for the device.
+"""
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minisft.config import Config
+from minisft.data.dataset import Dataset
+from minisft.data.loader import steps
+from minisft.data.packing import Plan
+from minisft.training.loss import batch_loss
+from minisft.training.optimizer import AdamW, learning_rate
+from minisft.training.parallel import World, all_sum, is_compiled
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One finished optimizer step. The tensors are on the device and may still be on their way."""
+
+    step: int  # from 1
+    epoch: int  # from 0
+    lr: float
+    tokens: int  # of all ranks
+    target_tokens: int  # trained ones, of all ranks
+    loss: Tensor  # () mean over the step's trained tokens, in nats
+    grad_norm: Tensor  # () before clipping; if it is not finite, the step changed nothing
+
+
+def training_steps(model: nn.Module, optimizer: AdamW, dataset: Dataset, plan: Plan, config: Config, world: World, *,
+                   start: int = 0) -> Generator[StepResult, None, None]:
+    """Train `model` on the steps of `plan` from `start` (from 0) on, yielding after each. All ranks run it together."""
+    compiled = is_compiled(config.parallel, world.device)
+    with closing(steps(dataset, plan, start=start, rank=world.rank, ranks=world.ranks, device=world.device,
+                       micro_packs=config.batch.micro_packs, fixed=compiled)) as planned:
+        for step in planned:
+            lr = learning_rate(step.index, plan.total_steps, config.optim)
+            optimizer.begin(lr, step.index)
+            loss_sum = torch.zeros((), device=world.device)
+            for batch in step.micro_batches:
+                loss = batch_loss(model, batch, world.device, step.target_tokens, config.optim, compiled=compiled)
+                loss.backward()  # adds to .grad, over micro-batches and ranks: sums, never means
+                loss_sum += loss.detach()
+            grad_norm = optimizer.clip(config.optim.clip_norm)
+            optimizer.step()
+            yield StepResult(step.index + 1, step.epoch, lr, step.tokens, step.target_tokens, all_sum(loss_sum),
+                             grad_norm)
