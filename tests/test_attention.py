@@ -65,7 +65,10 @@ def test_it_is_a_proper_operator(heads_first):
     q, k, v = draw(ROWS + 9, 6, torch.float32)
     if heads_first:  # in memory
         q, k, v = (x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (q, k, v))
-    torch.library.opcheck(document_attention, (q, k, v, torch.tensor([0, ROWS, ROWS + 9], dtype=torch.int32)))
+    offsets = torch.tensor([0, ROWS, ROWS + 9], dtype=torch.int32)
+    torch.library.opcheck(document_attention, (q, k, v, offsets))
+    backward = torch.ops.minisft.document_attention_backward.default
+    torch.library.opcheck(backward, (*(x.detach() for x in (q, q, k, v)), offsets))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
