@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import threading
 import time
 from types import SimpleNamespace
@@ -114,6 +115,28 @@ def test_old_ones_go_only_after_the_new_one_is_there(tmp_path, world):
     for step in (2, 4, 10):
         save(tmp_path, world, step=step, keep=2)
     assert [path.name for path in saved_checkpoints(tmp_path)] == ["step-000010", "step-000004"]
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, world, monkeypatch):
+    """When the power fails, only what was synced is sure to be there: sizes of files, and names in folders."""
+    def content(file):
+        return sorted(os.listdir(file)) if stat.S_ISDIR(os.stat(file).st_mode) else os.stat(file).st_size
+
+    synced, lost, fsync, rename = {}, {}, os.fsync, os.rename
+
+    def record(descriptor):
+        synced[os.stat(descriptor).st_ino] = content(descriptor)
+        fsync(descriptor)
+
+    def compare(old, new):
+        lost[new.name] = [path for path in (old, *old.iterdir()) if synced.get(path.stat().st_ino) != content(path)]
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "rename", compare)
+    save(tmp_path, world)
+    assert lost == {"step-000003": []}
+    assert synced[tmp_path.stat().st_ino] == ["step-000003"]
 
 
 def test_what_is_incomplete_is_never_taken_and_that_is_said(tmp_path, world, capsys):

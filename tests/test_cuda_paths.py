@@ -114,12 +114,12 @@ def compiler(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("shared", [1, 2, 4])
-def test_the_cuda_branch_is_the_cpu_branch(monkeypatch, shared):
+@pytest.mark.parametrize(("heads", "shared", "width"), [(4, 1, 16), (4, 2, 16), (4, 4, 16), (16, 2, 8), (8, 4, 8)])
+def test_the_cuda_branch_is_the_cpu_branch(monkeypatch, heads, shared, width):
     torch.manual_seed(0)
     documents = Documents.of_lengths((7, 1, 30, 26))
-    q, k, v = (torch.randn(64, heads, 16).bfloat16().requires_grad_() for heads in (4, 4 // shared, 4 // shared))
-    grad = torch.randn(64, 4, 16).bfloat16()
+    q, k, v = (torch.randn(64, n, width).bfloat16().requires_grad_() for n in (heads, heads // shared, heads // shared))
+    grad = torch.randn(64, heads, width).bfloat16()
     results = []
     for takes in (True, False):
         monkeypatch.setattr(attention, "is_for_flash", lambda q, takes=takes: takes)

@@ -1,8 +1,10 @@
 """Forgetting is the general text's loss minus the base model's, and it is the same figure after any crash."""
 
+import io
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from small_runs import HERE, log, options, train, wait_for_savers
 from minisft import config as configuration
 from minisft.__main__ import main as command
 from minisft.errors import UserError
+from minisft.evaluation import heldout
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.forgetting import Forgetting
 from minisft.evaluation.heldout import file_losses, loss_figures
@@ -175,6 +178,28 @@ def test_losses_of_files_are_those_of_their_documents(base, tmp_path, general):
     assistant.model.config = replace(assistant.model.config, max_position_embeddings=128)
     assert file_losses(assistant, [str(conversations)], cache=tmp_path / "cache", quiet=True) == [short], (
         "a model says nothing past its context")
+
+
+def test_the_model_reads_the_documents_of_a_file_and_no_padding(base, tmp_path, general, monkeypatch):
+    read, whole = [], heldout.batch_loss
+    monkeypatch.setattr(heldout, "batch_loss", lambda model, batch, **options: read.append(len(batch.tokens)) or whole(
+        model, batch, **options))
+    assistant = Assistant.load(base, template="llama3")
+    file_losses(assistant, [str(general)], cache=tmp_path / "cache", quiet=True)
+    assert sum(read) == sum(1 + len(assistant.renderer.tokenizer.encode(text)) + 1 for text in TEXTS)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_shown_on_a_terminal_unless_it_is_to_be_quiet(base, tmp_path, general, monkeypatch):
+    assistant = Assistant.load(base, template="llama3")
+    for quiet in ({}, {"quiet": True}):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        file_losses(assistant, [str(general)], cache=tmp_path / f"cache{quiet}", **quiet)
+        assert (f"tokenise {general}: " in sys.stderr.getvalue()) == (not quiet)
 
 
 def test_a_file_of_another_tokenizer_is_refused(base, tmp_path, general):

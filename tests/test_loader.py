@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.data.loader import IDLE, ahead, deal, micro_batch, padded, steps
+from minisft.data.loader import EVEN, IDLE, ahead, deal, micro_batch, padded, steps
 from minisft.data.packing import Plan
 
 
@@ -160,6 +160,18 @@ def test_a_small_deal_is_near_the_best_of_all(costs, ranks):
     best = min(dearest([order[i : i + size] for i in range(0, len(costs), size)])
                for order in itertools.permutations(range(len(costs))))
     assert dearest(deal(np.array(costs), ranks=ranks)) <= 7 / 6 * best
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=2, max_size=40), st.integers(2, 8))
+@settings(max_examples=200)
+def test_no_swap_with_the_dearest_hand_would_help(costs, ranks):
+    """Unless the hands are even already: tried for every pair of packs."""
+    hands = deal(np.array(costs), ranks=ranks)
+    sums = [sum(costs[pack] for pack in hand) for hand in hands]
+    dear = sums.index(max(sums))
+    swaps = [max(sums[dear] - costs[a] + costs[b], sums[other] - costs[b] + costs[a])
+             for other, hand in enumerate(hands) if other != dear for a in hands[dear] for b in hand]
+    assert max(sums) - min(sums) <= EVEN * np.mean(sums) or min(swaps, default=max(sums)) >= max(sums)
 
 
 def conversations(median, sigma, seq_len, count=20_000):

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import reduce
+from operator import and_, or_
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +269,12 @@ def test_the_loose_hash_sees_what_an_independent_folding_sees():
     assert all(len(folds) == 1 for folds in by_hash.values())
 
 
+def test_a_loose_hash_has_64_bits():
+    """Each of them is set for some texts and not for others."""
+    hashes = [loose_hash(Conversation((Turn("text", str(number)),), "", 0)) for number in range(64)]
+    assert (reduce(or_, hashes), reduce(and_, hashes)) == (2**64 - 1, 0)
+
+
 @pytest.mark.parametrize("template", ["llama3", "llama3.1", "alpaca", "text"])
 def test_words_and_tokens_of_the_contents_are_counted_without_the_template(opened, folder, template):
     """Turkish takes more tokens a word, and the English of the template must not hide that."""
@@ -275,6 +283,14 @@ def test_words_and_tokens_of_the_contents_are_counted_without_the_template(opene
     texts = ["Kaç yaşındasın sen?", "On  yedi"] * 2 + ["Why?", "Because it is so."]
     assert store.report.words == sum(len(text.split()) for text in texts) == 15
     assert store.report.content_tokens == sum(len(renderer.tokenizer.encode(text)) for text in texts)
+
+
+def test_a_content_that_reads_like_a_control_token_at_both_ends_is_counted_whole(opened, folder):
+    renderer = Renderer(TEMPLATES["text"], Tokenizer(folder))
+    store = opened([qa("<|eot_id|> or <|eot_id|>", "Yes.")], renderer=renderer)
+    assert store.report.words == 4
+    assert store.report.content_tokens == sum(
+        len(renderer.tokenizer.encode(text)) for text in ("<|eot_id|> or <|eot_id|>", "Yes."))
 
 
 # Interrupted, raced, refused
