@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 
-from minisft.model.nf4 import NF4
+from minisft.lora.nf4 import NF4
 from minisft.training import run, trainer
 from minisft.training.optimizer import MOMENTS, Optimizer
 from minisft.training.run_folder import read_log

@@ -6,8 +6,7 @@ from small_runs import train
 from test_cuda_paths import TINY
 
 from minisft.evaluation.decoding import logits
-from minisft.model.attention import Documents, attend
-from minisft.model.llama import Llama
+from minisft.model.llama import Documents, Llama, attend
 from minisft.training.loss import linear_cross_entropy
 from minisft.training.optimizer import Optimizer
 

@@ -19,7 +19,7 @@ from small_runs import HERE, final_weights, launch, log, options, train, wait_fo
 
 from minisft.__main__ import main as command
 from minisft.evaluation import samples
-from minisft.model.llama import Llama
+from minisft.pretrained import from_pretrained
 from minisft.training import after, metrics, trainer
 from minisft.training.preemption import Stopped
 from minisft.training.trainer import main
@@ -462,7 +462,7 @@ def test_answers_stop_when_asked(base):
         raise Stopped
 
     with pytest.raises(Stopped):
-        samples.continued(Llama.from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
+        samples.continued(from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
                           check=check)
 
 

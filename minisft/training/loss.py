@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.data.loader import MicroBatch
-from minisft.model.attention import Documents
-from minisft.model.precision import operand, product_dtype
+from minisft.model.llama import Documents, cast, product_dtype
 
 CHUNK = 2**27  # logits that exist at one time: those of 1,024 tokens with Llama-3's vocabulary, 263 MB in bf16
 TILE = 128  # tokens: a chunk is a multiple of it, or the products' last tiles would keep only part of a GPU busy
@@ -53,15 +52,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, den
 
 
 def batch_loss(model: nn.Module, batch: MicroBatch, *, device: torch.device, denominator: float,
-               label_smoothing: float = 0.0, z_loss: float = 0.0, dropout_key: tuple[int, int] | None = None,
-               compiled: bool = False) -> Tensor:
-    """The loss above of what `model` makes of a micro-batch on the host; copying it does not wait for the device.
-
-    With `dropout_key` a network with adapters drops as it says; it is another in each step.
-    """
+               label_smoothing: float = 0.0, z_loss: float = 0.0, compiled: bool = False) -> Tensor:
+    """The loss above of what `model` makes of a micro-batch on the host; copying it does not wait for the device."""
     offsets, batch = batch.cu_seqlens, batch.to(device)
-    draws = batch.draws(dropout_key) if dropout_key else None
-    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, draws=draws)
+    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, batch.numbers)
     return model(batch.tokens, documents, lambda hidden, head: linear_cross_entropy(
         hidden[batch.target_at], head, batch.targets, denominator=denominator, label_smoothing=label_smoothing,
         z_loss=z_loss, compiled=compiled))
@@ -79,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z_loss: float, compiled: bool) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dtype = product_dtype(hidden)
-        matrix = operand(weight, hidden)
+        matrix = cast(cast(weight, hidden.dtype), dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         scale = torch.full_like(total, 1 / denominator)  # filled on the device, which nobody waits for
         tokens = chunk_tokens(len(weight))

@@ -23,12 +23,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from minisft.config import LoraConfig
 from minisft.errors import UserError
-from minisft.model import lora
-from minisft.model.llama import Llama
+from minisft.lora import lora
+from minisft.model.llama import DTYPES, Llama
 from minisft.model.llama_config import LlamaConfig
-from minisft.model.lora_config import LoRA
-from minisft.model.precision import DTYPES
 
 PATIENCE = timedelta(minutes=5)  # beyond parallel.timeout, at which every rank has said where it hangs
 
@@ -127,7 +126,7 @@ def _device() -> torch.device:
         raise UserError(f"{processes} processes on a host with {there} GPU{'s' * (there > 1)}; start one for each "
                         f"(torchrun --nproc-per-node {there})")
     torch.cuda.set_device(local)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32, as precision.py has it
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32
     return torch.device("cuda", local)
 
 
@@ -180,7 +179,7 @@ def is_on(setting: str, auto: bool) -> bool:
 
 def build_model(config: LlamaConfig, world: World, *, precision: str = "bf16", recompute: str = "none",
                 parameters: torch.dtype = torch.float32, compiled: bool = False, reshard: str = "auto",
-                prefetch: int = 0, offload: str = "none", adapters: LoRA | None = None) -> Llama:
+                prefetch: int = 0, offload: str = "none", adapters: LoraConfig | None = None) -> Llama:
     """A sharded network whose parameters are allocated but not yet filled (`weights.load`, `.initialize`; `lora.load`
     where it has `adapters`, whose precision then is that of `parameters`).
 

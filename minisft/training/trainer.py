@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from minisft import config as configuration
 from minisft.config import Config
-from minisft.counter_rng import key_of
 from minisft.data import packing
 from minisft.data.loader import MicroBatch, Step, steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
+from minisft.lora import lora
 from minisft.planning.hardware import peak_flops
 from minisft.prepare import Prepared, prepare
 from minisft.reports.data_report import describe, figures
@@ -148,6 +148,7 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
             shared = torch.zeros(2, device=world.device)  # loss, wish to stop: summed over the ranks
             lr = rate(config, step.index, plan)
             optimizer.begin(lr, step.index)
+            lora.set_step(run.model, config.train.seed, step.index)
             for batch in step.micro_batches:
                 loss = forward(run.model, batch, step, config, world)
                 loss.backward()  # adds to .grad, over micro-batches and ranks: sums, and no means
@@ -250,7 +251,6 @@ def leaders_figures(prepared: Prepared, step: int, seconds: float, world: World)
 
 def forward(model: nn.Module, batch: MicroBatch, step: Step, config: Config, world: World) -> Tensor:
     """This micro-batch's part of the step's loss: its sum over the trained tokens of the whole step."""
-    key = key_of(config.train.seed, step.index, "dropout") if config.lora.dropout else None
     return batch_loss(model, batch, device=world.device, denominator=step.target_tokens,
-                      label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss, dropout_key=key,
+                      label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss,
                       compiled=is_compiled(config, world))
