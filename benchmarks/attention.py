@@ -7,7 +7,7 @@ backward pass of one layer's attention, without the projections around it, with 
 Llama-3-8B, by turns in one process, the median of the rounds:
 
     packed from FILE     the middle one, by cost, of minisft's own packs: its documents' real lengths
-      minisft            minisft.model.attention.attend
+      minisft            minisft.model.llama.attend
       dense mask         one scaled_dot_product_attention over the stream; the mask lets a token see the earlier ones of
                          its own document. The mask is ready: a step needs it once for all layers
       causal, no mask    one call that lets documents see each other: wrong, and the least one call for all could take
@@ -41,8 +41,7 @@ from minisft.data.store import open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
-from minisft.model.attention import Documents, attend
-from minisft.model.precision import DTYPES
+from minisft.model.llama import DTYPES, Documents, attend
 
 # H query heads, K key/value heads, E head width, T tokens
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}

@@ -131,7 +131,7 @@ def near(found: Any, expected: Any) -> float:
 
 def documents_of(lengths: tuple[int, ...], on: str) -> Any:
     """The documents of a stream, on the device."""
-    from minisft.model.attention import Documents
+    from minisft.model.llama import Documents
 
     return Documents.of_lengths(lengths, device=on)
 
@@ -144,7 +144,7 @@ def ceilings(s: Setting) -> Figures:
     import torch
     import torch.nn.functional as F
 
-    from minisft.model.attention import attend
+    from minisft.model.llama import attend
 
     n, on = s.size(8192, 64), s.device
     a, b = torch.randn(2, n, n, device=on).bfloat16()
@@ -234,10 +234,9 @@ def network(config: Any, s: Setting, *, compiled: bool, recompute: str = "none",
     import torch
     import torch.distributed as dist
 
-    from minisft.config import Config, OptimConfig, ParallelConfig
-    from minisft.model import lora
-    from minisft.model.lora_config import LoRA
-    from minisft.model.precision import DTYPES
+    from minisft.config import Config, LoraConfig, OptimConfig, ParallelConfig
+    from minisft.lora import lora
+    from minisft.model.llama import DTYPES
     from minisft.runs.assemble import open_optimizer
     from minisft.training import parallel
 
@@ -245,7 +244,7 @@ def network(config: Any, s: Setting, *, compiled: bool, recompute: str = "none",
     if not dist.is_initialized():
         WORLD = parallel.start()
     world = WORLD
-    adapters = LoRA(rank=rank, base=base) if rank else None
+    adapters = LoraConfig(rank=rank, base=base) if rank else None
     settings = Config(optim=OptimConfig(parameters=parameters, moments=moments, in_backward=in_backward),
                       parallel=ParallelConfig(activation_checkpointing=recompute,
                                               compile="true" if compiled else "false"))
@@ -290,8 +289,9 @@ def steps(s: Setting, what: str, preset: str, *, tokens: int, count: int, batche
     import numpy as np
     import torch
 
+    from minisft.config import LoraConfig
+    from minisft.lora.targets import ranks
     from minisft.model.flops import training_flops
-    from minisft.model.lora_config import LoRA
     from minisft.planning.memory import Bytes, peak
 
     # The model before this one is held by a cycle: its layers, and what compiled them.
@@ -310,10 +310,10 @@ def steps(s: Setting, what: str, preset: str, *, tokens: int, count: int, batche
     number = iter(range(2, 10**6))
     seconds = timed(lambda: step(model, optimizer, world, made, compiled=compiled, number=next(number)), on=on,
                     rounds=s.size(count, 1), warmup=1)
-    adapters = LoRA(rank=rank, base=options.get("base", "bf16")) if rank else None
+    adapters = LoraConfig(rank=rank, base=options.get("base", "bf16")) if rank else None
     lengths = np.concatenate([batch.lengths for batch in made])
     flops = training_flops(config, lengths, np.array([sum(len(b.targets) for b in made), *[0] * (len(lengths) - 1)]),
-                           lora=adapters)
+                           ranks=ranks(adapters, config) if adapters else None)
     yield f"{what}: tokens a second", batches * tokens / seconds, "tokens/s"
     yield f"{what}: step", 1e3 * seconds, "ms"
     yield f"{what}: FLOPs that are needed", flops / seconds / 1e12, "TFLOP/s"
@@ -353,8 +353,7 @@ def block(s: Setting) -> Figures:
     """One block of Llama-3-8B, forward and backward: times 32 it is most of a step."""
     import torch
 
-    from minisft.model.llama import Block
-    from minisft.model.rope import rotations
+    from minisft.model.llama import Block, rotations
 
     config, on, tokens = s.config("llama-3-8b"), s.device, s.size(8192, 64)
     numbers = sum(p.numel() for p in Block(config).parameters())
@@ -454,7 +453,7 @@ def optimizer(s: Setting) -> Figures:
 
     from minisft.config import OptimConfig
     from minisft.lean.adamw import LeanAdamW
-    from minisft.model.precision import DTYPES
+    from minisft.model.llama import DTYPES
 
     side, matrices, on = s.size(4096, 32), s.size(60, 2), s.device
     for parameters, moments, compiled in (("fp32", "fp32", False), ("bf16", "bf16", True), ("bf16", "bf16", False),
@@ -604,12 +603,13 @@ def peers(s: Setting, *, seq_len: int) -> Figures:
     from minisft.model.llama import Llama
     from minisft.model.llama_config import read_config
     from minisft.model.weights import initialize
+    from minisft.pretrained import save_pretrained
 
     folder = s.folder / "model"
     config = read_config(shape(s, "llama-3.2-1b"))
     model = Llama(config).to(s.device)
     initialize(model, std=0.02, seed=0)
-    model.save_pretrained(folder)
+    save_pretrained(model, folder)
     for file in Path(s.tokenizer).glob("tokenizer*.json"):
         shutil.copy(file, folder)
     del model

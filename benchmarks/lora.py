@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 
-from minisft.model.nf4 import NF4
+from minisft.lora.nf4 import NF4
 from minisft.runs import assemble, lifecycle
 from minisft.runs.run_dir import read_log
 from minisft.training.optimizer import MOMENTS

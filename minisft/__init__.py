@@ -10,13 +10,16 @@ if TYPE_CHECKING:
     from minisft.errors import NumericsError, UserError
     from minisft.model.llama import Llama
     from minisft.model.llama_config import LlamaConfig
+    from minisft.pretrained import from_pretrained, save_pretrained
     from minisft.training.loss import linear_cross_entropy, masked_cross_entropy
 
 __version__ = "0.1.0"
-__all__ = ["Llama", "LlamaConfig", "NumericsError", "UserError", "linear_cross_entropy", "masked_cross_entropy"]
+__all__ = ["Llama", "LlamaConfig", "NumericsError", "UserError", "from_pretrained", "linear_cross_entropy",
+           "masked_cross_entropy", "save_pretrained"]
 
-_HOME = {"Llama": "model.llama", "LlamaConfig": "model.config", "NumericsError": "errors", "UserError": "errors",
-         "linear_cross_entropy": "training.loss", "masked_cross_entropy": "training.loss"}
+_HOME = {"Llama": "model.llama", "LlamaConfig": "model.llama_config", "NumericsError": "errors", "UserError": "errors",
+         "from_pretrained": "pretrained", "save_pretrained": "pretrained", "linear_cross_entropy": "training.loss",
+         "masked_cross_entropy": "training.loss"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,13 +4,13 @@ Everything here happens before a process group exists, so that no collective tim
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minisft.config import Config, DataConfig, heldout_name
+from minisft.config import Config, DataConfig, LoraConfig, heldout_name
 from minisft.data import mixing
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.dataset import Dataset
@@ -21,9 +21,9 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.files import regular_file
 from minisft.keys import Source
+from minisft.lora import targets
 from minisft.model.flops import training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
-from minisft.model.lora_config import LoRA
 
 MOST = 2**31  # documents in an epoch
 
@@ -51,7 +51,7 @@ class Prepared:
         assert self.network
         documents = np.concatenate(self.plan.documents(step))
         return training_flops(self.network, self.plan.lengths[documents], self.plan.targets[documents],
-                              lora=adapters_of(self.config))
+                              ranks=targets.ranks(self.config.lora, self.network))
 
     def shares(self, step: int) -> dict[str, dict[str, int]]:
         """{"sources": trained tokens of `step` (from 0) by their source, on all ranks}; nothing where there is one."""
@@ -61,9 +61,9 @@ class Prepared:
         return {"sources": {report.name: int(n) for report, n in zip(self.train.reports, counts, strict=True)}}
 
 
-def adapters_of(config: Config) -> LoRA | None:
+def adapters_of(config: Config) -> LoraConfig | None:
     """The settings of the adapters that are trained; None: the whole model is."""
-    return LoRA(**asdict(config.lora)) if config.lora.rank else None
+    return config.lora if config.lora.rank else None
 
 
 def inputs(config: Config, arguments: Sequence[str] = ()) -> list[str]:
@@ -116,7 +116,7 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
     if network:
         check_vocabulary(prepared, network)
         if adapters := adapters_of(config):
-            adapters.check(network)
+            targets.check(adapters, network)
     return prepared
 
 

@@ -13,8 +13,6 @@ TESTED = ("2.11", "2.13", "2.14")
 _parts = torch.__version__.split(".")
 VERSION = int(_parts[0]), int(_parts[1])
 
-# 2.11's varlen_attn has no `enable_gqa`; its kernel shares key/value heads without being told.
-VARLEN_WANTS_GQA = VERSION >= (2, 12)
 # 2.11's FSDP2 cannot shard parameters of bytes, which packed NF4 weights are (training/run.py refuses it).
 SHARDS_BYTES = VERSION >= (2, 13)
 

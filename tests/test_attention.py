@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from minisft.model.attention import Documents, attend
-from minisft.model.document_attention import ROWS, document_attention
-from minisft.model.norm import RMSNorm
-from minisft.model.precision import linear
+from minisft.cpu.kernels import ROWS, document_attention
+from minisft.model.llama import Documents, RMSNorm, attend, linear
 
 LENGTHS = [(5,), (1, 1, 3), (ROWS - 1, ROWS, ROWS + 1), (2 * ROWS + 7, 2)]
 

@@ -188,10 +188,10 @@ def test_lines_are_remembered_under_the_state_folder(tmp_path, monkeypatch, caps
 def test_auto_is_bf16_where_the_machine_multiplies_in_it(base, monkeypatch):
     import torch
 
-    from minisft.model import precision
+    from minisft.cpu import kernels
 
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(precision, "CPU_MATMULS_IN_BF16", fast)
+        monkeypatch.setattr(kernels, "CPU_MATMULS_IN_BF16", fast)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         options = SimpleNamespace(model=base, template="llama3", templates="", temperature=0.0, top_k=0, top_p=1.0,
                                   repetition_penalty=1.0, seed=0, precision="auto", system="", max_new_tokens=1)

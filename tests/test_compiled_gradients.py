@@ -15,16 +15,16 @@ from test_cuda_paths import TINY
 from minisft.config import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from minisft.data.loader import micro_batch
 from minisft.errors import UserError
-from minisft.model import lora, weights
-from minisft.model.lora_config import LoRA
+from minisft.lora import lora
+from minisft.model import weights
 from minisft.runs import assemble
 from minisft.training import parallel
 from minisft.training.loss import batch_loss, linear_cross_entropy
 from minisft.versions import SHARDS_BYTES
 
 CONFIG = replace(TINY, num_hidden_layers=2)
-ADAPTERS = {"LoRA": LoRA(rank=4, base="fp32"), "LoRA in bf16": LoRA(rank=4), "DoRA": LoRA(rank=4, dora=True),
-            "NF4": LoRA(rank=4, base="nf4")}
+ADAPTERS = {"LoRA": LoraConfig(rank=4, base="fp32"), "LoRA in bf16": LoraConfig(rank=4),
+            "DoRA": LoraConfig(rank=4, dora=True), "NF4": LoraConfig(rank=4, base="nf4")}
 SETTINGS = {"fp32": ("fp32", None), "fp32 masters": ("bf16", None), "LoRA": ("fp32", ADAPTERS["LoRA"]),
             **{name: ("bf16", ADAPTERS[name]) for name in ("LoRA in bf16", "DoRA", "NF4")}}
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_meta import PARAMS, TOKENS, random_state, write
 
 from minisft.__main__ import main
-from minisft.model.llama import Llama
+from minisft.pretrained import from_pretrained
 
 NAME = "model.layers.1.mlp.down_proj"
 
@@ -41,11 +41,11 @@ def test_an_adapter_is_merged_into_its_base(base, tmp_path, adapter, capsys):
 
 def test_a_stray_config_beside_an_adapter_changes_nothing(base, tmp_path, adapter):
     folder, _ = adapter
-    expected = Llama.from_pretrained(folder).logits(TOKENS)
+    expected = from_pretrained(folder).logits(TOKENS)
     (folder / "config.json").write_text("{}")
-    assert torch.equal(Llama.from_pretrained(folder).logits(TOKENS), expected)
+    assert torch.equal(from_pretrained(folder).logits(TOKENS), expected)
     assert main(["convert", str(folder), str(tmp_path / "merged"), "--merge", "--dtype", "fp32"]) == 0
-    assert torch.equal(Llama.from_pretrained(tmp_path / "merged").logits(TOKENS), expected)
+    assert torch.equal(from_pretrained(tmp_path / "merged").logits(TOKENS), expected)
 
 
 @pytest.mark.parametrize("target", [".", "/", "missing/there/out"])
@@ -108,8 +108,8 @@ def test_metas_files_become_hugging_faces(tmp_path):
     (source := tmp_path / "meta").mkdir()
     write(source, PARAMS, random_state(PARAMS), 2)
     assert main(["convert", str(source), str(tmp_path / "hf"), "--format", "meta", "--dtype", "fp32"]) == 0
-    assert torch.equal(Llama.from_pretrained(tmp_path / "hf").logits(TOKENS),
-                       Llama.from_pretrained(source, format="meta").logits(TOKENS))
+    assert torch.equal(from_pretrained(tmp_path / "hf").logits(TOKENS),
+                       from_pretrained(source, format="meta").logits(TOKENS))
 
 
 @pytest.mark.parametrize(("source", "options", "message"), [

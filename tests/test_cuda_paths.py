@@ -34,9 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minisft.config import Config, OptimConfig, ParallelConfig
 from minisft.data.loader import micro_batch, padded, steps
 from minisft.data.packing import Plan
-from minisft.model import attention
-from minisft.model.attention import Documents, attend
-from minisft.model.llama import Block, Llama
+from minisft.model import llama
+from minisft.model.llama import Block, Documents, Llama, attend
 from minisft.model.llama_config import PRESETS, LlamaConfig
 from minisft.training import parallel
 from minisft.training.loss import batch_loss, linear_cross_entropy
@@ -98,7 +97,7 @@ torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", naive_
 def flash(monkeypatch):
     """The CPU takes the branch that a GPU takes."""
     KERNELS.clear()
-    monkeypatch.setattr(attention, "is_for_flash", lambda q: q.dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(llama, "is_for_flash", lambda q: q.dtype in (torch.bfloat16, torch.float16))
 
 
 @pytest.fixture
@@ -122,7 +121,7 @@ def test_the_cuda_branch_is_the_cpu_branch(monkeypatch, heads, shared, width):
     grad = torch.randn(64, heads, width).bfloat16()
     results = []
     for takes in (True, False):
-        monkeypatch.setattr(attention, "is_for_flash", lambda q, takes=takes: takes)
+        monkeypatch.setattr(llama, "is_for_flash", lambda q, takes=takes: takes)
         out = attend(q, k, v, documents)
         results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
     for on_gpu, on_cpu in zip(*results, strict=True):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minisft.config import LoraConfig
+from minisft.lora.lora import adapt
+from minisft.lora.targets import ranks
 from minisft.model import llama
-from minisft.model.attention import Documents
 from minisft.model.flops import training_flops
-from minisft.model.llama_config import PRESETS, LlamaConfig
-from minisft.model.lora import adapt
-from minisft.model.lora_config import MATRICES, LoRA
+from minisft.model.llama import Documents
+from minisft.model.llama_config import MATRICES, PRESETS, LlamaConfig
 from minisft.training.loss import linear_cross_entropy
 
 SMALL = LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
@@ -80,9 +81,10 @@ def test_the_estimate_is_what_torch_multiplies(monkeypatch, change, recompute):
 def test_adapters_are_counted_as_torch_multiplies_them(monkeypatch, recompute, targets):
     """Also where they are only in some layers, and what comes before them has no backward pass."""
     lengths, trained = [7, 1, 12, 3], [2, 0, 11, 1]
-    lora = LoRA(3, targets=targets, base="fp32")
+    lora = LoraConfig(3, targets=targets, base="fp32")
     expected = counted(SMALL, lengths, trained, recompute=recompute, monkeypatch=monkeypatch, lora=lora)
-    found = training_flops(SMALL, np.array(lengths), np.array(trained), recompute=recompute, lora=lora)
+    found = training_flops(SMALL, np.array(lengths), np.array(trained), recompute=recompute,
+                           ranks=ranks(lora, SMALL))
     assert found == expected
     assert found < training_flops(SMALL, np.array(lengths), np.array(trained), recompute=recompute)
 

@@ -18,8 +18,8 @@ from minisft.evaluation import heldout
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.forgetting import Forgetting
 from minisft.evaluation.heldout import file_losses, loss_figures
-from minisft.model.llama import Llama
 from minisft.prepare import prepare
+from minisft.pretrained import from_pretrained
 from minisft.reports.data_report import describe, figures
 from minisft.runs.after import AfterStep
 from minisft.runs.lifecycle import main
@@ -37,7 +37,7 @@ def general(tmp_path):
 
 def naive(folder, argv):
     """The mean loss over all tokens of the texts but each one's first, document by document."""
-    model, dataset = Llama.from_pretrained(folder), prepare(configuration.load(argv), quiet=True).evals["general"]
+    model, dataset = from_pretrained(folder), prepare(configuration.load(argv), quiet=True).evals["general"]
     losses = []
     for i in range(len(dataset)):
         ids = torch.tensor(dataset.document(i)[0].astype("int64"))

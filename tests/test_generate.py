@@ -16,6 +16,7 @@ from minisft.evaluation.generate import generate, stream
 from minisft.evaluation.sampling import Sampling
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
+from minisft.pretrained import from_pretrained
 
 PROMPTS = [[309, 5, 6], [309, 80, 81, 82, 83, 84, 85], [40], [309, 5, 6, 7] * 20]
 
@@ -39,7 +40,7 @@ def without_cache(model, prompt, count):
 
 @pytest.fixture(scope="module")
 def model(base):
-    return Llama.from_pretrained(base)
+    return from_pretrained(base)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
@@ -141,7 +142,7 @@ def test_first_and_later_tokens_have_logits_in_fp32(base, packed, monkeypatch):
 
     kept = decoding.logits
     monkeypatch.setattr(decoding, "logits", logits)
-    decoder = Decoder(Llama.from_pretrained(base, dtype=torch.bfloat16), packed=packed)
+    decoder = Decoder(from_pretrained(base, dtype=torch.bfloat16), packed=packed)
     assert len(list(stream(decoder, PROMPTS, max_new_tokens=3, stop_ids=set()))) == 12
     assert len(seen) == 3
     for hidden, head, found in seen:
@@ -151,7 +152,7 @@ def test_first_and_later_tokens_have_logits_in_fp32(base, packed, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_logits_that_are_no_numbers_choose_no_token(base, temperature):
-    broken = Llama.from_pretrained(base)
+    broken = from_pretrained(base)
     broken.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(UserError, match="the model's logits are not finite; its weights are broken"):
         generate(broken, PROMPTS, max_new_tokens=3, stop_ids=set(), sampling=Sampling(temperature=temperature))
@@ -187,7 +188,7 @@ def test_nothing_to_generate(model):
 def test_an_answer_ends_with_the_context_and_a_prompt_that_fills_it_is_refused(tmp_path):
     folder = write_tiny_llama(tmp_path)
     (folder / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 8}))
-    model = Llama.from_pretrained(folder)
+    model = from_pretrained(folder)
     short = generate(model, [[309, 5, 6], [40] * 7], max_new_tokens=20, stop_ids=set())
     assert [len(answer) for answer in short] == [5, 1]
     assert short[0] == without_cache(model, [309, 5, 6], 5)
@@ -203,7 +204,7 @@ def test_an_answer_ends_with_the_context_and_a_prompt_that_fills_it_is_refused(t
 def test_smollm2_says_what_it_says_in_transformers(penalty):
     folder = os.environ["MINISFT_SMOLLM2"]
     prompts = [[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198], [504, 2365, 282, 260]]
-    model, theirs = Llama.from_pretrained(folder), expected(folder, prompts, 24, repetition_penalty=penalty)
+    model, theirs = from_pretrained(folder), expected(folder, prompts, 24, repetition_penalty=penalty)
     sampling = Sampling(repetition_penalty=penalty)
     assert generate(model, prompts, max_new_tokens=24, stop_ids=set(), sampling=sampling) == theirs
     assert generate(model, prompts[:1], max_new_tokens=24, stop_ids=set(), sampling=sampling) == theirs[:1]

@@ -8,8 +8,7 @@ from test_cuda_paths import TINY
 from minisft.config import OptimConfig
 from minisft.evaluation.decoding import logits
 from minisft.lean.adamw import LeanAdamW
-from minisft.model.attention import Documents, attend
-from minisft.model.llama import Llama
+from minisft.model.llama import Documents, Llama, attend
 from minisft.training.loss import linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from minisft.data.loader import EVEN, IDLE, ahead, deal, micro_batch, padded, steps
 from minisft.data.packing import Plan
+from minisft.lora.lora import token_bits
 
 
 class Documents:
@@ -104,7 +105,8 @@ def drawn(documents, plan, *, ranks=1, micro_packs=1):
     for rank in range(ranks):
         for step in steps(documents, plan, rank=rank, ranks=ranks, micro_packs=micro_packs):
             for batch in streams(step):
-                parts = zip(*(torch.split(t, batch.lengths) for t in (batch.tokens, batch.draws((1, 2)))), strict=True)
+                bits = token_bits(batch.numbers, batch.positions, (1, 2))
+                parts = zip(*(torch.split(t, batch.lengths) for t in (batch.tokens, bits)), strict=True)
                 found[step.index].update((tuple(tokens.tolist()), tuple(bits.tolist())) for tokens, bits in parts)
     return found
 
@@ -120,7 +122,8 @@ def test_each_copy_of_a_document_in_a_step_draws_bits_of_its_own(weights, ranks,
     assert all(count == 1 for step in here for count in step.values())
     assert drawn(documents, plans[0], ranks=ranks, micro_packs=micro_packs) == here
     assert drawn(documents, plans[1]) == drawn(documents, plans[2])
-    first = {tuple(micro_batch(documents, [i]).draws((1, 2)).tolist()) for i in np.flatnonzero(times).tolist()}
+    alone = [micro_batch(documents, [i]) for i in np.flatnonzero(times).tolist()]
+    first = {tuple(token_bits(batch.numbers, batch.positions, (1, 2)).tolist()) for batch in alone}
     assert first <= {bits for _, bits in drawn(documents, plans[1])[0]}, "the first copy's are the document's own"
 
 

@@ -11,14 +11,14 @@ from small_runs import HERE, final_weights, log, options, train
 from test_resume import SMALL, run_until_death
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from minisft.config import LoraConfig
 from minisft.evaluation.assistant import Assistant
-from minisft.model import lora
-from minisft.model.attention import Documents
-from minisft.model.llama import Llama
+from minisft.lora import lora
+from minisft.lora.peft import PeftFolder
+from minisft.model.llama import Documents, Llama
 from minisft.model.llama_config import read_config
-from minisft.model.lora_config import LoRA
-from minisft.model.peft import PeftFolder
 from minisft.model.weights import SafetensorsFolder
+from minisft.pretrained import from_pretrained, save_pretrained
 from minisft.runs.lifecycle import main
 from minisft.training import parallel
 from minisft.versions import SHARDS_BYTES
@@ -75,10 +75,10 @@ def test_a_run_is_pefts_and_so_is_its_adapter(base, tmp_path, peft, kind):
     few.write_text("".join(lines[:8]), encoding="utf-8")
     records = train(base, tmp_path, **RUN, **{f"lora__{key}": "true" for key in KINDS[kind]}, batch__packs=1000,
                     optim__lr=1e-2, data__train=few)
-    settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules=list(LoRA(4).targets), task_type="CAUSAL_LM",
+    settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules=list(LoraConfig(4).targets), task_type="CAUSAL_LM",
                                use_rslora=kind == "rslora", use_dora=kind == "dora")
     model = peft.get_peft_model(theirs_of(base), settings)
-    fresh = dict(lora.tensors(adapted(base, LoRA(4, base="fp32", **KINDS[kind]), trained=False)))
+    fresh = dict(lora.tensors(adapted(base, LoraConfig(4, base="fp32", **KINDS[kind]), trained=False)))
     peft.set_peft_model_state_dict(model, fresh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.95),
                                   weight_decay=0.0)
@@ -101,8 +101,8 @@ def test_a_run_is_pefts_and_so_is_its_adapter(base, tmp_path, peft, kind):
     run = tmp_path / "run"
     loaded = peft.PeftModel.from_pretrained(theirs_of(base), run / "adapter")
     expected = loaded(IDS[None]).logits[0].detach()
-    torch.testing.assert_close(Llama.from_pretrained(run / "final").logits(IDS), expected, rtol=0, atol=2e-4)
-    torch.testing.assert_close(Llama.from_pretrained(run / "adapter").logits(IDS), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(from_pretrained(run / "final").logits(IDS), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(from_pretrained(run / "adapter").logits(IDS), expected, rtol=0, atol=2e-4)
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):  # so merged, it ends alike
         assert (run / "adapter" / name).read_bytes() == (run / "final" / name).read_bytes()
@@ -119,7 +119,7 @@ def test_an_adapter_of_pefts_is_read_as_peft_reads_it(base, tmp_path, peft, kind
             parameter.data *= 1.3
     model.save_pretrained(tmp_path)
     expected = model(IDS[None]).logits[0].detach()
-    torch.testing.assert_close(Llama.from_pretrained(tmp_path).logits(IDS), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(from_pretrained(tmp_path).logits(IDS), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("stored", ["fp32", "bf16", "nf4"])
@@ -128,15 +128,15 @@ def test_merged_and_beside_are_the_same(base, tmp_path, kind, stored):
     """And with a base in 4 bits both are the network of the dequantised weights."""
     from safetensors.torch import load_file, save_file
 
-    settings = LoRA(4, base=stored, targets=("q_proj", "layers.1.mlp.*"), **KINDS[kind])
+    settings = LoraConfig(4, base=stored, targets=("q_proj", "layers.1.mlp.*"), **KINDS[kind])
     model = adapted(base, settings)
     beside = logits(model)
-    model.save_pretrained(tmp_path / "merged", dtype=torch.float32)
-    torch.testing.assert_close(Llama.from_pretrained(tmp_path / "merged").logits(IDS), beside, rtol=1e-3, atol=1e-3)
+    save_pretrained(model, tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(from_pretrained(tmp_path / "merged").logits(IDS), beside, rtol=1e-3, atol=1e-3)
 
     frozen = {name: tensor.to(lora.STORED[stored]).float() for name, tensor in
               load_file(base / "model.safetensors").items()}
-    bare = adapted(base, LoRA(1, base=stored, alpha=1e-30), trained=False)
+    bare = adapted(base, LoraConfig(1, base=stored, alpha=1e-30), trained=False)
     if stored == "nf4":
         for name, module in lora.adapters(bare):
             dense = frozen[f"{name}.weight"]
@@ -146,11 +146,11 @@ def test_merged_and_beside_are_the_same(base, tmp_path, kind, stored):
     folder.mkdir()
     save_file(frozen, folder / "model.safetensors")
     (folder / "config.json").write_text((base / "config.json").read_text())
-    torch.testing.assert_close(logits(bare), Llama.from_pretrained(folder).logits(IDS), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(bare), from_pretrained(folder).logits(IDS), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_frozen_has_no_gradient_and_what_is_trained_has(base):
-    model = adapted(base, LoRA(2, base="nf4", dora=True, targets=("o_proj",)))
+    model = adapted(base, LoraConfig(2, base="nf4", dora=True, targets=("o_proj",)))
     model(IDS, Documents.of_lengths((len(IDS),)), lambda hidden, head: (hidden @ head.float().T).square().mean()
           ).backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -179,20 +179,21 @@ def test_dropout_by_hand():
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-@pytest.mark.parametrize("settings", [LoRA(4, base="fp32"), LoRA(4, base="nf4", dora=True, dropout=0.1)])
+@pytest.mark.parametrize("settings", [LoraConfig(4, base="fp32"), LoraConfig(4, base="nf4", dora=True, dropout=0.1)])
 def test_compiled_blocks_are_two_graphs_without_breaks(base, monkeypatch, settings, recompute):
     """One for the first block, whose input needs no gradient, one for all others; they compute what eager ones do."""
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
     torch._dynamo.reset()
-    draws, found = torch.arange(96, dtype=torch.int32), []
+    found = []
     for compiled in (False, True):
         model = adapted(base, settings)
         model.recompute = recompute
+        lora.set_step(model, seed=0, step=3)
         if compiled:
             parallel.compile_blocks(model)
         for lengths in ((96,), (40, 56)):
-            documents = replace(Documents.of_lengths(lengths), draws=draws if settings.dropout else None)
+            documents = replace(Documents.of_lengths(lengths), ids=torch.arange(96, dtype=torch.int32))
             model(torch.arange(96), documents, lambda x, head: (x @ head.float().T).square().mean()).backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     assert counter.frame_count == 2
@@ -200,11 +201,32 @@ def test_compiled_blocks_are_two_graphs_without_breaks(base, monkeypatch, settin
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_each_step_drops_its_own_and_nothing_is_dropped_without_gradients(base):
+    model, plain = (adapted(base, LoraConfig(4, base="fp32", dropout=share)) for share in (0.3, 0.0))
+    documents = replace(Documents.of_lengths((len(IDS),)), ids=torch.full((len(IDS),), 7, dtype=torch.int32))
+
+    def output(model):
+        return model(IDS, documents, lambda hidden, head: hidden)
+
+    with pytest.raises(AssertionError, match=r"call lora\.set_step"):
+        output(model)
+    found = []
+    for step in (0, 1, 0):
+        lora.set_step(model, seed=5, step=step)
+        found.append(output(model))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    with torch.no_grad():
+        assert torch.equal(output(model), output(plain))
+        assert not torch.equal(found[0], output(plain))
+    assert torch.equal(output(model.eval()), output(plain))
+
+
 def test_doras_small_gains_are_not_rounded_away():
     """In bf16, gains that are nearer to 1 than the next bf16 number: per row, what comes out over what went in, in
     float64, follows them."""
     torch.manual_seed(0)
-    layer = lora.FrozenLinear(torch.nn.Linear(256, 512, bias=False), LoRA(rank=8, dora=True), rank=8,
+    layer = lora.FrozenLinear(torch.nn.Linear(256, 512, bias=False), LoraConfig(rank=8, dora=True), rank=8,
                               trained=torch.float32)
     x, gain = torch.randn(2048, 256).bfloat16(), 1 + 7e-4 * torch.randn(512)
     with torch.no_grad():
@@ -301,7 +323,7 @@ def test_exports_along_the_way_have_their_adapters(base, tmp_path):
     train(base, tmp_path, **{**RUN, "train__max_steps": 4, "checkpoint__export_every": 2})
     exports = tmp_path / "run" / "exports"
     assert {path.name for path in exports.iterdir()} == {"step-000002", "step-000002-adapter"}
-    merged, beside = (Llama.from_pretrained(exports / name).logits(IDS) for name in ("step-000002",
+    merged, beside = (from_pretrained(exports / name).logits(IDS) for name in ("step-000002",
                                                                                      "step-000002-adapter"))
     torch.testing.assert_close(merged, beside, rtol=0, atol=1e-4)
     assistant = Assistant.load(exports / "step-000002-adapter")
@@ -379,7 +401,7 @@ def test_an_adapter_that_is_something_else_is_refused(base, tmp_path, references
     found = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**found, **change}))
     with pytest.raises(UserError) as caught:
-        Llama.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
     assert message in str(caught.value)
 
 
@@ -402,7 +424,7 @@ def test_a_tensor_that_no_adapter_can_have_is_refused(base, tmp_path, key, value
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1,
                                                               "base_model_name_or_path": str(base)}))
     with pytest.raises((UserError, NumericsError)) as caught:
-        Llama.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
     assert message in str(caught.value)
     assert len(str(caught.value)) < len(str(tmp_path)) + 300
 

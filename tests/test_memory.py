@@ -18,13 +18,11 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from minisft.config import Config, ParallelConfig
-from minisft.model import precision
-from minisft.model.attention import Documents
-from minisft.model.llama import Llama
+from minisft.config import Config, LoraConfig, ParallelConfig
+from minisft.cpu import kernels
+from minisft.lora.lora import adapt
+from minisft.model.llama import Documents, Llama
 from minisft.model.llama_config import PRESETS, LlamaConfig
-from minisft.model.lora import adapt
-from minisft.model.lora_config import LoRA
 from minisft.planning.memory import Bytes, Sizes, peak
 from minisft.training import parallel
 from minisft.training.loss import linear_cross_entropy
@@ -71,7 +69,7 @@ def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=
 @pytest.fixture(autouse=True)
 def products_in_bf16(monkeypatch):
     """On a CPU without them, products would keep fp32 copies that no GPU has."""
-    monkeypatch.setattr(precision, "CPU_MATMULS_IN_BF16", True)
+    monkeypatch.setattr(kernels, "CPU_MATMULS_IN_BF16", True)
 
 
 def compare(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=None):
@@ -93,8 +91,8 @@ def test_the_peak_is_what_torch_tracks(config, step):
 
 
 @pytest.mark.parametrize(("lora", "step"), [
-    (LoRA(8), {"ranks": 8, "tokens": 8192, "trained": 8192, "recompute": "none"}),
-    (LoRA(64, base="nf4"), {"ranks": 2, "tokens": 1024, "trained": 512, "recompute": "full"}),
+    (LoraConfig(8), {"ranks": 8, "tokens": 8192, "trained": 8192, "recompute": "none"}),
+    (LoraConfig(64, base="nf4"), {"ranks": 2, "tokens": 1024, "trained": 512, "recompute": "full"}),
 ], ids=["bf16", "nf4"])
 def test_the_peak_with_adapters_is_what_torch_tracks(lora, step):
     if lora.base == "nf4" and not SHARDS_BYTES:

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minisft.errors import NumericsError, UserError
-from minisft.model.llama import Llama
 from minisft.model.meta import MetaFolder, _config
+from minisft.pretrained import from_pretrained, save_pretrained
 
 VOCAB = 64
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "vocab_size": VOCAB, "multiple_of": 32,
@@ -108,7 +108,7 @@ TOKENS = torch.arange(200) * 7 % VOCAB
 def test_logits_are_metas(parts: int, kv_heads: int, tmp_path: Path) -> None:
     params = {**PARAMS, "n_kv_heads": kv_heads}
     state = random_state(params)
-    model = Llama.from_pretrained(write(tmp_path, params, state, parts), format="meta")
+    model = from_pretrained(write(tmp_path, params, state, parts), format="meta")
     expected = meta_logits(params, state, TOKENS)
     assert expected.std() > 0.5
     torch.testing.assert_close(model.logits(TOKENS), expected, atol=2e-4, rtol=0)
@@ -119,7 +119,7 @@ def test_scaled_rope_is_by_8_and_by_32_in_the_tied_models(tied: bool, factor: fl
     """As the config.json files that Meta released beside these say; params.json has only `use_scaled_rope`."""
     params = {**PARAMS, "use_scaled_rope": True}
     state = random_state(params, tied=tied)
-    model = Llama.from_pretrained(write(tmp_path, params, state), format="meta")
+    model = from_pretrained(write(tmp_path, params, state), format="meta")
     assert model.config.tie_word_embeddings == tied
     assert model.config.max_position_embeddings == 131_072
     expected = meta_logits(params, state, TOKENS, factor)
@@ -129,9 +129,9 @@ def test_scaled_rope_is_by_8_and_by_32_in_the_tied_models(tied: bool, factor: fl
 
 def test_a_converted_folder_is_the_same_network(tmp_path: Path) -> None:
     params = {**PARAMS, "use_scaled_rope": True}
-    model = Llama.from_pretrained(write(tmp_path, params, random_state(params), 2), format="meta")
-    model.save_pretrained(tmp_path / "hf", dtype=torch.float32)
-    again = Llama.from_pretrained(tmp_path / "hf")
+    model = from_pretrained(write(tmp_path, params, random_state(params), 2), format="meta")
+    save_pretrained(model, tmp_path / "hf", dtype=torch.float32)
+    again = from_pretrained(tmp_path / "hf")
     assert again.config == model.config
     assert torch.equal(again.logits(TOKENS), model.logits(TOKENS))
 
@@ -170,7 +170,7 @@ def test_rows_are_read_in_any_pieces(tmp_path: Path) -> None:
 
 def refusal(folder: Path) -> str:
     with pytest.raises((UserError, NumericsError)) as caught:
-        Llama.from_pretrained(folder, format="meta")
+        from_pretrained(folder, format="meta")
     return str(caught.value)
 
 
@@ -281,7 +281,7 @@ def test_every_llama_3_states_its_theta(folder: Path) -> None:
 def test_any_params_are_a_network_or_a_user_error(folder: Path, changes: dict[str, Any]) -> None:
     (folder / "params.json").write_text(json.dumps(PARAMS | changes))
     try:
-        model = Llama.from_pretrained(folder, format="meta")
+        model = from_pretrained(folder, format="meta")
     except UserError as error:
         assert str(folder) in str(error)  # noqa: PT017 (either outcome is lawful)
     else:
@@ -323,7 +323,7 @@ def test_logits_are_those_of_llama_models(reference: Any, scaled: bool, tmp_path
     theirs = reference.Transformer(reference.ModelArgs(**params, max_seq_len=256, max_batch_size=1))
     theirs.load_state_dict(state)
     expected = theirs(TOKENS[None], 0)[0]
-    ours = Llama.from_pretrained(write(tmp_path, params, state), format="meta").logits(TOKENS)
+    ours = from_pretrained(write(tmp_path, params, state), format="meta").logits(TOKENS)
     difference = (ours - expected).abs().max().item()
     print(f"largest difference of logits: {difference:.1e}")
     assert difference < 2e-4

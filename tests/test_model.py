@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisft.model import document_attention, precision
-from minisft.model.attention import Documents
-from minisft.model.llama import Llama
+from minisft.cpu import kernels
+from minisft.model import llama
+from minisft.model.llama import Documents, Llama, rotations
 from minisft.model.llama_config import LlamaConfig
-from minisft.model.rope import rotations
+from minisft.pretrained import from_pretrained, save_pretrained
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,7 +132,7 @@ def _scaled(radians: float, rope: dict[str, Any]) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_transformers(case: str, old_spelling: bool, tmp_path: Path) -> None:
     theirs = hf_model(seed=len(case), **CASES[case])
-    ours = Llama.from_pretrained(saved(theirs, tmp_path, old_spelling=old_spelling))
+    ours = from_pretrained(saved(theirs, tmp_path, old_spelling=old_spelling))
     tokens = tokens_of(100)
     with torch.no_grad():
         expected = theirs(tokens[None]).logits[0]
@@ -153,7 +153,7 @@ def test_a_published_model_has_the_logits_of_transformers() -> None:
     theirs = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokens = torch.randint(theirs.config.vocab_size, (256,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        difference = (Llama.from_pretrained(path).logits(tokens) - theirs(tokens[None]).logits[0]).abs().max().item()
+        difference = (from_pretrained(path).logits(tokens) - theirs(tokens[None]).logits[0]).abs().max().item()
     print(f"largest difference of logits: {difference:.1e}")
     assert difference < 1e-4
 
@@ -162,7 +162,7 @@ def test_a_published_model_has_the_logits_of_transformers() -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Llama]:
     """The same scaled, grouped, biased model twice: transformers' and ours."""
     theirs = hf_model(seed=7, attention_bias=True, rope_parameters={**SCALED, "factor": 8.0})
-    return theirs, Llama.from_pretrained(saved(theirs, tmp_path_factory.mktemp("model")))
+    return theirs, from_pretrained(saved(theirs, tmp_path_factory.mktemp("model")))
 
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
@@ -207,7 +207,7 @@ def gradients(model: Llama, tokens: Tensor, lengths: list[int]) -> dict[str, Ten
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_a_pack_are_the_sum_over_its_documents(tied: bool, tmp_path: Path) -> None:
-    model = Llama.from_pretrained(saved(hf_model(seed=3, attention_bias=True, tie_word_embeddings=tied), tmp_path))
+    model = from_pretrained(saved(hf_model(seed=3, attention_bias=True, tie_word_embeddings=tied), tmp_path))
     lengths = [9, 1, 17, 5]
     tokens = tokens_of(sum(lengths))
     packed = gradients(model, tokens, lengths)
@@ -254,12 +254,12 @@ def assert_is_rounded(got: Tensor, left: Tensor, right: Tensor) -> None:
 @pytest.mark.parametrize("widen", [True, False])
 def test_bf16_products_are_exact_until_rounded(widen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if widen:
-        monkeypatch.setattr(precision, "CPU_MATMULS_IN_BF16", False)
+        monkeypatch.setattr(kernels, "CPU_MATMULS_IN_BF16", False)
     torch.manual_seed(0)
     x, weight, grad = (torch.randn(shape).bfloat16() for shape in ((37, 96), (53, 96), (37, 53)))
     x.requires_grad_()
     weight.requires_grad_()
-    y = precision.linear(x, weight)
+    y = llama.linear(x, weight)
     y.backward(grad)
     assert_is_rounded(y.detach(), x.detach(), weight.detach().T)
     assert_is_rounded(x.grad, grad, weight.detach())
@@ -267,9 +267,9 @@ def test_bf16_products_are_exact_until_rounded(widen: bool, monkeypatch: pytest.
 
 
 def test_a_bf16_layer_with_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "CPU_MATMULS_IN_BF16", False)
+    monkeypatch.setattr(kernels, "CPU_MATMULS_IN_BF16", False)
     torch.manual_seed(0)
-    layer = precision.Linear(64, 48).bfloat16()
+    layer = llama.Linear(64, 48).bfloat16()
     x = torch.randn(20, 64).bfloat16()
     y = layer(x)
     y.sum().backward()
@@ -281,18 +281,18 @@ def test_a_bf16_layer_with_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_frozen_weight_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "CPU_MATMULS_IN_BF16", False)
+    monkeypatch.setattr(kernels, "CPU_MATMULS_IN_BF16", False)
     x, weight = torch.randn(3, 4).bfloat16().requires_grad_(), torch.randn(5, 4).bfloat16()
-    precision.linear(x, weight).sum().backward()
+    llama.linear(x, weight).sum().backward()
     assert weight.grad is None
     assert_is_rounded(x.grad, torch.ones(3, 5).bfloat16(), weight)
 
 
 def test_a_bf16_model_is_close_to_the_fp32_one(pair: tuple[Any, Llama], tmp_path: Path) -> None:
-    pair[1].save_pretrained(tmp_path)
+    save_pretrained(pair[1], tmp_path)
     tokens, offsets = tokens_of(50), torch.tensor([0, 20, 50])
-    wide = Llama.from_pretrained(tmp_path).logits(tokens, offsets)  # the weights themselves are rounded in both
-    narrow = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16).logits(tokens, offsets)
+    wide = from_pretrained(tmp_path).logits(tokens, offsets)  # the weights themselves are rounded in both
+    narrow = from_pretrained(tmp_path, dtype=torch.bfloat16).logits(tokens, offsets)
     assert narrow.dtype == torch.bfloat16
     assert (narrow - wide).pow(2).mean().sqrt() < 0.03 * wide.std()
 
@@ -330,8 +330,8 @@ def test_selective_recomputation_multiplies_one_matrix_and_attends_never_again(
     # This backend divides the graph between the passes as inductor does, and needs no compiler.
     run = torch.compile(block, backend="aot_eager_decomp_partition", fullgraph=True) if compiled else block
     passes: list[object] = []  # of attention, each of which asks for the documents: forward, and once backward
-    documents_of = document_attention._documents
-    monkeypatch.setattr(document_attention, "_documents", lambda offsets: passes.append(0) or documents_of(offsets))
+    documents_of = kernels._documents
+    monkeypatch.setattr(kernels, "_documents", lambda offsets: passes.append(0) or documents_of(offsets))
     gradients, calls, attended = {}, {}, []
     for recompute in ("none", "selective", "full"):
         for _ in range(1 + compiled):  # the first compiles
@@ -351,7 +351,7 @@ def test_selective_recomputation_multiplies_one_matrix_and_attends_never_again(
 
 def test_the_gradient_of_a_bf16_embedding_is_summed_in_fp32():
     """A token that comes 3,000 times: in bf16 the sum stands still once it is 256 times an addend."""
-    embedding = precision.Embedding(7, 100).bfloat16()
+    embedding = llama.Embedding(7, 100).bfloat16()
     tokens = torch.tensor([2] * 3000 + [5] * 3)
     grad = torch.rand(len(tokens), 100, generator=torch.Generator().manual_seed(0)).bfloat16()
     embedding(tokens).backward(grad)

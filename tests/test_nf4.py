@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minisft.model.nf4 import BLOCK, CODES, GROUP, NF4, dequantise, dynamic_codes, nf4_linear
+from minisft.lora.nf4 import BLOCK, CODES, GROUP, NF4, dequantise, dynamic_codes, nf4_linear
 
 SHAPES = [(64, 128), (24, 160), (300, 576), (7, 64)]  # blocks that end with rows and that do not, groups full and not
 

@@ -12,7 +12,7 @@ from minisft import __version__
 from minisft import config as configuration
 from minisft.__main__ import main as command
 from minisft.errors import UserError
-from minisft.model.llama import Llama
+from minisft.pretrained import from_pretrained
 from minisft.reports.data_report import pack_fill
 from minisft.runs.lifecycle import main
 from minisft.training import environment as on
@@ -28,7 +28,7 @@ def expected(folder, document):
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids, trained = document["ids"], document["trained"]
     start = max(i for i in range(len(ids)) if trained[i] and not trained[i - 1])
-    model, text = Llama.from_pretrained(folder), ids[:start]
+    model, text = from_pretrained(folder), ids[:start]
     for _ in range(128):
         token = int(model.logits(torch.tensor(text))[-1].argmax())
         if token == STOP or token == 310:

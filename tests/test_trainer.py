@@ -8,8 +8,8 @@ from small_runs import HERE, final_weights, log, options, train
 
 from minisft import config as configuration
 from minisft.evaluation.generate import generate
-from minisft.model.llama import Llama
 from minisft.prepare import prepare
+from minisft.pretrained import from_pretrained
 from minisft.runs import lifecycle
 from minisft.runs.lifecycle import main
 from minisft.training import loop
@@ -73,7 +73,7 @@ def test_heldout_losses_are_those_of_single_documents(base, tmp_path):
     records = log(tmp_path, "eval")
     assert [(r["step"], r["name"]) for r in records] == [(step, "heldout") for step in (0, 2, 4, 5)]
     for folder, record in ((base, records[0]), (tmp_path / "run" / "final", records[-1])):
-        model, total, count = Llama.from_pretrained(folder), 0.0, 0
+        model, total, count = from_pretrained(folder), 0.0, 0
         for document in ORACLE["documents"][:5]:
             ids, trained = torch.tensor(document["ids"]), torch.tensor(document["trained"])
             targets = torch.where(trained[1:] > 0, ids[1:], -100)
@@ -90,7 +90,7 @@ def test_the_final_folder_is_transformers(base, tmp_path):
     final = tmp_path / "run" / "final"
     theirs, info = transformers.LlamaForCausalLM.from_pretrained(final, output_loading_info=True, dtype=torch.float32)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ours, tokenizer = Llama.from_pretrained(final), transformers.AutoTokenizer.from_pretrained(final)
+    ours, tokenizer = from_pretrained(final), transformers.AutoTokenizer.from_pretrained(final)
     document = ORACLE["documents"][0]
     ids = torch.tensor(document["ids"])
     torch.testing.assert_close(ours.logits(ids), theirs(ids[None]).logits[0].detach(), rtol=0, atol=1e-4)

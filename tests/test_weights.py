@@ -26,6 +26,7 @@ from minisft.errors import NumericsError, UserError, printable
 from minisft.model import weights
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig, RopeScaling
+from minisft.pretrained import from_pretrained, save_pretrained
 
 CONFIG = LlamaConfig(vocab_size=37, hidden_size=16, intermediate_size=22, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=6, attention_bias=True, bos_token_id=1, eos_token_id=[2, 3],
@@ -51,7 +52,7 @@ def refusal(action: Any, *args: Any) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A good folder, to be spoiled."""
-    random_model().save_pretrained(tmp_path, dtype=torch.float32)
+    save_pretrained(random_model(), tmp_path, dtype=torch.float32)
     return tmp_path
 
 
@@ -70,7 +71,7 @@ def test_transformers_reads_what_we_write(tied: bool, shard_bytes: int, tmp_path
     tokens = torch.arange(60) % 37
     with torch.no_grad():
         torch.testing.assert_close(model.logits(tokens), theirs(tokens[None]).logits[0], atol=1e-5, rtol=0)
-    ours = Llama.from_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path)
     assert ours.config == config
     assert torch.equal(ours.logits(tokens), model.logits(tokens))
 
@@ -82,11 +83,11 @@ def test_we_read_what_transformers_writes_bit_for_bit(shard_size: str, tmp_path:
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**RAW))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (shard_size == "6KB")
-    model = Llama.from_pretrained(tmp_path / "theirs")
+    model = from_pretrained(tmp_path / "theirs")
     state = theirs.state_dict()
     assert dict(model.named_parameters()).keys() == state.keys()
     assert all(torch.equal(parameter, state[name]) for name, parameter in model.named_parameters())
-    model.save_pretrained(tmp_path / "ours", dtype=torch.float32)
+    save_pretrained(model, tmp_path / "ours", dtype=torch.float32)
     written = load_file(tmp_path / "ours" / "model.safetensors")
     assert written.keys() == state.keys()
     assert all(torch.equal(written[name], state[name]) for name in state)
@@ -97,7 +98,7 @@ def test_a_tied_model_with_a_head_in_the_file_is_what_transformers_makes_of_it(h
     """A head unlike the embedding unties the model, here and in what is written; a copy is redundant."""
     transformers = pytest.importorskip("transformers")
     config = LlamaConfig(**{**vars(CONFIG), "head_dim": 4, "tie_word_embeddings": True})
-    random_model(config).save_pretrained(tmp_path, dtype=torch.float32)
+    save_pretrained(random_model(config), tmp_path, dtype=torch.float32)
     state = {name: p.bfloat16().float() for name, p in load_file(tmp_path / "model.safetensors").items()}
     copy = state["model.embed_tokens.weight"].clone()
     heads = {"its own": copy.clone(), "a copy": copy, "a copy in another dtype": copy.bfloat16(),
@@ -105,17 +106,17 @@ def test_a_tied_model_with_a_head_in_the_file_is_what_transformers_makes_of_it(h
     heads["its own"][-1, -1] += 1  # in the last number only
     save_file(state | ({"lm_head.weight": heads[head]} if head in heads else {}), tmp_path / "model.safetensors")
     if head == "another shape":
-        assert "lm_head.weight: the file has [30, 16]" in refusal(Llama.from_pretrained, tmp_path)
+        assert "lm_head.weight: the file has [30, 16]" in refusal(from_pretrained, tmp_path)
         return
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     tokens = torch.arange(60) % 37
     for path in (tmp_path, tmp_path / "written"):
-        ours = Llama.from_pretrained(path)
+        ours = from_pretrained(path)
         assert ours.config.tie_word_embeddings == (head != "its own")
         with torch.no_grad():
             torch.testing.assert_close(ours.logits(tokens), theirs(tokens[None]).logits[0], atol=1e-5, rtol=0)
         if path == tmp_path:
-            ours.save_pretrained(tmp_path / "written", dtype=torch.float32)
+            save_pretrained(ours, tmp_path / "written", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
@@ -126,7 +127,7 @@ def test_a_number_that_is_not_finite_is_found_while_loading(folder: Path, name: 
     state = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
     state[name].view(-1)[-1] = value
     save_file(state, folder / "model.safetensors")
-    message = refusal(Llama.from_pretrained, folder)
+    message = refusal(from_pretrained, folder)
     assert message.startswith(f"{folder / 'model.safetensors'}: {name} has numbers that are not finite")
 
 
@@ -134,23 +135,23 @@ def test_finite_numbers_whose_sum_overflows_are_finite(folder: Path) -> None:
     state = {key: tensor.half() for key, tensor in load_file(folder / "model.safetensors").items()}
     state["model.norm.weight"][:] = 60_000
     save_file(state, folder / "model.safetensors")
-    assert (Llama.from_pretrained(folder).model.norm.weight == 60_000).all()
+    assert (from_pretrained(folder).model.norm.weight == 60_000).all()
 
 
 def test_a_hostile_tensor_name_is_printed_harmlessly(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     save_file({**state, "\x1b[2Jevil\n" + "x" * 5000: torch.zeros(1)}, folder / "model.safetensors")
-    message = refusal(Llama.from_pretrained, folder)
+    message = refusal(from_pretrained, folder)
     assert "  \\x1b[2Jevil\\nxxxx" in message
     assert len(message) < 500
     save_file({**state, "\x1b[2Jevil": torch.zeros(1, dtype=torch.int8)}, folder / "model.safetensors")
-    assert ": \\x1b[2Jevil is stored as I8" in refusal(Llama.from_pretrained, folder)
+    assert ": \\x1b[2Jevil is stored as I8" in refusal(from_pretrained, folder)
 
 
 def test_weights_larger_than_the_memory_are_refused_before_any_is_allocated(folder: Path,
                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2}.get)
-    assert "the weights need 0.0 GiB and this machine has 0.0 GiB of memory" in refusal(Llama.from_pretrained, folder)
+    assert "the weights need 0.0 GiB and this machine has 0.0 GiB of memory" in refusal(from_pretrained, folder)
 
 
 @pytest.mark.parametrize(("file", "remedy"), [
@@ -181,10 +182,10 @@ def test_shards_are_as_large_as_allowed_and_indexed(tmp_path: Path) -> None:
 
 
 def test_a_stored_dtype_is_converted_to_the_networks(folder: Path) -> None:
-    exact = dict(Llama.from_pretrained(folder).named_parameters())
+    exact = dict(from_pretrained(folder).named_parameters())
     for stored in (torch.bfloat16, torch.float16):
         save_file({name: p.detach().to(stored) for name, p in exact.items()}, folder / "model.safetensors")
-        for name, parameter in Llama.from_pretrained(folder).named_parameters():
+        for name, parameter in from_pretrained(folder).named_parameters():
             assert torch.equal(parameter, exact[name].to(stored).float())
 
 
@@ -200,7 +201,7 @@ def test_what_cannot_be_written_is_an_input_output_error(tmp_path: Path) -> None
 
 def test_a_model_is_never_written_over_another(folder: Path) -> None:
     with pytest.raises(UserError, match="holds a model already; choose another folder"):
-        random_model().save_pretrained(folder)
+        save_pretrained(random_model(), folder)
 
 
 # Refusals of weights
@@ -212,9 +213,9 @@ def test_every_truncation_is_refused_by_name(folder: Path) -> None:
     header = 8 + struct.unpack("<Q", whole[:8])[0]
     for length in (0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
-        assert f"{file}: not a readable safetensors file (" in refusal(Llama.from_pretrained, folder)
+        assert f"{file}: not a readable safetensors file (" in refusal(from_pretrained, folder)
     file.write_bytes(whole + b"\0")
-    assert "download or export it again" in refusal(Llama.from_pretrained, folder)
+    assert "download or export it again" in refusal(from_pretrained, folder)
 
 
 HEADERS = st.binary(max_size=60) | st.recursive(
@@ -229,7 +230,7 @@ HEADERS = st.binary(max_size=60) | st.recursive(
 def test_a_garbage_header_is_refused(folder: Path, header: bytes, length: int | None) -> None:
     claimed = struct.pack("<Q", len(header) if length is None else length)
     (folder / "model.safetensors").write_bytes(claimed + header)
-    refusal(Llama.from_pretrained, folder)
+    refusal(from_pretrained, folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int64, torch.bool])
@@ -237,7 +238,7 @@ def test_quantised_weights_are_refused(folder: Path, dtype: torch.dtype) -> None
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(dtype)
     save_file(tensors, folder / "model.safetensors")
-    message = refusal(Llama.from_pretrained, folder)
+    message = refusal(from_pretrained, folder)
     assert "model.layers.0.mlp.up_proj.weight is stored as" in message
     assert "quantised weights cannot be fine-tuned, only F32, BF16, F16" in message
 
@@ -248,13 +249,13 @@ def test_missing_extra_and_misshaped_tensors_are_named_ten_at_a_time(folder: Pat
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:36].clone()
     tensors["score.weight"] = torch.zeros(2)
     save_file(tensors, folder / "model.safetensors")
-    message = refusal(Llama.from_pretrained, folder)
+    message = refusal(from_pretrained, folder)
     assert f"{folder}: weights and config.json disagree" in message
     assert "\n  model.norm.weight: missing" in message
     assert "\n  lm_head.weight: the file has [36, 16], config.json asks for [37, 16]" in message
     assert "\n  score.weight: not part of the model that config.json describes" in message
     save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-    message = refusal(Llama.from_pretrained, folder)
+    message = refusal(from_pretrained, folder)
     parameters = sum(1 for _ in random_model().parameters())
     assert message.count(": missing") == 10
     assert message.endswith(f"and {parameters + 1 - 10} more")
@@ -262,24 +263,24 @@ def test_missing_extra_and_misshaped_tensors_are_named_ten_at_a_time(folder: Pat
 
 def test_tables_and_tied_heads_of_old_files_are_no_error(tmp_path: Path) -> None:
     config = LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": True})
-    random_model(config).save_pretrained(tmp_path, dtype=torch.float32)
+    save_pretrained(random_model(config), tmp_path, dtype=torch.float32)
     tensors = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in tensors
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)
     save_file(tensors, tmp_path / "model.safetensors")
-    Llama.from_pretrained(tmp_path)
+    from_pretrained(tmp_path)
 
 
 def test_pickles_are_refused_with_a_remedy(tmp_path: Path) -> None:
-    random_model().save_pretrained(tmp_path)
+    save_pretrained(random_model(), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    message = refusal(Llama.from_pretrained, tmp_path)
+    message = refusal(from_pretrained, tmp_path)
     assert "no model.safetensors and no model.safetensors.index.json; it has pytorch_model.bin: pickles are" in message
     assert "convert them to safetensors" in message
     (tmp_path / "pytorch_model.bin").unlink()
-    assert "download the model again" in refusal(Llama.from_pretrained, tmp_path)
-    assert "no such folder" in refusal(Llama.from_pretrained, tmp_path / "nowhere")
+    assert "download the model again" in refusal(from_pretrained, tmp_path)
+    assert "no such folder" in refusal(from_pretrained, tmp_path / "nowhere")
 
 
 # Refusals of an index
@@ -332,13 +333,13 @@ def test_a_tensor_that_the_index_omits_is_missing(sharded: Path) -> None:
     index = json.loads(file.read_text())
     del index["weight_map"]["lm_head.weight"]
     file.write_text(json.dumps(index))
-    assert "lm_head.weight: missing" in refusal(Llama.from_pretrained, sharded)
+    assert "lm_head.weight: missing" in refusal(from_pretrained, sharded)
 
 
 def test_a_single_file_beside_an_index_that_does_not_list_it_is_ambiguous(sharded: Path) -> None:
     # transformers would read the single file, an index reader the other
     weights.save(random_model(), random_model().config, sharded)
-    assert "one of the two is out of date; delete it" in refusal(Llama.from_pretrained, sharded)
+    assert "one of the two is out of date; delete it" in refusal(from_pretrained, sharded)
 
 
 ANY_JSON = st.recursive(
@@ -417,7 +418,7 @@ def whole(parameter: DTensor) -> Tensor:
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     model = random_model()
-    model.save_pretrained(tmp_path / "source", dtype=torch.float32)
+    save_pretrained(model, tmp_path / "source", dtype=torch.float32)
     torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
     loaded, initial = (load_file(tmp_path / f"{name}.safetensors") for name in ("loaded", "initial"))
     for name, parameter in model.named_parameters():
@@ -454,7 +455,7 @@ def test_ranks_divide_rows_as_torch_chunk_does(rows: int, ranks: int) -> None:
 def test_pieces_are_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """Read by several threads in pieces of any size, a model is what safetensors reads."""
     monkeypatch.setattr(weights.SafetensorsFolder, "piece", piece)
-    loaded = dict(Llama.from_pretrained(folder).named_parameters())
+    loaded = dict(from_pretrained(folder).named_parameters())
     expected = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in expected.items())

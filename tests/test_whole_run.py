@@ -19,7 +19,7 @@ from small_runs import HERE, final_weights, launch, log, options, train, wait_fo
 
 from minisft.__main__ import main as command
 from minisft.evaluation import samples
-from minisft.model.llama import Llama
+from minisft.pretrained import from_pretrained
 from minisft.runs import after, lifecycle, metrics
 from minisft.runs.lifecycle import main
 from minisft.runs.preemption import Stopped
@@ -472,7 +472,7 @@ def test_answers_stop_when_asked(base):
         raise Stopped
 
     with pytest.raises(Stopped):
-        samples.continued(Llama.from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
+        samples.continued(from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
                           check=check)
 
 

@@ -4,11 +4,11 @@ import sys
 
 from minisft.data.tokenizer import Tokenizer
 from minisft.evaluation.generate import generate
-from minisft.model.llama import Llama
+from minisft.pretrained import from_pretrained
 
 folder, text = sys.argv[1:]
 tokenizer = Tokenizer(folder)
 prompt = [tokenizer.control["<|begin_of_text|>"], *tokenizer.encode(text)]
-[answer] = generate(Llama.from_pretrained(folder), [prompt], max_new_tokens=24,
+[answer] = generate(from_pretrained(folder), [prompt], max_new_tokens=24,
                     stop_ids={tokenizer.control[tokenizer.eos]})
 print(repr(tokenizer.decode(answer)))

@@ -10,13 +10,13 @@ from itertools import accumulate
 import torch
 
 from minisft.config import load
-from minisft.model.llama import Llama
 from minisft.prepare import prepare
+from minisft.pretrained import from_pretrained
 from minisft.training.loss import masked_cross_entropy
 
 TOGETHER = 8
 
-model = Llama.from_pretrained(sys.argv[1])
+model = from_pretrained(sys.argv[1])
 prepared = prepare(load(["docs/experiments/look.toml", "--data.train", "runs/demo-world/heldout-questions.jsonl"]),
                    quiet=True)
 logits = {"alone": [], "packed": [], "boundaries lost": []}

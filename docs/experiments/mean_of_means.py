@@ -10,11 +10,11 @@ import torch
 
 from minisft.config import load
 from minisft.data.loader import micro_batch
-from minisft.model.llama import Llama
 from minisft.prepare import prepare
+from minisft.pretrained import from_pretrained
 from minisft.training.loss import batch_loss
 
-model = Llama.from_pretrained(sys.argv[1])
+model = from_pretrained(sys.argv[1])
 dataset = prepare(load(["docs/experiments/look.toml", "--data.train", "runs/demo-world/questions.jsonl"]),
                   quiet=True).train
 together, small, large = (micro_batch(dataset, list(documents)) for documents in (range(31), range(1), range(1, 31)))

@@ -77,7 +77,7 @@ def load(path: str, options: argparse.Namespace, *, template: str = "") -> "Assi
     import torch  # here, so that `minisft --help` does not wait for it
 
     from minisft.evaluation.assistant import Assistant
-    from minisft.model.precision import DTYPES
+    from minisft.model.llama import DTYPES
 
     return Assistant.load(path, template=options.template or template, templates=options.templates,
                           device="cuda" if torch.cuda.is_available() else "cpu",

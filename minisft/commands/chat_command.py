@@ -78,9 +78,10 @@ class Chat:
     def __post_init__(self) -> None:
         import torch  # imported late: `minisft --help` should not wait for it
 
+        from minisft.cpu.kernels import CPU_MATMULS_IN_BF16
         from minisft.evaluation.assistant import Assistant
         from minisft.evaluation.sampling import Sampling
-        from minisft.model.precision import CPU_MATMULS_IN_BF16, DTYPES
+        from minisft.model.llama import DTYPES
 
         options, device = self.options, "cuda" if torch.cuda.is_available() else "cpu"
         self.sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,

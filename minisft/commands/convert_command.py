@@ -30,9 +30,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """SOURCE as TARGET, which appears in one rename when it is complete."""
-    from minisft.model.llama import Llama  # imported late: torch takes seconds
-    from minisft.model.peft import PeftFolder, is_adapter
-    from minisft.model.precision import DTYPES
+    from minisft.lora.peft import PeftFolder, is_adapter  # imported late: torch takes seconds
+    from minisft.model.llama import DTYPES
+    from minisft.pretrained import from_pretrained, save_pretrained
     from minisft.training.provenance import FILE
 
     source, target = options.source, options.target.resolve()
@@ -41,10 +41,10 @@ def run(options: argparse.Namespace) -> None:
     if partial.exists():
         raise UserError(f"{partial}: is in the way, left by a conversion that was killed; delete it")
     dtype = DTYPES[options.dtype]
-    model = Llama.from_pretrained(source, dtype=dtype, format=options.format, base=options.base)
+    model = from_pretrained(source, dtype=dtype, format=options.format, base=options.base)
     homes = [source, *([PeftFolder(source).base_folder(options.base)] if options.merge else [])]
     try:
-        model.save_pretrained(partial, dtype=dtype)
+        save_pretrained(model, partial, dtype=dtype)
         copied = [next(file for home in homes if (file := home / name).is_file()) for name in COMPANIONS
                   if any((home / name).is_file() for home in homes)]
         copied += [source / FILE] if (source / FILE).is_file() else []  # a base's record is not its adapter's

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisft.counter_rng import hashed
 from minisft.data.dataset import Dataset
 from minisft.data.packing import Plan
 
@@ -48,10 +47,6 @@ class MicroBatch:
     targets: Tensor  # (N,) int64: what the model should say ...
     target_at: Tensor  # (N,) int64: ... after these positions
     numbers: Tensor  # (T,) int32: of each token's document (`told_apart`); -1 for padding
-
-    def draws(self, key: tuple[int, int]) -> Tensor:
-        """(T,) random int32 of each token's document and position: the same in whatever micro-batch it lies."""
-        return hashed(hashed(self.numbers.clone(), key) ^ self.positions.int(), key)
 
     @property
     def longest(self) -> int:

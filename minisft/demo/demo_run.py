@@ -25,8 +25,8 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.demo import bpe, world
 from minisft.errors import UserError
 from minisft.evaluation.generate import generate
-from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
+from minisft.pretrained import from_pretrained
 from minisft.runs.failure import guarded
 from minisft.runs.lifecycle import train
 from minisft.training.parallel import launched_rank
@@ -116,7 +116,7 @@ def answers(folder: Path, rows: list[dict[str, str]]) -> Answers:
     tokenizer = Tokenizer(folder)
     renderer = Renderer(load_templates()["llama3"], tokenizer)
     prompts = [renderer.prompt((Turn("user", row["prompt"]),)) for row in rows]
-    said = generate(Llama.from_pretrained(folder), prompts, max_new_tokens=24, stop_ids=renderer.stop_ids())
+    said = generate(from_pretrained(folder), prompts, max_new_tokens=24, stop_ids=renderer.stop_ids())
     texts = [tokenizer.decode(ids) for ids in said]
     return Answers(texts, world.exact_match(texts, [row["completion"] for row in rows]))
 

@@ -16,8 +16,9 @@ from minisft.errors import UserError
 from minisft.evaluation.decoding import Decoder
 from minisft.evaluation.generate import generate, stream
 from minisft.evaluation.sampling import GREEDY, Sampling
+from minisft.lora.peft import PeftFolder, is_adapter
 from minisft.model.llama import Llama
-from minisft.model.peft import PeftFolder, is_adapter
+from minisft.pretrained import from_pretrained
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Assistant:
         tokenizer = Tokenizer(home)
         chosen = choose_template(template, load_templates(templates or None), tokenizer, option="--template")
         renderer = Renderer(chosen, tokenizer)
-        return cls(Llama.from_pretrained(path, dtype=dtype, device=device), renderer, Path(path).resolve().name)
+        return cls(from_pretrained(path, dtype=dtype, device=device), renderer, Path(path).resolve().name)
 
     @cached_property
     def decoder(self) -> Decoder:

@@ -37,7 +37,7 @@ from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.decoding import logits
 from minisft.evaluation.interval import wilson
 from minisft.evaluation.questions import LETTERS, Question, read
-from minisft.model.attention import Documents
+from minisft.model.llama import Documents
 
 STYLES = ("letter", "text")
 WORDS = {"en": ("Question:", "Answer:"), "tr": ("Soru:", "Cevap:")}

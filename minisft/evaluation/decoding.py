@@ -23,10 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisft.model.attention import Documents
-from minisft.model.llama import Block, Llama
-from minisft.model.precision import linear
-from minisft.model.rope import rotations
+from minisft.model.llama import Block, Documents, Llama, linear, rotations
 
 ROWS = 64  # of a slice in fp32
 WIDTHS = (192, 128, 64)  # of a tile in bf16: the widest that fits best
@@ -179,12 +176,11 @@ class Decoder:
     def prefill(self, prompts: list[list[int]], *, positions: int) -> tuple[Tensor, Cache]:
         """Logits (B, V) of what comes after each prompt, and a cache that holds the prompts."""
         lengths, device = [len(prompt) for prompt in prompts], self.norm.device
-        plain = Documents.of_lengths(tuple(lengths), device=device)
-        kept: list[tuple[Tensor, Tensor]] = []
-        documents = Documents(plain.offsets, plain.cu_seqlens, plain.positions, plain.longest, kept)
+        documents = Documents.of_lengths(tuple(lengths), device=device)
+        kept: list[tuple[Tensor, Tensor]] = []  # of each layer
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        last = plain.cu_seqlens[1:].long() - 1
-        found = self.model(tokens, documents, lambda hidden, head: logits(hidden[last], head))
+        last = documents.cu_seqlens[1:].long() - 1
+        found = self.model(tokens, documents, lambda hidden, head: logits(hidden[last], head), kept)
         cache = Cache(self.model, self.dtype, texts=len(prompts), positions=positions)
         cache.fill(kept, lengths)
         return found, cache
@@ -207,7 +203,7 @@ class Decoder:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """rope.rotate, (B, heads, E) -> (B, heads, E), in fewer operations: the first half of the sines is negative."""
+    """llama.rotate, (B, heads, E) -> (B, heads, E), in fewer operations: the first half of the sines is negative."""
     cosine, sine = rotation
     wide = x.float()
     return torch.addcmul(wide * cosine, wide.roll(x.shape[-1] // 2, dims=-1), sine).to(x.dtype)

@@ -22,7 +22,7 @@ from minisft.data.dataset import Dataset
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.evaluation.decoding import logits
-from minisft.model.attention import Documents
+from minisft.model.llama import Documents
 
 MOST = 128  # tokens of an answer: a base model seldom stops by itself
 

@@ -14,26 +14,27 @@ tokens of its own document, so attention grows with the squares of the documents
 norms, rotation and softmax are no matrix products and do not count; nor does what flash attention computes twice.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from minisft.model.llama_config import LlamaConfig
-from minisft.model.lora_config import MATRICES, LoRA, matrices
+from minisft.model.llama_config import MATRICES, LlamaConfig
 
 
 def training_flops(config: LlamaConfig, lengths: np.ndarray, targets: np.ndarray, *, recompute: str = "none",
-                   lora: LoRA | None = None) -> int:
+                   ranks: Mapping[str, int] | None = None) -> int:
     """FLOPs of forward and backward passes over documents of `lengths` (n,) with `targets` (n,) trained tokens.
 
-    With `lora` only its adapters are trained.
+    With `ranks` only adapters are trained: their ranks by the names of their matrices.
     """
     tokens, trained = int(lengths.sum()), int(targets.sum())
     pairs = int((lengths * (lengths + 1)).sum()) // 2  # of a token and one that it attends to
     scores = 2 * config.num_attention_heads * config.head_dim * pairs  # 2 E for each pair and head; as much for values
-    shapes, adapted = list(matrices(config).items()), lora.adapted(config) if lora else {}
-    total, flows = 0, lora is None  # flows: whether what comes in depends on anything that is trained
+    shapes, full = list(config.matrices().items()), ranks is None
+    total, flows = 0, full  # flows: whether what comes in depends on anything that is trained
     for start in range(0, len(shapes), len(MATRICES)):
         block = shapes[start : start + len(MATRICES)]
-        has = [lora is None or name in adapted for name, _ in block]  # something to train: q, k, v, o, gate, up, down
+        has = [ranks is None or name in ranks for name, _ in block]  # something to train: q, k, v, o, gate, up, down
         comes = [flows] * 3 + [flows or any(has[:3])] + [flows or any(has[:4])] * 2 + [flows or any(has[:6])]
         q, k, v = (flows or trains for trains in has[:3])
         flows = flows or any(has)
@@ -41,8 +42,8 @@ def training_flops(config: LlamaConfig, lengths: np.ndarray, targets: np.ndarray
         for i, (name, (rows, columns)) in enumerate(block):
             product = 2 * tokens * rows * columns
             again = flows and {"none": False, "selective": i == 5, "full": i != 6}[recompute]
-            total += product * (1 + comes[i] + (lora is None) + again)
-            if lora and name in adapted:
-                thin, again = 2 * tokens * lora.rank, recompute != "none"
+            total += product * (1 + comes[i] + full + again)
+            if ranks and name in ranks:
+                thin, again = 2 * tokens * ranks[name], recompute != "none"
                 total += thin * (columns * (2 + comes[i] + again) + rows * (3 + (again and (i != 6 or comes[i]))))
-    return total + (6 if lora is None else 4) * config.vocab_size * config.hidden_size * trained
+    return total + (6 if full else 4) * config.vocab_size * config.hidden_size * trained

@@ -1,23 +1,29 @@
-"""Llama-3, whole: embeddings, N blocks of attention and SwiGLU with a norm before each, a norm, a head.
+"""Llama-3 in one file: embeddings, N blocks of attention and SwiGLU with a norm before each, a norm, a head.
 
     tokens (T,) -> embed -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * N -> norm -> head
 
-There is no batch dimension: the T tokens are documents one after another, and `Documents` says where each begins.
-Parameters have Hugging Face's names and layout, so that reading and writing a checkpoint is the identity.
+There is no batch dimension: a batch is one stream of documents, and `Documents` says where each begins.
+
+    stream     a0 a1 a2 b0 b1          lengths [3, 2]   cu_seqlens [0, 3, 5]   positions [0, 1, 2, 0, 1]
+    attends    a0 | a0 a1 | a0 a1 a2 | b0 | b0 b1
+
+Parameters have Hugging Face's names and layout, so reading and writing a checkpoint renames nothing. The network reads
+no files and knows nothing of adapters, which replace its `Linear` modules from outside (lora/lora.py).
 
 From "The Llama 3 Herd of Models" (2024), section 3.2: grouped-query attention (Ainslie et al. 2023), RMSNorm (Zhang and
-Sennrich 2019), SwiGLU (Shazeer 2020), rotary embeddings.
+Sennrich 2019), SwiGLU (Shazeer 2020), rotary embeddings (Su et al. 2021).
 """
 
 # T tokens in the stream, D model width, H query heads, K key/value heads, E head width, F feed-forward width,
-# V vocabulary
+# V vocabulary, O outputs of a matrix
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
-from itertools import count, pairwise
-from pathlib import Path
-from typing import Any
+from itertools import accumulate, count, pairwise
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +36,187 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from minisft.errors import UserError
-from minisft.model import weights
-from minisft.model.attention import Documents, attend
 from minisft.model.llama_config import LlamaConfig
-from minisft.model.meta import MetaFolder
-from minisft.model.norm import RMSNorm
-from minisft.model.peft import PeftFolder, is_adapter
-from minisft.model.precision import Embedding, Linear, linear
-from minisft.model.rope import rotate, rotations
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that recipes and options give them
+VARLEN_WANTS_GQA = torch.__version__ >= "2.12"  # 2.11's varlen_attn shares key/value heads without being told
+Cache = list[tuple[Tensor, Tensor]]  # keys and values (T, K, E) of each layer
+
+
+class Kernels(Protocol):
+    """What cpu/kernels.py has for a processor; on a GPU these are PyTorch's own."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+        """Attention by document, on any device, with `offsets` (N + 1,) on the host."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight."""
+
+    def embedding(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Rows of a table, whose gradient is summed in fp32."""
+
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which products of `dtype` are computed."""
+
+
+def cpu_kernels() -> Kernels:
+    """The kernels for a processor. Imported here and late: nothing else in the core knows them."""
+    from minisft.cpu import kernels
+
+    return kernels
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a stream of T tokens begin and end. Sizes are on the host, which never waits for them."""
+
+    offsets: Tensor  # (N + 1,) int32, on the host: of each document's first token, and T
+    cu_seqlens: Tensor  # the same on the device
+    positions: Tensor  # (T,) int64: position of each token in its own document
+    longest: int  # tokens of the longest document, found once for all layers
+    ids: Tensor | None = None  # (T,) int32: a number of each token's document; the network itself does not use it
+
+    @classmethod
+    def of_lengths(cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu") -> "Documents":
+        """Documents of so many tokens each, one after another."""
+        offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return cls(offsets, offsets.to(device), positions.to(device), max(lengths))
+
+
+# Products. Operands are rounded to the dtype of the activations, sums are fp32, results are rounded once. A lone
+# process keeps fp32 weights and converts each for its product; sharded ones are gathered in bf16 already.
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; `x` itself if it is in `dtype` already.
+
+    Not `x.to(dtype)`: when torch 2.11 compiles a custom autograd Function that returns a `to` with nothing to do, the
+    Function's input silently gets no gradient.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of tensors like `x` are computed: their own, unless a wider one is faster."""
+    return cpu_kernels().product_dtype(x.dtype) if x.is_cpu else x.dtype
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices of one dtype."""
+    dtype = product_dtype(a)
+    return cast(cast(a, dtype) @ cast(b, dtype), a.dtype)
+
+
+class _ConvertedLinear(torch.autograd.Function):
+    """Converts the weight for each product, again in the backward pass: no copy of it outlives its product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return matmul(x, cast(weight, x.dtype).T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = matmul(grad, cast(weight, x.dtype)) if ctx.needs_input_grad[0] else None
+        grad_weight = cast(matmul(grad.T, x), weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """(T, D) and (O, D) -> (T, O): `x @ weight.T` in the dtype of `x`."""
+    as_they_are = x.dtype == weight.dtype == product_dtype(x)
+    return F.linear(x, weight) if as_they_are else _ConvertedLinear.apply(x, weight)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that computes in the dtype of its input, whichever dtype its parameters are kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, O)."""
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` whose gradient is summed in fp32 on every device."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(T,) -> (T, D)."""
+        return cpu_kernels().embedding(tokens, self.weight) if self.weight.is_cpu else super().forward(tokens)
+
+
+class RMSNorm(nn.Module):
+    """Divide each token's channels by their root mean square; computed in fp32, rounded once."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D), in the dtype of `x`."""
+        weight = self.weight.to(x.dtype)
+        return (cpu_kernels().rms_norm(x, weight, self.eps) if x.is_cpu else
+                F.rms_norm(x, weight.shape, weight, self.eps))
+
+
+# Rotary positions: queries and keys are turned by an angle that grows with their position, so that their dot product
+# depends only on the distance between them. Channel pairs are (i, i + E/2), as in Hugging Face's checkpoints.
+
+
+def inverse_wavelengths(config: LlamaConfig, device: torch.device) -> Tensor:
+    """(E/2,) fp32: radians by which each channel pair turns from one position to the next, theta^(-2i/E) for pair i.
+
+    Llama-3.1 and later stretch the slow pairs, those whose wavelength exceeds what pre-training saw, by `factor`, leave
+    the fast ones alone, and blend in between ("The Llama 3 Herd of Models", section 3.4.2; Meta's `apply_scaling`).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    radians = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return radians
+    turns = scaling.original_max_position_embeddings * radians / (2 * math.pi)  # full turns in the old context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pair, unchanged; 0: slow pair, stretched
+    return keep * radians + (1 - keep) * radians / scaling.factor
+
+
+def rotations(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for positions (T,): each (T, 1, E) in fp32, broadcast over the heads."""
+    angles = positions.float()[:, None] * inverse_wavelengths(config, positions.device)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """(T, heads, E) -> (T, heads, E), turned in fp32 and rounded once."""
+    cosine, sine = rotation
+    first, second = x.float().chunk(2, dim=-1)
+    return (torch.cat((first, second), dim=-1) * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)
+
+
+def is_for_flash(q: Tensor) -> bool:
+    """Whether the flash kernel takes such queries: 16 bits, and a head width that 8 divides, 256 at most."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Queries (T, H, E), keys and values (T, K, E) -> (T, H, E). H / K query heads share a key/value head.
+
+    Causal within each document. The boundaries are explicit and every backend honours them: CUDA runs the
+    variable-length flash kernel (Dao 2023, "FlashAttention-2"); a CPU, and a GPU in fp32, go document by document. No
+    (T, T) mask is ever built, so the cost falls with the length of the documents.
+    """
+    if not is_for_flash(q):
+        return cpu_kernels().attention(q, k, v, documents.offsets)
+    from torch.nn.attention.varlen import varlen_attn  # imported late: it loads the compiler, which takes a second
+
+    shares: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if VARLEN_WANTS_GQA else {}
+    offsets, longest = documents.cu_seqlens, documents.longest
+    return varlen_attn(  # type: ignore[return-value]  # a pair only if the log-partitions are asked for
+        q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), **shares)
 
 
 class Attention(nn.Module):
@@ -52,16 +230,15 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        """(T, D) -> (T, D). A token attends to itself and the earlier tokens of its own document.
-
-        `documents.draws` are for the dropout of adapters (lora.py); a plain `Linear` does nothing with them.
-        """
-        q = self.q_proj(x, documents.draws).unflatten(1, (-1, self.head_dim))  # (T, H, E)
-        k = self.k_proj(x, documents.draws).unflatten(1, (-1, self.head_dim))  # (T, K, E)
-        v = self.v_proj(x, documents.draws).unflatten(1, (-1, self.head_dim))  # (T, K, E)
-        attended = attend(rotate(q, rotation), rotate(k, rotation), v, documents).flatten(1)  # (T, H E)
-        return self.o_proj(attended, documents.draws)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents,
+                cache: Cache | None = None) -> Tensor:
+        """(T, D) -> (T, D). A token attends to itself and the earlier tokens of its own document."""
+        q = rotate(self.q_proj(x).unflatten(1, (-1, self.head_dim)), rotation)  # (T, H, E)
+        k = rotate(self.k_proj(x).unflatten(1, (-1, self.head_dim)), rotation)  # (T, K, E)
+        v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (T, K, E)
+        if cache is not None:
+            cache.append((k, v))
+        return self.o_proj(attend(q, k, v, documents).flatten(1))
 
 
 class SwiGLU(nn.Module):
@@ -73,17 +250,17 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, draws: Tensor | None) -> Tensor:
-        """(T, D) -> (T, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x, draws)) * self.up_proj(x, draws), draws)  # (T, F) inside
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D), (T, F) in between."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 ATTENTION = ("torch_attn::_varlen_attn", "minisft::document_attention")
 PRODUCTS = ("aten::mm", "aten::addmm")
 
 
-def selective(adapter_rank: int = 0) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a block's forward pass and of its recomputation: attention and five products are kept.
+def selective(shapes: tuple[tuple[int, int], ...]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a block's forward pass and of its recomputation: keep attention and five matrix products.
 
     Keeping a product of width O and depth I costs 2 O bytes a token and saves 2 I O FLOPs; attention over documents of
     length n costs 2 H E bytes and saves about 2 H E n. For Llama-3-8B, a token and layer:
@@ -92,16 +269,16 @@ def selective(adapter_rank: int = 0) -> tuple[AbstractContextManager[None], Abst
         attention 8 KiB: n FLOPs a byte, of a slower kind       down: needed by nobody, so never computed again
 
     With the block's input (8 KiB) that is 64 KiB, 2.0 MiB over 32 layers; `up` alone is multiplied twice, 27% of the
-    block's products. Norms, rotation and SwiGLU's product are computed again too, which costs no multiplications.
-    So are the thin products of adapters (lora.py), which are told by the rank.
+    block's products. Norms, rotation and SwiGLU's product are computed again too, which costs no multiplications. So
+    are products of other `shapes` than those of the block's matrices (I, O): thin ones that stand beside them.
     """
     # q, k, v, o, gate, up, down, in the order of `compute`; counted for each pass, as torch 2.11 asks in both of them.
     products = {again: count(1) for again in (False, True)}
 
     def keep(context: SelectiveCheckpointContext, operation: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operation.name()
-        is_thin = name in PRODUCTS and adapter_rank in args[-1].shape
-        kept = name in ATTENTION or (name in PRODUCTS and not is_thin and next(products[context.is_recompute]) <= 5)
+        is_product = name in PRODUCTS and tuple(args[-1].shape) in shapes
+        kept = name in ATTENTION or (is_product and next(products[context.is_recompute]) <= 5)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(keep)
@@ -112,29 +289,30 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.adapter_rank = 0
         self.self_attn = Attention(config)
         self.mlp = SwiGLU(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.shapes = tuple((m.in_features, m.out_features) for m in self.modules() if isinstance(m, Linear))
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents,
-                recompute: str = "none") -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, recompute: str = "none",
+                cache: Cache | None = None) -> Tensor:
         """(T, D) -> (T, D). `recompute` says what the backward pass computes again instead of finding it kept:
         "none"; "full", all from the block's input; "selective", what `selective` leaves out."""
         if recompute == "none":
-            return self.compute(x, rotation, documents)
-        # Within the block, so that sharding and compiling see one forward pass, whatever is computed again in it.
-        contexts: dict[str, Any] = {}  # given only where there are any: the compiler knows no others
+            return self.compute(x, rotation, documents, cache)
+        # Within the block, so that sharding and compiling see one forward pass, whichever part is computed again.
+        contexts: dict[str, Any] = {}  # "full" gives none at all: the compiler takes no others
         if recompute == "selective":
-            contexts["context_fn"] = partial(selective, self.adapter_rank)
+            contexts["context_fn"] = partial(selective, self.shapes)
         return checkpoint(self.compute, x, rotation, documents, use_reentrant=False, preserve_rng_state=False,
                           **contexts)
 
-    def compute(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        """(T, D) -> (T, D), whatever is kept of it."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, documents)
-        return x + self.mlp(self.post_attention_layernorm(x), documents.draws)
+    def compute(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents,
+                cache: Cache | None = None) -> Tensor:
+        """(T, D) -> (T, D), whichever part of it is kept."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, documents, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -155,7 +333,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, hidden: Tensor, readout: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What `readout` makes of hidden states (T, D) and the matrix (V, D); see `Llama`."""
+        """`readout` of hidden states (T, D) and the matrix (V, D); see `Llama`."""
         return readout(hidden, self.weight)
 
 
@@ -166,7 +344,7 @@ class Llama(nn.Module):
     loss of the trained tokens there, generation the logits of the last ones, and neither pays for (T, V) logits. It is
     called inside `forward` because only there are sharded parameters gathered (training/parallel.py).
 
-    It computes in `dtype`, or where that is None in the dtype that its parameters have when they are used.
+    It computes in `dtype`; with None, in the dtype that its parameters have when they are used.
     """
 
     def __init__(self, config: LlamaConfig, *, recompute: str = "none", dtype: torch.dtype | None = None):
@@ -182,13 +360,17 @@ class Llama(nn.Module):
         """The layers, first to last."""
         return [block for block in self.model.layers if isinstance(block, Block)]
 
-    def forward(self, tokens: Tensor, documents: Documents, readout: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """tokens (T,) -> whatever `readout` makes of the hidden states (T, D) and the head (V, D)."""
+    def forward(self, tokens: Tensor, documents: Documents, readout: Callable[[Tensor, Tensor], Tensor],
+                cache: Cache | None = None) -> Tensor:
+        """tokens (T,) -> `readout` of the hidden states (T, D) and the head (V, D).
+
+        Every layer appends its keys and values to a `cache`.
+        """
         x = self.model.embed_tokens(tokens)
         x = x.to(self.dtype or x.dtype)
         rotation = rotations(documents.positions, self.config)
         for block in self.model.layers:
-            x = block(x, rotation, documents, self.recompute if torch.is_grad_enabled() else "none")
+            x = block(x, rotation, documents, self.recompute if torch.is_grad_enabled() else "none", cache)
         x = self.model.norm(x)
         if self.config.tie_word_embeddings:
             return readout(x, self.model.embed_tokens.weight)
@@ -205,37 +387,3 @@ class Llama(nn.Module):
         if ends[:1] != [0] or sum(lengths) != len(tokens) or min(lengths, default=0) < 1:
             raise ValueError(f"cu_seqlens must rise from 0 to the {len(tokens)} tokens; it is {ends[:10]}")
         return self(tokens, Documents.of_lengths(lengths, device=tokens.device), linear)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32,
-                        device: torch.device | str = "cpu", format: str = "hf",
-                        base: str | Path | None = None) -> "Llama":
-        """The model in folder `path`: Hugging Face's (`format="hf"`) or Meta's `consolidated.*.pth` (`"meta"`).
-
-        `path` may be an adapter in PEFT's format: then it is its base model with the adapter merged into it. The base
-        is in `base`, or else where the adapter says, in `format`.
-
-        Raises UserError for files that are missing, broken or do not belong together, ValueError for another `format`.
-        """
-        if format not in ("hf", "meta"):
-            raise ValueError(f"format is {format!r}; it is \"hf\" or \"meta\"")
-        adapter = PeftFolder(path) if is_adapter(path) else None
-        if adapter:
-            path = adapter.base_folder(base)
-        source = MetaFolder(path) if format == "meta" else weights.SafetensorsFolder(path)
-        with torch.device("meta"):
-            model = cls(source.config).to(dtype)
-        weights.check(model, source)
-        if torch.device(device).type == "cpu":
-            weights.check_memory(model)
-        model.to_empty(device=device)
-        weights.load(model, source)
-        if adapter:
-            adapter.merge_into(model, model.config)
-        return model.eval()
-
-    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write `config.json` and safetensors into the folder `path`. Raises UserError where it holds a model."""
-        if Path(path).exists() and any(Path(path).glob("model*.safetensors*")):
-            raise UserError(f"{path}: holds a model already; choose another folder")
-        weights.save(self, self.config, path, dtype=dtype)

@@ -15,6 +15,7 @@ from typing import Any
 from minisft.errors import UserError, printable
 from minisft.files import read_small
 
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block, in this order
 _LARGEST = 2**20  # four times the widest Llama; the product of two such sizes is still a valid tensor
 _DEEPEST = 2**10  # eight times the deepest one; that many layers are built in a second
 
@@ -75,6 +76,15 @@ class LlamaConfig:
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Name -> (outputs, inputs) of the linear matrices of all blocks, in the order of their products."""
+        width, inner = self.hidden_size, self.intermediate_size
+        heads, shared = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        shapes = dict(zip(MATRICES, ((heads, width), (shared, width), (shared, width), (width, heads), (inner, width),
+                                     (inner, width), (width, inner)), strict=True))
+        return {f"model.layers.{i}.{'self_attn' if leaf in MATRICES[:4] else 'mlp'}.{leaf}": shape
+                for i in range(self.num_hidden_layers) for leaf, shape in shapes.items()}
 
     def to_dict(self, *, dtype: str) -> dict[str, Any]:
         """The content of `config.json` for weights stored as `dtype` ("bfloat16", "float32")."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from minisft.config import Config
+from minisft.config import Config, LoraConfig
 from minisft.errors import PATH, UserError, printable
+from minisft.lora import targets
 from minisft.model.flops import training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
-from minisft.model.lora_config import LoRA
 from minisft.model.meta import MetaFolder
 from minisft.planning import UTILISATION
 from minisft.planning.hardware import REACHED, Gpu, Traffic
@@ -75,10 +75,11 @@ def missing(config: Config) -> list[str]:
     return [path for path in paths if not Path(path).exists()]
 
 
-def flops_per_token(network: LlamaConfig, lengths: np.ndarray, targets: np.ndarray,
-                    lora: LoRA | None) -> dict[str, float]:
-    """FLOPs a token of documents (n,) with `targets` (n,) trained tokens, by what is recomputed."""
-    return {policy: training_flops(network, lengths, targets, recompute=policy, lora=lora) / int(lengths.sum())
+def flops_per_token(network: LlamaConfig, lengths: np.ndarray, loss_tokens: np.ndarray,
+                    lora: LoraConfig | None) -> dict[str, float]:
+    """FLOPs a token of documents (n,) with `loss_tokens` (n,) trained tokens, by what is recomputed."""
+    ranks = targets.ranks(lora, network) if lora else None
+    return {policy: training_flops(network, lengths, loss_tokens, recompute=policy, ranks=ranks) / int(lengths.sum())
             for policy in POLICIES}
 
 
@@ -124,7 +125,7 @@ def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, d
     work = Work.of(config, network, tokens=tokens, document=document)
     lora = adapters_of(config)
     if lora:
-        lora.check(network)
+        targets.check(lora, network)
     traffic = Traffic.of(network, gpu, shards=shards, copies=copies, lora=lora)
     most = min(-(-config.batch.packs // gpus), MOST)
     choices = [choose(config, network, work, traffic, gpu, policy, micro_packs, gpus=gpus, shards=shards,
@@ -139,7 +140,7 @@ def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, d
     asked = [c for c in choices if c.micro_packs == min(config.batch.micro_packs, most)]
     return {
         "gpu": asdict(gpu), "gpus": gpus, "shards": shards, "copies": copies, "parameters": Sizes.of(network).total,
-        "trained": lora.trained(network) if lora else Sizes.of(network).total,
+        "trained": targets.trained(lora, network) if lora else Sizes.of(network).total,
         "usable_gib": gpu.memory_gib - OUTSIDE, "reserved_factor": RESERVED, "utilisation": utilisation,
         "assumed": work.assumed, "tokens": work.tokens, "steps": work.steps, "trained_share": float(work.trained),
         "tokens_per_step": work.tokens_per_pack * config.batch.packs, "flops_per_token": work.flops,
@@ -200,7 +201,8 @@ def choose(config: Config, network: LlamaConfig, work: Work, traffic: Traffic, g
     lora = adapters_of(config)
     forward = seconds * work.flops["none"] / (2 if lora else 3)  # frozen matrices have half a backward pass
     backward = seconds * work.flops[policy] - forward
-    optimizer = ADAMW * (lora.trained(network) if lora else Sizes.of(network).total) / shards / (gpu.memory_gb_s * 1e9)
+    trained = targets.trained(lora, network) if lora else Sizes.of(network).total
+    optimizer = ADAMW * trained / shards / (gpu.memory_gb_s * 1e9)
     # Sending overlaps with computing; the longer of the two counts. The last micro-batch may be smaller.
     step = optimizer + sum(max(part * forward, traffic.forward_seconds) + max(part * backward, traffic.backward_seconds)
                            for part in (*[1] * full, *[rest / micro_packs] * (rest > 0)))

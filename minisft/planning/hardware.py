@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from minisft.config import LoraConfig
 from minisft.errors import UserError, printable
 from minisft.keys import nearest
+from minisft.lora import targets
 from minisft.model.llama_config import LlamaConfig
-from minisft.model.lora_config import LoRA
 from minisft.planning.memory import FP32, Bytes, Sizes
 
 REACHED = 0.75  # assumed share of a link's nominal rate that collectives reach
@@ -73,14 +74,14 @@ class Traffic:
 
     @classmethod
     def of(cls, config: LlamaConfig, gpu: Gpu, *, shards: int, copies: int, each: Bytes | None = None,
-           lora: LoRA | None = None) -> "Traffic":
+           lora: LoraConfig | None = None) -> "Traffic":
         """For a model over `shards` GPUs, in so many copies (HSDP)."""
         sizes, each = Sizes.of(config), each or Bytes()
         if shards * copies == 1:
             return cls(0, 0, 0, 0, 0.0, 0.0)
         sent = (shards - 1) / shards
         blocks = config.num_hidden_layers * sizes.block  # embedding and head are not gathered for their gradients
-        rest, trained = sizes.total - blocks, lora.trained(config) if lora else sizes.total
+        rest, trained = sizes.total - blocks, targets.trained(lora, config) if lora else sizes.total
         width = 0.5 if lora and lora.base == "nf4" else each.compute  # of a block's number, as it is sent
         forward, backward = round(sent * (each.compute * rest + width * blocks)), round(sent * width * blocks)
         reduced = round(sent * FP32 * trained)

@@ -18,8 +18,9 @@ ranks (tests/test_memory.py); a caching allocator reserves more than is allocate
 
 from dataclasses import dataclass
 
+from minisft.config import LoraConfig
+from minisft.lora import targets
 from minisft.model.llama_config import LlamaConfig
-from minisft.model.lora_config import BLOCK, LoRA, matrices
 from minisft.training.loss import SOFTMAX, chunk_tokens
 
 FP32 = 4
@@ -46,13 +47,13 @@ class Sizes:
     vocabulary: int  # one (V, D) matrix
     total: int
 
-    def frozen(self, config: LlamaConfig, lora: LoRA, *, shards: int) -> int:
-        """Bytes of a frozen network on each of `shards` GPUs. NF4's statistics are on all (model/nf4.py)."""
+    def frozen(self, config: LlamaConfig, lora: LoraConfig, *, shards: int) -> int:
+        """Bytes of a frozen network on each of `shards` GPUs. NF4's statistics are on all (lora/nf4.py)."""
         wide = self.total * (FP32 if lora.base == "fp32" else 2)
         if lora.base != "nf4":
             return wide // shards
-        packed = sum(rows * columns for rows, columns in matrices(config).values())
-        return (wide - 2 * packed + packed // 2) // shards + packed // BLOCK
+        packed = sum(rows * columns for rows, columns in config.matrices().values())
+        return (wide - 2 * packed + packed // 2) // shards + packed // targets.BLOCK
 
     @classmethod
     def of(cls, config: LlamaConfig) -> "Sizes":
@@ -95,7 +96,7 @@ def kept(config: LlamaConfig, recompute: str, compute: int = 2, *, compiled: boo
 
 
 def peak(config: LlamaConfig, *, shards: int, tokens: int, trained: int, recompute: str, accumulates: bool = False,
-         each: Bytes | None = None, lora: LoRA | None = None) -> Memory:
+         each: Bytes | None = None, lora: LoraConfig | None = None) -> Memory:
     """The instant of a step that needs most memory on each of `shards` GPUs.
 
     A forward pass has `tokens`, of which `trained` are targets. `accumulates`: gradients stand from the step's earlier
@@ -190,22 +191,22 @@ def _embedding(config: LlamaConfig, shards: int, tokens: int, trained: int, reco
 
 
 def _with_adapters(config: LlamaConfig, shards: int, tokens: int, trained: int, recompute: str, each: Bytes,
-                   lora: LoRA) -> Memory:
+                   lora: LoraConfig) -> Memory:
     """The larger of the two instants at which all activations are kept; frozen matrices have no gradients to gather."""
-    sizes, numbers = Sizes.of(config), lora.trained(config)
+    sizes, numbers = Sizes.of(config), targets.trained(lora, config)
     parts = {name: size * numbers // sizes.total for name, size in _standing(config, shards, tokens, trained,
                                                                              each).items()}
     parts["parameters"] += sizes.frozen(config, lora, shards=shards)
     parts["gradients"] = each.gradient * numbers // shards
     parts["inputs"] = _standing(config, shards, tokens, trained, each)["inputs"]
-    adapted = lora.adapted(config).values()
+    adapted = targets.adapted(lora, config).values()
     # Of an adapter: its thin product, scaled and not; with dropout its input, and which of it is kept.
     beside = sum(2 * each.compute * lora.rank + (each.compute + 1) * columns * (lora.dropout > 0)
                  for _, columns in adapted) * tokens
     if lora.dora:  # the product before it is scaled
         beside += sum(each.compute * rows for rows, _ in adapted) * tokens
     kept_beside = beside if recompute == "none" else 0
-    largest = max((rows * columns for rows, columns in matrices(config).values()))
+    largest = max((rows * columns for rows, columns in config.matrices().values()))
     unpacked = (FP32 + each.compute) * largest if lora.base == "nf4" or lora.dora else 0  # one matrix at a time
     width = 0.5 if lora.base == "nf4" else each.compute
     block = round(width * sizes.block)

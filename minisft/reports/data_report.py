@@ -15,8 +15,9 @@ import numpy as np
 
 from minisft.data.dataset import Dataset
 from minisft.errors import PATH, printable
+from minisft.lora import targets
 from minisft.model.flops import training_flops
-from minisft.prepare import Prepared, adapters_of
+from minisft.prepare import Prepared
 
 CHECKS = ("one beginning-of-text token a document where the template has one",
           "trained answers end in a trained stop token", "no control token from content",
@@ -41,7 +42,7 @@ def figures(prepared: Prepared) -> dict[str, Any]:
     recompute = config.parallel.activation_checkpointing
     flops = prepared.network and training_flops(prepared.network, train.lengths[epoch.documents],
                                                 train.targets[epoch.documents], recompute=recompute,
-                                                lora=adapters_of(config))
+                                                ranks=targets.ranks(config.lora, prepared.network))
     epoch_tokens = sum(source["epoch"]["tokens"] for source in sources)
     return {
         "template": prepared.renderer.template.name, "seq_len": plan.seq_len, "overlong": config.data.overlong,

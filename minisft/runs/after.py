@@ -12,7 +12,7 @@ from minisft.errors import NumericsError
 from minisft.evaluation import samples
 from minisft.evaluation.forgetting import Forgetting
 from minisft.evaluation.heldout import heldout_loss, loss_figures
-from minisft.model.precision import DTYPES
+from minisft.model.llama import DTYPES
 from minisft.prepare import adapters_of
 from minisft.reports.data_report import figures
 from minisft.runs import resume

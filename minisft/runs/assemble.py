@@ -22,11 +22,12 @@ from minisft.data import packing
 from minisft.errors import NumericsError, UserError
 from minisft.evaluation import samples
 from minisft.lean.adamw import LeanAdamW
-from minisft.model import lora, weights
+from minisft.model import weights
 from minisft.model.llama import Llama
+from minisft.lora import lora, targets
+from minisft.model.llama import DTYPES, Llama
 from minisft.model.llama_config import LlamaConfig, read_config
 from minisft.model.meta import MetaFolder
-from minisft.model.precision import DTYPES
 from minisft.planning.memory import Sizes
 from minisft.prepare import Prepared, adapters_of, check_vocabulary
 from minisft.training import parallel, provenance
@@ -128,7 +129,7 @@ def open_base(config: Config, prepared: Prepared) -> Base:
             weights.check_memory(Llama(network).to(DTYPES[config.optim.parameters]))
     if checkpoint:
         if adapters := adapters_of(config):
-            adapters.check(network)
+            targets.check(adapters, network)
         with torch.device("meta"):
             weights.check(Llama(network), checkpoint)
     check_vocabulary(prepared, network)

@@ -19,6 +19,7 @@ from minisft import config as configuration
 from minisft.config import Config
 from minisft.data.loader import steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
+from minisft.lora import lora
 from minisft.planning.hardware import peak_flops
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
@@ -140,6 +141,7 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
         with suppress(Stopped):
             after.step(start, done=after.done(start) if start else frozenset())
             watch(config.parallel.timeout)
+            lora.set_step(run.model, config.train.seed, start)
             for result in profiled(taken, run.folder / "profile" if config.run.profile and world.is_main else None):
                 number = result.step
                 monitor.step(record_of(run, result, seconds=monitor.lap()), result.loss, result.grad_norm)
@@ -148,6 +150,7 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
                     save(run, saver, monitor, number)
                 after.step(number)
                 watch(config.parallel.timeout)
+                lora.set_step(run.model, config.train.seed, number)
                 if number < total:
                     preemption.check(world.device)
             complete = number == total

@@ -7,14 +7,15 @@ loads the adapter onto the base in bf16 adds it to something slightly else.
 
 from pathlib import Path
 
+from minisft.config import LoraConfig
 from minisft.data.chat import Renderer
-from minisft.model import lora, peft, weights
+from minisft.lora import lora, peft
+from minisft.model import weights
 from minisft.model.llama import Llama
-from minisft.model.lora_config import LoRA
 from minisft.training.export import appearing, as_json, companions, write
 
 
-def export_adapter(model: Llama, settings: LoRA, renderer: Renderer, folder: Path, *, base: str,
+def export_adapter(model: Llama, settings: LoraConfig, renderer: Renderer, folder: Path, *, base: str,
                    leads: bool = True) -> None:
     """Write `folder`, an adapter of the model in folder `base`. All ranks call it, the leading one writes."""
     tensors = dict(lora.tensors(model))

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from minisft.config import OptimConfig
 from minisft.data.loader import MicroBatch
-from minisft.model.attention import Documents
-from minisft.model.precision import operand, product_dtype
+from minisft.model.llama import Documents, cast, product_dtype
 
 CHUNK = 2**27  # logits at one time: 1,024 tokens with Llama-3's vocabulary, 263 MB in bf16
 TILE = 128  # tokens: a chunk is a multiple of it, or the last tiles of a product would leave part of a GPU idle
@@ -57,7 +56,7 @@ def batch_loss(model: nn.Module, batch: MicroBatch, device: torch.device, denomi
                optim: OptimConfig = OptimConfig(), *, compiled: bool = False) -> Tensor:
     """`linear_cross_entropy` of `model` on a micro-batch in host memory; copying it does not wait for the device."""
     offsets, batch = batch.cu_seqlens, batch.to(device)
-    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest)
+    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, batch.numbers)
     return model(batch.tokens, documents, lambda hidden, head: linear_cross_entropy(
         hidden[batch.target_at], head, batch.targets, denominator=denominator, label_smoothing=optim.label_smoothing,
         z_loss=optim.z_loss, compiled=compiled))
@@ -75,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z_loss: float, compiled: bool) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dtype = product_dtype(hidden)
-        matrix = operand(weight, hidden)
+        matrix = cast(cast(weight, hidden.dtype), dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         scale = torch.full_like(total, 1 / denominator)  # filled on the device: the host does not wait
         tokens = chunk_tokens(len(weight))

@@ -27,9 +27,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from minisft.config import Config, ParallelConfig
 from minisft.errors import UserError
-from minisft.model.llama import Llama
+from minisft.model.llama import DTYPES, Llama
 from minisft.model.llama_config import LlamaConfig
-from minisft.model.precision import DTYPES
 
 PATIENCE = timedelta(minutes=5)  # beyond parallel.timeout, by which every rank has said where it hangs
 

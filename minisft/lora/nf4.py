@@ -22,8 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisft.model.lora_config import BLOCK
-from minisft.model.precision import cast, product_dtype
+from minisft.lora.targets import BLOCK
+from minisft.model.llama import matmul
 
 GROUP = 256  # absmax that are scaled together
 CODES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -111,15 +111,12 @@ class _DequantisedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, *statistics: Tensor) -> Tensor:
         ctx.save_for_backward(packed, *statistics)
-        dtype = product_dtype(x)
-        return cast(cast(x, dtype) @ cast(dequantise(packed, statistics, x.dtype), dtype).T, x.dtype)
+        return matmul(x, dequantise(packed, statistics, x.dtype).T)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, *statistics = ctx.saved_tensors
-        dtype = product_dtype(grad)
-        grad_x = cast(cast(grad, dtype) @ cast(dequantise(packed, statistics, grad.dtype), dtype), grad.dtype)
-        return grad_x, *[None] * (1 + len(statistics))
+        return matmul(grad, dequantise(packed, statistics, grad.dtype)), *[None] * (1 + len(statistics))
 
 
 def nf4_linear(x: Tensor, packed: Tensor, nf4: NF4) -> Tensor:

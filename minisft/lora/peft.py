@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minisft.config import LoraConfig
 from minisft.errors import UserError, printable
 from minisft.files import read_small
+from minisft.lora.targets import adapted, scale
 from minisft.model.llama_config import LlamaConfig
-from minisft.model.lora_config import LoRA, matrices
 from minisft.model.weights import finite
 
 PREFIX = "base_model.model."
@@ -38,14 +39,14 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file() and not any(Path(path).glob("model*.safetensors*"))
 
 
-def settings(lora: LoRA, config: LlamaConfig, *, base: str) -> dict[str, Any]:
+def settings(lora: LoraConfig, config: LlamaConfig, *, base: str) -> dict[str, Any]:
     """The content of `adapter_config.json`."""
-    adapted = lora.adapted(config)
+    has_adapter = adapted(lora, config)
     leaves: dict[str, list[str]] = {}
-    for name in matrices(config):
+    for name in config.matrices():
         leaves.setdefault(name.rpartition(".")[2], []).append(name)
     targets = [target for leaf, names in leaves.items()  # the short name where it says the same
-               for target in ([leaf] if set(names) <= adapted.keys() else [n for n in names if n in adapted])]
+               for target in ([leaf] if set(names) <= has_adapter.keys() else [n for n in names if n in has_adapter])]
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
             "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora, "use_dora": lora.dora,
             "target_modules": targets, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
@@ -63,7 +64,7 @@ class PeftFolder:
             self.rank, self.alpha = int(found["r"]), float(found["lora_alpha"])
             self.base = Path(str(found["base_model_name_or_path"]))
             rslora, self.dora = bool(found.get("use_rslora")), bool(found.get("use_dora"))
-            self.scale = LoRA(self.rank, self.alpha, rslora=rslora).scale
+            self.scale = scale(LoraConfig(self.rank, self.alpha, rslora=rslora))
             if not abs(self.scale) < 1e30:  # also of NaN
                 raise ValueError(f"lora_alpha is {self.alpha}")
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
@@ -106,7 +107,7 @@ class PeftFolder:
     @torch.no_grad()
     def merge_into(self, model: nn.Module, config: LlamaConfig) -> None:
         """Add the adapter to the matrices of `model`. Raises UserError where it belongs to another model."""
-        shapes = matrices(config)
+        shapes = config.matrices()
         for name, parts in self.tensors.items():
             if name not in shapes:
                 raise UserError(f"{self.path}: the adapter of {printable(name)} is not of a matrix in a layer; {MERGE}")

@@ -1,95 +1,144 @@
-"""LoRA: frozen matrices with thin trained ones beside them (settings and papers in lora_config.py).
+"""LoRA: frozen matrices with thin trained ones beside them (papers in targets.py).
 
-    y = W x + s B (A dropout(x))          LoRA, rsLoRA
-    y = (m / |W + s B A|) (the same)      DoRA: m is trained, and the lengths |.| of the rows count as constants
+    y = W x + s B (A dropout(x))                    LoRA, rsLoRA
+    y = (m / |W + s B A|) (W x + s B A dropout(x))  DoRA: m is trained; the row lengths |.| count as constants
 
 A network is adapted while it is on the meta device: the linear matrices of its blocks become `FrozenLinear`, under the
-same names, so a checkpoint of the base is read as ever (into bf16, fp32, or NF4 as it is read) and nothing of it has
+same names, so a checkpoint of the base is read as always (into bf16, fp32, or NF4 as it is read) and nothing of it has
 gradients or moments. Adapters are fp32 masters like all that is trained. B begins at zero, so the first step sees the
-base.
+base. DoRA's m is kept as its distance from its initial length: that is small, and loses nothing when it is gathered in
+bf16, where m itself would be rounded by a fifth of a percent.
 
-DoRA's m is kept as its distance from the length it began at. The distance is small: gathered in bf16 it loses nothing
-that counts, where m itself would be rounded by a fifth of a percent.
-
-Dropout is drawn from (seed, step, document, position, channel) by a hash (counter_rng.py): a recomputed block, a
-resumed run, and any number of ranks drop the same. With DoRA it is taken of what the adapter sees; peft, whose base
-sees the dropped input a second time there, is followed at a dropout of 0 only. """
+Dropout is a hash of (seed, step, document, position, channel) (counter_rng.py): a recomputed block, a resumed run, and
+any number of ranks drop the same. With DoRA only what the adapter sees is dropped; in peft the base sees the dropped
+input a second time there, so the two agree at a dropout of 0 only.
+"""
 
 # T tokens, I inputs and O outputs of a matrix, r rank
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minisft.config import LoraConfig
 from minisft.counter_rng import hashed, key_of
+from minisft.lora import targets
+from minisft.lora.nf4 import NF4, dequantise, nf4_linear
+from minisft.lora.peft import PARTS, PREFIX
 from minisft.model import weights
-from minisft.model.llama import Llama
-from minisft.model.lora_config import LoRA, matrices
-from minisft.model.nf4 import NF4, dequantise, nf4_linear
-from minisft.model.peft import PARTS, PREFIX
-from minisft.model.precision import Linear, linear
+from minisft.model.llama import Documents, Linear, Llama, linear
 from minisft.model.weights import whole
 
-STORED = {"bf16": torch.bfloat16, "fp32": torch.float32, "nf4": torch.bfloat16}  # what is in no packed matrix
+STORED = {"bf16": torch.bfloat16, "fp32": torch.float32, "nf4": torch.bfloat16}  # of what is in no packed matrix
+
+
+class Dropout:
+    """The random bits of a micro-batch, which all adapters of a network share.
+
+    They are drawn before the network runs, and stay until it runs again: a backward pass that recomputes blocks comes
+    before the next forward pass.
+    """
+
+    def __init__(self, share: float):
+        self.share = share
+        self.key: tuple[int, int] | None = None  # of the step
+        self.draws: Tensor | None = None  # (T,) int32; None: nothing is dropped
+
+    def draw(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Called by `model` before its forward pass. Nothing is dropped in a pass without gradients."""
+        documents: Documents = arguments[1]
+        self.draws = None
+        if model.training and torch.is_grad_enabled():
+            assert self.key, "the adapters must know their step: call lora.set_step before it"
+            assert documents.ids is not None, "dropout is drawn by document: Documents.ids must number them"
+            self.draws = token_bits(documents.ids, documents.positions, self.key)
+
+    def __call__(self, x: Tensor, channels: Tensor) -> Tensor:
+        """(T, I) with a share of its numbers zero and the others scaled up, by a hash of token and channel."""
+        return x if self.draws is None else dropped(x, self.draws, channels, self.share)
+
+
+def set_step(model: nn.Module, seed: int, step: int) -> None:
+    """Tell the adapters which step (from 0) comes next: their dropout differs from step to step."""
+    dropout = next((module.dropout for _, module in adapters(model)), None)
+    if dropout:
+        dropout.key = key_of(seed, step, "dropout")
+
+
+def token_bits(ids: Tensor, positions: Tensor, key: tuple[int, int]) -> Tensor:
+    """(T,) random int32 of each token's document and position, in whichever micro-batch the document lies."""
+    return hashed(hashed(ids.clone(), key) ^ positions.int(), key)
+
+
+def dropped(x: Tensor, draws: Tensor, channels: Tensor, share: float) -> Tensor:
+    """(T, I) with `share` of its numbers zero and the others scaled up, by a hash of token and channel."""
+    bits = hashed(draws[:, None] ^ channels, (-0x61C88647, -0x7A143595))
+    return torch.where(bits >= round(share * 2**32) - 2**31, x / (1 - share), 0)
 
 
 class FrozenLinear(Linear):
-    """A matrix that is not trained, kept as `lora.base` says, and its adapter where it has one (`rank` above 0)."""
+    """A matrix that is not trained, stored as `lora.base` says, and its adapter if it has one (`rank` above 0)."""
 
-    channels: Tensor  # (I,) int32: what dropout is drawn from, beside the token
+    channels: Tensor  # (I,) int32: what dropout is drawn from, together with the token's bits
     lengths: Tensor  # (O,) of the rows of W, for DoRA
 
-    def __init__(self, like: nn.Linear, lora: LoRA, *, rank: int, trained: torch.dtype):
+    def __init__(self, like: nn.Linear, lora: LoraConfig, *, rank: int, trained: torch.dtype = torch.float32,
+                 dropout: Dropout | None = None):
         rows, columns = like.out_features, like.in_features
         super().__init__(columns, rows, bias=like.bias is not None, dtype=STORED[lora.base])
         self.requires_grad_(False)
-        self.rank, self.scale, self.dropout, self.dora = rank, lora.scale, lora.dropout, lora.dora and rank > 0
+        self.rank, self.dora, self.dropout = rank, lora.dora and rank > 0, dropout
         self.nf4: NF4 | None = None
         if lora.base == "nf4":
             self.nf4 = NF4(rows, columns)
             packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
             self.weight = nn.Parameter(packed, requires_grad=False)
         if rank:
+            self.scale = targets.scale(lora)
             self.lora_A = nn.Parameter(torch.empty(rank, columns, dtype=trained))
             self.lora_B = nn.Parameter(torch.empty(rows, rank, dtype=trained))
             self.register_buffer("channels", torch.empty(columns, dtype=torch.int32), persistent=False)
         if self.dora:
-            self.lora_magnitude = nn.Parameter(torch.empty(rows, dtype=trained))  # less the length it began at
+            self.lora_magnitude = nn.Parameter(torch.empty(rows, dtype=trained))  # less its initial length
             self.register_buffer("lengths", torch.empty(rows), persistent=False)
 
-    def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
-        """(T, I) -> (T, O). `draws` (T,) int32 is what each token's dropout is drawn from; None: no dropout."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, I) -> (T, O)."""
         beside: Tensor | int = 0
         if self.rank:  # first: what comes last in a block, recomputation leaves out
-            z = x if draws is None else dropped(x, draws, self.channels, self.dropout)
+            z = self.dropout(x, self.channels) if self.dropout else x
             beside = linear(self.scale * linear(z, self.lora_A), self.lora_B)
         y = linear(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4)
         if self.dora:
             with torch.no_grad():
                 lengths = self.sum(self.weight, self.lora_A, self.lora_B).norm(dim=1)
-            # Scaled before the sum is rounded: most gains are nearer to 1 than the next bf16 number, and what is
+            # Scaled before the sum is rounded: most gains are nearer to 1 than the next bf16 number, and a sum that is
             # already rounded would come back unchanged from each of them.
             y = ((y.float() + beside) * ((self.lengths + self.lora_magnitude) / lengths)).to(y.dtype)
         elif self.rank:
             y = beside + y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def dense(self, weight: Tensor) -> Tensor:
+        """(O, I) in fp32, of the whole `weight`."""
+        return weight.float() if self.nf4 is None else dequantise(weight, self.nf4.statistics(), torch.float32)
+
     def sum(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """(O, I) W + s B A in fp32, of whole matrices."""
-        wide = weight.float() if self.nf4 is None else dequantise(weight, self.nf4.statistics(), torch.float32)
-        return torch.addmm(wide, b.float(), a.float(), alpha=self.scale)
+        return torch.addmm(self.dense(weight), b.float(), a.float(), alpha=self.scale)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """(O, I) in fp32: the matrix that does what this one does with its adapter. All ranks call it.
+        """(O, I) in fp32: the one matrix that computes the same as W and its adapter. All ranks call it.
 
-        NF4 is merged as peft merges it: what is added to is the dequantised base, which is what was trained with.
+        NF4 is merged as in peft, into the dequantised base: that is what the adapter was trained with.
         """
         weight = whole(self.weight)
         if not self.rank:
-            return weight.float() if self.nf4 is None else dequantise(weight, self.nf4.statistics(), torch.float32)
+            return self.dense(weight)
         found = self.sum(weight, whole(self.lora_A), whole(self.lora_B))
         if self.dora:
             found *= ((self.lengths + whole(self.lora_magnitude)) / found.norm(dim=1))[:, None]
@@ -108,26 +157,21 @@ class FrozenLinear(Linear):
             self.lengths.copy_(self.sum(*map(whole, (self.weight, self.lora_A, self.lora_B))).norm(dim=1))
 
 
-def dropped(x: Tensor, draws: Tensor, channels: Tensor, share: float) -> Tensor:
-    """(T, I) with `share` of its numbers zero and the others scaled up, by a hash of token and channel."""
-    bits = hashed(draws[:, None] ^ channels, (-0x61C88647, -0x7A143595))
-    return torch.where(bits >= round(share * 2**32) - 2**31, x / (1 - share), 0)
-
-
-def adapt(model: Llama, lora: LoRA, *, trained: torch.dtype = torch.float32) -> None:
+def adapt(model: Llama, lora: LoraConfig, *, trained: torch.dtype = torch.float32) -> None:
     """Freeze `model`, which is on the meta device, and give it adapters kept in `trained`. `load` comes after."""
     for module in model.modules():
         for leaf, parameter in [*module.named_parameters(recurse=False)]:
             setattr(module, leaf, nn.Parameter(parameter.to(STORED[lora.base]), requires_grad=False))
-    for name in matrices(model.config):
-        parent, _, leaf = name.rpartition(".")
-        rank = lora.rank if lora.is_target(name) else 0
+    dropout = Dropout(lora.dropout) if lora.dropout else None
+    if dropout:
+        model.register_forward_pre_hook(dropout.draw)
+    has_adapter = targets.adapted(lora, model.config)
+    for name in model.config.matrices():
+        rank = lora.rank if name in has_adapter else 0
         if rank or lora.base == "nf4":
             plain = model.get_submodule(name)
             assert isinstance(plain, Linear)
-            setattr(model.get_submodule(parent), leaf, FrozenLinear(plain, lora, rank=rank, trained=trained))
-    for block in model.blocks:
-        block.adapter_rank = lora.rank
+            model.set_submodule(name, FrozenLinear(plain, lora, rank=rank, trained=trained, dropout=dropout))
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:
@@ -148,9 +192,9 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def load(model: nn.Module, base: weights.WeightSource, *, seed: int) -> None:
-    """Fill an adapted model: what is frozen from `base`, quantised as it is read, and fresh adapters.
+    """Fill an adapted model: frozen weights from `base`, quantised as they are read, and fresh adapters.
 
-    In memory is the model and, besides, one matrix of a rank's rows.
+    Memory: the model, and one matrix of a rank's rows.
     """
     packed = {f"{name}.weight": (module.weight, module.nf4) for name, module in model.named_modules()
               if isinstance(module, FrozenLinear) and module.nf4}
@@ -163,11 +207,11 @@ def load(model: nn.Module, base: weights.WeightSource, *, seed: int) -> None:
         module.begin(seed * 1_000_003 + index)
 
 
-def described(model: nn.Module, lora: LoRA) -> str:
-    """What is trained and what is frozen, in a line."""
+def described(model: nn.Module, lora: LoraConfig) -> str:
+    """One line that says what is trained and what is frozen."""
+    packed = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, FrozenLinear) and m.nf4}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, FrozenLinear) and m.nf4}
-    numbers = sum(p.numel() * (2 if name in frozen else 1) for name, p in model.named_parameters())
+    numbers = sum(p.numel() * (2 if name in packed else 1) for name, p in model.named_parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     size += sum(t.nbytes for m in model.modules() if isinstance(m, NF4) for t in m.statistics())
     kind = ("rsLoRA" if lora.rslora else "LoRA") + " with DoRA" * lora.dora

@@ -1,0 +1,1 @@
+"""Kernels for a processor: what PyTorch lacks there, or does slowly."""
