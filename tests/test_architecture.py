@@ -25,8 +25,9 @@ FORBIDDEN = {
 # Of logs: they know no data set.
 PLAIN_FILES = ("page.py", "drawing.py", "runs.py", "shapes.py", "run_report.py", "run_data.py",
                "tensorboard.py")
-READS_CONFIG = {"training/trainer.py", "training/run.py", "prepare.py", "demo/demo_run.py", "planning/estimate.py",
-                "commands/prepare_command.py", "commands/show_command.py", "commands/plan_command.py"}
+READS_CONFIG = {"training/trainer.py", "training/run.py", "training/after.py", "prepare.py", "config_io.py",
+                "demo/demo_run.py", "planning/estimate.py", "planning/hardware.py", "commands/prepare_command.py",
+                "commands/show_command.py", "commands/plan_command.py", "commands/eval_command.py"}
 
 
 def imported(file):
@@ -38,7 +39,8 @@ def imported(file):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: imports are absolute here"
-        yield from (module.split(".")[1] for module in modules if module.startswith("minisft."))
+        yield from (module.split(".")[1].replace("config_io", "config") for module in modules
+                    if module.startswith("minisft."))
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from minisft.config import load
+from minisft.config_io import load
 from minisft.model.llama import Llama
 from minisft.prepare import prepare
 from minisft.training.loss import masked_cross_entropy

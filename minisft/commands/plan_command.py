@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.commands import RECIPE_HELP
 from minisft.commands.numbers import count, positive, price, share
 from minisft.planning import UTILISATION
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.planning.hardware import find_gpu
     from minisft.prepare import inputs
 
-    config = configuration.load(recipe)
+    config = config_io.load(recipe)
     check_outputs({"--json": options.json}, inputs(config, recipe))
     found = estimate.figures(config, find_gpu(options.gpu), gpus=options.gpus, tokens=options.tokens,
                              document=options.document_length, utilisation=options.utilisation,

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from minisft.config_io import nearest
 from minisft.errors import UserError, printable
-from minisft.keys import nearest
 from minisft.model.llama_config import LlamaConfig
 from minisft.model.lora_config import LoRA
 from minisft.planning.memory import FP32, Bytes, Sizes

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.config import Config
 from minisft.counter_rng import key_of
 from minisft.data import packing
@@ -46,7 +46,7 @@ from minisft.versions import warn_if_untested
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
-    return guarded(lambda: train(configuration.load(argv)))
+    return guarded(lambda: train(config_io.load(argv)))
 
 
 def train(config: Config) -> int:
@@ -70,7 +70,7 @@ def train(config: Config) -> int:
         watch(parts.timeout)
         run = open_run(config, prepared, world, base)
         saved = resume.find(run.folder, world, run.fingerprint, wanted=config.checkpoint.resume,
-                            again=folder is not None and folder.was_begun_with(config.to_toml()),
+                            again=folder is not None and folder.was_begun_with(config_io.to_toml(config)),
                             allow_change=config.checkpoint.allow_change, total_steps=prepared.plan.total_steps)
         fill(run, saved)
         run.history.extend(resume.history(saved, run.settings, run.fingerprint))
@@ -98,7 +98,7 @@ def begin(run: Run, folder: RunFolder, saved: SavedState | None, *, data: dict[s
         try_export(run.base.network, run.prepared.renderer, run.folder / "final",
                    record=record_of_model(run, data, step=step, log=[]))
     give_up(resume.given_up(saved, checkpoints(folder.path / "checkpoints")))
-    folder.begin(run.config.to_toml(), data=data, environment=environment())
+    folder.begin(config_io.to_toml(run.config), data=data, environment=environment())
     logged = folder.rewind_log(step if saved else -1)  # step 0 is evaluated again
     for change in run.history:
         if change["from_step"] == step + 1:
