@@ -14,7 +14,7 @@ PACKAGE = ROOT / "minisft"
 FORBIDDEN = {
     "data": ("model", "training", "evaluation", "planning", "reports", "config", "prepare", "demo", "commands"),
     "model": ("data", "training", "evaluation", "planning", "reports", "config", "prepare", "demo", "commands"),
-    "training": ("demo", "commands", "__main__"),
+    "training": ("planning", "demo", "commands", "__main__"),
     "evaluation": ("config", "prepare", "planning", "demo", "commands", "__main__"),
     "planning": ("evaluation", "reports", "demo", "commands"),
     "reports": ("training", "evaluation", "planning", "config", "demo", "commands"),

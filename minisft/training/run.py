@@ -21,11 +21,11 @@ from minisft.data import packing
 from minisft.errors import NumericsError, UserError
 from minisft.evaluation import samples
 from minisft.model import lora, weights
+from minisft.model.flops import Sizes
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig, read_config
 from minisft.model.meta import MetaFolder
 from minisft.model.precision import DTYPES
-from minisft.planning.memory import Sizes
 from minisft.prepare import Prepared, adapters_of, check_vocabulary
 from minisft.training import parallel, provenance
 from minisft.training.checkpoint import SavedState, check_room, checkpoints

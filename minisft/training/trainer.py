@@ -24,7 +24,7 @@ from minisft.counter_rng import key_of
 from minisft.data import packing
 from minisft.data.loader import MicroBatch, Step, steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
-from minisft.planning.hardware import peak_flops
+from minisft.model.flops import peak_flops
 from minisft.prepare import Prepared, prepare
 from minisft.reports.data_report import describe, figures
 from minisft.training import parallel, resume
