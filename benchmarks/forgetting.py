@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from minisft.config import KEYS
+from minisft.config_io import KEYS
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 EVERY = 10  # of the different lines of the text, one is held out

@@ -292,7 +292,7 @@ def steps(s: Setting, what: str, preset: str, *, tokens: int, count: int, batche
     from minisft.config import LoraConfig
     from minisft.lora.targets import ranks
     from minisft.model.flops import training_flops
-    from minisft.planning.memory import Bytes, peak
+    from minisft.planning.memory import Bytes, StepMemory
 
     # The model before this one is held by a cycle: its layers, and what compiled them.
     gc.collect()
@@ -320,9 +320,9 @@ def steps(s: Setting, what: str, preset: str, *, tokens: int, count: int, batche
     found = peak_gib(on)
     yield f"{what}: allocated", found, "GiB"
     narrow = options.get("parameters") == "bf16"
-    planned = peak(config, shards=1, tokens=tokens, trained=len(made[0].targets), recompute=recompute,
-                   accumulates=batches > 1, lora=adapters,
-                   each=Bytes(2 if narrow else 4, 2 if narrow else 4, 4 if options.get("moments") == "bf16" else 8))
+    each_number = Bytes(2 if narrow else 4, 2 if narrow else 4, 4 if options.get("moments") == "bf16" else 8)
+    planned = StepMemory(config, 1, tokens, len(made[0].targets), recompute, accumulates=batches > 1, each=each_number,
+                         lora=adapters).peak()
     yield f"{what}: allocated over planned", found / (planned.allocated / 2**30), ""
     if on == "cuda":
         yield f"{what}: reserved", torch.cuda.max_memory_reserved() / 2**30, "GiB"

@@ -102,7 +102,7 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
     import numpy as np
     import torch
 
-    from minisft import config as configuration
+    from minisft import config_io
     from minisft.config import Config, OptimConfig, ParallelConfig, TrainConfig
     from minisft.data.loader import micro_batch, padded
     from minisft.model import weights
@@ -115,7 +115,7 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
         documents = [(np.array(d["ids"]), np.array(d["trained"])) for pack in packs for d in pack]
         return micro_batch(SimpleNamespace(document=documents.__getitem__, lengths=documents), range(len(documents)))
 
-    config = configuration.load(job.arguments)
+    config = config_io.load(job.arguments)
     world = parallel.start()
     compiled = compiled or world.device.type == "cuda"  # as parallel.compile = "auto" has it
     kept = "bf16" if dtype == "bfloat16" else "fp32"

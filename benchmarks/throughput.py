@@ -38,7 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.config import Config
 from minisft.data.loader import steps
 from minisft.errors import UserError
@@ -164,7 +164,7 @@ def race(file: str, precision: str, options: argparse.Namespace, folder: Path) -
                  str(options.seq_len), "--data.template", options.template, "--batch.packs", str(options.packs),
                  "--train.precision", precision, "--data.cache", str(folder / "cache"), "--run.dir", str(folder)]
     network = read_config(options.model)
-    work = documents(configuration.load(arguments), network, options.steps + 1)
+    work = documents(config_io.load(arguments), network, options.steps + 1)
     job = folder / f"{Path(file).stem}-{precision}.json"
     job.write_text(json.dumps({"model": str(options.model.resolve()), "precision": precision, "steps": work.steps,
                                "seq_len": options.seq_len, "micro_packs": options.micro_packs,

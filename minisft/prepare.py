@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minisft.config import Config, DataConfig, LoraConfig, heldout_name
+from minisft.config import Config, DataConfig, LoraConfig, Source, heldout_name
 from minisft.data import mixing
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.dataset import Dataset
@@ -20,7 +20,6 @@ from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.files import regular_file
-from minisft.keys import Source
 from minisft.lora import targets
 from minisft.model.flops import training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config

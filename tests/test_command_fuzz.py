@@ -23,7 +23,7 @@ import pytest
 from small_runs import room_of_files
 
 from minisft.__main__ import main, parser
-from minisft.config import KEYS
+from minisft.config_io import KEYS
 
 SECONDS, WAITED = 10, 120  # of a processor; and by the clock, on a machine that has other work
 MEMORY = 4 * 2**30  # bytes that a run may take

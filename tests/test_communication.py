@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
 from minisft.prepare import prepare
@@ -86,7 +86,7 @@ def theory(config, shards, precision, *, reshard):
 def test_bytes_of_a_step(base, tmp_path, monkeypatch, ranks, precision, tied, reshard):
     data = tmp_path / "data.jsonl"
     data.write_bytes(8 * (HERE / "oracles" / "conversations.jsonl").read_bytes())  # enough for all to have work
-    settings = configuration.load(options(base, tmp_path, train__max_steps=STEPS, batch__packs=RANKS * MICRO_STEPS,
+    settings = config_io.load(options(base, tmp_path, train__max_steps=STEPS, batch__packs=RANKS * MICRO_STEPS,
                                           data__train=data, checkpoint__every=0, train__precision=precision))
     monkeypatch.setenv("WORLD_SIZE", str(RANKS))
     prepared, config = prepare(settings, quiet=True), LlamaConfig(**SIZES, tie_word_embeddings=tied)

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft import config as configuration
-from minisft.config import Config, Source, help_text, load
+from minisft import config_io
+from minisft.config import Config, RunConfig, Source
+from minisft.config_io import help_text, load, to_toml
 from minisft.errors import UserError
 
 MINIMAL = '[model]\npath = "base"\n[data]\ntrain = "a.jsonl"\n'
@@ -83,6 +84,17 @@ def test_text_on_the_command_line_follows_the_type_of_the_key(recipe, option, te
         assert type(value) is type(expected)
 
 
+@pytest.mark.parametrize(("option", "text", "expected"), [
+    ("optim.betas", "[0.9, 0.999]", (0.9, 0.999)), ("lora.targets", '["q_proj", "k_proj"]', ("q_proj", "k_proj")),
+    ("data.ignore", "[a]", ("[a]",)), ("data.ignore", "images, id", ("images", "id")), ("data.ignore", "[]", ()),
+])
+def test_lists_on_the_command_line_may_be_written_as_in_toml(recipe, option, text, expected):
+    section, leaf = option.split(".")
+    assert getattr(getattr(load([recipe(), f"--{option}", text, "--lora.rank", "1"]), section), leaf) == expected
+    sources = load([recipe(), "--data.train", '["a,b.jsonl", {path = "c", weight = 2}]']).data.train
+    assert [(source.path, source.weight) for source in sources] == [("a,b.jsonl", 1.0), ("c", 2.0)]
+
+
 def test_command_line_wins_over_the_recipe_and_toml_ints_are_floats(recipe):
     name = recipe(MINIMAL + "[optim]\nlr = 1\nbetas = [0, 0.5]\n")
     optim = load([name]).optim
@@ -131,7 +143,7 @@ def test_shipped_recipes_are_found_by_name_and_none_means_demo(recipe, tmp_path,
     (tmp_path / "shipped").mkdir()
     for name, file in shipped.items():
         file.write_text(MINIMAL.replace("base", f"{name}-base"))
-    monkeypatch.setattr("minisft.given.shipped_recipes", lambda: shipped)
+    monkeypatch.setattr("minisft.config_io.shipped_recipes", lambda: shipped)
     for argv, name in (([], "demo"), (["demo"], "demo"), (["other"], "other"), (["--optim.lr", "1"], "demo")):
         config = load(argv)
         assert (config.model.path, config.run.dir) == (f"{name}-base", f"runs/{name}")
@@ -145,13 +157,13 @@ def test_shipped_recipes_are_found_by_name_and_none_means_demo(recipe, tmp_path,
 
 
 def test_the_demo_is_shipped():
-    assert "demo" in configuration.shipped_recipes()
+    assert "demo" in config_io.shipped_recipes()
 
 
 # The saved configuration
 
 def assert_round_trip(config: Config) -> None:
-    Path("saved.toml").write_text(config.to_toml(), encoding="utf-8")
+    Path("saved.toml").write_text(to_toml(config), encoding="utf-8")
     assert load(["saved.toml"]) == config
 
 
@@ -159,17 +171,17 @@ def test_to_toml_states_every_key_with_its_doc_and_loads_back(recipe):
     config = load([recipe(), "--data.train", "a.json,b/a.json", "--optim.betas", "0.1,0.2", "--train.max_steps", "3"])
     assert_round_trip(config)
     assert_round_trip(load([recipe()]))
-    table = tomllib.loads(config.to_toml())
+    table = tomllib.loads(to_toml(config))
     for section in fields(Config):
         assert list(table[section.name]) == [spec.name for spec in fields(section.type)]
-        assert all(f"# {spec.metadata['doc']}" in config.to_toml() for spec in fields(section.type))
+        assert all(f"# {spec.metadata['doc']}" in to_toml(config) for spec in fields(section.type))
     assert table["optim"]["lr"] == 2e-5
     assert table["run"]["dir"] == "runs/mine"
 
 
 def test_an_override_of_a_saved_configuration_reaches_what_was_inherited(recipe):
     text = '[model]\npath = "m"\n[data]\ntrain = ["a", {path = "b", template = "alpaca"}]\ntemplate = "llama3"\n'
-    Path("saved.toml").write_text(load([recipe(text)]).to_toml())
+    Path("saved.toml").write_text(to_toml(load([recipe(text)])))
     config = load(["saved.toml", "--data.template", "chatml", "--model.path", "n"])
     assert [source.template for source in config.data.train] == ["chatml", "alpaca"]
     assert config.model.tokenizer == "n"
@@ -188,11 +200,10 @@ def test_any_configuration_survives_toml(tmp_path_factory, path, files, lr, step
     default = Config()
     config = replace(
         default, model=replace(default.model, path=path, init="pretrained", tokenizer=path),
-        run=configuration.RunConfig("r"),
-        data=replace(default.data, train=sources, shuffle=shuffle, cache="c"), optim=replace(default.optim, lr=lr),
-        train=replace(default.train, max_steps=steps))
+        run=RunConfig("r"), data=replace(default.data, train=sources, shuffle=shuffle, cache="c"),
+        optim=replace(default.optim, lr=lr), train=replace(default.train, max_steps=steps))
     file = tmp_path_factory.getbasetemp() / "any.toml"
-    file.write_text(config.to_toml(), encoding="utf-8")
+    file.write_text(to_toml(config), encoding="utf-8")
     assert load([str(file)]) == config
 
 
@@ -253,19 +264,19 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     ("[eval]\nevery = 5", "eval.every: evaluation every 5 steps, but neither data.eval nor "
      "data.general names a file"),
     ("[eval]\nforgetting_bound = 0.3",
-     "eval.forgetting_bound: a bound of 0.3 nats on what is forgotten, but data.general names no file to "
-     "measure it on"),
+     "eval.forgetting_bound: a bound of 0.3 nats on forgetting, but data.general names no file to measure "
+     "it on"),
     ("[data]\ngeneral = [{path = 'g', name = 'n'}]\neval = [{path = 'e', name = 'n'}]",
-     "data.general: several sources are named n; names must differ"),
+     "data.general: several sources are named n; give each its own name"),
     ("[data]\nreplay_ratio = 0.2",
-     "data.replay_ratio: 0.2 of the tokens should be replayed text, but data.replay names no file"),
+     "data.replay_ratio: 0.2 of the tokens should be replayed, but data.replay names no file"),
     ("[data]\nreplay = 'r'\nreplay_ratio = 1", "data.replay_ratio: expected float > 0 and < 1, got 1"),
     ("[data]\neval_fraction = 1.0", "data.eval_fraction: expected float >= 0 and < 1, got 1.0"),
     ("[data]\nreplay = ['']", "data.replay: a path is empty"),
     ("[data]\nreplay = [{path = 'r', name = 'n'}, {path = 's', name = 'n'}]",
-     "data.replay: several sources are named n; names must differ"),
+     "data.replay: several sources are named n; give each its own name"),
     ("[data]\neval = {path = 'e', name = 'heldout-a'}\neval_fraction = 0.1",
-     "data.eval: several sources are named heldout-a; names must differ"),
+     "data.eval: several sources are named heldout-a; give each its own name"),
     ("[data]\ndedup = 'nearly'", "data.dedup: expected none|exact|near, got 'nearly' (did you mean near?)"),
     ("[data]\ndedup = 1", "data.dedup: expected none|exact|near, got 1"),
     ("[data]\neval = 3", "data.eval[0]: expected a path or a table, got 3"),
@@ -284,7 +295,7 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     ("[[data.eval]]\npath = 'a'\nformt = ''",
      "data.eval[0].formt: unknown key (did you mean format?); a source has path, format, template, weight, name"),
     ("[data]\neval = [{path = 'a', name = 'n'}, {path = 'b', name = 'n'}]",
-     "data.eval: several sources are named n; names must differ"),
+     "data.eval: several sources are named n; give each its own name"),
 ])
 def test_one_mistake_in_a_recipe_is_one_line(recipe, text, expected):
     assert complaints(recipe(text), "--model.path", "m", "--data.train", "a") == [f"mine.toml: {expected}"]
@@ -333,7 +344,7 @@ def test_one_mistake_on_the_command_line_is_one_line(recipe, argv, expected):
 
 
 def test_the_recipe_comes_first_and_alone(recipe):
-    only_one = "; one recipe may be named, before the options"
+    only_one = "; give one recipe, before the options"
     assert complaints(recipe(), "other") == [f"command line: unexpected 'other'{only_one}"]
     assert complaints(recipe(), "--optim.lr", "1", "other") == [f"command line: unexpected 'other'{only_one}"]
     assert f"command line: unexpected 'mine.toml'{only_one}" in complaints("--optim.lr", "1", recipe())
@@ -388,7 +399,7 @@ def test_help_wins_over_everything(argv, capsys):
 
 
 def test_help_tells_each_key_with_type_default_and_doc(monkeypatch):
-    monkeypatch.setattr(configuration, "shipped_recipes", lambda: {"demo": None, "llama": None})
+    monkeypatch.setattr(config_io, "shipped_recipes", lambda: {"demo": None, "llama": None})
     text = help_text()
     assert "Shipped recipes: demo, llama" in text
     assert "Relative paths, in a recipe too, start at the current directory." in text
@@ -403,6 +414,6 @@ def test_help_tells_each_key_with_type_default_and_doc(monkeypatch):
 
 
 def test_only_the_standard_library_is_needed():
-    code = "import sys, minisft.config; print([m for m in ('torch', 'numpy', 'tokenizers') if m in sys.modules])"
+    code = "import sys, minisft.config_io; print([m for m in ('torch', 'numpy', 'tokenizers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.demo import run as demo
 from minisft.demo import world
 from minisft.runs.lifecycle import train
@@ -20,11 +20,11 @@ def folder(tmp_path_factory):
     shape = json.loads((folder / "world/config.json").read_text())
     (folder / "world/config.json").write_text(json.dumps({**shape, "num_hidden_layers": 3}))
     shared = ["--data.cache", str(folder / "cache"), "--data.seq_len", "304"]
-    train(configuration.load([
+    train(config_io.load([
         "demo-base", "--data.train", str(folder / "world/articles.jsonl"), "--train.max_steps", "280",
         "--model.config", str(folder / "world/config.json"), "--model.tokenizer", str(folder / "world"),
         "--run.dir", str(folder / "base"), *shared]))
-    train(configuration.load([
+    train(config_io.load([
         "demo", "--model.path", str(folder / "base/final"), "--data.train", str(folder / "world/questions.jsonl"),
         "--data.eval", "", "--data.general", str(folder / "world/heldout-articles.jsonl"), "--eval.samples", "0",
         "--train.max_steps", "70",

@@ -271,14 +271,14 @@ def test_a_link_to_other_lines_is_found_and_set_right(tmp_path):
 
 
 def test_the_readmes_recipe_and_command_line_are_ones_that_can_be_loaded(tmp_path, monkeypatch):
-    from minisft import config as configuration
+    from minisft import config_io
 
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     [recipe] = [fence["body"] for fence in FENCE.finditer(text) if fence["kind"] == "toml"]
     (tmp_path / "my.toml").write_text(recipe)
     options = re.search(r"train.py my.toml (.*)", text)[1].split()
-    assert configuration.load(["my.toml", *options]).optim.lr == 1e-5
+    assert config_io.load(["my.toml", *options]).optim.lr == 1e-5
     assert tomllib.loads(recipe)["data"]["template"] == "llama3"
 
 

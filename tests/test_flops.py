@@ -13,7 +13,7 @@ from minisft.config import LoraConfig
 from minisft.lora.lora import adapt
 from minisft.lora.targets import ranks
 from minisft.model import llama
-from minisft.model.flops import training_flops
+from minisft.model.flops import peak_flops, training_flops
 from minisft.model.llama import Documents
 from minisft.model.llama_config import MATRICES, PRESETS, LlamaConfig
 from minisft.training.loss import linear_cross_entropy
@@ -96,3 +96,9 @@ def test_a_token_of_llama_3_8b_costs_six_flops_a_parameter():
     found = training_flops(PRESETS["llama-3-8b"], np.array([1]), np.array([1]))
     assert found == 6 * (32 * block + 4096 * 128_256) + attention
     assert training_flops(PRESETS["llama-3-8b"], np.array([], dtype=np.int64), np.array([], dtype=np.int64)) == 0
+
+
+def test_the_peak_of_a_gpu_is_known_by_what_its_driver_calls_it(monkeypatch):
+    names = ("NVIDIA H100 80GB HBM3", "x")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+    assert [peak_flops(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu")] == [989e12, None, None]

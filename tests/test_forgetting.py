@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_runs import HERE, log, options, train, wait_for_savers
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.__main__ import main as command
 from minisft.errors import UserError
 from minisft.evaluation import heldout
@@ -37,7 +37,7 @@ def general(tmp_path):
 
 def naive(folder, argv):
     """The mean loss over all tokens of the texts but each one's first, document by document."""
-    model, dataset = from_pretrained(folder), prepare(configuration.load(argv), quiet=True).evals["general"]
+    model, dataset = from_pretrained(folder), prepare(config_io.load(argv), quiet=True).evals["general"]
     losses = []
     for i in range(len(dataset)):
         ids = torch.tensor(dataset.document(i)[0].astype("int64"))
@@ -140,7 +140,7 @@ def test_without_the_base_model_s_loss_nothing_is_made_up():
 def test_general_text_that_is_also_trained_is_counted(base, tmp_path, general):
     replay = tmp_path / "replay.jsonl"
     replay.write_text(json.dumps({"text": TEXTS[1]}) + "\n" + json.dumps({"text": "Something else altogether."}) + "\n")
-    prepared = prepare(configuration.load(options(base, tmp_path, data__general=general, data__replay=replay)),
+    prepared = prepare(config_io.load(options(base, tmp_path, data__general=general, data__replay=replay)),
                        quiet=True)
     found = figures(prepared)
     assert [(source["name"], source["also_trained"]) for source in found["general"]] == [("general", 1)]

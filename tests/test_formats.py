@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minisft import keys
+from minisft import config
 from minisft.data import formats
 from minisft.data import records as reader
 from minisft.data.conversation import Conversation, Skipped, Turn
@@ -327,7 +327,7 @@ def test_no_format_or_more_than_one_is_an_error_that_lists_the_fields(write):
 
 
 def test_the_configuration_offers_the_formats_that_there_are():
-    assert ("auto", *formats.FORMATS) == keys.FORMATS
+    assert ("auto", *formats.FORMATS) == config.FORMATS
 
 
 def test_unknown_options_list_the_choices(write):

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisft.config_io import nearest
 from minisft.errors import printable
 from minisft.evaluation import questions, signals
 from minisft.evaluation.instruction_checks import CHECKS, number_bullet_lists, number_placeholders, sentences, title
 from minisft.evaluation.language import detect
-from minisft.keys import nearest
 from minisft.reports import run_report
 
 UNITS = ("a", ".", "a.", ".a", "e.g. ", "Mr. ", " ", "\n", " \n", "[", "[]", "<<", "<<a", "*", "*a", "* \n", "**a",

@@ -21,9 +21,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from minisft.config import Config, LoraConfig, ParallelConfig
 from minisft.cpu import kernels
 from minisft.lora.lora import adapt
+from minisft.model.flops import Sizes
 from minisft.model.llama import Documents, Llama
 from minisft.model.llama_config import PRESETS, LlamaConfig
-from minisft.planning.memory import Bytes, Sizes, peak
+from minisft.planning.memory import Bytes, StepMemory
 from minisft.training import parallel
 from minisft.training.loss import linear_cross_entropy
 from minisft.training.optimizer import AdamW
@@ -75,8 +76,8 @@ def products_in_bf16(monkeypatch):
 def compare(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=None):
     expected = tracked(config, ranks=ranks, tokens=tokens, trained=trained, recompute=recompute,
                        micro_batches=micro_batches, lora=lora)
-    found = peak(config, shards=ranks, tokens=tokens, trained=trained, recompute=recompute,
-                 accumulates=micro_batches > 1, each=ON_A_CPU, lora=lora)
+    found = StepMemory(config, ranks, tokens, trained, recompute, accumulates=micro_batches > 1, each=ON_A_CPU,
+                       lora=lora).peak()
     print(f"tracker {expected / 2**30:.3f} GiB, arithmetic {found.allocated / 2**30:.3f}, {found.instant}")
     assert found.allocated == pytest.approx(expected, rel=0.1)
 
@@ -118,7 +119,7 @@ def test_sizes_are_those_of_the_network(name):
 
 def test_the_state_of_8b_over_8_gpus_by_hand():
     """16 bytes for each of 8,030,261,248 parameters, over 8: 14.96 GiB."""
-    parts = peak(PRESETS["llama-3-8b"], shards=8, tokens=8192, trained=8192, recompute="full", accumulates=True).parts
+    parts = StepMemory(PRESETS["llama-3-8b"], 8, 8192, 8192, "full", accumulates=True).peak().parts
     state = parts["parameters"] + parts["gradients"] + parts["moments"]
     assert Sizes.of(PRESETS["llama-3-8b"]).total == 8_030_261_248
     assert state == pytest.approx(16 * 8_030_261_248 / 8, abs=100)
@@ -139,7 +140,7 @@ def test_the_peak_is_what_a_process_takes(recompute):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, Path(__file__), recompute], capture_output=True, text=True, check=True,
                           env=environment)
-    found = peak(MEASURED, shards=1, tokens=2048, trained=2048, recompute=recompute, each=ON_A_CPU).allocated
+    found = StepMemory(MEASURED, 1, 2048, 2048, recompute, each=ON_A_CPU).peak().allocated
     print(f"process {int(done.stdout) / 2**20:.0f} MiB, arithmetic {found / 2**20:.0f}")
     assert found == pytest.approx(int(done.stdout), rel=0.1)
 

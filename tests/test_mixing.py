@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracles.tiny_llama import write_tiny_llama
 from small_runs import log, train
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.data.mixing import copies, held_out, replay_weights
 from minisft.errors import UserError
 from minisft.prepare import prepare
@@ -55,7 +55,7 @@ def write(name, rows):
 
 
 def prepared(*argv):
-    return prepare(configuration.load(["r.toml", *argv]), quiet=True)
+    return prepare(config_io.load(["r.toml", *argv]), quiet=True)
 
 
 def epochs(data):
@@ -292,7 +292,7 @@ def test_the_log_has_the_trained_tokens_of_each_source(tiny, here):
     settings = {"data__train": "b.jsonl", "data__replay": "general.jsonl", "data__replay_ratio": 0.2,
                 "data__eval_fraction": 0.1, "train__max_steps": 4, "batch__packs": 12, "data__seq_len": 600}
     records = train(tiny, here, **settings)
-    data = prepare(configuration.load([f"{here}/run/config.toml"]), quiet=True)
+    data = prepare(config_io.load([f"{here}/run/config.toml"]), quiet=True)
     names = {"b.jsonl": "b", "general.jsonl": "general"}
     assert len(records) == 4
     assert len({record["epoch"] for record in records}) > 1

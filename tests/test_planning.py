@@ -55,7 +55,7 @@ def test_the_figures_of_8b_on_eight_h100_by_hand(recipe):
     assert found["tokens"] == 150_000_000
     assert found["hours"] == pytest.approx(found["steps"] * best["step_seconds"] / 3600)
     assert found["dollars"] == pytest.approx(found["hours"] * 8 * 3)
-    assert found["assumed"] == "packs full of documents of 500 tokens, all of them trained"
+    assert found["assumed"] == "packs full of 500-token documents, all tokens trained"
 
 
 def test_the_published_activations_of_8b(recipe):
@@ -125,7 +125,7 @@ def test_without_data_or_tokens_the_assumption_is_said(recipe, capsys):
     assert found["hours"] is None
     assert found["dollars"] is None
     printed = " ".join(capsys.readouterr().out.split())
-    assert "packs full of documents of 8,192 tokens, all of them trained; nowhere.jsonl is not there" in printed
+    assert "packs full of 8,192-token documents, all tokens trained; nowhere.jsonl is missing" in printed
     assert "minutes a million tokens" in printed
     assert "computed, not measured" in printed
 
@@ -133,7 +133,7 @@ def test_without_data_or_tokens_the_assumption_is_said(recipe, capsys):
 def test_what_does_not_fit_comes_with_a_remedy(recipe, capsys):
     error = refused(capsys, "--gpu", "rtx4090")
     assert "nothing fits: one pack of 8,192 tokens with parallel.activation_checkpointing = full takes" in error
-    assert "8 x GeForce RTX 4090 24 GB, which has 22.1 GiB to use. To make it fit, shard over 16 GPUs" in error
+    assert "8 x GeForce RTX 4090 24 GB, which has 22.1 GiB usable. To make it fit, shard over 16 GPUs" in error
     assert planned("--gpu", "rtx4090", "--gpus", "16")["recommended"]["fits"]
     tall = refused(capsys, "--gpu", "rtx4090", "--gpus", "16", "--data.seq_len", "131072")
     shorter = tall.split("data.seq_len to ")[1].split()[0]
@@ -157,9 +157,9 @@ def test_memory_savers_of_one_gpu(recipe, capsys):
     (["--gpu", "h100pci"], "no GPU is called 'h100pci' (did you mean h100-pcie?); known are h100, h100-pcie, h200,"),
     (["--gpus", "6", "--parallel.shard", "4"], "--gpus 6 is not parallel.shard = 4 times parallel.replicate = 1"),
     (["--gpus", "64"], "batch.packs = 32 cannot be split over 64 GPUs; raise it to at least 64"),
-    (["--train.precision", "fp32"], "the plan knows the rates of bf16: add --train.precision bf16"),
+    (["--train.precision", "fp32"], "the plan knows only the speed of bf16: add --train.precision bf16"),
     (["--model.config", "away.json"], "away.json: no such file; a Hugging Face model folder has a config.json. To plan "
-     "without the weights: a folder with the model's config.json alone, or --model.init random --model.config with one "
+     "without the weights: a folder with only the model's config.json, or --model.init random --model.config with one "
      "of llama-3-8b,"),
 ])
 def test_what_cannot_be_planned_is_said(recipe, capsys, options, message):

@@ -11,7 +11,7 @@ from small_runs import launch, options, train
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.training.profile import AROUND, KINDS, OTHER, profiled, table
 
 
@@ -117,5 +117,5 @@ def test_off_by_default(base, tmp_path, monkeypatch):
     monkeypatch.setattr("minisft.training.profile.profile", None)
     train(base, tmp_path, train__max_steps=2)
     assert not (tmp_path / "run/profile").exists()
-    asked = [configuration.load([*options(base, tmp_path), *more]).run.profile for more in ([], ["--profile"])]
+    asked = [config_io.load([*options(base, tmp_path), *more]).run.profile for more in ([], ["--profile"])]
     assert asked == [False, True]

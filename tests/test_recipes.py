@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.__main__ import main
 from minisft.model.llama_config import PRESETS
 
@@ -23,7 +23,7 @@ GPUS = {"llama3.2-1b": ("1", "rtx4090"), "llama3.2-3b": ("1", "rtx4090"), "llama
 
 def options(name: str, base: Path, folder: Path) -> list[str]:
     """The recipe with the sample's files in place of the user's."""
-    config = configuration.load([name])
+    config = config_io.load([name])
     (folder / "config.json").write_text(json.dumps(PRESETS[NETWORKS[name]].to_dict(dtype="bfloat16")))
     sources = {key: ",".join(str(SAMPLE / Path(source.path).name) for source in getattr(config.data, key))
                for key in ("train", "replay") if getattr(config.data, key)}
@@ -49,7 +49,7 @@ def test_plan(name, base, tmp_path, capsys):
     gpus, gpu = GPUS.get(name, ("8", "h100"))
     assert main(["plan", *options(name, base, tmp_path), "--gpus", gpus, "--gpu", gpu]) == 0
     told = capsys.readouterr().out
-    chosen = configuration.load([name]).parallel.activation_checkpointing
+    chosen = config_io.load([name]).parallel.activation_checkpointing
     columns = re.search(r"recomputing +none +selective +full", told)
     fits = re.search(r"with 1 packs in a pass +(fits|does not) +(fits|does not) +(fits|does not)", told)
     assert columns
@@ -58,7 +58,7 @@ def test_plan(name, base, tmp_path, capsys):
 
 def test_all_are_tested():
     demos = {"demo", "demo-base", "round-1", "round-2"}
-    assert set(configuration.shipped_recipes()) - demos == set(NETWORKS)
+    assert set(config_io.shipped_recipes()) - demos == set(NETWORKS)
 
 
 def test_a_recipe_without_its_files_says_what_to_give(capsys):

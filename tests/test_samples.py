@@ -8,8 +8,7 @@ import pytest
 import torch
 from small_runs import HERE, log, options, train
 
-from minisft import __version__
-from minisft import config as configuration
+from minisft import __version__, config_io
 from minisft.__main__ import main as command
 from minisft.errors import UserError
 from minisft.pretrained import from_pretrained
@@ -74,8 +73,8 @@ def test_text_has_no_answers(base, tmp_path, capsys):
     (tmp_path / "text.jsonl").write_text('{"text": "It was a dark night."}\n')
     assert main(options(base, tmp_path, data__eval=tmp_path / "text.jsonl", eval__samples=1)) == 2
     assert "eval.samples = 1: data.eval has no question that an answer follows" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"eval\.samples: 2 questions of each file are to be answered, but data\.eval"):
-        configuration.load(options(base, tmp_path, eval__samples=2))
+    with pytest.raises(UserError, match=r"eval\.samples: 2 questions of each file to answer, but data\.eval"):
+        config_io.load(options(base, tmp_path, eval__samples=2))
 
 
 @pytest.mark.parametrize("name", ["data.json", "environment.json"])

@@ -206,7 +206,7 @@ def test_bf16_parameters_follow_fp32_masters(base, tmp_path, plain):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"optim__parameters": "bf16"}, "parameters in bf16 cannot be computed with in fp32; set train.precision to bf16"),
+    ({"optim__parameters": "bf16"}, "bf16 parameters need bf16 compute; set train.precision to bf16"),
     ({"optim__in_backward": "true"}, "set optim.clip_norm to 0"),
     ({"optim__in_backward": "true", "optim__clip_norm": 0},
      "batch.packs = 4 is more than batch.micro_packs = 1 on 1 rank, but"),

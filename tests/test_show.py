@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from oracles.tiny_llama import VOCAB_SIZE, tiny_tokenizer, write_tiny_llama
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.__main__ import main
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
@@ -67,7 +67,7 @@ def here(folder, monkeypatch):
 
 @pytest.fixture
 def prepared(here):
-    return prepare(configuration.load(["r.toml"]), quiet=True)
+    return prepare(config_io.load(["r.toml"]), quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +428,7 @@ def test_the_page_runs_nothing_and_loads_nothing(prepared):
 def test_names_of_files_are_escaped_too(here):
     name = """<img src=x onerror="alert(1)">&amp;'"""
     Path(f"{name}.jsonl").write_text(conversation("Hi", "Hello!"))
-    prepared = prepare(configuration.load(["r.toml", "--data.train", f"{name}.jsonl"]), quiet=True)
+    prepared = prepare(config_io.load(["r.toml", "--data.train", f"{name}.jsonl"]), quiet=True)
     text = show_html.page(choose(prepared, source=name))
     page = Page(text)
     assert "<img" not in text
@@ -457,7 +457,7 @@ def test_the_attention_is_to_scale(prepared):
 def test_a_full_pack_of_8192_tokens_is_a_light_page(here):
     Path("many.jsonl").write_text(Path("chats.jsonl").read_text() * 10)
     options = ["r.toml", "--data.train", "many.jsonl", "--data.seq_len", "8192"]
-    prepared = prepare(configuration.load(options), quiet=True)
+    prepared = prepare(config_io.load(options), quiet=True)
     views = [choose(prepared, pack=i)[0] for i in range(len(prepared.plan.epoch(0)))]
     view = max(views, key=lambda view: view.tokens)
     assert view.tokens > 8000

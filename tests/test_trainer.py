@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_runs import HERE, final_weights, log, options, train
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.evaluation.generate import generate
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained
@@ -126,7 +126,7 @@ def test_mfu_where_the_peak_is_known(base, tmp_path, monkeypatch):
     options_of_run = options(base, tmp_path, train__max_steps=3)  # 3 steps an epoch
     assert main(options_of_run) == 0
     records = log(tmp_path)
-    prepared = prepare(configuration.load(options_of_run), quiet=True)
+    prepared = prepare(config_io.load(options_of_run), quiet=True)
     shape, lengths = json.loads((base / "config.json").read_text()), prepared.train.lengths.tolist()
     width, heads, shared = shape["hidden_size"], *(shape["head_dim"] * shape[f"num_{name}_heads"]
                                                    for name in ("attention", "key_value"))

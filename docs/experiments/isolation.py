@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from minisft.config import load
+from minisft.config_io import load
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained
 from minisft.training.loss import masked_cross_entropy

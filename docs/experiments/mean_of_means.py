@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from minisft.config import load
+from minisft.config_io import load
 from minisft.data.loader import micro_batch
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained

@@ -11,8 +11,8 @@ from typing import Any
 
 from minisft.commands import answer_command
 from minisft.commands.numbers import natural, positive
+from minisft.config import FORMATS
 from minisft.errors import UserError
-from minisft.keys import FORMATS
 from minisft.reports.page import check_outputs, write_json
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.commands import RECIPE_HELP
 from minisft.commands.numbers import count, positive, price, share
 from minisft.planning import UTILISATION
@@ -17,14 +17,14 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         usage="minisft plan RECIPE [--section.key value ...] [options]", epilog=RECIPE_HELP,
         allow_abbrev=False)
     command.add_argument("--gpus", type=positive, default=8, metavar="N", help="GPUs, over all hosts (8)")
-    command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of GPU, as in hardware.toml (h100)")
+    command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of GPU, as in gpus.toml (h100)")
     command.add_argument("--hours-price", type=price, metavar="USD", help="price of one GPU for an hour")
-    command.add_argument("--tokens", type=count, metavar="N", help="tokens of the data, such as 50M, instead of "
-                         "reading them")
-    command.add_argument("--document-length", type=count, metavar="N", help="with --tokens: tokens of a document "
+    command.add_argument("--tokens", type=count, metavar="N", help="tokens in an epoch, such as 50M, instead of "
+                         "counting the data")
+    command.add_argument("--document-length", type=count, metavar="N", help="with --tokens: tokens in a document "
                          "(data.seq_len)")
     command.add_argument("--utilisation", type=share, default=UTILISATION, metavar="SHARE",
-                         help=f"share of the peak that is reached, recomputation included ({UTILISATION})")
+                         help=f"share of peak FLOPs to assume, recomputation included ({UTILISATION})")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     command.set_defaults(run=run)
 
@@ -35,11 +35,11 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.planning.hardware import find_gpu
     from minisft.prepare import inputs
 
-    config = configuration.load(recipe)
+    config = config_io.load(recipe)
     check_outputs({"--json": options.json}, inputs(config, recipe))
-    found = estimate.figures(config, find_gpu(options.gpu), gpus=options.gpus, tokens=options.tokens,
-                             document=options.document_length, utilisation=options.utilisation,
-                             price=options.hours_price)
+    found = estimate.figures(config, estimate.PlanOptions(
+        find_gpu(options.gpu), options.gpus, options.tokens, options.document_length, options.utilisation,
+        options.hours_price))
     if options.json:
         write_json(options.json, found)
     print(estimate.describe(found))

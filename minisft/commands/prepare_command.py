@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.commands import RECIPE_HELP
 from minisft.reports.page import check_outputs, write, write_json
 
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.prepare import inputs, prepare  # imported late, as is all that needs NumPy
     from minisft.reports.data_report import describe, figures
 
-    config = configuration.load(recipe)
+    config = config_io.load(recipe)
     check_outputs({"--dump": options.dump, "--json": options.json}, inputs(config, recipe))
     prepared = prepare(config, verify=options.verify)
     found = figures(prepared)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.commands import RECIPE_HELP
 from minisft.commands.numbers import whole
 from minisft.errors import PATH, printable
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     from minisft.reports.show_html import page
     from minisft.reports.token_view import choose, print_views
 
-    config = configuration.load(recipe)
+    config = config_io.load(recipe)
     check_outputs({"--html": options.html}, inputs(config, recipe))
     prepared = prepare(config)
     views = choose(prepared, source=options.source, index=options.index,

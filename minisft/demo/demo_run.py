@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.config import Config
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
@@ -46,10 +46,10 @@ def main(argv: list[str]) -> int:
 
 def demo(argv: list[str]) -> int:
     """What `main` does; bad input and full disks are raised."""
-    tuned = configuration.load(["demo", *argv])
-    base = configuration.load(["demo-base", "--train.seed", str(tuned.train.seed)])
+    tuned = config_io.load(["demo", *argv])
+    base = config_io.load(["demo-base", "--train.seed", str(tuned.train.seed)])
     if trained(base):
-        kept = configuration.load([f"{base.run.dir}/config.toml"])
+        kept = config_io.load([f"{base.run.dir}/config.toml"])
         if kept != base:
             raise UserError(f"{base.run.dir}: a base model of other settings (seed {kept.train.seed}); delete it, "
                             "or run the demo in another folder")

@@ -14,11 +14,19 @@ tokens of its own document, so attention grows with the squares of the documents
 norms, rotation and softmax are no matrix products and do not count; nor does what flash attention computes twice.
 """
 
+import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minisft.model.llama_config import MATRICES, LlamaConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 def training_flops(config: LlamaConfig, lengths: np.ndarray, targets: np.ndarray, *, recompute: str = "none",
@@ -47,3 +55,40 @@ def training_flops(config: LlamaConfig, lengths: np.ndarray, targets: np.ndarray
                 thin, again = 2 * tokens * ranks[name], recompute != "none"
                 total += thin * (columns * (2 + comes[i] + again) + rows * (3 + (again and (i != 6 or comes[i]))))
     return total + (6 if full else 4) * config.vocab_size * config.hidden_size * trained
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers in the network's parameters."""
+
+    block: int
+    vocabulary: int  # one (V, D) matrix
+    total: int
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> "Sizes":
+        """Counted from the shape of the network."""
+        width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+        shared, inner = config.num_key_value_heads * config.head_dim, config.intermediate_size
+        block = 2 * width * (heads + shared) + 3 * width * inner + 2 * width
+        block += config.attention_bias * (heads + 2 * shared + width) + config.mlp_bias * (2 * inner + width)
+        vocabulary = config.vocab_size * width
+        total = config.num_hidden_layers * block + width + vocabulary * (1 if config.tie_word_embeddings else 2)
+        return cls(block, vocabulary, total)
+
+
+@cache
+def known_gpus() -> dict[str, dict[str, Any]]:
+    """The tables of gpus.toml, by name."""
+    return tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def peak_flops(device: "torch.device") -> float | None:
+    """Peak FLOPs a second of `device` in dense bf16 products; None if gpus.toml does not know it."""
+    if device.type != "cuda":
+        return None
+    import torch  # not above: `minisft prepare` counts FLOPs, and should not wait seconds for torch
+
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * gpu["bf16_tflops"] for gpu in known_gpus().values() if gpu["driver"] == name), None)

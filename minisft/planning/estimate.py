@@ -10,26 +10,38 @@ against what torch counts; time is FLOPs over an assumed share of the peak, and 
 import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from minisft.config import Config, LoraConfig
+from minisft.config import Config
 from minisft.errors import PATH, UserError, printable
 from minisft.lora import targets
-from minisft.model.flops import training_flops
+from minisft.model.flops import Sizes, training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
 from minisft.model.meta import MetaFolder
 from minisft.planning import UTILISATION
 from minisft.planning.hardware import REACHED, Gpu, Traffic
-from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, Sizes, peak
+from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, StepMemory
 from minisft.prepare import adapters_of, inputs, prepare
 
 RESERVED = 1.2  # memory that PyTorch's allocator holds for each byte allocated: about that in published runs
 OUTSIDE = 1.5  # GiB assumed for what PyTorch does not count: CUDA's context, NCCL's buffers
 ADAMW = 28  # bytes moved for each parameter: four fp32 numbers read, three written
-MOST = 64  # packs in a forward pass that are looked at
+MOST = 64  # packs in a forward pass to consider
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The GPUs, and what to assume."""
+
+    gpu: Gpu
+    gpus: int
+    tokens: int | None = None  # in an epoch, instead of counting the data
+    document: int | None = None  # tokens in a document, instead of counting the data
+    utilisation: float = UTILISATION
+    price: float | None = None  # dollars for one GPU for an hour
 
 
 @dataclass(frozen=True)
@@ -44,216 +56,194 @@ class Work:
     assumed: str  # empty: counted from the data
 
     @classmethod
-    def of(cls, config: Config, network: LlamaConfig, *, tokens: int | None, document: int | None) -> "Work":
-        """Counted from the packed data; or from `tokens` an epoch in documents of `document` tokens."""
-        lora = adapters_of(config)
-        if tokens is None and not document and not missing(config):
+    def of(cls, config: Config, network: LlamaConfig, options: PlanOptions) -> "Work":
+        """Counted from the packed data; or from `options.tokens` an epoch in documents of `options.document` tokens."""
+        seq_len, missing = config.data.seq_len, [path for path in inputs(config)[:-5] if not Path(path).exists()]
+
+        def flops(lengths: np.ndarray, loss_tokens: np.ndarray) -> dict[str, float]:
+            ranks = targets.ranks(config.lora, network)
+            return {policy: training_flops(network, lengths, loss_tokens, recompute=policy, ranks=ranks)
+                    / int(lengths.sum()) for policy in POLICIES}
+
+        if options.tokens is None and not options.document and not missing:
             plan, train = (prepared := prepare(config)).plan, prepared.train
             documents = plan.epoch(0).documents
             lengths, targets = train.lengths[documents], train.targets[documents]
             per_epoch, steps = int(lengths.sum()), plan.total_steps
             total = round(per_epoch * steps / plan.steps_per_epoch)
-            return cls(config.data.seq_len * plan.fill(), targets.sum() / per_epoch,
-                       flops_per_token(network, lengths, targets, lora), total, steps, "")
-        length = min(document or config.data.seq_len, config.data.seq_len)
-        lengths = np.full(config.data.seq_len // length, length)
-        assumed = f"packs full of documents of {length:,} tokens, all of them trained"
-        if tokens is None:
-            absent = missing(config)
-            return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths, lora), None, None,
-                       assumed + (f"; {absent[0]} is not there" if absent else ""))
-        per_step = config.batch.packs * config.data.seq_len
-        steps = config.train.epochs * -(-tokens // per_step)
+            return cls(seq_len * plan.fill(), targets.sum() / per_epoch, flops(lengths, targets), total, steps, "")
+        length = min(options.document or seq_len, seq_len)
+        lengths = np.full(seq_len // length, length)
+        assumed = f"packs full of {length:,}-token documents, all tokens trained"
+        if options.tokens is None:
+            return cls(seq_len, 1.0, flops(lengths, lengths), None, None,
+                       assumed + (f"; {missing[0]} is missing" if missing else ""))
+        per_step, epochs = config.batch.packs * seq_len, config.train.epochs
+        steps = epochs * -(-options.tokens // per_step)
         steps = min(steps, config.train.max_steps or steps)
-        return cls(config.data.seq_len, 1.0, flops_per_token(network, lengths, lengths, lora),
-                   min(config.train.epochs * tokens, steps * per_step), steps, assumed)
+        tokens = min(epochs * options.tokens, steps * per_step)
+        return cls(seq_len, 1.0, flops(lengths, lengths), tokens, steps, assumed)
 
 
-def missing(config: Config) -> list[str]:
-    """Files that must be read to count the data, and are not there."""
-    *paths, _, _, _, _ = inputs(config)
-    return [path for path in paths if not Path(path).exists()]
-
-
-def flops_per_token(network: LlamaConfig, lengths: np.ndarray, loss_tokens: np.ndarray,
-                    lora: LoraConfig | None) -> dict[str, float]:
-    """FLOPs a token of documents (n,) with `loss_tokens` (n,) trained tokens, by what is recomputed."""
-    ranks = targets.ranks(lora, network) if lora else None
-    return {policy: training_flops(network, lengths, loss_tokens, recompute=policy, ranks=ranks) / int(lengths.sum())
-            for policy in POLICIES}
-
-
-@dataclass(frozen=True)
-class Choice:
+class Choice(TypedDict):
     """One way to run: a checkpointing policy and the packs of a forward pass."""
 
-    policy: str
+    activation_checkpointing: str
     micro_packs: int
-    memory: Memory
     fits: bool
+    allocated_gib: float
+    reserved_gib: float
+    instant: str  # that needs most
+    parts_gib: dict[str, float]  # what it needs then
     micro_steps: int
     compute_seconds: tuple[float, float]  # of a micro-batch: forward, backward
     step_seconds: float
-    tokens_per_second: float  # a GPU
+    tokens_per_second_per_gpu: float
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A recipe on given GPUs."""
+
+    config: Config
+    options: PlanOptions
+    network: LlamaConfig
+    shards: int  # of the model
+    copies: int  # of it (HSDP)
+    work: Work
+    trained: int  # parameters
+    traffic: Traffic
+
+    @classmethod
+    def of(cls, config: Config, options: PlanOptions) -> "Scenario":
+        """Raises UserError for what cannot be planned."""
+        if config.train.precision != "bf16":
+            raise UserError(f"train.precision is {config.train.precision}, but the plan knows only the speed of bf16: "
+                            "add --train.precision bf16")
+        shard, replicate, gpus = config.parallel.shard, config.parallel.replicate, options.gpus
+        copies = replicate or max(gpus // (shard or gpus), 1)
+        if gpus % copies or shard not in (0, gpus // copies):
+            raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}; it "
+                            "must be their product, or a multiple of one if the other is 0")
+        if config.batch.packs < gpus:
+            raise UserError(f"batch.packs = {config.batch.packs} cannot be split over {gpus} GPUs; raise it to at "
+                            f"least {gpus}, or take fewer GPUs")
+        network, lora = _network_of(config), adapters_of(config)
+        work = Work.of(config, network, options)
+        if lora:
+            targets.check(lora, network)
+        trained = targets.trained(lora, network) if lora else Sizes.of(network).total
+        traffic = Traffic.of(network, options.gpu, shards=gpus // copies, copies=copies, lora=lora)
+        return cls(config, options, network, gpus // copies, copies, work, trained, traffic)
 
     @property
-    def reserved(self) -> float:
-        """Bytes that the allocator holds."""
-        return self.memory.allocated * RESERVED
+    def usable(self) -> float:
+        """Bytes of each GPU that PyTorch can have."""
+        return (self.options.gpu.memory_gib - OUTSIDE) * GIB
+
+    def memory(self, policy: str, micro_packs: int = 1, *, accumulates: bool = True) -> Memory:
+        """The peak of a full micro-batch; bytes a parameter as the configuration keeps it (docs/memory.md)."""
+        optim, offload = self.config.optim, self.config.parallel.offload
+        weight, moment = (2 if precision == "bf16" else FP32 for precision in (optim.parameters, optim.moments))
+        here = 0 if offload == "parameters" else weight
+        each = Bytes(here, gradient=0 if optim.in_backward else here, moments=2 * moment * (offload == "none"),
+                     compiled=self.config.parallel.compile != "false")
+        tokens = micro_packs * self.config.data.seq_len
+        return StepMemory(self.network, self.shards, tokens, round(tokens * self.work.trained), policy, accumulates,
+                          each, adapters_of(self.config)).peak()
+
+    def fits(self, memory: Memory) -> bool:
+        """Return whether each GPU has so much memory."""
+        return memory.allocated * RESERVED <= self.usable
+
+    def choose(self, policy: str, micro_packs: int) -> Choice:
+        """Memory and time of one way to run."""
+        gpu, gpus, work, traffic = self.options.gpu, self.options.gpus, self.work, self.traffic
+        full, rest = divmod(-(-self.config.batch.packs // gpus), micro_packs)
+        micro_steps = full + (rest > 0)
+        memory = self.memory(policy, micro_packs, accumulates=micro_steps > 1)
+        seconds = work.tokens_per_pack * micro_packs / (gpu.bf16_tflops * 1e12 * self.options.utilisation)
+        # A frozen matrix has half a backward pass.
+        forward = seconds * work.flops["none"] / (2 if self.config.lora.rank else 3)
+        backward = seconds * work.flops[policy] - forward
+        # Sending overlaps with computing; the longer of the two counts. The last micro-batch may be smaller.
+        step = ADAMW * self.trained / self.shards / (gpu.memory_gb_s * 1e9) + sum(
+            max(part * forward, traffic.forward_seconds) + max(part * backward, traffic.backward_seconds)
+            for part in (*[1] * full, *[rest / micro_packs] * (rest > 0)))
+        return {"activation_checkpointing": policy, "micro_packs": micro_packs, "fits": self.fits(memory),
+                "allocated_gib": memory.allocated / GIB, "reserved_gib": memory.allocated * RESERVED / GIB,
+                "instant": memory.instant, "parts_gib": {name: size / GIB for name, size in memory.parts.items()},
+                "micro_steps": micro_steps, "compute_seconds": (forward, backward), "step_seconds": step,
+                "tokens_per_second_per_gpu": work.tokens_per_pack * self.config.batch.packs / step / gpus}
+
+    def nothing_fits(self, smallest: Choice) -> str:
+        """The message for a run that does not fit: what is missing, and what would help."""
+        config, gpu, remedies = self.config, self.options.gpu, []
+
+        def fits(**changed: Any) -> bool:
+            return self.fits(replace(self, **changed).memory("full"))
+
+        if enough := next((self.shards << i for i in range(1, 11) if fits(shards=self.shards << i)), None):
+            remedies.append(f"shard over {enough} GPUs")
+        shorter = [config.data.seq_len >> i for i in range(1, 12) if config.data.seq_len >> i >= 128]
+        if seq_len := next((seq_len for seq_len in shorter if fits(
+                config=replace(config, data=replace(config.data, seq_len=seq_len)))), None):
+            remedies.append(f"set data.seq_len to {seq_len}")
+        if fits(config=replace(config, optim=replace(config.optim, parameters="bf16", moments="bf16"),
+                               parallel=replace(config.parallel, offload="optimizer"))):
+            remedies.append("keep less of each parameter there: optim.parameters and optim.moments = bf16, "
+                            "parallel.offload = optimizer (docs/memory.md)")
+        return (f"nothing fits: one pack of {config.data.seq_len:,} tokens with parallel.activation_checkpointing = "
+                f"full takes {smallest['reserved_gib']:.1f} GiB on each of {self.options.gpus} x {gpu.name}, which has "
+                f"{self.usable / GIB:.1f} GiB usable. To make it fit, {', or '.join(remedies) or 'take larger GPUs'}")
 
 
-def network_of(config: Config) -> LlamaConfig:
-    """The shape of the network; weights are not read. Raises UserError where nothing tells it."""
+def _network_of(config: Config) -> LlamaConfig:
+    """The shape of the network; weights are not read. Raises UserError if nothing tells it."""
     named = config.model.config if config.model.init == "random" else config.model.path
     if config.model.init == "random" and named in PRESETS:
         return PRESETS[named]
     try:
         return MetaFolder(named).config if config.model.format == "meta" else read_config(named)
     except UserError as error:
-        raise UserError(f"{error}. To plan without the weights: a folder with the model's config.json alone" + (
-            "" if config.lora.rank else f", or --model.init random --model.config with one of {', '.join(PRESETS)}"
-            )) from None
+        preset = "" if config.lora.rank else f", or --model.init random --model.config with one of {', '.join(PRESETS)}"
+        raise UserError(f"{error}. To plan without the weights: a folder with only the model's config.json{preset}"
+                        ) from None
 
 
-def figures(config: Config, gpu: Gpu, *, gpus: int, tokens: int | None = None, document: int | None = None,
-            utilisation: float = UTILISATION, price: float | None = None) -> dict[str, Any]:
-    """Every figure of the plan: --json. `price` is that of one GPU for an hour. UserError where nothing fits."""
-    if config.train.precision != "bf16":
-        raise UserError("train.precision is fp32; the plan knows the rates of bf16: add --train.precision bf16")
-    shards, copies = split(config, gpus)
-    network = network_of(config)
-    work = Work.of(config, network, tokens=tokens, document=document)
-    lora = adapters_of(config)
-    if lora:
-        targets.check(lora, network)
-    traffic = Traffic.of(network, gpu, shards=shards, copies=copies, lora=lora)
+def figures(config: Config, options: PlanOptions) -> dict[str, Any]:
+    """Every figure of the plan: --json. Raises UserError if nothing fits."""
+    scenario = Scenario.of(config, options)
+    work, traffic, gpu, gpus = scenario.work, scenario.traffic, options.gpu, options.gpus
     most = min(-(-config.batch.packs // gpus), MOST)
-    choices = [choose(config, network, work, traffic, gpu, policy, micro_packs, gpus=gpus, shards=shards,
-                      utilisation=utilisation)
-               for policy in POLICIES for micro_packs in range(1, most + 1)]
-    fitting = [choice for choice in choices if choice.fits]
+    choices = [scenario.choose(policy, micro_packs) for policy in POLICIES for micro_packs in range(1, most + 1)]
+    fitting = [choice for choice in choices if choice["fits"]]
     if not fitting:
-        raise UserError(nothing_fits(config, network, gpu, gpus=gpus, shards=shards, smallest=choices[2 * most]))
+        raise UserError(scenario.nothing_fits(smallest=choices[2 * most]))
     # Of those within 1% of the fastest, the smallest.
-    fastest = min(choice.step_seconds for choice in fitting)
-    best = min((c for c in fitting if c.step_seconds <= 1.01 * fastest), key=lambda c: c.memory.allocated)
-    asked = [c for c in choices if c.micro_packs == min(config.batch.micro_packs, most)]
+    fastest = min(choice["step_seconds"] for choice in fitting)
+    best = min((c for c in fitting if c["step_seconds"] <= 1.01 * fastest), key=lambda c: c["allocated_gib"])
+    forward, backward = best["compute_seconds"]
+    sent = traffic.gathered_forward + traffic.gathered_backward + traffic.reduced + traffic.copied
+    hours = None if work.steps is None else work.steps * best["step_seconds"] / 3600
     return {
-        "gpu": asdict(gpu), "gpus": gpus, "shards": shards, "copies": copies, "parameters": Sizes.of(network).total,
-        "trained": targets.trained(lora, network) if lora else Sizes.of(network).total,
-        "usable_gib": gpu.memory_gib - OUTSIDE, "reserved_factor": RESERVED, "utilisation": utilisation,
+        "gpu": asdict(gpu), "gpus": gpus, "shards": scenario.shards, "copies": scenario.copies,
+        "parameters": Sizes.of(scenario.network).total, "trained": scenario.trained,
+        "usable_gib": scenario.usable / GIB, "reserved_factor": RESERVED, "utilisation": options.utilisation,
         "assumed": work.assumed, "tokens": work.tokens, "steps": work.steps, "trained_share": float(work.trained),
         "tokens_per_step": work.tokens_per_pack * config.batch.packs, "flops_per_token": work.flops,
-        "flops_per_step": work.flops[best.policy] * work.tokens_per_pack * config.batch.packs,
-        "memory": {choice.policy: as_dict(choice) for choice in asked},
+        "flops_per_step": work.flops[best["activation_checkpointing"]] * work.tokens_per_pack * config.batch.packs,
+        "memory": {choice["activation_checkpointing"]: choice for choice in choices
+                   if choice["micro_packs"] == min(config.batch.micro_packs, most)},
         "activation_checkpointing": config.parallel.activation_checkpointing,
-        "largest_micro_packs": {policy: max((c.micro_packs for c in fitting if c.policy == policy), default=0)
-                                for policy in POLICIES}, "packs_per_gpu": most,
-        "recommended": as_dict(best), **sent(traffic, best), **cost(work, best, gpus=gpus, price=price)}
-
-
-def sent(traffic: Traffic, best: Choice) -> dict[str, Any]:
-    """What the GPUs send, and whether computing takes longer."""
-    micro_batch = traffic.gathered_forward + traffic.gathered_backward + traffic.reduced + traffic.copied
-    forward, backward = best.compute_seconds
-    return {"traffic": asdict(traffic), "traffic_per_step": best.micro_steps * micro_batch,
-            "hidden": traffic.forward_seconds <= forward and traffic.backward_seconds <= backward}
-
-
-def cost(work: Work, best: Choice, *, gpus: int, price: float | None) -> dict[str, Any]:
-    """Hours and dollars, where the length of the run and the price are known."""
-    hours = None if work.steps is None else work.steps * best.step_seconds / 3600
-    return {"hours": hours, "price": price, "dollars": None if hours is None or price is None else hours * gpus * price}
-
-
-def as_dict(choice: Choice) -> dict[str, Any]:
-    """A choice's figures, in GiB and seconds."""
-    return {"activation_checkpointing": choice.policy, "micro_packs": choice.micro_packs, "fits": choice.fits,
-            "allocated_gib": choice.memory.allocated / GIB, "reserved_gib": choice.reserved / GIB,
-            "instant": choice.memory.instant,
-            "parts_gib": {name: size / GIB for name, size in choice.memory.parts.items()},
-            "micro_steps": choice.micro_steps, "compute_seconds": choice.compute_seconds,
-            "step_seconds": choice.step_seconds, "tokens_per_second_per_gpu": choice.tokens_per_second}
-
-
-def split(config: Config, gpus: int) -> tuple[int, int]:
-    """Shards of the model, and copies of it (HSDP)."""
-    shard, replicate = config.parallel.shard, config.parallel.replicate
-    copies = replicate or max(gpus // (shard or gpus), 1)
-    shards = gpus // copies
-    if shards * copies != gpus or shard not in (0, shards):
-        raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}: it "
-                        "must be their product, or where one of them is 0 a multiple of the other")
-    if config.batch.packs < gpus:
-        raise UserError(f"batch.packs = {config.batch.packs} cannot be split over {gpus} GPUs; raise it to at least "
-                        f"{gpus}, or take fewer GPUs")
-    return shards, copies
-
-
-def choose(config: Config, network: LlamaConfig, work: Work, traffic: Traffic, gpu: Gpu, policy: str,
-           micro_packs: int, *, gpus: int, shards: int, utilisation: float) -> Choice:
-    """Memory and time of one way to run."""
-    full, rest = divmod(-(-config.batch.packs // gpus), micro_packs)
-    micro_steps = full + (rest > 0)
-    memory = memory_of(config, network, shards=shards, policy=policy, micro_packs=micro_packs, trained=work.trained,
-                       accumulates=micro_steps > 1)
-    seconds = work.tokens_per_pack * micro_packs / (gpu.bf16_tflops * 1e12 * utilisation)
-    lora = adapters_of(config)
-    forward = seconds * work.flops["none"] / (2 if lora else 3)  # frozen matrices have half a backward pass
-    backward = seconds * work.flops[policy] - forward
-    trained = targets.trained(lora, network) if lora else Sizes.of(network).total
-    optimizer = ADAMW * trained / shards / (gpu.memory_gb_s * 1e9)
-    # Sending overlaps with computing; the longer of the two counts. The last micro-batch may be smaller.
-    step = optimizer + sum(max(part * forward, traffic.forward_seconds) + max(part * backward, traffic.backward_seconds)
-                           for part in (*[1] * full, *[rest / micro_packs] * (rest > 0)))
-    fits = memory.allocated * RESERVED <= (gpu.memory_gib - OUTSIDE) * GIB
-    return Choice(policy, micro_packs, memory, fits, micro_steps, (forward, backward), step,
-                  work.tokens_per_pack * config.batch.packs / step / gpus)
-
-
-def memory_of(config: Config, network: LlamaConfig, *, shards: int, policy: str, micro_packs: int = 1,
-              trained: float = 1.0, accumulates: bool = True, seq_len: int | None = None) -> Memory:
-    """The peak of a full micro-batch."""
-    tokens = micro_packs * (seq_len or config.data.seq_len)
-    return peak(network, shards=shards, tokens=tokens, trained=round(tokens * trained), recompute=policy,
-                accumulates=accumulates, each=bytes_of(config), lora=adapters_of(config))
-
-
-def bytes_of(config: Config) -> Bytes:
-    """Bytes a parameter on the GPU under the configuration (docs/memory.md)."""
-    optim, offload = config.optim, config.parallel.offload
-    weight, moment = (2 if precision == "bf16" else FP32 for precision in (optim.parameters, optim.moments))
-    here = 0 if offload == "parameters" else weight
-    return Bytes(parameter=here, gradient=0 if optim.in_backward else here, moments=2 * moment * (offload == "none"),
-                 compiled=config.parallel.compile != "false")
-
-
-def nothing_fits(config: Config, network: LlamaConfig, gpu: Gpu, *, gpus: int, shards: int, smallest: Choice) -> str:
-    """What is missing, and what would help."""
-    usable = (gpu.memory_gib - OUTSIDE) * GIB
-
-    def fits(*, on: int = shards, seq_len: int | None = None) -> bool:
-        return memory_of(config, network, policy="full", shards=on, seq_len=seq_len).allocated * RESERVED <= usable
-
-    remedies = []
-    enough = next((shards * 2**i for i in range(1, 11) if fits(on=shards * 2**i)), None)
-    if enough:
-        remedies.append(f"shard over {enough} GPUs")
-    shorter = next((config.data.seq_len >> i for i in range(1, 12) if config.data.seq_len >> i >= 128
-                    and fits(seq_len=config.data.seq_len >> i)), None)
-    if shorter:
-        remedies.append(f"set data.seq_len to {shorter}")
-    savers = replace(config, optim=replace(config.optim, parameters="bf16", moments="bf16"),
-                     parallel=replace(config.parallel, offload="optimizer"))
-    if memory_of(savers, network, policy="full", shards=shards).allocated * RESERVED <= usable:
-        remedies.append("keep less of each parameter there: optim.parameters and optim.moments = bf16, "
-                        "parallel.offload = optimizer (docs/memory.md)")
-    return (f"nothing fits: one pack of {config.data.seq_len:,} tokens with parallel.activation_checkpointing = full "
-            f"takes {smallest.reserved / GIB:.1f} GiB on each of {gpus} x {gpu.name}, which has "
-            f"{usable / GIB:.1f} GiB to use. To make it fit, {', or '.join(remedies) or 'take larger GPUs'}")
-
-
-# ---- the text --------------------------------------------------------------------------------------------------------
+        "largest_micro_packs": {policy: max((c["micro_packs"] for c in fitting
+                                             if c["activation_checkpointing"] == policy), default=0)
+                                for policy in POLICIES},
+        "packs_per_gpu": most, "recommended": best,
+        "traffic": asdict(traffic), "traffic_per_step": best["micro_steps"] * sent,
+        "hidden": traffic.forward_seconds <= forward and traffic.backward_seconds <= backward,
+        "hours": hours, "price": options.price,
+        "dollars": None if hours is None or options.price is None else hours * gpus * options.price}
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -262,16 +252,22 @@ def describe(found: dict[str, Any]) -> str:
     copies = f", {found['copies']} copies of the model" * (found["copies"] > 1)
     adapted = f"{found['trained']:,} trained beside " * (found["trained"] != found["parameters"])
     lines = [f"{adapted}{found['parameters'] / 1e9:.2f}B parameters over {found['shards']} of {found['gpus']} x "
-             f"{gpu['name']}{copies}; {found['usable_gib']:.1f} GiB of each to use", "", *_memory_table(found), ""]
+             f"{gpu['name']}{copies}; {found['usable_gib']:.1f} GiB of each usable", "", *_memory_table(found), ""]
     how = f"assumed: {found['assumed']}" if found["assumed"] else "counted from the data"
     flops, needed = found["flops_per_token"][best["activation_checkpointing"]], found["flops_per_token"]["none"]
     forward, backward = best["compute_seconds"]
     sent = [traffic[name] / GIB for name in ("gathered_forward", "gathered_backward", "reduced", "copied")]
     network = f"{gpu['link']} {gpu['link_gb_s']:g} GB/s, network {gpu['network_gb_s']:g} GB/s a GPU"
+    if found["hours"] is None:
+        minutes = 1e6 / found["tokens_per_step"] * best["step_seconds"] / 60
+        run = f"{minutes:.2f} minutes a million tokens; for the whole run give --tokens, or the data"
+    else:
+        run = f"{found['tokens']:,} tokens in {found['steps']:,} steps: {found['hours']:.2f} hours"
+    if found["dollars"] is not None:
+        run += f", {found['dollars']:,.2f} dollars at {found['price']:g} an hour and GPU"
     rows = {
-        "work": f"{needed / 1e9:.1f} GFLOP a token, {flops / needed - 1:.0%} more with what is computed again; "
-                f"{found['flops_per_step']:.3g} FLOPs a step of "
-                f"{found['tokens_per_step']:,.0f} tokens; {how}",
+        "work": f"{needed / 1e9:.1f} GFLOP a token, {flops / needed - 1:.0%} more with recomputation; "
+                f"{found['flops_per_step']:.3g} FLOPs a step of {found['tokens_per_step']:,.0f} tokens; {how}",
         "compute": f"{forward * 1e3:,.0f} ms forward and {backward * 1e3:,.0f} backward a micro-batch, at "
                    f"{found['utilisation']:.0%} of {gpu['bf16_tflops']:g} TFLOP/s (assumed)",
         "sent": f"{sum(sent):.1f} GiB a micro-batch by each GPU (weights {sent[0]:.1f} forward and {sent[1]:.1f} "
@@ -283,7 +279,7 @@ def describe(found: dict[str, Any]) -> str:
                 f"{best['micro_packs']}, accumulating {best['micro_steps']}: "
                 f"{best['reserved_gib']:.1f} GiB reserved ({best['allocated_gib']:.1f} allocated); with these",
         "speed": f"{best['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, {best['step_seconds']:.2f} s a step",
-        "run": _run(found),
+        "run": run,
         "note": "computed, not measured: memory is counted tensor by tensor, times are as good as the assumed share",
     }
     for title, text in rows.items():
@@ -294,26 +290,17 @@ def describe(found: dict[str, Any]) -> str:
 
 def _memory_table(found: dict[str, Any]) -> list[str]:
     columns = found["memory"]
-    packs = next(iter(columns.values()))["micro_packs"]
-    table = [["GiB a GPU, recomputing", *columns]]
+    choices = list(columns.values())
     parts = ("parameters", "gradients", "moments", "inputs", "activations", "head", "gathered", "unpacked", "reduction")
-    for part in (part for part in parts if part != "unpacked" or any(part in c["parts_gib"] for c in columns.values())):
-        table.append([part, *(f"{c['parts_gib'].get(part, 0):.2f}" for c in columns.values())])
-    table += [["allocated", *(f"{c['allocated_gib']:.2f}" for c in columns.values())],
-              [f"reserved (x {found['reserved_factor']:g}, assumed)", *(f"{c['reserved_gib']:.1f}"
-                                                                       for c in columns.values())],
-              ["most is needed in", *(c["instant"] for c in columns.values())],
-              [f"with {packs} packs in a pass", *("fits" if c["fits"] else "does not" for c in columns.values())],
-              [f"most packs that fit (of {found['packs_per_gpu']})",
-               *(str(found["largest_micro_packs"][name]) for name in columns)],
-              ["tokens/s a GPU", *(f"{c['tokens_per_second_per_gpu']:,.0f}" for c in columns.values())]]
-    return [f"{name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, *cells in table]
-
-
-def _run(found: dict[str, Any]) -> str:
-    if found["hours"] is None:
-        seconds = found["tokens_per_step"] / found["recommended"]["step_seconds"]
-        return f"{1e6 / seconds / 60:.2f} minutes a million tokens; for a whole run give --tokens, or the data"
-    cost = "" if found["dollars"] is None else (f", {found['dollars']:,.2f} dollars at {found['price']:g} an hour and "
-                                                "GPU")
-    return f"{found['tokens']:,} tokens in {found['steps']:,} steps: {found['hours']:.2f} hours{cost}"
+    rows = {"GiB a GPU, recomputing": list(columns)}
+    rows |= {part: [f"{choice['parts_gib'].get(part, 0):.2f}" for choice in choices] for part in parts
+             if part != "unpacked" or any(part in choice["parts_gib"] for choice in choices)}
+    rows |= {"allocated": [f"{choice['allocated_gib']:.2f}" for choice in choices],
+             f"reserved (x {RESERVED:g}, assumed)": [f"{choice['reserved_gib']:.1f}" for choice in choices],
+             "needs most in": [choice["instant"] for choice in choices],
+             f"with {choices[0]['micro_packs']} packs in a pass": ["fits" if choice["fits"] else "does not"
+                                                                  for choice in choices],
+             f"most packs that fit (of {found['packs_per_gpu']})": [str(found["largest_micro_packs"][policy])
+                                                                   for policy in columns],
+             "tokens/s a GPU": [f"{choice['tokens_per_second_per_gpu']:,.0f}" for choice in choices]}
+    return [f"{name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows.items()]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minisft import config_io
 from minisft.errors import NumericsError
 from minisft.evaluation import samples
 from minisft.evaluation.forgetting import Forgetting
@@ -121,7 +122,7 @@ def record_of_model(run: Run, data: dict[str, Any], *, step: int, log: list[dict
     """`training.json` of the model after `step` of a run with this `log`; `data` are the figures of its data."""
     config = run.config
     return provenance.training_record(
-        run.base.record, recipe=config.to_toml(), seed=config.train.seed, ranks=run.world.ranks,
+        run.base.record, recipe=config_io.to_toml(config), seed=config.train.seed, ranks=run.world.ranks,
         data={use: data[use] for use in ("train", "replay", "eval", "general")}, log=log, step=step,
         total_steps=run.prepared.plan.total_steps, history=run.history)
 

@@ -23,12 +23,11 @@ from minisft.errors import NumericsError, UserError
 from minisft.evaluation import samples
 from minisft.lean.adamw import LeanAdamW
 from minisft.model import weights
-from minisft.model.llama import Llama
+from minisft.model.flops import Sizes
 from minisft.lora import lora, targets
 from minisft.model.llama import DTYPES, Llama
 from minisft.model.llama_config import LlamaConfig, read_config
 from minisft.model.meta import MetaFolder
-from minisft.planning.memory import Sizes
 from minisft.prepare import Prepared, adapters_of, check_vocabulary
 from minisft.training import parallel, provenance
 from minisft.training.checkpoint import SavedState, check_room, saved_checkpoints

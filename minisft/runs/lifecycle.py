@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minisft import config as configuration
+from minisft import config_io
 from minisft.config import Config
+from minisft.config_io import to_toml
 from minisft.data.loader import steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
 from minisft.lora import lora
-from minisft.planning.hardware import peak_flops
+from minisft.model.flops import peak_flops
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
 from minisft.runs import assemble, resume
@@ -42,7 +43,7 @@ from minisft.versions import warn_if_untested
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
-    return guarded(lambda: train(configuration.load(argv)))
+    return guarded(lambda: train(config_io.load(argv)))
 
 
 def train(config: Config) -> int:
@@ -65,7 +66,7 @@ def train(config: Config) -> int:
         listen(world, run_dir)
         watch(config.parallel.timeout)
         run = open_run(config, prepared, world, base)
-        saved = resume.find(run, same_start=run_dir is not None and run_dir.was_started_with(config.to_toml()))
+        saved = resume.find(run, same_start=run_dir is not None and run_dir.was_started_with(to_toml(config)))
         fill(run, saved)
         run.history.extend(resume.history(saved, run.settings, run.fingerprint))
         if run_dir:
@@ -92,7 +93,7 @@ def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: d
         try_export(run.base.network, run.prepared.renderer, run.folder / "final",
                    record=record_of_model(run, data, step=step, log=[]))
     set_aside(resume.abandoned(saved, saved_checkpoints(run_dir.path / "checkpoints")))
-    run_dir.begin(run.config.to_toml(), data=data, environment=environment())
+    run_dir.begin(to_toml(run.config), data=data, environment=environment())
     logged = run_dir.rewind_log(step if saved else -1)  # step 0 is evaluated again
     for change in run.history:
         if change["from_step"] == step + 1:
