@@ -182,7 +182,7 @@ def test_lines_are_remembered_under_the_state_folder(tmp_path, monkeypatch, caps
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     with chat_command.history():
         pass
-    assert "the history is not kept" in capsys.readouterr().err
+    assert "cannot save the history" in capsys.readouterr().err
 
 
 def test_auto_is_bf16_where_the_machine_multiplies_in_it(base, monkeypatch):

@@ -13,8 +13,7 @@ from minisft import config as configuration
 from minisft.__main__ import main as command
 from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.forgetting import Forgetting
-from minisft.evaluation.heldout import file_losses, loss_figures
+from minisft.evaluation.heldout import Forgetting, file_losses, loss_figures
 from minisft.model.llama import Llama
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
@@ -129,7 +128,7 @@ def test_a_bound_is_crossed_upwards_and_a_resumed_run_knows_it():
 
 def test_without_the_base_model_s_loss_nothing_is_made_up():
     following, record = Forgetting(["g"], bound=0.1, log=[]), eval_record(5, 2.0)
-    assert "what of g is forgotten cannot be told, for want of its loss at step 0" in following.add(record)
+    assert "cannot measure forgetting on g: its loss at step 0 is missing" in following.add(record)
     assert "forgetting" not in record
     assert following.add(eval_record(6, 3.0)) == ""
 

@@ -9,7 +9,7 @@ from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.instruction_checks import CHECKS, parameters, sentences
 from minisft.evaluation.instructions import figures, load
-from minisft.evaluation.language import detect, languages, lower, upper
+from minisft.evaluation.language import detect, languages, lower
 
 SENTENCES = ("The cat sat on the mat.", "Why not?", "It was cold!", "We saw Rome, Paris and Bonn.", "I have a plan.",
              "She asked me to wait for Dr. Smith.", "A good idea costs 3.5 euros.", "NASA and the UN AGREE.")
@@ -157,16 +157,15 @@ def test_doubt_about_a_language_is_said():
     assert detect("Ankara") >= {"en", "tr", "de"}
     assert detect("Mali 42 Delhi").isdisjoint({"ru", "ar"})
     assert detect("42!") == set()
-    assert detect(upper(SPOKEN["tr"], "tr")) == {"tr"}
+    assert detect(SPOKEN["tr"].replace("i", "İ").upper()) == {"tr"}
     assert detect(SPOKEN["en"].upper()) == {"en"}, "I in capitals is no ı"
-    assert len(languages()) == len(set(languages())) > 30
+    assert sum(map(len, languages().values())) == 36
 
 
 def test_turkish_letters_keep_their_dots():
     pairs = [("KIRMIZI ŞİŞE", "kırmızı şişe"), ("İZMİR IŞIĞI", "izmir ışığı"), ("ÇÖĞÜŞ", "çöğüş")]
     for capital, small in pairs:
         assert lower(capital, "tr") == small
-        assert upper(small, "tr") == capital
     assert lower("I SAW", "en") == "i saw"
 
 
@@ -228,7 +227,7 @@ def test_sentences(text, count):
     ("length_constraints:number_words", {"relation": "at least", "num_words": True}, "be a whole number, not True"),
     ("length_constraints:number_words", {"relation": "at least", "num_words": 2.5}, "be a whole number, not 2.5"),
     ("startend:end_checker", {"end_phrase": " "}, "end_phrase must be text"),
-    ("language:response_language", {"language": "xx"}, "no language 'xx' can be told here; choose from ar, bg,"),
+    ("language:response_language", {"language": "xx"}, "cannot detect the language 'xx'; choose from ar, bg,"),
 ])
 def test_wrong_parameters_are_named(instruction, given, message):
     with pytest.raises(UserError) as error:

@@ -462,7 +462,7 @@ def test_answers_stop_when_asked(base):
         raise Stopped
 
     with pytest.raises(Stopped):
-        samples.continued(Llama.from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
+        samples.continue_greedily(Llama.from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
                           check=check)
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from minisft.errors import NumericsError
 from minisft.evaluation import samples
-from minisft.evaluation.forgetting import Forgetting
-from minisft.evaluation.heldout import heldout_loss, loss_figures
+from minisft.evaluation.heldout import Forgetting, heldout_loss, loss_figures
 from minisft.model.precision import DTYPES
 from minisft.prepare import adapters_of
 from minisft.reports.data_report import figures
