@@ -18,7 +18,7 @@ QUESTIONS = [Prompt(1, ("one?", "two?")), Prompt(2, ("only?",)), Prompt("x", ("e
 
 
 class Echo:
-    """Answers with all it was told, in capitals; a token is a character."""
+    """Answers with all turns so far, in capitals; a token is a character."""
 
     renderer = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
 

@@ -1,7 +1,7 @@
 """Log-likelihoods of choices are those of a plain transformers model, and the figures follow from them.
 
 The oracle below asks one (prompt, choice) at a time: text spelled out in the test, encoded by transformers, all
-logits, log_softmax. lm-evaluation-harness is compared with where it is installed and SmolLM2 is at hand.
+logits, log_softmax. If it is installed and SmolLM2 is at hand, lm-evaluation-harness is compared, too.
 """
 
 import json
@@ -68,7 +68,7 @@ def assistant(base):
 
 @torch.no_grad()
 def oracle(folder, prompt, continuation, *, begin=True):
-    """log p(continuation | prompt) of texts; special tokens are written out in `prompt` where `begin` is False."""
+    """log p(continuation | prompt) of texts; without `begin`, special tokens are written out in `prompt`."""
     model, tokenizer = theirs(folder)
     whole = tokenizer(prompt + continuation, add_special_tokens=begin).input_ids
     known = len(tokenizer(prompt, add_special_tokens=begin).input_ids)
@@ -78,7 +78,7 @@ def oracle(folder, prompt, continuation, *, begin=True):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("batch_tokens", [1, 100_000])
-def test_as_transformers_has_it(base, assistant, case, batch_tokens):
+def test_log_likelihoods_are_those_of_transformers(base, assistant, case, batch_tokens):
     file, index, options, prompt, scored = CASES[case]
     found = figures(assistant, load([file], **options), batch_tokens=batch_tokens)["answers"][index]
     expected = [oracle(base, prompt, continuation) for continuation in scored]
@@ -176,7 +176,7 @@ def test_a_question_is_never_its_own_shot(tmp_path):
     assert texts(load([SKY], shots=1, shots_from=[str(copy)]))[0] == [sky[1].text]
 
 
-def test_shots_are_of_the_same_subject_where_there_are_any():
+def test_shots_are_of_the_same_subject_if_there_are_any():
     assert texts(load([SKY, KITCHEN], shots=1)) == [
         [read(SKY)[1].text], *[[read(SKY)[0].text]] * 3, [read(KITCHEN)[1].text], *[[read(KITCHEN)[0].text]] * 2]
     assert texts(load([SKY], shots=1, shots_from=[KITCHEN, TOOLS])) == [[read(KITCHEN)[0].text]] * 4
@@ -267,7 +267,7 @@ def test_figures_do_not_overwrite_the_questions(base, tmp_path, capsys):
     ("mmlu_dev/astronomy_dev.csv", {}),
     ("mmlu_dev/professional_psychology_dev.csv", {"style": "text"}),
 ])
-def test_as_lm_evaluation_harness_has_it(file, options):
+def test_log_likelihoods_are_those_of_lm_evaluation_harness(file, options):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

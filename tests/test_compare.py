@@ -159,7 +159,7 @@ def test_the_sign_test_is_scipys(wins, losses):
     assert sign_test(wins, losses) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1)
 
 
-def test_what_several_people_rated_counts_once(tmp_path):
+def test_a_pair_that_several_people_rated_counts_once(tmp_path):
     a, b = answers("x", 4), answers("y", 4)
     b.turns[3] = a.turns[3]
     key = write_page(tmp_path / "p.html", questions(4), a, b, seed=0)
@@ -196,7 +196,7 @@ def test_ratings_that_do_not_belong_are_refused(tmp_path, ratings, message):
     {"page": ["x"]}, {"model_a": 3}, {"pairs": 3}, {"pairs": [1, 2]}, {"pairs": [{"question_id": 1}]},
     {"pairs": [{"question_id": [1], "left": "a"}]}, {"identical": 3}, {"identical": [[1]]},
 ])
-def test_a_key_that_is_none_is_refused(tmp_path, wrong):
+def test_a_file_that_is_no_key_is_refused(tmp_path, wrong):
     key = write_page(tmp_path / "p.html", questions(2), answers("x", 2), answers("y", 2), seed=0)
     file = rate(tmp_path, "r.json", key, "ab")
     (tmp_path / "k.json").write_text(json.dumps(key | wrong))

@@ -32,7 +32,7 @@ def general(tmp_path):
 
 
 def naive(folder, argv):
-    """The mean loss over all tokens of the texts but each one's first, document by document."""
+    """The mean loss over all tokens of the texts except each one's first, document by document."""
     model, dataset = Llama.from_pretrained(folder), prepare(configuration.load(argv), quiet=True).evals["general"]
     losses = []
     for i in range(len(dataset)):
@@ -67,7 +67,7 @@ class Death(BaseException):
 
 
 @pytest.mark.parametrize("die_at", [1, 4])  # before the first checkpoint; after it
-def test_a_run_that_goes_on_measures_against_the_same_base(base, tmp_path, general, monkeypatch, die_at):
+def test_a_resumed_run_measures_against_the_same_base(base, tmp_path, general, monkeypatch, die_at):
     settings = {"data__general": general, "train__max_steps": 5, "eval__every": 1, "checkpoint__every": 2,
                 "batch__packs": 1}
     train(base, tmp_path / "whole", **settings)

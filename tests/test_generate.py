@@ -1,4 +1,4 @@
-"""Generation: greedily transformers', with a cache what it is without one, and each text as if it were alone."""
+"""Greedy generation equals transformers', a cache changes nothing, and neither does what else is in the batch."""
 
 import json
 import math
@@ -134,7 +134,7 @@ def test_logits_are_never_rounded_to_bf16(hidden, head):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_first_and_later_tokens_have_logits_in_fp32(base, packed, monkeypatch):
+def test_first_and_later_tokens_have_fp32_logits(base, packed, monkeypatch):
     seen = []
 
     def logits(hidden, head):

@@ -1,4 +1,4 @@
-"""Verdicts on instructions are those of lm_eval's IFEval program; Turkish and the rest against words of the tests."""
+"""Verdicts on instructions are those of lm_eval's IFEval program; Turkish and the rest have examples here."""
 
 import os
 import random
@@ -98,8 +98,8 @@ def test_verdicts_are_those_of_ifeval(instruction, oracle):
             answer = r.choice([" ", "\n", "\n\n"]).join(r.choices(SENTENCES, k=r.randint(1, 6)))
         verdicts.append(CHECKS[instruction](answer, "en", **given))
         assert verdicts[-1] == oracle(instruction, answer, given), (answer, given)
-    assert True in verdicts, "no answer followed: the test has no say"
-    assert False in verdicts, "every answer followed: the test has no say"
+    assert True in verdicts, "no answer followed: the test says nothing"
+    assert False in verdicts, "every answer followed: the test says nothing"
 
 
 def test_every_instruction_of_ifeval_has_a_check(oracle):
@@ -185,7 +185,7 @@ def test_turkish_letters_keep_their_dots():
     ("detectable_format:constrained_response", "Cevabım hayır.", {}, True, False),
     ("detectable_content:postscript", "Görüşürüz\nNOT: Kediyi besle", {"postscript_marker": "Not:"}, True, True),
 ])
-def test_letters_are_cased_as_the_language_of_the_question_has_them(instruction, answer, given, turkish, english):
+def test_letters_follow_the_case_of_the_questions_language(instruction, answer, given, turkish, english):
     assert CHECKS[instruction](answer, "tr", **given) is turkish
     assert CHECKS[instruction](answer, "en", **given) is english
 

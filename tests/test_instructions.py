@@ -14,7 +14,7 @@ from minisft.evaluation.language import detect
 NO_COMMA = {"key": 1, "prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 TWO = {"key": 2, "prompt": "Söyle.", "language": "tr",
        "instruction_id_list": ["keywords:existence", "length_constraints:number_words"],
-       # Hugging Face's copy of the public file has every parameter in every object, null where it has no meaning
+       # Hugging Face's copy of the public file has every parameter in every object, null if it has no meaning
        "kwargs": [{"keywords": ["ılık"], "num_words": None}, {"num_words": 2, "relation": "at least"}]}
 
 
@@ -119,7 +119,7 @@ def test_an_unknown_instruction_is_refused_by_name_or_counted(tmp_path):
     ({**NO_COMMA, "language": "TR"}, "cannot detect the language 'TR'; choose from ar,"),
     ({**NO_COMMA, "language": ["tr"]}, "cannot detect the language \"['tr']\""),
 ])
-def test_what_is_wrong_with_a_record_is_said_with_its_line(tmp_path, record, message):
+def test_a_broken_record_is_named_with_its_line(tmp_path, record, message):
     with pytest.raises(UserError, match=r"asked.jsonl:2: ") as error:
         load(write(tmp_path, TWO, record))
     assert message in str(error.value)

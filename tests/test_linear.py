@@ -1,4 +1,4 @@
-"""What reads foreign text takes ten times as long for ten times as much of it, also where the text is meant to hurt."""
+"""Functions that read foreign text take linear time, even on text that is meant to hurt."""
 
 import re
 import time

@@ -143,14 +143,14 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, content, line, reason):
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]", "question,a,b,answer\n", b"\xef\xbb\xbf"])
-def test_no_questions(tmp_path, content):
+def test_a_file_without_questions_is_refused(tmp_path, content):
     file = written(tmp_path, content)
     with pytest.raises(UserError) as error:
         read(file)
     assert str(error.value) == f"{file}: no questions in it"
 
 
-def test_a_format_that_is_named_is_taken(tmp_path):
+def test_a_named_format_is_used(tmp_path):
     with pytest.raises(UserError) as error:
         read(TURKISH, format="arc")
     assert str(error.value) == (f"{TURKISH}:2: choices is ['Cezve', 'Güveç', 'Sürahi', 'Tepsi', 'Kevgir']; expected "
@@ -168,7 +168,7 @@ def test_only_regular_files_are_opened(tmp_path):
             read(file)
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError) as error:
         read(tmp_path / "none.csv")
     assert str(error.value) == (f"{tmp_path}/none.csv: No such file or directory (remedy: name a file of questions "

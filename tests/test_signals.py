@@ -56,7 +56,7 @@ def test_the_letter_of_an_answer(answer, letter):
 
 
 class Student:
-    """Knows the answers; `yields` tells to which doubts it gives in."""
+    """Knows the answers; doubted, it says `yields`, if that is not empty."""
 
     def __init__(self, answers, yields):
         self.answers, self.yields = answers, yields

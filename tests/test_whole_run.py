@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import HERE, final_weights, launch, log, options, train, wait_for_savers, wait_for_step
 
 from minisft.__main__ import main as command
-from minisft.evaluation import samples
+from minisft.evaluation import heldout
 from minisft.model.llama import Llama
 from minisft.training import after, metrics, trainer
 from minisft.training.preemption import Stopped
@@ -462,7 +462,7 @@ def test_answers_stop_when_asked(base):
         raise Stopped
 
     with pytest.raises(Stopped):
-        samples.continue_greedily(Llama.from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
+        heldout.continue_greedily(Llama.from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
                           check=check)
 
 

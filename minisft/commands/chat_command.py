@@ -118,26 +118,20 @@ def converse(chat: Chat) -> None:
             command, _, argument = line.partition(" ")
             if command == "/quit":
                 return
-            try:
-                respond(chat, line, command, argument.strip())
-            except KeyboardInterrupt:
-                print(" (stopped)")
-            except UserError as error:
-                print(f"error: {printable(error, PATH)}; /reset begins anew", file=sys.stderr)
-
-
-def respond(chat: Chat, line: str, command: str, argument: str) -> None:
-    """Obey a command, or answer."""
-    if command == "/help":
-        print(HELP)
-    elif command in ("/reset", "/system"):
-        chat.turns.clear()
-        if command == "/system":
-            chat.system = argument
-    elif command.startswith("/"):
-        print(f"error: {printable(command)}: no such command; /help lists them", file=sys.stderr)
-    elif line.strip():
-        chat.ask(line.strip())
+            if command == "/help":
+                print(HELP)
+            elif command in ("/reset", "/system"):
+                chat.turns.clear()
+                chat.system = argument.strip() if command == "/system" else chat.system
+            elif command.startswith("/"):
+                print(f"error: {printable(command)}: no such command; /help lists them", file=sys.stderr)
+            elif line.strip():
+                try:
+                    chat.ask(line.strip())
+                except KeyboardInterrupt:
+                    print(" (stopped)")
+                except UserError as error:
+                    print(f"error: {printable(error, PATH)}; /reset begins anew", file=sys.stderr)
 
 
 @contextmanager

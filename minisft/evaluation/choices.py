@@ -11,12 +11,10 @@
              Answer:                            scored: " one", " two"
 
 A choice scores log p(its tokens | prompt), summed; `acc` takes the best sum. Long texts are less probable than short
-ones whatever they say, so `acc_norm` first divides by the choice's characters, and `acc_bytes` by its bytes (one and
-two, for ş). Prompts, tokens and figures are those of lm-evaluation-harness (Gao et al. 2021): `letter` is its mmlu
-and turkishmmlu, `text` its arc_easy; docs/evaluation.md compares them.
-
-Prompts and their choices are documents in a stream, as in training. Only the hidden states that predict a choice's
-tokens reach the head. Choices of one token share their document: all letters of a question cost one.
+ones whatever they say, so `acc_norm` first divides by the choice's characters, and `acc_bytes` by its bytes. Prompts,
+tokens and figures are those of lm-evaluation-harness (Gao et al. 2021): `letter` is its mmlu and turkishmmlu, `text`
+its arc_easy. Prompts and choices are documents in a stream, as in training; only the hidden states that predict a
+choice's tokens reach the head.
 """
 
 # T tokens in the stream, D model width, V vocabulary; n tokens that are scored

@@ -1,10 +1,8 @@
 """Two models compared blind: a page on which a person rates answers, and win rates from ratings or from a judge.
 
 A seed decides the order of the pairs and their sides; each model is on the left as often as on the right. The page
-holds questions and answers only. A second file, the key, tells whose answers are on the left, and the rater does not
-get it. So neither the page's source nor saved ratings give a model away (an answer that names its model does). Pairs
-with the same answers are ties, and nobody is asked about them. The page is one file, needs no network, and its policy
-lets the browser run its own script (by its hash) and no other.
+holds questions and answers only; a second file, the key, tells whose answers are on the left. So neither the page's
+source nor saved ratings give a model away. Pairs with the same answers are ties, and nobody is asked about them.
 
 A judge's file is in FastChat's layout, pairwise or single:
 
@@ -12,11 +10,9 @@ A judge's file is in FastChat's layout, pairwise or single:
     {"question_id": 1, "model": "m", "score": 7, "turn": 1, ...}
 
 As in FastChat, a model wins a pair only if it wins in both orders of the answers, and scores within 0.1 are a tie.
-Lines without a verdict ("error", -1) are left out and counted. If several people or judges rate a pair, it counts once,
-with the mean. The order of two models is that of their names.
-
-A tie is half a win in the win rate. Its interval is Wilson's, the p-value that of the sign test without ties. Both take
-the ratings for independent; two turns of one question are not quite, so each turn also has its own line.
+Lines without a verdict ("error", -1) are left out and counted. A pair that several people or judges rate counts once,
+with the mean. Interval and p-value take ratings for independent; two turns of one question are not quite, so each turn
+also has its own line.
 """
 
 import base64
@@ -71,7 +67,10 @@ def blind_page(prompts: list[Prompt], a: Answers, b: Answers, *, seed: int) -> t
 
 
 def _html(data: dict[str, Any]) -> str:
-    """The page that shows `data`. Answers are text in a JSON block that no tag can end, and never markup."""
+    """The page that shows `data`, without network: its policy lets the browser run its own script, by its hash, only.
+
+    Answers are text in a JSON block that no tag can end, and never markup.
+    """
     page = Path(__file__).with_name("compare_page.html").read_text(encoding="utf-8")
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -120,15 +119,10 @@ def _read_key(file: Path) -> dict[str, Any]:
 
 
 def _json_object(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"))  # an editor may have put a byte order mark there
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: bad JSON: {error}") from None
-    if not isinstance(found, dict):
+    found = [record for _, record in json_lines(file)]
+    if len(found) != 1:
         raise UserError(f"{file}: must hold one JSON object")
-    return found
+    return found[0]
 
 
 def read_judgments(file: Path) -> tuple[Verdicts, dict[str, list[float]], int]:

@@ -1,32 +1,44 @@
-"""The loss on text that is not trained on, and how much of general text a model forgets.
-
-Sums and counts are added over all micro-batches and ranks and divided once, so the loss depends neither on how the
-documents are packed nor on the number of ranks.
+"""A model on text that it is not trained on: its loss, what it forgets, its answers. A training run calls these.
 
     forgetting = loss now - loss at step 0, both on the same held-out general text, in nats a token
 
 A network that learns a new task loses an old one if nothing holds it there (McCloskey & Cohen 1989, "Catastrophic
 interference in connectionist networks"). 0 is the base model; 0.1 is a perplexity 10.5% higher.
+
+Answers before and after a run tell what a loss does not. A question is a document up to its last answer, which the mask
+of trained tokens marks; that answer is the reference.
+
+    ids      <|begin_of_text|> ... Capital of Malta? <|eot_id|> ... assistant ...  Valletta . <|eot_id|>
+    trained  0 0 0 ...                                                             1        1 1
+             question                                                              reference
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from minisft.data.dataset import Dataset
 from minisft.data.loader import steps
 from minisft.data.packing import Plan
 from minisft.data.store import open_store
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.assistant import Assistant
+from minisft.evaluation.decoding import logits
+from minisft.model.attention import Documents
 from minisft.training.loss import batch_loss
 from minisft.training.parallel import World, all_sum
 
+MOST = 128  # tokens of an answer: a base model seldom stops by itself
 REMEDIES = "replayed general text (data.replay), a lower optim.lr, fewer steps (train.max_steps), LoRA"
 
 
@@ -35,6 +47,8 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
                  fixed: bool = False, check: Callable[[], None] = lambda: None) -> float:
     """Mean loss in nats over the trained tokens of `dataset`. All ranks of `world` call it and get the same number.
 
+    Sums are added over all micro-batches and ranks and divided once, so it depends neither on how documents are packed
+    nor on the number of ranks.
     With `fixed`, all micro-batches have the same number of tokens, as a compiled `model` needs them. All ranks call
     `check` before each micro-batch; an exception from it ends the evaluation.
     """
@@ -90,6 +104,75 @@ class Forgetting:
         is_new = bool(warning) and name not in self._warned
         (self._warned.add if warning else self._warned.discard)(name)
         return warning if is_new else ""
+
+
+@dataclass(frozen=True)
+class HeldoutQuestion:
+    """A held-out document in two parts."""
+
+    source: str
+    prompt: list[int]
+    reference: list[int]
+
+
+def heldout_questions(evals: dict[str, Dataset], count: int) -> list[HeldoutQuestion]:
+    """The first `count` questions of each source. Raises UserError if there are none."""
+    found = [question for name, dataset in evals.items() for question in islice(_questions(name, dataset), count)]
+    if not found:
+        raise UserError(f"eval.samples = {count}: data.eval has no question that an answer follows, only text that is "
+                        "trained on from its beginning (plain text, or data.train_on = all); set eval.samples to 0")
+    return found
+
+
+def _questions(name: str, dataset: Dataset) -> Iterator[HeldoutQuestion]:
+    for i in range(len(dataset)):
+        ids, trained = dataset.document(i)
+        starts = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0) == 1)  # of its answers
+        if len(starts) and starts[0] > 1:  # at 1 only the first token is not trained, which nothing could predict
+            start = starts[-1]
+            yield HeldoutQuestion(name, ids[:start].tolist(), ids[start:][trained[start:] == 1].tolist())
+
+
+def sample_answers(model: nn.Module, questions: list[HeldoutQuestion], tokenizer: Tokenizer, *, stop_ids: set[int],
+            device: torch.device, check: Callable[[], None] = lambda: None) -> list[dict[str, str]]:
+    """{name, prompt, answer, reference} as text, decoded greedily. All ranks call it with the same questions.
+
+    All ranks call `check` before each token; an exception from it ends the answers.
+    """
+    continued = continue_greedily(model, [question.prompt for question in questions], stop_ids=stop_ids, device=device,
+                                  check=check)
+    return [{"name": question.source, "prompt": tokenizer.decode(question.prompt), "answer": tokenizer.decode(ids),
+             "reference": tokenizer.decode([token for token in question.reference if token not in stop_ids])}
+            for question, ids in zip(questions, continued, strict=True)]
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # each token gives growing texts a new shape
+def continue_greedily(model: nn.Module, prompts: list[list[int]], *, stop_ids: set[int], device: torch.device,
+                      check: Callable[[], None] = lambda: None) -> list[list[int]]:
+    """The continuation of each prompt, without its stop token, by whole forward passes.
+
+    Sharded parameters are whole only inside `forward`; the cache of generate.py, which calls each layer by itself,
+    cannot serve them.
+    """
+    texts, growing = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+    for _ in range(MOST):
+        check()
+        documents = Documents.of_lengths(tuple(len(texts[i]) for i in growing), device=device)
+        last = documents.cu_seqlens[1:].long() - 1
+
+        def best(hidden: Tensor, head: Tensor, last: Tensor = last) -> Tensor:
+            return logits(hidden[last], head).argmax(dim=-1)
+
+        chosen = model(torch.tensor([token for i in growing for token in texts[i]], device=device), documents, best)
+        dist.broadcast(chosen, 0)  # a rank that rounds differently would end earlier and leave the others waiting
+        tokens = dict(zip(growing, chosen.tolist(), strict=True))
+        growing = [i for i in growing if tokens[i] not in stop_ids]
+        for i in growing:
+            texts[i].append(tokens[i])
+        if not growing:
+            break
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, format: str = "auto", seq_len: int = 2048,

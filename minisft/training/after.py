@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import NumericsError
-from minisft.evaluation import samples
-from minisft.evaluation.heldout import Forgetting, heldout_loss, loss_figures
+from minisft.evaluation.heldout import Forgetting, heldout_loss, heldout_questions, loss_figures, sample_answers
 from minisft.model.precision import DTYPES
 from minisft.prepare import adapters_of
 from minisft.reports.data_report import figures
@@ -92,8 +91,8 @@ class After:
         """Answers to held-out questions, into the log."""
         run = self.run
         watch(run.config.parallel.timeout)
-        asked = samples.questions(run.prepared.evals, run.config.eval.samples)
-        for answer in samples.answers(run.model, asked, run.prepared.tokenizer, device=run.world.device,
+        questions = heldout_questions(run.prepared.evals, run.config.eval.samples)
+        for answer in sample_answers(run.model, questions, run.prepared.tokenizer, device=run.world.device,
                                       stop_ids=run.prepared.renderer.stop_ids(), check=self._check):
             self.monitor.write({"kind": "sample", "step": step, **answer})
         self.monitor.lap()

@@ -19,7 +19,7 @@ from torch import Tensor
 from minisft.config import Config
 from minisft.data import packing
 from minisft.errors import NumericsError, UserError
-from minisft.evaluation import samples
+from minisft.evaluation.heldout import heldout_questions
 from minisft.model import lora, weights
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig, read_config
@@ -106,7 +106,7 @@ def open_base(config: Config, prepared: Prepared) -> Base:
             weights.check(Llama(network), checkpoint)
     check_vocabulary(prepared, network)
     if config.eval.samples:
-        samples.questions(prepared.evals, config.eval.samples)  # whether there are any is known before training
+        heldout_questions(prepared.evals, config.eval.samples)  # whether there are any is known before training
     return Base(network, checkpoint, provenance.beginnings(config.model.path if checkpoint else ""))
 
 
