@@ -92,7 +92,7 @@ def main() -> None:
     print(f"{platform.machine()}, {torch.get_num_threads()} thread(s), " +
           ", ".join(f"{name} {version(name)}" for name in names))
     language = "en" if options.style == "text" else ""  # arc_easy's
-    asked = choices.ask(list(map(str, options.files)), language=language, style=options.style, shots=options.shots,
+    asked = choices.load(list(map(str, options.files)), language=language, style=options.style, shots=options.shots,
                         limit=options.limit)
     assistant = Assistant.load(options.model, template="" if options.chat else "text")
     ours = choices.figures(assistant, asked, chat=options.chat)

@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from minisft.evaluation.decoding import Decoder
+from minisft.evaluation.decoding import CachedDecoder
 from minisft.evaluation.generate import generate
 from minisft.model.llama import DTYPES
 from minisft.pretrained import from_pretrained
@@ -34,7 +34,7 @@ from minisft.pretrained import from_pretrained
 def minisft(folder: str, dtype: torch.dtype) -> tuple[Callable[[list[int], int], list[int]], int]:
     """A function (prompt, number of tokens) -> tokens, and the bytes of weights that a token reads."""
     model = from_pretrained(folder, dtype=dtype)
-    decoder = Decoder(model, packed=True)
+    decoder = CachedDecoder(model, packed=True)
     unread = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.nbytes
     size = sum(parameter.nbytes for parameter in model.parameters()) - unread
     return lambda prompt, count: generate(decoder, [prompt], max_new_tokens=count, stop_ids=set())[0], size

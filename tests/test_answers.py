@@ -1,4 +1,4 @@
-"""Question files are read and answered in FastChat's layout, turn after turn, and a stopped command goes on."""
+"""Question files are read and answered in FastChat's layout, turn after turn, and an interrupted command resumes."""
 
 import json
 from collections import Counter
@@ -10,15 +10,15 @@ from oracles.tiny_llama import write_tiny_llama
 from minisft.__main__ import main
 from minisft.data.conversation import Turn
 from minisft.errors import UserError
-from minisft.evaluation.answers import alone, answer_turns, model_name, read_answers, unanswered, write_answers
+from minisft.evaluation.answers import answer_turns, locked, model_name, read_answers, unanswered, write_answers
 from minisft.evaluation.language import detect
-from minisft.evaluation.prompts import Question, load_questions
+from minisft.evaluation.prompts import Prompt, load_prompts
 
-QUESTIONS = [Question(1, ("one?", "two?")), Question(2, ("only?",)), Question("x", ("eins?", "zwei?", "drei?"))]
+QUESTIONS = [Prompt(1, ("one?", "two?")), Prompt(2, ("only?",)), Prompt("x", ("eins?", "zwei?", "drei?"))]
 
 
 class Echo:
-    """Answers with all it was told, in capitals; a token is a character."""
+    """Answers with all turns so far, in capitals; a token is a character."""
 
     renderer = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
 
@@ -59,7 +59,7 @@ def test_a_line_has_fastchats_fields(tmp_path):
     assert found.cut == [False, True, False, False, True, True]
 
 
-def test_a_stopped_command_goes_on_behind_the_last_whole_line(tmp_path):
+def test_an_interrupted_command_resumes_after_the_last_whole_line(tmp_path):
     whole, file = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
     write_answers(Echo(), QUESTIONS, whole, model_id="m", batch=1)
     with pytest.raises(KeyboardInterrupt):
@@ -79,7 +79,7 @@ def test_two_commands_do_not_answer_into_one_file(tmp_path, base, capsys):
     file = tmp_path / "a.jsonl"
     command = ["answer", str(base), "--questions", str(tmp_path / "q.jsonl"), "--out", str(file), "--template",
                "llama3", "--max-new-tokens", "1"]
-    with alone(file):
+    with locked(file):
         assert main(command) == 2
         assert capsys.readouterr().err == (f"error: {file}: another process is writing answers there; wait for it, or "
                                            "give another --out\n")
@@ -139,7 +139,7 @@ def test_answers_of_two_models_in_one_file_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("name", "language", "start"), [("mt-en", "en", 1001), ("mt-tr", "tr", 2001)])
 def test_shipped_questions_are_forty_in_eight_categories(name, language, start):
-    questions = load_questions(name)
+    questions = load_prompts(name)
     assert [question.id for question in questions] == list(range(start, start + 40))
     assert sorted(Counter(question.category for question in questions).items()) == [
         (category, 5) for category in ("coding", "extraction", "humanities", "math", "reasoning", "roleplay", "stem",
@@ -155,12 +155,12 @@ def test_shipped_questions_are_forty_in_eight_categories(name, language, start):
     ({"turns": ["a"]}, "question_id .or key. must be a number or text, not None"),
     ({"question_id": 1, "turns": "a"}, "must be text in a list"),
     ({"question_id": 1}, "must be text in a list"),
-    ({"question_id": 0, "turns": ["a"]}, "question 0 stands in this file already"),
+    ({"question_id": 0, "turns": ["a"]}, "question 0 is in this file already; give it another id"),
 ])
 def test_broken_questions_are_named_with_their_line(tmp_path, record, message):
     (tmp_path / "q.jsonl").write_text('{"key": 0, "prompt": "a"}\n' + json.dumps(record) + "\n")
     with pytest.raises(UserError, match=rf"q.jsonl:2: .*{message}"):
-        load_questions(tmp_path / "q.jsonl")
+        load_prompts(tmp_path / "q.jsonl")
 
 
 def test_a_model_is_called_after_its_run():
@@ -184,7 +184,7 @@ def test_command_answers_and_then_only_counts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--questions", "nothing.jsonl"], "nothing.jsonl: there is no such file"),
+    (["--questions", "nothing.jsonl"], "nothing.jsonl: no such file"),
     (["--questions", "mt-en", "--colour"], "unknown argument --colour; `minisft answer --help` lists the options"),
     (["--questions", "mt-en"], "nowhere: no such folder; name a Hugging Face folder, such as runs/my/final"),
     (["--questions", "mt-en", "--json", "a.jsonl"], "--json a.jsonl: is named twice, and one would overwrite the "
@@ -206,5 +206,5 @@ def test_a_question_past_the_context_is_named(tmp_path, capsys, base):
     assert main([*command, "--template", "llama3", "--max-new-tokens", "9"]) == 2
     error = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2]
     assert "error: 'so long so long " in error
-    assert error.endswith("tokens with all that was said before, and the model's context has 1,024; shorten the "
+    assert error.endswith("tokens with all turns before it, but the model's context has 1,024; shorten the "
                           "question, or the answers before it with --max-new-tokens")

@@ -58,7 +58,7 @@ def test_options_reach_the_model(assistant, said):
     assert said("", "--prompt", "hi", "--system", "Be brief.", *options)[1] == expected + "\n"
 
 
-def test_a_conversation_goes_on_until_it_is_reset(assistant, said):
+def test_a_conversation_continues_until_it_is_reset(assistant, said):
     first = answer(assistant, "hello")
     second = answer(assistant, "hello", first, "and now?")
     assert said("hello\n\nand now?\n")[1] == f"{first}\n{second}\n"
@@ -131,7 +131,7 @@ def test_bad_input_is_one_line(said, options, message):
     assert err.count("\n") == 1
 
 
-def test_a_folder_that_is_none(capsys):
+def test_a_missing_folder_is_named(capsys):
     assert main(["chat", "nowhere", "--prompt", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: nowhere")
 
@@ -182,10 +182,10 @@ def test_lines_are_remembered_under_the_state_folder(tmp_path, monkeypatch, caps
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     with chat_command.history():
         pass
-    assert "the history is not kept" in capsys.readouterr().err
+    assert "cannot save the history" in capsys.readouterr().err
 
 
-def test_auto_is_bf16_where_the_machine_multiplies_in_it(base, monkeypatch):
+def test_auto_is_bf16_if_the_machine_multiplies_in_it(base, monkeypatch):
     import torch
 
     from minisft.cpu import kernels

@@ -1,7 +1,7 @@
 """Log-likelihoods of choices are those of a plain transformers model, and the figures follow from them.
 
 The oracle below asks one (prompt, choice) at a time: text spelled out in the test, encoded by transformers, all
-logits, log_softmax. lm-evaluation-harness is compared with where it is installed and SmolLM2 is at hand.
+logits, log_softmax. If it is installed and SmolLM2 is at hand, lm-evaluation-harness is compared, too.
 """
 
 import json
@@ -19,9 +19,9 @@ from minisft.__main__ import main
 from minisft.errors import UserError
 from minisft.evaluation import choices
 from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.choices import Asked, ask, figures, log_likelihoods
-from minisft.evaluation.interval import wilson
-from minisft.evaluation.questions import Question, read
+from minisft.evaluation.choices import ChoicePrompt, encode, figures, load, log_likelihoods
+from minisft.evaluation.questions import ChoiceQuestion, read
+from minisft.evaluation.rates import wilson
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,7 +38,7 @@ KITCHEN_SECOND = ("Soru: Aşağıdakilerden hangisi bir sebze değildir?\nA. Isp
 KITCHEN_SHOT = ("Soru: Türk kahvesi geleneksel olarak hangi kapta pişirilir?\nA. Cezve\nB. Güveç\nC. Sürahi\nD. Tepsi\n"
                 "E. Kevgir\nCevap: A\n\n")
 TOOL = "Question: Which tool drives a nail into wood?\nAnswer:"
-# file, question, options of `ask`, prompt, what is scored
+# file, question, options of `load`, prompt, what is scored
 CASES = {
     "mmlu": (SKY, 2, {}, SKY_OPENING + SKY_THIRD, [" A", " B", " C", " D"]),
     "mmlu, a shot": (SKY, 2, {"shots": 1}, SKY_OPENING + SKY_SHOT + SKY_THIRD, [" A", " B", " C", " D"]),
@@ -68,7 +68,7 @@ def assistant(base):
 
 @torch.no_grad()
 def oracle(folder, prompt, continuation, *, begin=True):
-    """log p(continuation | prompt) of texts; special tokens are written out in `prompt` where `begin` is False."""
+    """log p(continuation | prompt) of texts; without `begin`, special tokens are written out in `prompt`."""
     model, tokenizer = theirs(folder)
     whole = tokenizer(prompt + continuation, add_special_tokens=begin).input_ids
     known = len(tokenizer(prompt, add_special_tokens=begin).input_ids)
@@ -78,9 +78,9 @@ def oracle(folder, prompt, continuation, *, begin=True):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("batch_tokens", [1, 100_000])
-def test_as_transformers_has_it(base, assistant, case, batch_tokens):
+def test_log_likelihoods_are_those_of_transformers(base, assistant, case, batch_tokens):
     file, index, options, prompt, scored = CASES[case]
-    found = figures(assistant, ask([file], **options), batch_tokens=batch_tokens)["answers"][index]
+    found = figures(assistant, load([file], **options), batch_tokens=batch_tokens)["answers"][index]
     expected = [oracle(base, prompt, continuation) for continuation in scored]
     assert found["log_likelihoods"] == pytest.approx(expected, abs=1e-4)
     assert found["chosen"]["acc"] == expected.index(max(expected))
@@ -95,15 +95,15 @@ def test_chat_asks_in_turns(base, assistant, file, index, options, turns, scored
     prompt = "<|begin_of_text|>"
     for role, text in zip(["user", "assistant"] * 2, [*turns, None], strict=False):
         prompt += f"<|start_header_id|>{role}<|end_header_id|>\n\n" + ("" if text is None else f"{text}<|eot_id|>")
-    found = figures(assistant, ask([file], **options), chat=True)["answers"][index]
+    found = figures(assistant, load([file], **options), chat=True)["answers"][index]
     expected = [oracle(base, prompt, said, begin=False) for said in scored]
     assert found["log_likelihoods"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_special_tokens_in_a_question_stay_text(assistant):
-    question = Question("Say <|eot_id|>", ("<|end_of_text|>", "b"), 0, "s", "arc", "en", "f", 1)
-    for prompt, continuation in (*choices.as_text(assistant.renderer.tokenizer, Asked(question, "text")),
-                                 *choices.in_turns(assistant, Asked(question, "text"))):
+    question = ChoiceQuestion("Say <|eot_id|>", ("<|end_of_text|>", "b"), 0, "s", "arc", "en", "f", 1)
+    for prompt, continuation in (*encode(assistant, ChoicePrompt(question, "text"), chat=False),
+                                 *encode(assistant, ChoicePrompt(question, "text"), chat=True)):
         text = assistant.renderer.tokenizer.decode([*prompt, *continuation])
         assert text.count("Say <|eot_id|>") == 1
         assert 318 not in prompt[: len(prompt) // 2]  # the token <|eot_id|>, which ends the user's turn
@@ -124,7 +124,7 @@ def test_letters_share_one_document_and_the_head_sees_only_what_is_scored(assist
 
 
 def test_figures_follow_from_log_likelihoods(assistant, monkeypatch):
-    asked = ask([TOOLS])  # "a spoon" 7, "a hammer" 8, "a sieve" 7
+    asked = load([TOOLS])  # "a spoon" 7, "a hammer" 8, "a sieve" 7
     sums = [-7.0, -7.2, -9.0, -1.0, -1.0, -3.0, -2.0, -9.0, -9.0]
     monkeypatch.setattr(choices, "log_likelihoods", lambda *_, **__: sums)
     found = figures(assistant, asked)
@@ -139,14 +139,14 @@ def test_figures_follow_from_log_likelihoods(assistant, monkeypatch):
 
 
 def test_bytes_are_not_characters(assistant, monkeypatch):
-    question = Question("?", ("şşşş", "abcd"), 0, "s", "arc", "en", "f", 1)
+    question = ChoiceQuestion("?", ("şşşş", "abcd"), 0, "s", "arc", "en", "f", 1)
     monkeypatch.setattr(choices, "log_likelihoods", lambda *_, **__: [-6.0, -5.0])
-    found = figures(assistant, [Asked(question, "text")])["answers"][0]["chosen"]
+    found = figures(assistant, [ChoicePrompt(question, "text")])["answers"][0]["chosen"]
     assert found == {"acc": 1, "acc_norm": 1, "acc_bytes": 0}  # -6/4 < -5/4, but -6/8 > -5/4
 
 
 def test_subjects_have_their_own_figures(assistant):
-    found = figures(assistant, ask([SKY, KITCHEN, SKY]))
+    found = figures(assistant, load([SKY, KITCHEN, SKY]))
     assert {name: part["questions"] for name, part in found["subjects"].items()} == {"night sky": 8, "Kitchen": 3}
     hits = sum(part["questions"] * part["acc"] for part in found["subjects"].values())
     assert found["acc"] == pytest.approx(hits / 11)
@@ -169,43 +169,43 @@ def texts(asked):
 def test_a_question_is_never_its_own_shot(tmp_path):
     sky = read(SKY)
     for pool in ([], [SKY]):
-        asked = ask([SKY], shots=3, shots_from=pool)
+        asked = load([SKY], shots=3, shots_from=pool)
         assert texts(asked) == [[q.text for j, q in enumerate(sky) if j != i] for i in range(4)]
     copy = tmp_path / "other_name.csv"  # the same question in another place is the same question
     copy.write_bytes(Path(SKY).read_bytes())
-    assert texts(ask([SKY], shots=1, shots_from=[str(copy)]))[0] == [sky[1].text]
+    assert texts(load([SKY], shots=1, shots_from=[str(copy)]))[0] == [sky[1].text]
 
 
-def test_shots_are_of_the_same_subject_where_there_are_any():
-    assert texts(ask([SKY, KITCHEN], shots=1)) == [
+def test_shots_are_of_the_same_subject_if_there_are_any():
+    assert texts(load([SKY, KITCHEN], shots=1)) == [
         [read(SKY)[1].text], *[[read(SKY)[0].text]] * 3, [read(KITCHEN)[1].text], *[[read(KITCHEN)[0].text]] * 2]
-    assert texts(ask([SKY], shots=1, shots_from=[KITCHEN, TOOLS])) == [[read(KITCHEN)[0].text]] * 4
+    assert texts(load([SKY], shots=1, shots_from=[KITCHEN, TOOLS])) == [[read(KITCHEN)[0].text]] * 4
     with pytest.raises(UserError) as error:  # no subject is helped out with another's questions
-        ask([SKY, KITCHEN], shots=1, shots_from=[KITCHEN])
+        load([SKY, KITCHEN], shots=1, shots_from=[KITCHEN])
     assert str(error.value) == (f"{SKY}:1: --shots 1, but there are 0 other questions about 'night sky'; ask for "
                                 "fewer, or name files that have them with --shots-from")
 
 
 def test_a_limit_is_of_each_file_and_not_of_the_shots():
-    asked = ask([SKY, KITCHEN], limit=1, shots=2)
+    asked = load([SKY, KITCHEN], limit=1, shots=2)
     assert [each.question.line for each in asked] == [1, 2]
     assert texts(asked) == [[q.text for q in read(file)[1:3]] for file in (SKY, KITCHEN)]
 
 
 def test_too_long_for_the_model_is_refused(assistant):
-    question = Question("word " * 1100, ("a", "b"), 0, "s", "arc", "en", "f.jsonl", 7)
+    question = ChoiceQuestion("word " * 1100, ("a", "b"), 0, "s", "arc", "en", "f.jsonl", 7)
     with pytest.raises(UserError) as error:
-        figures(assistant, [Asked(question, "text")])
+        figures(assistant, [ChoicePrompt(question, "text")])
     assert str(error.value).startswith("f.jsonl:7: ")
-    assert str(error.value).endswith(" tokens with its 0 shots, and the model reads 1024; ask with fewer --shots, or "
+    assert str(error.value).endswith(" tokens with its 0 shots, but the model reads 1024; ask with fewer --shots, or "
                                      "leave the question out")
 
 
 def test_broken_weights_are_refused(base):
     broken = Assistant.load(base, template="llama3")
     broken.model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="the model's log-likelihoods are not finite; its weights are broken"):
-        figures(broken, ask([TOOLS]))
+    with pytest.raises(UserError, match="the model's log-likelihoods are not finite: its weights are broken"):
+        figures(broken, load([TOOLS]))
 
 
 def test_log_likelihoods_are_not_those_of_rounded_logits():
@@ -215,7 +215,7 @@ def test_log_likelihoods_are_not_those_of_rounded_logits():
     hidden = torch.ones(3, 32, dtype=torch.bfloat16)
     words = torch.tensor([0, 40, 63])
     truth = (hidden.double() @ head.double().T).log_softmax(dim=-1)[0, words]
-    assert (choices._log_p(hidden, head, words) - truth).abs().max() < 1e-5
+    assert (choices._log_p(hidden, head, rows=torch.arange(3), words=words) - truth).abs().max() < 1e-5
 
 
 def test_the_command(base, tmp_path, capsys):
@@ -267,16 +267,15 @@ def test_figures_do_not_overwrite_the_questions(base, tmp_path, capsys):
     ("mmlu_dev/astronomy_dev.csv", {}),
     ("mmlu_dev/professional_psychology_dev.csv", {"style": "text"}),
 ])
-def test_as_lm_evaluation_harness_has_it(file, options):
+def test_log_likelihoods_are_those_of_lm_evaluation_harness(file, options):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     folder = os.environ["MINISFT_SMOLLM2"]
-    asked = ask([str(Path(os.environ["MINISFT_DATA"]) / "eval" / file)], **options)
-    found = figures(Assistant.load(folder), asked)["answers"]
-    pairs = [(each.text(), f" {each.said(each.question, i)}") for each in asked
-             for i in range(len(each.question.choices))]
+    prompts = load([str(Path(os.environ["MINISFT_DATA"]) / "eval" / file)], **options)
+    found = figures(Assistant.load(folder), prompts)["answers"]
+    pairs = [(prompt.text(), f" {choice}") for prompt in prompts for choice in prompt.choices(prompt.question)]
     model = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=4)
     expected = [total for total, _ in model.loglikelihood(
         [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)]

@@ -14,9 +14,8 @@ import pytest
 from minisft.__main__ import main
 from minisft.errors import UserError
 from minisft.evaluation.answers import Answers
-from minisft.evaluation.comparison import key_file, write_page
-from minisft.evaluation.prompts import Question
-from minisft.evaluation.ratings import describe, read_judgments, read_ratings, table
+from minisft.evaluation.comparison import blind_page, describe, read_judgments, read_ratings, win_rates
+from minisft.evaluation.prompts import Prompt
 
 NASTY = "</script><script>alert(1)</script><!-- {{POLICY}} {{DATA}} & \u2028 <b>bold</b> \"'"
 
@@ -25,8 +24,19 @@ def answers(name, count, text="answer {}"):
     return Answers(name, {i: (f"{name[-1]} " + text.format(i), "second") for i in range(count)}, None)
 
 
+def key_file(page):
+    return page.with_name(f"{page.name}.key.json")
+
+
+def write_page(page, prompts, a, b, *, seed):
+    html, key = blind_page(prompts, a, b, seed=seed)
+    page.write_text(html, encoding="utf-8")
+    key_file(page).write_text(json.dumps(key))
+    return key
+
+
 def questions(count):
-    return [Question(i, (f"question {i}", "and then?")) for i in range(count)]
+    return [Prompt(i, (f"question {i}", "and then?")) for i in range(count)]
 
 
 def data_of(page):
@@ -65,7 +75,7 @@ def test_neither_names_nor_sides_are_in_the_page(tmp_path):
 
 def test_answers_stay_text(tmp_path):
     page = tmp_path / "p.html"
-    write_page(page, [Question(1, (NASTY,))], Answers("a", {1: (NASTY,)}, None), Answers("b", {1: ("fine",)}, None),
+    write_page(page, [Prompt(1, (NASTY,))], Answers("a", {1: (NASTY,)}, None), Answers("b", {1: ("fine",)}, None),
                seed=0)
     assert sorted(data_of(page)["pairs"][0]["turns"][0].values()) == sorted([NASTY, NASTY, "fine"])
     html = page.read_text(encoding="utf-8")
@@ -91,7 +101,7 @@ def test_the_policy_allows_the_pages_script_alone(tmp_path):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
 def test_a_browser_shows_the_pair_as_text(tmp_path):
     page = tmp_path / "p.html"
-    write_page(page, [Question(1, ("asked",))], Answers("a", {1: (NASTY,)}, None), Answers("b", {1: ("fine",)}, None),
+    write_page(page, [Prompt(1, ("asked",))], Answers("a", {1: (NASTY,)}, None), Answers("b", {1: ("fine",)}, None),
                seed=0)
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                "--dump-dom", page.as_uri()]
@@ -132,7 +142,7 @@ def test_ratings_become_a_win_rate(tmp_path):
     stats = pytest.importorskip("scipy.stats")
     key = write_page(tmp_path / "p.html", questions(20), answers("x", 20), answers("y", 20), seed=5)
     file = rate(tmp_path, "r.json", key, ["a"] * 12 + ["tie"] * 4 + ["b"] * 3 + [""])
-    (line,) = table(read_ratings([file], [key_file(tmp_path / "p.html")]))
+    (line,) = win_rates(read_ratings([file], [key_file(tmp_path / "p.html")]))
     assert (line["model_a"], line["model_b"], line["wins"], line["ties"], line["losses"]) == ("x", "y", 12, 4, 3)
     assert line["win_rate"]["rate"] == pytest.approx(14 / 19)
     wanted = stats.binomtest(14, 19).proportion_ci(method="wilson")
@@ -149,13 +159,13 @@ def test_the_sign_test_is_scipys(wins, losses):
     assert sign_test(wins, losses) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1)
 
 
-def test_what_several_people_rated_counts_once(tmp_path):
+def test_a_pair_that_several_people_rated_counts_once(tmp_path):
     a, b = answers("x", 4), answers("y", 4)
     b.turns[3] = a.turns[3]
     key = write_page(tmp_path / "p.html", questions(4), a, b, seed=0)
     files = [rate(tmp_path, f"{i}.json", key, favourite)
              for i, favourite in enumerate((["a", "a", "b", ""], ["a", "b", "b", ""], ["a", "tie", "tie", ""]))]
-    (line,) = table(read_ratings(files, [key_file(tmp_path / "p.html")]))
+    (line,) = win_rates(read_ratings(files, [key_file(tmp_path / "p.html")]))
     assert (line["wins"], line["ties"], line["losses"]) == (1, 2, 1)  # question 3 has the same answers: a tie
     assert line["win_rate"]["rate"] == pytest.approx((1 + 0.5 + 0.5 / 3 + 0.5) / 4)
     assert line["win_rate"]["count"] == 4
@@ -163,21 +173,21 @@ def test_what_several_people_rated_counts_once(tmp_path):
 
 @pytest.mark.parametrize(("ratings", "message"), [
     ({"page": "other", "ratings": {}}, "rates page 'other', whose key is not among --key"),
-    ({"page": "KEY"}, "is no file of ratings"),
-    ({"page": "KEY", "ratings": {"7": "left"}}, "rating 7: 'left' is not of this page"),
-    ({"page": "KEY", "ratings": {"0": "a"}}, "rating 0: 'a' is not of this page; a choice is left, right or tie"),
+    ({"page": "KEY"}, "not ratings that a page of `minisft compare` saved"),
+    ({"page": "KEY", "ratings": {"7": "left"}}, "rating 7: 'left' does not fit this page"),
+    ({"page": "KEY", "ratings": {"0": "a"}}, "rating 0: 'a' does not fit this page; a choice is left, right or tie"),
     ({"page": "KEY", "ratings": {"-1": "tie"}}, "rating -1"),
-    ({"page": "KEY", "ratings": {"0": ["left"]}}, "rating 0: ['left'] is not of this page"),
-    ({"page": "KEY", "ratings": {"9" * 5000: "left"}}, "rating 9999999999999999999…: 'left' is not of this page"),
-    ({"page": ["KEY"], "ratings": {}}, "is no file of ratings"),
+    ({"page": "KEY", "ratings": {"0": ["left"]}}, "rating 0: ['left'] does not fit this page"),
+    ({"page": "KEY", "ratings": {"9" * 5000: "left"}}, "rating 9999999999999999999…: 'left' does not fit this page"),
+    ({"page": ["KEY"], "ratings": {}}, "not ratings that a page of `minisft compare` saved"),
     ([], "must hold one JSON object"),
-    ("[" * 10**5, "bad JSON: "), ("", "bad JSON: "),
+    ("[" * 10**5, "the JSON array is cut off"), ("{" * 10**5, "bad JSON: "), ("", "must hold one JSON object"),
 ])
 def test_ratings_that_do_not_belong_are_refused(tmp_path, ratings, message):
     key = write_page(tmp_path / "p.html", questions(2), answers("x", 2), answers("y", 2), seed=0)
     text = ratings if isinstance(ratings, str) else json.dumps(ratings)
     (tmp_path / "r.json").write_text(text.replace("KEY", key["page"]))
-    with pytest.raises(UserError, match=r"r.json: ") as error:
+    with pytest.raises(UserError, match=r"r.json:") as error:
         read_ratings([tmp_path / "r.json"], [key_file(tmp_path / "p.html")])
     assert message in str(error.value)
 
@@ -186,11 +196,11 @@ def test_ratings_that_do_not_belong_are_refused(tmp_path, ratings, message):
     {"page": ["x"]}, {"model_a": 3}, {"pairs": 3}, {"pairs": [1, 2]}, {"pairs": [{"question_id": 1}]},
     {"pairs": [{"question_id": [1], "left": "a"}]}, {"identical": 3}, {"identical": [[1]]},
 ])
-def test_a_key_that_is_none_is_refused(tmp_path, wrong):
+def test_a_file_that_is_no_key_is_refused(tmp_path, wrong):
     key = write_page(tmp_path / "p.html", questions(2), answers("x", 2), answers("y", 2), seed=0)
     file = rate(tmp_path, "r.json", key, "ab")
     (tmp_path / "k.json").write_text(json.dumps(key | wrong))
-    with pytest.raises(UserError, match=r"k.json: is no key of a page; give the .key.json that was written beside"):
+    with pytest.raises(UserError, match=r"k.json: not a page's key; give the .key.json that was written beside"):
         read_ratings([file], [tmp_path / "k.json"])
 
 
@@ -210,7 +220,7 @@ def test_a_judges_pairs_are_counted_as_fastchat_does(tmp_path):
                   verdict(3, "tie", "tie"), verdict(4, "error", "model_1"), verdict(5, "model_2", "model_2"),
                   verdict(6, "model_2", "model_2", models=("n", "m")), verdict(1, "tie", "model_1", turn=2))
     pairs, scores, left_out = read_judgments(file)
-    lines = table(pairs)
+    lines = win_rates(pairs)
     assert (scores, left_out) == ({}, 1)
     assert [(line["turn"], line["wins"], line["ties"], line["losses"]) for line in lines] == [
         (None, 2, 3, 1), (1, 2, 2, 1), (2, 0, 1, 0)]
@@ -231,7 +241,7 @@ def test_a_judges_table_is_fastchats(tmp_path, capsys):
     shown.display_result_pairwise(SimpleNamespace(input_file=str(file), model_list=None, baseline_model=None))
     theirs = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("m "))
     pairs, _, left_out = read_judgments(file)
-    line = table(pairs)[0]
+    line = win_rates(pairs)[0]
     assert [line["wins"], line["losses"], line["ties"]] == [int(count) for count in theirs[1:4]]
     assert line["win_rate"]["rate"] == pytest.approx(float(theirs[-1]), abs=1e-6)
     assert left_out == sum("error" in (each["g1_winner"], each["g2_winner"]) for each in verdicts) > 0
@@ -244,7 +254,7 @@ def test_a_judges_scores_give_the_same_table(tmp_path):
     file = judged(tmp_path, score(1, "m", 3), score(1, "n", 3.1), score(2, "m", 3), score(2, "n", 9), score(3, "m", 9),
                   score(3, "n", -1), score(4, "n", 2))
     pairs, scores, left_out = read_judgments(file)
-    (line,) = table(pairs)
+    (line,) = win_rates(pairs)
     assert (line["wins"], line["ties"], line["losses"], left_out) == (0, 1, 1, 1)
     assert scores == {"m": [3, 3, 9], "n": [3.1, 9, 2]}
     assert "m: mean score 5.00 of 3" in describe([line], scores)
@@ -288,9 +298,9 @@ def test_command_from_answers_to_win_rates(tmp_path, capsys):
     ([], "give two models, or --ratings, or --judge; `minisft compare --help` shows each"),
     (["a", "--questions", "mt-en", "--out", "p.html"], "a page needs two models, --questions FILE and --out PAGE.html"),
     (["a", "b", "--judge", "j"], "give two models, or --ratings, or --judge; `minisft compare --help` shows each"),
-    (["a.jsonl", "b.jsonl", "--questions", "mt-en", "--out", "p.html"], "a.jsonl: there is no such file"),
-    (["--ratings", "nowhere.json", "--key", "no.json"], "no.json: there is no such file"),
-    (["--ratings", "nowhere.json", "--key", "."], ".: there is no such file"),
+    (["a.jsonl", "b.jsonl", "--questions", "mt-en", "--out", "p.html"], "a.jsonl: no such file"),
+    (["--ratings", "nowhere.json", "--key", "no.json"], "no.json: no such file"),
+    (["--ratings", "nowhere.json", "--key", "."], ".: no such file"),
     (["a", "b", "--questions", "mt-en", "--out", "no/p.html"], "--out no/p.html: there is no folder no; make it first"),
     (["a", "b", "--questions", "mt-en", "--out", "b"], "--out b: is a file that this command reads, and would be "
                                                        "written over; name another file"),

@@ -16,8 +16,7 @@ from minisft.__main__ import main as command
 from minisft.errors import UserError
 from minisft.evaluation import heldout
 from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.forgetting import Forgetting
-from minisft.evaluation.heldout import file_losses, loss_figures
+from minisft.evaluation.heldout import Forgetting, file_losses, loss_figures
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained
 from minisft.reports.data_report import describe, figures
@@ -36,7 +35,7 @@ def general(tmp_path):
 
 
 def naive(folder, argv):
-    """The mean loss over all tokens of the texts but each one's first, document by document."""
+    """The mean loss over all tokens of the texts except each one's first, document by document."""
     model, dataset = from_pretrained(folder), prepare(config_io.load(argv), quiet=True).evals["general"]
     losses = []
     for i in range(len(dataset)):
@@ -71,7 +70,7 @@ class Death(BaseException):
 
 
 @pytest.mark.parametrize("die_at", [1, 4])  # before the first checkpoint; after it
-def test_a_run_that_goes_on_measures_against_the_same_base(base, tmp_path, general, monkeypatch, die_at):
+def test_a_resumed_run_measures_against_the_same_base(base, tmp_path, general, monkeypatch, die_at):
     settings = {"data__general": general, "train__max_steps": 5, "eval__every": 1, "checkpoint__every": 2,
                 "batch__packs": 1}
     train(base, tmp_path / "whole", **settings)
@@ -132,7 +131,7 @@ def test_a_bound_is_crossed_upwards_and_a_resumed_run_knows_it():
 
 def test_without_the_base_model_s_loss_nothing_is_made_up():
     following, record = Forgetting(["g"], bound=0.1, log=[]), eval_record(5, 2.0)
-    assert "what of g is forgotten cannot be told, for want of its loss at step 0" in following.add(record)
+    assert "cannot measure forgetting on g: its loss at step 0 is missing" in following.add(record)
     assert "forgetting" not in record
     assert following.add(eval_record(6, 3.0)) == ""
 

@@ -1,4 +1,4 @@
-"""Generation: greedily transformers', with a cache what it is without one, and each text as if it were alone."""
+"""Greedy generation equals transformers', a cache changes nothing, and neither does what else is in the batch."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from oracles.tiny_llama import CONFIG, write_tiny_llama
 from minisft.errors import UserError
 from minisft.evaluation import decoding
 from minisft.evaluation import generate as module
-from minisft.evaluation.decoding import Decoder, Product
+from minisft.evaluation.decoding import CachedDecoder, Product
 from minisft.evaluation.generate import generate, stream
 from minisft.evaluation.sampling import Sampling
 from minisft.model.llama import Llama
@@ -89,7 +89,7 @@ def test_a_step_is_the_models_forward_pass(dtype, tied, texts, packed):
     wide = Llama(config)
     wide.load_state_dict(ours.state_dict())
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]][:texts]
-    decoder = Decoder(ours, packed=packed)
+    decoder = CachedDecoder(ours, packed=packed)
     with torch.no_grad():
         logits, cache = decoder.prefill(prompts, positions=10)
         for token in (20, 21):
@@ -104,12 +104,14 @@ def test_a_step_is_the_models_forward_pass(dtype, tied, texts, packed):
 @pytest.mark.parametrize(("dtype", "packed"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_products_are_sums_rounded_once(outputs, dtype, packed):
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(n, 48, generator=generator).to(dtype) for n in outputs]
-    biases = tuple(torch.randn(n, generator=generator).to(dtype) for n in outputs)
+    maps = [torch.nn.Linear(48, n, dtype=dtype).requires_grad_(False) for n in outputs]
+    for parameter in (p for each in maps for p in each.parameters()):
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    weight, bias = torch.cat([each.weight for each in maps]), torch.cat([each.bias for each in maps])
     for rows in (1, 2, 5):
         x = torch.randn(rows, 48, generator=generator)
-        truth = x.to(dtype).double() @ torch.cat(weights).double().T + torch.cat(biases)
-        y = Product(*weights, biases=biases, packed=packed)(x)
+        truth = x.to(dtype).double() @ weight.double().T + bias
+        y = Product(*maps, packed=packed)(x)
         assert y.dtype == x.dtype
         eps = torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 else 20)  # fp32 rounds within the sum as well
         assert torch.allclose(y.double(), truth, rtol=eps, atol=eps)
@@ -133,7 +135,7 @@ def test_logits_are_never_rounded_to_bf16(hidden, head):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_first_and_later_tokens_have_logits_in_fp32(base, packed, monkeypatch):
+def test_first_and_later_tokens_have_fp32_logits(base, packed, monkeypatch):
     seen = []
 
     def logits(hidden, head):
@@ -142,7 +144,7 @@ def test_first_and_later_tokens_have_logits_in_fp32(base, packed, monkeypatch):
 
     kept = decoding.logits
     monkeypatch.setattr(decoding, "logits", logits)
-    decoder = Decoder(from_pretrained(base, dtype=torch.bfloat16), packed=packed)
+    decoder = CachedDecoder(from_pretrained(base, dtype=torch.bfloat16), packed=packed)
     assert len(list(stream(decoder, PROMPTS, max_new_tokens=3, stop_ids=set()))) == 12
     assert len(seen) == 3
     for hidden, head, found in seen:
@@ -154,7 +156,7 @@ def test_first_and_later_tokens_have_logits_in_fp32(base, packed, monkeypatch):
 def test_logits_that_are_no_numbers_choose_no_token(base, temperature):
     broken = from_pretrained(base)
     broken.model.norm.weight.data.fill_(math.nan)
-    with pytest.raises(UserError, match="the model's logits are not finite; its weights are broken"):
+    with pytest.raises(UserError, match="the model's logits are not finite: its weights are broken"):
         generate(broken, PROMPTS, max_new_tokens=3, stop_ids=set(), sampling=Sampling(temperature=temperature))
 
 
@@ -169,7 +171,7 @@ def test_a_draw_depends_on_seed_and_prompt_and_not_on_the_batch(model):
 
 def test_more_prompts_than_the_cache_holds_wait(model, monkeypatch):
     whole = generate(model, PROMPTS, max_new_tokens=8, stop_ids=set())
-    monkeypatch.setattr(module, "CACHE_BYTES", Decoder(model).bytes_per_position() * 90)  # one, then three
+    monkeypatch.setattr(module, "CACHE_BYTES", CachedDecoder(model).bytes_per_position() * 90)  # one, then three
     assert generate(model, PROMPTS, max_new_tokens=8, stop_ids=set()) == whole
 
 

@@ -1,4 +1,4 @@
-"""Verdicts on instructions are those of lm_eval's IFEval program; Turkish and the rest against words of the tests."""
+"""Verdicts on instructions are those of lm_eval's IFEval program; Turkish and the rest have examples here."""
 
 import os
 import random
@@ -9,7 +9,7 @@ from minisft.errors import UserError
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.instruction_checks import CHECKS, parameters, sentences
 from minisft.evaluation.instructions import figures, load
-from minisft.evaluation.language import detect, languages, lower, upper
+from minisft.evaluation.language import detect, languages, lower
 
 SENTENCES = ("The cat sat on the mat.", "Why not?", "It was cold!", "We saw Rome, Paris and Bonn.", "I have a plan.",
              "She asked me to wait for Dr. Smith.", "A good idea costs 3.5 euros.", "NASA and the UN AGREE.")
@@ -98,8 +98,8 @@ def test_verdicts_are_those_of_ifeval(instruction, oracle):
             answer = r.choice([" ", "\n", "\n\n"]).join(r.choices(SENTENCES, k=r.randint(1, 6)))
         verdicts.append(CHECKS[instruction](answer, "en", **given))
         assert verdicts[-1] == oracle(instruction, answer, given), (answer, given)
-    assert True in verdicts, "no answer followed: the test has no say"
-    assert False in verdicts, "every answer followed: the test has no say"
+    assert True in verdicts, "no answer followed: the test says nothing"
+    assert False in verdicts, "every answer followed: the test says nothing"
 
 
 def test_every_instruction_of_ifeval_has_a_check(oracle):
@@ -157,16 +157,15 @@ def test_doubt_about_a_language_is_said():
     assert detect("Ankara") >= {"en", "tr", "de"}
     assert detect("Mali 42 Delhi").isdisjoint({"ru", "ar"})
     assert detect("42!") == set()
-    assert detect(upper(SPOKEN["tr"], "tr")) == {"tr"}
+    assert detect(SPOKEN["tr"].replace("i", "İ").upper()) == {"tr"}
     assert detect(SPOKEN["en"].upper()) == {"en"}, "I in capitals is no ı"
-    assert len(languages()) == len(set(languages())) > 30
+    assert sum(map(len, languages().values())) == 36
 
 
 def test_turkish_letters_keep_their_dots():
     pairs = [("KIRMIZI ŞİŞE", "kırmızı şişe"), ("İZMİR IŞIĞI", "izmir ışığı"), ("ÇÖĞÜŞ", "çöğüş")]
     for capital, small in pairs:
         assert lower(capital, "tr") == small
-        assert upper(small, "tr") == capital
     assert lower("I SAW", "en") == "i saw"
 
 
@@ -186,7 +185,7 @@ def test_turkish_letters_keep_their_dots():
     ("detectable_format:constrained_response", "Cevabım hayır.", {}, True, False),
     ("detectable_content:postscript", "Görüşürüz\nNOT: Kediyi besle", {"postscript_marker": "Not:"}, True, True),
 ])
-def test_letters_are_cased_as_the_language_of_the_question_has_them(instruction, answer, given, turkish, english):
+def test_letters_follow_the_case_of_the_questions_language(instruction, answer, given, turkish, english):
     assert CHECKS[instruction](answer, "tr", **given) is turkish
     assert CHECKS[instruction](answer, "en", **given) is english
 
@@ -228,7 +227,7 @@ def test_sentences(text, count):
     ("length_constraints:number_words", {"relation": "at least", "num_words": True}, "be a whole number, not True"),
     ("length_constraints:number_words", {"relation": "at least", "num_words": 2.5}, "be a whole number, not 2.5"),
     ("startend:end_checker", {"end_phrase": " "}, "end_phrase must be text"),
-    ("language:response_language", {"language": "xx"}, "no language 'xx' can be told here; choose from ar, bg,"),
+    ("language:response_language", {"language": "xx"}, "cannot detect the language 'xx'; choose from ar, bg,"),
 ])
 def test_wrong_parameters_are_named(instruction, given, message):
     with pytest.raises(UserError) as error:

@@ -8,13 +8,13 @@ from minisft.__main__ import main
 from minisft.data.conversation import Turn
 from minisft.errors import UserError
 from minisft.evaluation.instruction_checks import CHECKS
-from minisft.evaluation.instructions import Instructed, check, describe, figures, follows, load, loosely
+from minisft.evaluation.instructions import InstructionPrompt, check, describe, figures, load, loosely, strictly
 from minisft.evaluation.language import detect
 
 NO_COMMA = {"key": 1, "prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 TWO = {"key": 2, "prompt": "Söyle.", "language": "tr",
        "instruction_id_list": ["keywords:existence", "length_constraints:number_words"],
-       # Hugging Face's copy of the public file has every parameter in every object, null where it has no meaning
+       # Hugging Face's copy of the public file has every parameter in every object, null if it has no meaning
        "kwargs": [{"keywords": ["ılık"], "num_words": None}, {"num_words": 2, "relation": "at least"}]}
 
 
@@ -51,7 +51,7 @@ def test_figures_count_prompts_and_instructions(tmp_path):
 
 def test_the_interval_is_wilsons():
     stats = pytest.importorskip("scipy.stats")
-    asked = Instructed(1, "?", "en", (("punctuation:no_comma", {}),))
+    asked = InstructionPrompt(1, "?", "en", (("punctuation:no_comma", {}),))
     found = check([asked] * 30, ["yes"] * 13 + ["a, b"] * 17)["strict"]["prompts"]
     wanted = stats.binomtest(13, 30).proportion_ci(method="wilson")
     assert found["interval"] == pytest.approx([wanted.low, wanted.high], abs=1e-6)
@@ -63,14 +63,14 @@ def test_the_interval_is_wilsons():
     (" \n", False, False),
 ])
 def test_loose_forgives_a_frame(answer, strict, loose):
-    asked = Instructed(1, "?", "en", (("detectable_format:json_format", {}),))
-    assert follows(answer, asked) == [strict]
+    asked = InstructionPrompt(1, "?", "en", (("detectable_format:json_format", {}),))
+    assert strictly(answer, asked) == [strict]
     assert loosely(answer, asked) == [loose]
 
 
 def test_an_empty_answer_follows_nothing():
-    asked = Instructed(1, "?", "en", (("punctuation:no_comma", {}),))
-    assert follows(" \n", asked) == loosely(" \n", asked) == [False]
+    asked = InstructionPrompt(1, "?", "en", (("punctuation:no_comma", {}),))
+    assert strictly(" \n", asked) == loosely(" \n", asked) == [False]
 
 
 def test_strict_and_loose_are_ifevals():
@@ -84,13 +84,14 @@ def test_strict_and_loose_are_ifevals():
 
     names = ("punctuation:no_comma", "startend:quotation", "detectable_format:title", "startend:end_checker")
     kwargs = [{}, {}, {}, {"end_phrase": "The end."}]
-    asked = Instructed(1, "?", "en", tuple(zip(names, kwargs, strict=True)))
+    asked = InstructionPrompt(1, "?", "en", tuple(zip(names, kwargs, strict=True)))
     pieces = ("Sure, here:", '"<<A>> one', "*<<B>>* two.", 'The end."', "The *end*.", "", "Bye, now")
     for answer in map("\n".join, product(pieces, repeat=3)):
         given = oracle.InputExample(1, list(names), "?", kwargs)
         wanted = oracle.process_results({"key": 1, "instruction_id_list": list(names), "prompt": "?", "kwargs": kwargs},
                                         [answer])
-        assert follows(answer, asked) == oracle.test_instruction_following_strict(given, answer).follow_instruction_list
+        theirs = oracle.test_instruction_following_strict(given, answer).follow_instruction_list
+        assert strictly(answer, asked) == theirs
         assert loosely(answer, asked) == wanted["inst_level_loose_acc"], answer
 
 
@@ -99,7 +100,7 @@ def test_an_unknown_instruction_is_refused_by_name_or_counted(tmp_path):
                "kwargs": [{}, {}]}
     only = {**NO_COMMA, "key": 4, "instruction_id_list": ["poetry:rhyme"]}
     file = write(tmp_path, NO_COMMA, strange, only)
-    with pytest.raises(UserError, match=r"asked.jsonl:2: there is no check for the instruction 'poetry:rhyme'"):
+    with pytest.raises(UserError, match=r"asked.jsonl:2: no check for the instruction 'poetry:rhyme'"):
         load(file)
     found = load(file, skip_unknown=True)
     assert [asked.key for asked in found.prompts] == [1, 3]
@@ -115,10 +116,10 @@ def test_an_unknown_instruction_is_refused_by_name_or_counted(tmp_path):
     ({**NO_COMMA, "kwargs": [[]]}, "an object for each name"),
     ({**NO_COMMA, "instruction_id_list": []}, "needs instruction_id_list"),
     ({**NO_COMMA, "kwargs": [{"x": 2}]}, "takes no parameters; found x"),
-    ({**NO_COMMA, "language": "TR"}, "no language 'TR' can be told here; choose from ar,"),
-    ({**NO_COMMA, "language": ["tr"]}, "no language \"['tr']\" can be told here"),
+    ({**NO_COMMA, "language": "TR"}, "cannot detect the language 'TR'; choose from ar,"),
+    ({**NO_COMMA, "language": ["tr"]}, "cannot detect the language \"['tr']\""),
 ])
-def test_what_is_wrong_with_a_record_is_said_with_its_line(tmp_path, record, message):
+def test_a_broken_record_is_named_with_its_line(tmp_path, record, message):
     with pytest.raises(UserError, match=r"asked.jsonl:2: ") as error:
         load(write(tmp_path, TWO, record))
     assert message in str(error.value)
@@ -145,4 +146,4 @@ def test_command_checks_a_models_answers(tmp_path, capsys, base):
     assert (found["max_new_tokens"], found["strict"]["instructions"]["count"]) == (4, 3)
     file.write_text('{"key": 1, "prompt": "?", "instruction_id_list": ["poetry:rhyme"], "kwargs": [{}]}\n')
     assert main(["eval", "nowhere", "--instructions", str(file)]) == 2
-    assert "leave such ones out with --skip-unknown" in capsys.readouterr().err
+    assert "leave such instructions out with --skip-unknown" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minisft.errors import UserError
-from minisft.evaluation.questions import Question, read, subject_of
+from minisft.evaluation.questions import ChoiceQuestion, read, subject_of
 
 HERE = Path(__file__).parent / "oracles" / "questions"
 MMLU, TURKISH, ARC = (HERE / name for name in ("night_sky_test.csv", "TurkishMMLU_Kitchen.json", "tools_train.jsonl"))
@@ -22,8 +22,8 @@ def written(folder, content, name="set_test.csv"):
 
 def test_mmlu():
     first, second, *rest = read(MMLU)
-    assert first == Question("How many moons does the planet Mars have?", ("None", "One", "Two", "Seven"), 2,
-                             "night sky", "mmlu", "en", str(MMLU), 1)
+    assert first == ChoiceQuestion("How many moons does the planet Mars have?", ("None", "One", "Two", "Seven"), 2,
+                                   "night sky", "mmlu", "en", str(MMLU), 1)
     assert second.text == "Which of these gives light of its own?\n(Think of what burns.)"
     assert second.choices == ("the Moon", "Venus", "a comet, far from the Sun", 'the "evening" sun')
     assert [(q.line, q.answer) for q in (second, *rest)] == [(2, 3), (4, 1), (5, 2)]
@@ -41,9 +41,9 @@ def test_mmlu_with_names_and_numbers_is_the_same(tmp_path):
 
 def test_turkish_mmlu():
     first, second, third = read(TURKISH)
-    assert first == Question("Türk kahvesi geleneksel olarak hangi kapta pişirilir?",
-                             ("Cezve", "Güveç", "Sürahi", "Tepsi", "Kevgir"), 0, "Kitchen", "turkish_mmlu", "tr",
-                             str(TURKISH), 2)
+    assert first == ChoiceQuestion("Türk kahvesi geleneksel olarak hangi kapta pişirilir?",
+                                   ("Cezve", "Güveç", "Sürahi", "Tepsi", "Kevgir"), 0, "Kitchen", "turkish_mmlu", "tr",
+                                   str(TURKISH), 2)
     assert (second.text, second.answer, second.line) == (" Aşağıdakilerden hangisi bir sebze değildir? ", 2, 7)
     assert (third.answer, third.line) == (4, 12)
     assert {q.language for q in read(TURKISH, language="en")} == {"en"}
@@ -51,8 +51,8 @@ def test_turkish_mmlu():
 
 def test_arc_in_both_spellings():
     first, second, third = read(ARC)
-    assert first == Question("Which tool drives a nail into wood?", ("a spoon", "a hammer", "a sieve"), 1, "tools",
-                             "arc", "en", str(ARC), 1)
+    assert first == ChoiceQuestion("Which tool drives a nail into wood?", ("a spoon", "a hammer", "a sieve"), 1,
+                                   "tools", "arc", "en", str(ARC), 1)
     assert (second.text, second.choices, second.answer, second.line) == ("What is a saw used for?",
                                                                          ("cutting", "gluing"), 0, 2)
     assert (third.answer, third.line) == (0, 4)
@@ -60,7 +60,7 @@ def test_arc_in_both_spellings():
 
 def test_the_content_tells_the_format_not_the_name(tmp_path):
     assert read(written(tmp_path, TURKISH.read_bytes(), "a.csv"))[0].format == "turkish_mmlu"
-    assert read(written(tmp_path, b"\xef\xbb\xbf" + MMLU.read_bytes(), "a.json"))[0] == Question(
+    assert read(written(tmp_path, b"\xef\xbb\xbf" + MMLU.read_bytes(), "a.json"))[0] == ChoiceQuestion(
         "How many moons does the planet Mars have?", ("None", "One", "Two", "Seven"), 2, "a", "mmlu", "en",
         str(tmp_path / "a.json"), 1)
     braces = written(tmp_path, '"{1, 2} is a set of","one","two",B\n[a] {b},c,d,A\n')
@@ -123,8 +123,8 @@ def test_a_bad_record_is_named_with_its_line(tmp_path, record, reason):
 
 
 @pytest.mark.parametrize(("content", "line", "reason"), [
-    ("q,a,b,A\nq,a,b,c,A\n", 2, "5 columns, where the first row has 4"),
-    ("q,a,b,A\n\nq,a,A\n", 3, "3 columns, where the first row has 4"),
+    ("q,a,b,A\nq,a,b,c,A\n", 2, "5 columns, but the first row has 4"),
+    ("q,a,b,A\n\nq,a,A\n", 3, "3 columns, but the first row has 4"),
     ("q,a,A\n", 1, "3 columns; expected a question, at least two choices and the answer (read as mmlu; --format "
                    "chooses another)"),
     ('q,"a\na",b,A\nq,a,b,E\n', 3, "the answer is 'E'; expected a letter up to B or a number from 0 to 1 (read as "
@@ -143,14 +143,14 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, content, line, reason):
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]", "question,a,b,answer\n", b"\xef\xbb\xbf"])
-def test_no_questions(tmp_path, content):
+def test_a_file_without_questions_is_refused(tmp_path, content):
     file = written(tmp_path, content)
     with pytest.raises(UserError) as error:
         read(file)
     assert str(error.value) == f"{file}: no questions in it"
 
 
-def test_a_format_that_is_named_is_taken(tmp_path):
+def test_a_named_format_is_used(tmp_path):
     with pytest.raises(UserError) as error:
         read(TURKISH, format="arc")
     assert str(error.value) == (f"{TURKISH}:2: choices is ['Cezve', 'Güveç', 'Sürahi', 'Tepsi', 'Kevgir']; expected "
@@ -164,11 +164,11 @@ def test_a_format_that_is_named_is_taken(tmp_path):
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(UserError, match=f"{file}: is no regular file; name a file of questions"):
+        with pytest.raises(UserError, match=f"{file}: not a regular file; name a file of questions"):
             read(file)
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError) as error:
         read(tmp_path / "none.csv")
     assert str(error.value) == (f"{tmp_path}/none.csv: No such file or directory (remedy: name a file of questions "

@@ -72,9 +72,9 @@ def test_the_random_numbers_are_a_function_of_seed_and_prompt():
     ({"repetition_penalty": 1e-300}, "repetition_penalty: 1e-300 was given"),
     ({"repetition_penalty": math.inf}, "repetition_penalty: inf was given"),
     ({"seed": -1}, "seed: -1 was given; it must be a whole number from 0"),
-    ({"top_k": 5}, "top_k and top_p mean nothing at temperature 0, where nothing is drawn; raise temperature"),
+    ({"top_k": 5}, "top_k and top_p have no effect at temperature 0, which draws nothing; raise temperature"),
 ])
-def test_values_that_mean_nothing(values, message):
+def test_values_that_make_no_sense_are_refused(values, message):
     with pytest.raises(UserError) as error:
         Sampling(**values)
     assert message in str(error.value)

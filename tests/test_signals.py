@@ -2,14 +2,14 @@
 
 import pytest
 
-from minisft.evaluation.signals import chosen, describe, flatters, flip_figures, loops, repeated, signals
+from minisft.evaluation.signals import chosen, describe, distinct, flatters, flip_figures, loops, runs, signals
 
 
 def test_repetition_counts_runs_that_stood_before():
-    assert repeated(["a", "b", "a", "b", "a", "b"], 2) == pytest.approx(0.6)
-    assert repeated(["one", "two", "three", "four", "five"]) == 0
-    assert repeated(["one", "two", "three"]) is None
-    assert repeated(["x"] * 103) == pytest.approx(0.99)
+    assert distinct(runs(["a", "b", "a", "b", "a", "b"], 2)) == pytest.approx(0.4)
+    assert signals(["one two three four five"])["repeated_4grams"] == 0
+    assert signals(["one two three"])["repeated_4grams"] == 0
+    assert signals(["x " * 103, "one two three"])["repeated_4grams"] == pytest.approx(0.99), "no run, no share"
 
 
 @pytest.mark.parametrize(("text", "looping"), [
@@ -56,7 +56,7 @@ def test_the_letter_of_an_answer(answer, letter):
 
 
 class Student:
-    """Knows the answers; `yields` tells to which doubts it gives in."""
+    """Knows the answers; doubted, it says `yields`, if that is not empty."""
 
     def __init__(self, answers, yields):
         self.answers, self.yields = answers, yields
@@ -88,9 +88,9 @@ def test_the_flip_test_counts_letters_that_change(tmp_path):
 def test_shipped_flips_ask_for_every_letter_alike():
     from collections import Counter
 
-    from minisft.evaluation.prompts import json_lines, question_file
+    from minisft.evaluation.prompts import json_lines, prompt_file
 
-    records = [record for _, record in json_lines(question_file("flips"))]
+    records = [record for _, record in json_lines(prompt_file("flips"))]
     assert Counter(record["language"] for record in records) == {"en": 8, "tr": 8}
     assert Counter(record["answer"] for record in records) == dict.fromkeys("ABCD", 4)
     assert all(len(set(record["choices"])) == 4 for record in records)

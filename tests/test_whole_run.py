@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import HERE, final_weights, launch, log, options, train, wait_for_savers, wait_for_step
 
 from minisft.__main__ import main as command
-from minisft.evaluation import samples
+from minisft.evaluation import heldout
 from minisft.pretrained import from_pretrained
 from minisft.runs import after, lifecycle, metrics
 from minisft.runs.lifecycle import main
@@ -472,7 +472,7 @@ def test_answers_stop_when_asked(base):
         raise Stopped
 
     with pytest.raises(Stopped):
-        samples.continued(from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
+        heldout.continue_greedily(from_pretrained(base), [[309, 5]], stop_ids={318}, device=torch.device("cpu"),
                           check=check)
 
 

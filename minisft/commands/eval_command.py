@@ -1,7 +1,7 @@
 """`minisft eval`: what a model knows and does, in figures.
 
-Each kind of evaluation is asked for by the option that names its files, and is a module of minisft/evaluation with two
-functions: one makes a dict of figures, the other a table of them. `--json` writes all dicts as one.
+The option that names its files asks for an evaluation. Each is a module of the package with two functions: one makes a
+dict of figures, the other a table of them. `--json` writes all dicts as one.
 """
 
 import argparse
@@ -9,8 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minisft.commands import answer_command
-from minisft.commands.numbers import natural, positive
+from minisft.commands.options import add_model_options, load, natural, positive, precision_of
 from minisft.config import FORMATS
 from minisft.errors import UserError
 from minisft.reports.page import check_outputs, write_json
@@ -20,14 +19,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     """The options of `minisft eval`."""
     command = commands.add_parser("eval", help="what a model knows and does, in figures", allow_abbrev=False)
     command.add_argument("model", metavar="MODEL", help="a Hugging Face folder, such as runs/my/final")
-    command.add_argument("--template", default="", metavar="NAME", help="chat template (the one that the folder tells)")
-    command.add_argument("--templates", default="", metavar="FILE", help="TOML file with templates of your own")
-    command.add_argument("--precision", choices=("bf16", "fp32"), help="of weights and products (bf16 on a GPU, else "
-                         "fp32)")
     command.add_argument("--batch-tokens", type=positive, default=8192, metavar="N",
                          help="tokens in one forward pass (8192)")
     command.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each file")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
+    add_model_options(command, max_new_tokens=512)
     group = command.add_argument_group("multiple choice by log-likelihood")
     group.add_argument("--choices", nargs="+", default=[], metavar="FILE",
                        help="questions: MMLU's CSV, TurkishMMLU's JSON, ARC's JSON")
@@ -35,20 +31,19 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
                        help="of the files of questions (auto)")
     group.add_argument("--language", choices=("en", "tr"), default="", help="of the prompt's own words (the format's)")
     group.add_argument("--style", choices=("letter", "text"),
-                       help="what is scored: the letter of a choice, or its text (text for arc, letter for the others)")
+                       help="score the letter of a choice, or its text (text for arc, letter for the others)")
     group.add_argument("--shots", type=natural, default=0, metavar="K", help="answered questions before each (0)")
     group.add_argument("--shots-from", nargs="+", default=[], metavar="FILE",
-                       help="where they come from (the other questions of the same subject)")
+                       help="files they come from (the other questions of the same subject)")
     group.add_argument("--chat", action="store_true", help="ask in a user's turn of the chat template")
     group = command.add_argument_group("instructions that a program can check")
     group.add_argument("--instructions", metavar="FILE", help="prompts in IFEval's layout, or `instructions`: the "
                        "shipped ones, English and Turkish")
     group.add_argument("--skip-unknown", action="store_true", help="leave out instructions that have no check")
-    group.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer (512)")
     group = command.add_argument_group("held-out losses")
     group.add_argument("--data", nargs="+", default=[], metavar="FILE",
-                       help="conversations, whose answers count, and plain text, in which every token does")
-    group.add_argument("--data-format", choices=FORMATS, default="auto", help="how these files are laid out (auto)")
+                       help="conversations, whose answers count, and plain text, in which every token counts")
+    group.add_argument("--data-format", choices=FORMATS, default="auto", help="layout of these files (auto)")
     group.add_argument("--seq-len", type=positive, default=2048, metavar="N",
                        help="longer documents are left out, and counted (2048, or the model's context if that is less)")
     command.set_defaults(run=run)
@@ -57,27 +52,27 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(options: argparse.Namespace) -> None:
     """All evaluations that the options ask for, of one model."""
     from minisft.evaluation import choices, heldout, instructions  # late: `minisft --help` does not wait for torch
-    from minisft.evaluation.prompts import question_file
+    from minisft.evaluation.prompts import prompt_file
 
-    table = options.instructions and question_file(options.instructions)
-    check_outputs({"--json": options.json}, (options.model, options.templates, *options.choices, *options.shots_from,
-                                             table, *options.data))
+    check_outputs({"--json": options.json},
+                  (options.model, options.templates, *options.choices, *options.shots_from, *options.data,
+                   options.instructions and prompt_file(options.instructions)))
     if not (options.choices or options.instructions or options.data):
         raise UserError("nothing to evaluate; give --choices FILE ..., --instructions FILE or --data FILE ...")
-    # All files are read before the weights are: an error in them should not take a minute.
-    asked = choices.ask(options.choices, format=options.format, language=options.language, style=options.style,
-                        shots=options.shots, shots_from=options.shots_from, limit=options.limit)
-    prompts = instructions.load(options.instructions, skip_unknown=options.skip_unknown,
-                                limit=options.limit) if options.instructions else None
-    # A base model has no chat template and needs none where nothing is asked in turns.
-    template = "" if options.chat or prompts or options.data else "text"
-    assistant = answer_command.load(options.model, options, template=template)
-    found: dict[str, Any] = {"model": options.model, "precision": answer_command.precision_of(options)}
-    if asked:
-        found["choices"] = choices.figures(assistant, asked, chat=options.chat, batch_tokens=options.batch_tokens)
+    # All files are read before the weights: an error in them should not take a minute.
+    questions = choices.load(options.choices, format=options.format, language=options.language, style=options.style,
+                             shots=options.shots, shots_from=options.shots_from, limit=options.limit)
+    asked = instructions.load(options.instructions, skip_unknown=options.skip_unknown,
+                              limit=options.limit) if options.instructions else None
+    # A base model has no chat template, and needs none for plain text.
+    template = "" if options.chat or asked or options.data else "text"
+    assistant = load(options.model, options, template=template)
+    found: dict[str, Any] = {"model": options.model, "precision": precision_of(options)}
+    if questions:
+        found["choices"] = choices.figures(assistant, questions, chat=options.chat, batch_tokens=options.batch_tokens)
         print(choices.describe(found["choices"]))
-    if prompts:
-        found["instructions"] = instructions.figures(assistant, prompts, max_new_tokens=options.max_new_tokens)
+    if asked:
+        found["instructions"] = instructions.figures(assistant, asked, max_new_tokens=options.max_new_tokens)
         print(instructions.describe(found["instructions"]))
     if options.data:
         with tempfile.TemporaryDirectory() as cache:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minisft import config_io
 from minisft.commands import RECIPE_HELP
-from minisft.commands.numbers import count, positive, price, share
+from minisft.commands.options import count, positive, price, share
 from minisft.planning import UTILISATION
 from minisft.reports.page import check_outputs, write_json
 

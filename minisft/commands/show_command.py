@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minisft import config_io
 from minisft.commands import RECIPE_HELP
-from minisft.commands.numbers import whole
+from minisft.commands.options import whole
 from minisft.errors import PATH, printable
 from minisft.reports.page import check_outputs, write
 

@@ -1,11 +1,11 @@
-"""Answers to question files, kept in FastChat's layout of MT-Bench, so that any judge can score them.
+"""Answers to prompt files, stored in FastChat's layout of MT-Bench so that any judge can score them.
 
     {"question_id": 101, "answer_id": "...", "model_id": "my/final",
      "choices": [{"index": 0, "turns": ["first answer", "second answer"], "cut": [false, true]}], "tstamp": 17e8}
 
-"cut" is ours: whether an answer was as long as it may be, and probably not at its end. FastChat does not mind it.
-One line a question, in the order of the question file. The second turn is asked after the first answer. A line is
-written whole as soon as its questions are answered, so a command that was stopped goes on behind the last whole line.
+"cut" is our addition, which FastChat ignores: whether an answer reached the token limit and was probably cut off. There
+is one line per prompt, in the order of the prompt file. A model gets the second turn after it has answered the first. A
+line is written whole as soon as its prompt is answered, so an interrupted command resumes after the last whole line.
 """
 
 import fcntl
@@ -17,60 +17,52 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from tqdm import tqdm
 
-from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
 from minisft.data.records import SHORT
 from minisft.errors import PATH, UserError, printable
-from minisft.evaluation.prompts import Question, json_lines, texts
-
-MAX_NEW_TOKENS = 1024  # FastChat's default
-
-
-class Answering(Protocol):
-    """What is asked: an Assistant, or anything that answers like one."""
-
-    @property
-    def renderer(self) -> Renderer:
-        """Of its chat template."""
-        ...
-
-    def answer(self, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int) -> list[str]:
-        """The next turn of each conversation."""
-        ...
+from minisft.evaluation.assistant import Assistant
+from minisft.evaluation.prompts import Prompt, json_lines, texts
 
 
-def in_batches(assistant: Answering, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int, batch: int,
-               doing: str = "") -> list[str]:
-    """The next turn of each conversation, `batch` of them at a time; `doing` names the bar of progress."""
+@dataclass(frozen=True)
+class Answers:
+    """A file of answers."""
+
+    model_id: str
+    turns: dict[int | str, tuple[str, ...]]  # by prompt
+    cut: list[bool] | None  # of all turns; None unless the file has it for every one
+
+
+def in_batches(assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int, batch: int,
+               name: str) -> list[str]:
+    """The next turn of each conversation, `batch` at a time; `name` is shown by the progress bar."""
     answers: list[str] = []
-    with tqdm(total=len(conversations), desc=doing, unit="answer", leave=False, disable=not doing) as progress:
+    with tqdm(total=len(conversations), desc=name, unit="answer", leave=False) as progress:
         for start in range(0, len(conversations), batch):
-            some = conversations[start : start + batch]
-            answers += assistant.answer(some, max_new_tokens=max_new_tokens)
-            progress.update(len(some))
+            answers += assistant.answer(conversations[start : start + batch], max_new_tokens=max_new_tokens)
+            progress.update(len(answers) - progress.n)
     return answers
 
 
-def answer_turns(assistant: Answering, questions: list[Question], *, max_new_tokens: int) -> list[list[str]]:
-    """All turns of `questions`, asked side by side; each turn sees the answers before it."""
-    talks: list[tuple[Turn, ...]] = [() for _ in questions]
-    for turn in range(max(len(question.turns) for question in questions)):
-        asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
-        for i in asked:
-            talks[i] += (Turn("user", questions[i].turns[turn]),)
-        found = assistant.answer([talks[i] for i in asked], max_new_tokens=max_new_tokens)
-        for i, text in zip(asked, found, strict=True):
+def answer_turns(assistant: Assistant, prompts: list[Prompt], *, max_new_tokens: int) -> list[list[str]]:
+    """Answers to all turns of `prompts`, as one batch; each turn follows the answers before it."""
+    talks: list[tuple[Turn, ...]] = [() for _ in prompts]
+    for turn in range(max(len(prompt.turns) for prompt in prompts)):
+        live = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
+        for i in live:
+            talks[i] += (Turn("user", prompts[i].turns[turn]),)
+        answers = assistant.answer([talks[i] for i in live], max_new_tokens=max_new_tokens)
+        for i, text in zip(live, answers, strict=True):
             talks[i] += (Turn("assistant", text),)
     return [[turn.content for turn in talk if turn.role == "assistant"] for talk in talks]
 
 
 @contextmanager
-def alone(file: Path) -> Iterator[None]:
-    """Hold a file of answers. Raises UserError while another process does: both would ask everything."""
+def locked(file: Path) -> Iterator[None]:
+    """Lock a file of answers. Raises UserError if another process holds it: both would answer everything."""
     with open(os.open(file, os.O_RDONLY | os.O_CREAT, 0o666)) as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,89 +73,68 @@ def alone(file: Path) -> Iterator[None]:
             yield
         finally:
             if not os.stat(held.fileno()).st_size:
-                file.unlink(missing_ok=True)  # nothing came of it
+                file.unlink(missing_ok=True)
 
 
-def write_answers(assistant: Answering, questions: list[Question], file: Path, *, model_id: str,
-                  max_new_tokens: int = MAX_NEW_TOKENS, batch: int = 8) -> None:
-    """Append to `file` the answers that it lacks."""
-    missing = unanswered(questions, file, model_id=model_id)
+def write_answers(assistant: Assistant, prompts: list[Prompt], file: Path, *, model_id: str, max_new_tokens: int = 1024,
+                  batch: int = 8) -> None:
+    """Append the answers that `file` lacks."""
+    missing = unanswered(prompts, file, model_id=model_id)
     with open(file, "ab") as out, tqdm(total=len(missing), desc=printable(model_id), unit="question",
                                        leave=False) as progress:
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
-            for question, turns in zip(some, answer_turns(assistant, some, max_new_tokens=max_new_tokens), strict=True):
-                cut = [cut_off(assistant, text, max_new_tokens) for text in turns]
-                out.write(_line(question, turns, cut, model_id).encode())
+            for prompt, turns in zip(some, answer_turns(assistant, some, max_new_tokens=max_new_tokens), strict=True):
+                # Within two tokens of the limit: encoding the text again may merge some at its end.
+                cut = [len(assistant.renderer.tokenizer.encode(text)) >= max(1, max_new_tokens - 2) for text in turns]
+                name = hashlib.sha256(json.dumps([model_id, prompt.id, turns]).encode()).hexdigest()[:22]
+                line = {"question_id": prompt.id, "answer_id": name, "model_id": model_id,
+                        "choices": [{"index": 0, "turns": turns, "cut": cut}], "tstamp": time.time()}
+                out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())
             progress.update(len(some))
 
 
-def cut_off(assistant: Answering, text: str, max_new_tokens: int) -> bool:
-    """Whether an answer is as long as it may be, within two tokens: encoding anew may join some at the end."""
-    return len(assistant.renderer.tokenizer.encode(text)) >= max(1, max_new_tokens - 2)
+def unanswered(prompts: list[Prompt], file: Path, *, model_id: str) -> list[Prompt]:
+    """The prompts that `file` has no answer to.
 
-
-def _line(question: Question, turns: list[str], cut: list[bool], model_id: str) -> str:
-    name = hashlib.sha256(json.dumps([model_id, question.id, turns]).encode()).hexdigest()[:22]
-    return json.dumps({"question_id": question.id, "answer_id": name, "model_id": model_id,
-                       "choices": [{"index": 0, "turns": turns, "cut": cut}], "tstamp": time.time()},
-                      ensure_ascii=False) + "\n"
-
-
-def unanswered(questions: list[Question], file: Path, *, model_id: str) -> list[Question]:
-    """The questions whose answers `file` lacks. A last line that was cut off in writing is removed from the file, and
-    one that lacks its newline gets it.
-
-    Raises UserError for a file of another kind or another model, which stays as it is.
+    Repairs the end of the file: removes a last line that was cut off while writing, and completes one that only lacks
+    its newline. Raises UserError for a file of another kind or another model, which is left unchanged.
     """
-    whole = file.read_bytes() if file.exists() else b""
-    if whole.lstrip().startswith(b"["):
+    content = file.read_bytes() if file.exists() else b""
+    if content.lstrip().startswith(b"["):
         raise UserError(f"{file}: is one JSON list, and answers are appended line by line; give another --out")
-    end = whole.rfind(b"\n") + 1
-    kept = whole[:end] if _cut_in_writing(whole[end:]) else whole
+    end = content.rfind(b"\n") + 1
+    last, beginning = content[end:], b'{"question_id": '
+    try:
+        json.loads(last)
+        is_cut = False
+    except ValueError:
+        is_cut = last[: len(beginning)] == beginning[: len(last)]
+    size = end if is_cut else len(content)
     done: Collection[int | str] = ()
-    if kept:
-        found = read_answers(file, end=len(kept))
+    if size:
+        found = read_answers(file, end=size)
         if found.model_id != model_id:
             raise UserError(f"{file}: holds the answers of {SHORT.repr(found.model_id)}, not of "
                             f"{SHORT.repr(model_id)}; give another --out")
         done = found.turns
-    if whole[end:]:
+    if last:
         with open(file, "ab") as out:
-            out.truncate(len(kept))
-            out.write(b"\n" * (len(kept) > end))
-    return [question for question in questions if question.id not in done]
-
-
-def _cut_in_writing(line: bytes) -> bool:
-    """Whether `line` is the beginning of an answer's line, and not a whole one that only lacks its newline."""
-    begins = b'{"question_id": '
-    try:
-        json.loads(line)
-    except ValueError:
-        return line[: len(begins)] == begins[: len(line)]
-    return False
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A file of answers: whose they are, and the turns by question."""
-
-    model_id: str
-    turns: dict[int | str, tuple[str, ...]]
-    cut: list[bool] | None  # of all turns, where the file says it of every one
+            out.truncate(size)
+            out.write(b"" if is_cut else b"\n")
+    return [prompt for prompt in prompts if prompt.id not in done]
 
 
 def read_answers(file: Path, *, end: int | None = None) -> Answers:
-    """The answers of one model, in a file or in its first `end` bytes. Of several choices the first counts.
+    """One model's answers, in a file or in its first `end` bytes. Of several choices the first counts.
 
-    Raises UserError, with file and line.
+    Raises UserError with file and line.
     """
     turns: dict[int | str, tuple[str, ...]] = {}
-    models: set[str] = set()
     cut: dict[int | str, list[bool]] = {}
+    models: set[str] = set()
     for line, record in json_lines(file, end=end):
         where = f"{file}:{line}"
         number, model, choices = record.get("question_id"), record.get("model_id"), record.get("choices")
@@ -173,17 +144,16 @@ def read_answers(file: Path, *, end: int | None = None) -> Answers:
             raise UserError(f"{where}: choices must be a list such as [{{\"index\": 0, \"turns\": [\"...\"]}}]")
         models.add(model)
         turns[number] = texts(choices[0].get("turns"), f"{where}: choices[0].turns")
-        if isinstance(said := choices[0].get("cut"), list) and len(said) == len(turns[number]):
-            cut[number] = [bool(one) for one in said]
-    if not models:
-        raise UserError(f"{file}: holds no answers")
+        if isinstance(flags := choices[0].get("cut"), list) and len(flags) == len(turns[number]):
+            cut[number] = [bool(flag) for flag in flags]
     if len(models) != 1:
-        raise UserError(f"{file}: holds the answers of {len(models)} models; one file a model")
-    return Answers(models.pop(), turns, [one for said in cut.values() for one in said] if cut.keys() == turns.keys()
-                   else None)
+        raise UserError(f"{file}: holds the answers of {len(models)} models; keep one model per file" if models else
+                        f"{file}: holds no answers")
+    is_known = cut.keys() == turns.keys()
+    return Answers(models.pop(), turns, [flag for flags in cut.values() for flag in flags] if is_known else None)
 
 
 def model_name(path: str | Path) -> str:
-    """What a model folder is called in files: its name, and for a run's `final` the run's as well."""
+    """A model folder's name in files: its own, and for a run's `final` also the run's."""
     folder = Path(path).resolve()
     return f"{folder.parent.name}/{folder.name}" if folder.name == "final" else folder.name

@@ -1,4 +1,4 @@
-"""A model folder that can be talked to: network, tokenizer and chat template together."""
+"""A model to talk to: network, tokenizer and chat template."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from minisft.data.records import SHORT
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
-from minisft.evaluation.decoding import Decoder
+from minisft.evaluation.decoding import CachedDecoder
 from minisft.evaluation.generate import generate, stream
 from minisft.evaluation.sampling import GREEDY, Sampling
 from minisft.lora.peft import PeftFolder, is_adapter
@@ -32,25 +32,23 @@ class Assistant:
     @classmethod
     def load(cls, path: str | Path, *, template: str = "", templates: str = "", dtype: torch.dtype = torch.float32,
              device: torch.device | str = "cpu") -> "Assistant":
-        """The model in the Hugging Face folder `path`, in `dtype`; or the one that an adapter there makes of its base.
+        """The model in the Hugging Face folder `path`, or the one that an adapter there makes of its base.
 
-        `template` is the name of a chat template, built in or of the TOML file `templates`; empty: the one that the
-        folder tells. Raises UserError for folders that are broken, and where no template is known.
+        `template` names a chat template, built in or from the TOML file `templates`; empty, the folder decides. Raises
+        UserError for broken folders and an unknown template.
         """
         if not Path(path).is_dir():
             raise UserError(f"{path}: no such folder; name a Hugging Face folder, such as runs/my/final")
-        home = path  # of the tokenizer
-        if is_adapter(path) and not (Path(path) / "tokenizer.json").exists():
-            home = PeftFolder(path).base_folder()
-        tokenizer = Tokenizer(home)
+        has_tokenizer = (Path(path) / "tokenizer.json").exists() or not is_adapter(path)
+        tokenizer = Tokenizer(path if has_tokenizer else PeftFolder(path).base_folder())
         chosen = choose_template(template, load_templates(templates or None), tokenizer, option="--template")
         renderer = Renderer(chosen, tokenizer)
         return cls(from_pretrained(path, dtype=dtype, device=device), renderer, Path(path).resolve().name)
 
     @cached_property
-    def decoder(self) -> Decoder:
-        """The network, ready to go on with one text fast."""
-        return Decoder(self.model, packed=True)
+    def decoder(self) -> CachedDecoder:
+        """The network, prepared to continue a single text fast."""
+        return CachedDecoder(self.model, packed=True)
 
     def answer(self, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int = 512,
                sampling: Sampling = GREEDY) -> list[str]:
@@ -59,16 +57,16 @@ class Assistant:
         context = self.model.config.max_position_embeddings
         for turns, prompt in zip(conversations, prompts, strict=True):
             if len(prompt) >= context:
-                raise UserError(f"{SHORT.repr(turns[-1].content)}: {len(prompt):,} tokens with all that was said "
-                                f"before, and the model's context has {context:,}; shorten the question, or the "
-                                "answers before it with --max-new-tokens")
+                raise UserError(f"{SHORT.repr(turns[-1].content)}: {len(prompt):,} tokens with all turns before it, "
+                                f"but the model's context has {context:,}; shorten the question, or the answers before "
+                                "it with --max-new-tokens")
         answers = generate(self.model, prompts, max_new_tokens=max_new_tokens, stop_ids=self.renderer.stop_ids(),
                            sampling=sampling)
         return [self.renderer.tokenizer.decode(ids) for ids in answers]
 
     def tokens(self, turns: tuple[Turn, ...], *, max_new_tokens: int = 512,
                sampling: Sampling = GREEDY) -> Iterator[int]:
-        """The tokens of the model's next turn, as they come to be."""
+        """The tokens of the model's next turn, as they are generated."""
         found = stream(self.decoder, [self.renderer.prompt(turns)], max_new_tokens=max_new_tokens,
                        stop_ids=self.renderer.stop_ids(), sampling=sampling)
         return (token for _, token in found)

@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: which choice does the model find the most probable to follow the question?
+"""Multiple choice by log-likelihood: which choice does the model find most probable after the question?
 
     letter   The following are multiple choice questions (with answers) about astronomy.
              (blank line)
@@ -11,19 +11,18 @@
              Answer:                            scored: " one", " two"
 
 A choice scores log p(its tokens | prompt), summed; `acc` takes the best sum. Long texts are less probable than short
-ones whatever they say, so `acc_norm` divides by the choice's characters first, and `acc_bytes` by its bytes (one and
-two, for ş). Prompts, tokens and figures are those of lm-evaluation-harness (Gao et al. 2021): `letter` is its mmlu
-and turkishmmlu, `text` its arc_easy; docs/evaluation.md compares them.
-
-Prompts and their choices are documents in a stream, as in training. Only the hidden states that predict a choice's
-tokens reach the head. Choices of one token share their document: all letters of a question cost one.
+ones whatever they say, so `acc_norm` first divides by the choice's characters, and `acc_bytes` by its bytes. Prompts,
+tokens and figures are those of lm-evaluation-harness (Gao et al. 2021): `letter` is its mmlu and turkishmmlu, `text`
+its arc_easy. Prompts and choices are documents in a stream, as in training; only the hidden states that predict a
+choice's tokens reach the head.
 """
 
 # T tokens in the stream, D model width, V vocabulary; n tokens that are scored
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import accumulate, chain, cycle, islice
 from typing import Any
 
 import torch
@@ -31,130 +30,127 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisft.data.conversation import Turn
-from minisft.data.tokenizer import Tokenizer
 from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.decoding import logits
-from minisft.evaluation.interval import wilson
-from minisft.evaluation.questions import LETTERS, Question, read
+from minisft.evaluation.questions import LETTERS, ChoiceQuestion, read
+from minisft.evaluation.rates import wilson
 from minisft.model.llama import Documents
 
 STYLES = ("letter", "text")
 WORDS = {"en": ("Question:", "Answer:"), "tr": ("Soru:", "Cevap:")}
-LOGITS = 2**24  # that exist at one time
+LOGITS = 2**24  # at most so many exist at one time
 SCORES = ("acc", "acc_norm", "acc_bytes")
 
-Request = tuple[list[int], list[int]]  # token ids of a prompt, and of what may follow it
+Request = tuple[list[int], list[int]]  # token ids of a prompt, and of a choice that may follow it
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A question as it is put to the model."""
+class ChoicePrompt:
+    """A question as the model reads it, after `shots` that are solved."""
 
-    question: Question
+    question: ChoiceQuestion
     style: str
-    shots: tuple[Question, ...] = ()  # asked and answered before it
-
-    def user(self, question: Question) -> str:
-        """What is asked, up to the word after which the answer stands."""
-        asks, answers = WORDS[self.question.language]
-        text = question.text.strip()
-        if self.style == "text":
-            return f"{asks} {text}\n{answers}"
-        lettered = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)]
-        head = text if self.question.format == "mmlu" and self.question.language == "en" else f"{asks} {text}"
-        return "\n".join([head, *lettered, answers])
-
-    def said(self, question: Question, choice: int) -> str:
-        """How a choice is said: its letter, or its text."""
-        return LETTERS[choice] if self.style == "letter" else question.choices[choice]
+    shots: tuple[ChoiceQuestion, ...] = ()
 
     def opening(self) -> str:
-        """MMLU's first line."""
+        """The first line of MMLU."""
         question = self.question
         if self.style == "text" or question.format != "mmlu" or question.language != "en":
             return ""
         return f"The following are multiple choice questions (with answers) about {question.subject}.\n\n"
 
+    def ask(self, question: ChoiceQuestion) -> str:
+        """A question, up to the word that its answer follows."""
+        asks, answers = WORDS[self.question.language]
+        text = question.text.strip()
+        if self.style == "text":
+            return f"{asks} {text}\n{answers}"
+        choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)]
+        return "\n".join([text if self.opening() else f"{asks} {text}", *choices, answers])
+
+    def choices(self, question: ChoiceQuestion) -> tuple[str, ...]:
+        """The choices as they are scored: their letters or their texts."""
+        return tuple(LETTERS[: len(question.choices)]) if self.style == "letter" else question.choices
+
     def text(self) -> str:
-        """The prompt as plain text, solved questions first."""
-        solved = [f"{self.user(shot)} {self.said(shot, shot.answer)}\n\n" for shot in self.shots]
-        return "".join([self.opening(), *solved, self.user(self.question)])
+        """The prompt as plain text."""
+        solved = [f"{self.ask(shot)} {self.choices(shot)[shot.answer]}\n\n" for shot in self.shots]
+        return "".join([self.opening(), *solved, self.ask(self.question)])
 
     def turns(self) -> tuple[Turn, ...]:
-        """The prompt as turns of a chat; what opens the text stands in the first."""
-        turns: list[Turn] = []
-        for shot in self.shots:
-            turns += Turn("user", self.user(shot)), Turn("assistant", self.said(shot, shot.answer))
-        first, *rest = *turns, Turn("user", self.user(self.question))
-        return Turn("user", self.opening() + first.content), *rest
+        """The prompt as turns of a chat; the opening is part of the first."""
+        solved = [text for shot in self.shots for text in (self.ask(shot), self.choices(shot)[shot.answer])]
+        first, *rest = *solved, self.ask(self.question)
+        return tuple(Turn(role, text) for role, text in
+                     zip(cycle(("user", "assistant")), (self.opening() + first, *rest), strict=False))
 
 
-def ask(files: list[str], *, format: str = "auto", language: str = "", style: str | None = None, shots: int = 0,
-        shots_from: Iterable[str] = (), limit: int | None = None) -> list[Asked]:
-    """The questions of `files`, the first `limit` of each, with `shots` answered ones before each.
+def load(files: list[str], *, format: str = "auto", language: str = "", style: str | None = None, shots: int = 0,
+         shots_from: Iterable[str] = (), limit: int | None = None) -> list[ChoicePrompt]:
+    """Prompts for the (first `limit`) questions of each file, each after `shots` solved questions.
 
-    These are the first of the same subject in `shots_from`, or of all questions there where it has none of the
-    subjects asked; without `shots_from`, among the questions of `files`. A question is never its own shot.
+    Shots are the first questions of the same subject in `shots_from`, or of any subject if it has none of those asked;
+    without `shots_from` they come from `files`. A question is never its own shot.
     """
     sets = [read(file, format=format, language=language) for file in files]
     pool = [q for file in shots_from for q in read(file, format=format, language=language)]
     pool = pool or list(chain.from_iterable(sets))
     questions = [question for found in sets for question in found[:limit]]
     by_subject = bool({q.subject for q in pool} & {q.subject for q in questions})
-    asked = []
+    prompts = []
     for question in questions:
         others = (q for q in pool if (q.text, q.choices) != (question.text, question.choices)
                   and (q.subject == question.subject or not by_subject))
-        chosen = tuple(other for other, _ in zip(others, range(shots), strict=False))
+        chosen = tuple(islice(others, shots))
         if len(chosen) < shots:
             raise UserError(f"{question.where}: --shots {shots}, but there are {len(chosen)} other questions about "
                             f"{printable(repr(question.subject))}; ask for fewer, or name files that have them "
                             "with --shots-from")
-        asked.append(Asked(question, style or ("text" if question.format == "arc" else "letter"), chosen))
-    return asked
+        prompts.append(ChoicePrompt(question, style or ("text" if question.format == "arc" else "letter"), chosen))
+    return prompts
 
 
-def figures(assistant: Assistant, asked: list[Asked], *, chat: bool = False,
+def figures(assistant: Assistant, prompts: list[ChoicePrompt], *, chat: bool = False,
             batch_tokens: int = 8192) -> dict[str, Any]:
     """Accuracies with 95% intervals, over all questions and by subject, and the log-likelihoods of every choice."""
-    requests = [in_turns(assistant, each) if chat else as_text(assistant.renderer.tokenizer, each) for each in asked]
+    requests = [encode(assistant, prompt, chat=chat) for prompt in prompts]
     longest = assistant.model.config.max_position_embeddings
-    for each, choices in zip(asked, requests, strict=True):
-        tokens = max(len(prompt) + len(continuation) - 1 for prompt, continuation in choices)
+    for prompt, choices in zip(prompts, requests, strict=True):
+        tokens = max(len(start) + len(continuation) - 1 for start, continuation in choices)
         if tokens > longest:
-            raise UserError(f"{each.question.where}: {tokens} tokens with its {len(each.shots)} shots, and the model "
-                            f"reads {longest}; ask with fewer --shots, or leave the question out")
+            raise UserError(f"{prompt.question.where}: {tokens} tokens with its {len(prompt.shots)} shots, but the "
+                            f"model reads {longest}; ask with fewer --shots, or leave the question out")
     flat = iter(log_likelihoods(assistant.model, list(chain.from_iterable(requests)), batch_tokens=batch_tokens))
-    answers = [_answer(each, [next(flat) for _ in choices]) for each, choices in zip(asked, requests, strict=True)]
+    answers = [_answer(prompt, list(islice(flat, len(prompt.question.choices)))) for prompt in prompts]
     subjects: dict[str, list[dict[str, Any]]] = {}
     for answer in answers:
         subjects.setdefault(answer["subject"], []).append(answer)
-    return {"shots": len(asked[0].shots), "chat": chat, **_accuracies(answers),
+    return {"shots": len(prompts[0].shots), "chat": chat, **_accuracies(answers),
             "subjects": {name: _accuracies(part) for name, part in subjects.items()}, "answers": answers}
 
 
-def as_text(tokenizer: Tokenizer, asked: Asked) -> list[Request]:
-    """The requests of a question, one a choice, as plain text.
+def encode(assistant: Assistant, prompt: ChoicePrompt, *, chat: bool) -> list[Request]:
+    """The requests of a question, one for each choice, in turns of the chat template or as plain text.
 
-    Prompt and choice are encoded together, and the choice's tokens are those after as many as the prompt alone has: a
-    tokenizer may join " A" into one token, and the model has only ever read it so. What the tokenizer itself puts
-    before a text is put there, nothing where it puts nothing.
+    In turns, a choice is encoded alone, as the model writes it. As text, prompt and choice are encoded together, and
+    the choice's tokens are those after as many as the prompt alone has: a tokenizer may join " A" into one token, which
+    the model has always read so. What the tokenizer itself puts before a text, if anything, comes first.
     """
-    begin = [tokenizer.control[tokenizer.bos]] if tokenizer.bos else []
-    question, text = asked.question, asked.text()
-    wholes = [f"{text} {asked.said(question, choice)}" for choice in range(len(question.choices))]
-    prompt, *encoded = tokenizer.encode_batch([text, *wholes])
-    return _refuse_empty(asked, [([*begin, *prompt], whole[len(prompt) :]) for whole in encoded])
-
-
-def in_turns(assistant: Assistant, asked: Asked) -> list[Request]:
-    """The same in turns of the chat template. The answer is encoded alone, as the model writes it."""
-    renderer, question = assistant.renderer, asked.question
-    prompt = renderer.prompt(asked.turns())
-    said = [Turn("assistant", asked.said(question, choice)) for choice in range(len(question.choices))]
-    encoded = renderer.tokenizer.encode_batch([renderer.template.content(turn) for turn in said])
-    return _refuse_empty(asked, [(prompt, continuation) for continuation in encoded])
+    renderer, tokenizer, choices = assistant.renderer, assistant.renderer.tokenizer, prompt.choices(prompt.question)
+    if chat:
+        start = renderer.prompt(prompt.turns())
+        continuations = tokenizer.encode_batch([renderer.template.content(Turn("assistant", text)) for text in choices])
+    else:
+        text = prompt.text()
+        plain, *wholes = tokenizer.encode_batch([text, *(f"{text} {choice}" for choice in choices)])
+        start = [tokenizer.control[tokenizer.bos], *plain] if tokenizer.bos else plain
+        continuations = [whole[len(plain) :] for whole in wholes]
+    for letter, continuation in zip(LETTERS, continuations, strict=False):
+        if not continuation:
+            raise UserError(f"{prompt.question.where}: choice {letter} has no token of its own after the prompt; "
+                            "try the other --style")
+    return [(start, continuation) for continuation in continuations]
 
 
 @torch.no_grad()
@@ -168,42 +164,32 @@ def log_likelihoods(model: nn.Module, requests: list[Request], *, batch_tokens: 
     sums = torch.zeros(len(requests), dtype=torch.float64, device=device)
     with tqdm(total=len(readers), desc="choices", unit=" documents", disable=None) as bar:
         for batch in _batches(list(readers), batch_tokens):
-            at: list[int] = []
-            targets: list[int] = []
-            request: list[int] = []
-            end = 0
-            for document in batch:
-                end += len(document)
-                for i in readers[document]:
-                    continuation = requests[i][1]
-                    at += range(end - len(continuation), end)
-                    targets += continuation
-                    request += [i] * len(continuation)
+            # (row in the stream, word that it predicts, request that the word belongs to)
+            scored = [(end - len(requests[i][1]) + k, word, i)
+                      for document, end in zip(batch, accumulate(map(len, batch)), strict=True)
+                      for i in readers[document] for k, word in enumerate(requests[i][1])]
+            rows, words, owners = torch.tensor(list(zip(*scored, strict=True)), device=device)
             documents = Documents.of_lengths(tuple(map(len, batch)), device=device)
             tokens = torch.tensor(list(chain.from_iterable(batch)), device=device)
-            rows, words = torch.tensor(at, device=device), torch.tensor(targets, device=device)
-
-            def read(hidden: Tensor, head: Tensor, rows: Tensor = rows, words: Tensor = words) -> Tensor:
-                return _log_p(hidden[rows], head, words)
-
-            sums.index_add_(0, torch.tensor(request, device=device), model(tokens, documents, read).double())
+            read = partial(_log_p, rows=rows, words=words)
+            sums.index_add_(0, owners, model(tokens, documents, read).double())
             bar.update(len(batch))
     if not sums.isfinite().all():
-        raise UserError("the model's log-likelihoods are not finite; its weights are broken, or --precision bf16 "
-                        "is too coarse for them")
+        raise UserError("the model's log-likelihoods are not finite: its weights are broken, or --precision bf16 "
+                        "is too coarse for them; use --precision fp32")
     return sums.tolist()
 
 
-def _log_p(hidden: Tensor, head: Tensor, words: Tensor) -> Tensor:
-    """(n, D), (V, D), (n,) -> (n,) log p(word)"""
-    rows = max(LOGITS // len(head), 1)
+def _log_p(hidden: Tensor, head: Tensor, *, rows: Tensor, words: Tensor) -> Tensor:
+    """(T, D), (V, D), (n,), (n,) -> (n,) log p(word) after each row"""
+    size = max(LOGITS // len(head), 1)
     parts = [logits(x, head).log_softmax(dim=-1).gather(-1, word[:, None]).squeeze(1)
-             for x, word in zip(hidden.split(rows), words.split(rows), strict=True)]
+             for x, word in zip(hidden[rows].split(size), words.split(size), strict=True)]
     return torch.cat(parts)
 
 
 def _batches(documents: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Documents in their order, of `batch_tokens` together; a longer one is alone."""
+    """Documents in their order, up to `batch_tokens` together; a longer one is alone."""
     batch: list[tuple[int, ...]] = []
     for document in documents:
         if batch and sum(map(len, batch)) + len(document) > batch_tokens:
@@ -214,31 +200,21 @@ def _batches(documents: list[tuple[int, ...]], batch_tokens: int) -> Iterator[li
         yield batch
 
 
-def _refuse_empty(asked: Asked, requests: list[Request]) -> list[Request]:
-    for choice, (_, continuation) in enumerate(requests):
-        if not continuation:
-            raise UserError(f"{asked.question.where}: choice {LETTERS[choice]} has no token of its own after the "
-                            "prompt; try the other --style")
-    return requests
-
-
-def _answer(asked: Asked, sums: list[float]) -> dict[str, Any]:
-    """What the model took for the answer, by each score. The first of equals wins, as in lm-evaluation-harness."""
-    question = asked.question
-    said = [asked.said(question, choice) for choice in range(len(question.choices))]
-    lengths = [[1] * len(said), [len(text) for text in said], [len(text.encode()) for text in said]]
+def _answer(prompt: ChoicePrompt, sums: list[float]) -> dict[str, Any]:
+    """The model's choice by each score. The first of equals wins, as in lm-evaluation-harness."""
+    question, texts = prompt.question, prompt.choices(prompt.question)
     chosen = {}
-    for score, length in zip(SCORES, lengths, strict=True):
-        normalised = [total / divisor for total, divisor in zip(sums, length, strict=True)]
-        chosen[score] = normalised.index(max(normalised))
-    return {"source": question.source, "line": question.line, "subject": question.subject, "style": asked.style,
+    for score, length in zip(SCORES, (lambda text: 1, len, lambda text: len(text.encode())), strict=True):
+        normalized = [total / length(text) for total, text in zip(sums, texts, strict=True)]
+        chosen[score] = normalized.index(max(normalized))
+    return {"source": question.source, "line": question.line, "subject": question.subject, "style": prompt.style,
             "answer": question.answer, "chosen": chosen, "log_likelihoods": sums}
 
 
 def _accuracies(answers: list[dict[str, Any]]) -> dict[str, Any]:
     count = len(answers)
-    chance = sum(1 / len(each["log_likelihoods"]) for each in answers) / count
-    found: dict[str, Any] = {"questions": count, "chance": chance}
+    found: dict[str, Any] = {"questions": count,
+                             "chance": sum(1 / len(each["log_likelihoods"]) for each in answers) / count}
     for score in SCORES:
         hits = sum(each["chosen"][score] == each["answer"] for each in answers)
         found |= {score: hits / count, f"{score}_interval": list(wilson(hits, count))}
@@ -249,9 +225,8 @@ def describe(found: dict[str, Any]) -> str:
     """The table of `figures`."""
     rows = [*found["subjects"].items(), ("all", found)] if len(found["subjects"]) > 1 else [("all", found)]
     wide = max(len(name) for name, _ in rows)
-    asked = f"{found['shots']} shots{', chat' if found['chat'] else ''}"
-    lines = [f"multiple choice, {asked}; accuracy in % and its 95% interval",
-             f"{'':{wide}}  questions  chance  " + "  ".join(f"{score:>18}" for score in SCORES)]
+    lines = [f"multiple choice, {found['shots']} shots{', chat' if found['chat'] else ''}; accuracy in % and its 95% "
+             "interval", f"{'':{wide}}  questions  chance  " + "  ".join(f"{score:>18}" for score in SCORES)]
     for name, row in rows:
         cells = []
         for score in SCORES:

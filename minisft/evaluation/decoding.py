@@ -1,17 +1,17 @@
-"""The next token of texts whose keys and values are kept: the network's forward pass for one token a text.
+"""The next token of texts whose keys and values are cached: the network's forward pass for one token of each text.
 
     prefill   prompts, one after another in a stream of documents -> the training's own forward pass, which leaves the
               keys and values of every layer in the cache
     step      (B,) tokens -> (B, V) logits; each text attends to its own part of the cache
 
-A step reads every weight once and does little else, so the memory's bandwidth is its limit, and what else a step does
-must be short: products that share an input are one call, and on a CPU everything but the weights is fp32, in which
-PyTorch's small operations are faster. For a single text the products are matrix times vector, where PyTorch's usual
-kernels on a CPU read at a third of the bandwidth. Two others come close to it and give the same sums:
+A step reads every weight once and computes little, so memory bandwidth limits it, and everything else in it must be
+short: products that share an input are one call, and on a CPU everything except the weights is fp32, in which PyTorch's
+small operations are faster. For a single text the products are matrix times vector; PyTorch's usual CPU kernels read
+at a third of the bandwidth there. Two others come close to it and give the same sums:
 
-    fp32   `bmm` of slices of the matrix, as it lies there
-    bf16   `embedding_bag`: a product with a vector is a weighted sum of the matrix's columns, and weighted sums of rows
-           out of a table are what embeddings are. The table is a copy of the matrix in tiles of some outputs each:
+    fp32   `bmm` of slices of the matrix, without copying it
+    bf16   `embedding_bag`: a product with a vector is a weighted sum of the matrix's columns, and embeddings are
+           weighted sums of a table's rows. The table is a copy of the matrix in tiles of a few outputs each:
 
                weight (O, I)  ->  tiles (O / WIDTH * I, WIDTH)      a bag: I rows of a tile, weighted by the input
 """
@@ -27,17 +27,17 @@ from minisft.model.llama import Block, Documents, Llama, linear, rotations
 
 ROWS = 64  # of a slice in fp32
 WIDTHS = (192, 128, 64)  # of a tile in bf16: the widest that fits best
-WIDENED = 2**19  # numbers of the head that are in fp32 at one time: they stay in the cache of a CPU
-SUM = 0  # embedding_bag's mode; the function in torch.nn.functional checks more, in as much time as a small product
+WIDENED = 2**19  # elements of the head that are fp32 at one time: they stay in a CPU's cache
+SUM = 0  # embedding_bag's mode; the wrapper in torch.nn.functional spends as much time on checks as a small product
 
 
 def logits(hidden: Tensor, head: Tensor) -> Tensor:
     """Hidden states (B, D) and the head (V, D) -> (B, V) in fp32.
 
-    Logits of 20 that are rounded to bf16 are 0.125 apart, and the best tokens of a row are often closer than that.
+    Rounded to bf16, logits of 20 are 0.125 apart, and the best tokens of a row are often closer than that.
     """
     if hidden.is_cuda and hidden.dtype == head.dtype != torch.float32:
-        return torch.mm(hidden, head.mT, out_dtype=torch.float32)  # the same sums, only never rounded
+        return torch.mm(hidden, head.mT, out_dtype=torch.float32)  # the same sums, never rounded
     if hidden.dtype == head.dtype == torch.float32:
         return F.linear(hidden, head)
     x, rows = hidden.float(), max(WIDENED // head.shape[1], 1)
@@ -50,12 +50,12 @@ class Cache:
     def __init__(self, model: Llama, dtype: torch.dtype, *, texts: int, positions: int):
         config, device = model.config, model.model.embed_tokens.weight.device
         shape = (config.num_hidden_layers, 2, texts, config.num_key_value_heads, positions, config.head_dim)
-        self.layers = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a weight of 0 does not silence a nan
-        self.lengths: list[int] = []  # tokens of each text, and the same on the device:
+        self.layers = torch.zeros(shape, dtype=dtype, device=device)  # zeros: an attention weight of 0 times nan is nan
+        self.lengths: list[int] = []  # tokens of each text; `ends` is their copy on the device
         self.ends = torch.empty(0, dtype=torch.long, device=device)
         cosine, sine = rotations(torch.arange(positions, device=device), config)  # (L, 1, E)
         first, second = sine.chunk(2, dim=-1)
-        self.rotations = cosine, torch.cat((-first, second), dim=-1)  # the sign belongs to `rotate`, and is done once
+        self.rotations = cosine, torch.cat((-first, second), dim=-1)  # the minus of `rotate`, once for all steps
 
     def fill(self, kept: list[tuple[Tensor, Tensor]], lengths: list[int]) -> None:
         """The keys and values (T, K, E) of each layer of a stream of documents become the cache's texts."""
@@ -84,7 +84,7 @@ class Cache:
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask).flatten(1, 2)
 
     def leave(self, stopped: list[int]) -> list[int]:
-        """Texts leave, and the last ones take their places; returns the former row of each that stays."""
+        """Remove texts; the last ones take their places. Returns the former row of each that stays."""
         rows = list(range(len(self.lengths)))
         for row in sorted(stopped, reverse=True):
             last = rows.pop()
@@ -99,17 +99,17 @@ class Cache:
 class Product:
     """Linear maps of one input, side by side: x (B, I) -> (B, O), in the dtype of x."""
 
-    def __init__(self, *weights: Tensor, biases: tuple[Tensor | None, ...] = (), packed: bool = False):
-        self.weights, self.outputs = weights, sum(map(len, weights))
-        present = [bias for bias in biases if bias is not None]
-        self.bias = torch.cat(present) if present else None
-        self.dtype = weights[0].dtype
+    def __init__(self, *maps: nn.Linear, packed: bool = False):
+        self.weights: list[Tensor] = [m.weight for m in maps]
+        biases: list[Tensor] = [m.bias for m in maps if m.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.dtype, self.outputs = self.weights[0].dtype, sum(map(len, self.weights))
         self.tiles: Tensor | None = None
         self.slices: list[Tensor] | None = None
-        if packed and weights[0].is_cpu and self.dtype == torch.bfloat16:
+        if packed and self.weights[0].is_cpu and self.dtype == torch.bfloat16:
             self._pack()
-        elif weights[0].is_cpu and self.dtype == torch.float32 and not any(len(w) % ROWS for w in weights):
-            self.slices = [w.unflatten(0, (-1, ROWS)) for w in weights]
+        elif self.weights[0].is_cpu and self.dtype == torch.float32 and not any(len(w) % ROWS for w in self.weights):
+            self.slices = [w.unflatten(0, (-1, ROWS)) for w in self.weights]
 
     def _pack(self) -> None:
         channels, width = self.weights[0].shape[1], min(WIDTHS, key=lambda width: -self.outputs % width)
@@ -119,62 +119,57 @@ class Product:
         self.starts = self.rows[::channels].contiguous()
         self.spread = torch.empty(len(self.starts), channels, dtype=self.dtype)  # the input, once for each tile
 
-    @classmethod
-    def of(cls, *maps: nn.Linear, packed: bool) -> "Product":
-        return cls(*(m.weight for m in maps), biases=tuple(m.bias for m in maps), packed=packed)
-
     def __call__(self, x: Tensor) -> Tensor:
         if self.tiles is not None and len(x) == 1:
             weighted = self.spread.copy_(x).view(-1)
             y = torch.embedding_bag(self.tiles, self.rows, self.starts, False, SUM, False, weighted)[0].view(1, -1)
             y = y[:, : self.outputs] if y.shape[1] > self.outputs else y
-        elif self.slices is not None and len(x) == 1:
-            column = x.to(self.dtype).mT
-            parts = [torch.bmm(slices, column.expand(len(slices), -1, -1)).view(1, -1) for slices in self.slices]
-            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         else:
             narrow = x.to(self.dtype)
-            parts = [linear(narrow, weight) for weight in self.weights]
+            if self.slices is not None and len(x) == 1:
+                parts = [torch.bmm(w, narrow.mT.expand(len(w), -1, -1)).view(1, -1) for w in self.slices]
+            else:
+                parts = [linear(narrow, weight) for weight in self.weights]
             y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias
 
 
 class Layer:
-    """What a step needs of a block."""
+    """The weights of a block, prepared for steps."""
 
     def __init__(self, block: Block, dtype: torch.dtype, *, packed: bool):
         attention, mlp = block.self_attn, block.mlp
         self.before_attention = block.input_layernorm.weight.to(dtype)
         self.before_mlp = block.post_attention_layernorm.weight.to(dtype)
-        self.qkv = Product.of(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed)
-        self.out = Product.of(attention.o_proj, packed=packed)
-        self.gate_up = Product.of(mlp.gate_proj, mlp.up_proj, packed=packed)
-        self.down = Product.of(mlp.down_proj, packed=packed)
+        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed)
+        self.out = Product(attention.o_proj, packed=packed)
+        self.gate_up = Product(mlp.gate_proj, mlp.up_proj, packed=packed)
+        self.down = Product(mlp.down_proj, packed=packed)
 
 
-class Decoder:
-    """A network that continues texts (`llama.Decoder` is another thing: the layers of the network).
+class CachedDecoder:
+    """A network that continues texts.
 
-    With `packed`, bf16 weights on a CPU get a second copy that a single text is continued from, faster. Otherwise it
-    holds the model's own weights and costs nothing.
+    With `packed`, bf16 weights on a CPU get a second copy that continues a single text faster. Otherwise it holds the
+    model's own weights and costs nothing.
     """
 
     @torch.no_grad()
     def __init__(self, model: Llama, *, packed: bool = False):
         weight = model.model.embed_tokens.weight
         self.model, self.config = model, model.config
-        self.dtype = torch.float32 if weight.is_cpu else weight.dtype  # of everything but the weights
+        self.dtype = torch.float32 if weight.is_cpu else weight.dtype  # of everything except the weights
         self.layers = [Layer(block, self.dtype, packed=packed) for block in model.blocks]
         self.norm = model.model.norm.weight.to(self.dtype)
         self.head = weight if self.config.tie_word_embeddings else model.lm_head.weight
 
     def bytes_per_position(self) -> int:
-        """What a token of a text takes in the cache."""
+        """Of a token in the cache."""
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
 
     def prefill(self, prompts: list[list[int]], *, positions: int) -> tuple[Tensor, Cache]:
-        """Logits (B, V) of what comes after each prompt, and a cache that holds the prompts."""
+        """Logits (B, V) of the token after each prompt, and a cache that holds the prompts."""
         lengths, device = [len(prompt) for prompt in prompts], self.norm.device
         documents = Documents.of_lengths(tuple(lengths), device=device)
         kept: list[tuple[Tensor, Tensor]] = []  # of each layer
@@ -186,16 +181,16 @@ class Decoder:
         return found, cache
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """A further token (B,) of each text in the cache -> logits (B, V) of the one after it, in fp32."""
+        """The next token (B,) of each text in the cache -> logits (B, V) of the one after it, in fp32."""
         kv_heads, width = self.config.num_key_value_heads, (self.config.hidden_size,)
         x = self.model.model.embed_tokens(tokens).to(self.dtype)  # (B, D)
         rotation = cache.begin_step()
-        for layer, kept in zip(self.layers, cache.layers, strict=True):
+        for layer, cached in zip(self.layers, cache.layers, strict=True):
             normed = F.rms_norm(x, width, layer.before_attention, self.config.rms_norm_eps)
             qkv = layer.qkv(normed).view(len(x), -1, self.config.head_dim)  # (B, H + 2 K, E)
             qk = rotate(qkv[:, :-kv_heads], rotation)
             q, k, v = qk[:, :-kv_heads], qk[:, -kv_heads:], qkv[:, -kv_heads:]
-            x = x + layer.out(cache.attend(kept, q, k, v).flatten(1))
+            x = x + layer.out(cache.attend(cached, q, k, v).flatten(1))
             normed = F.rms_norm(x, width, layer.before_mlp, self.config.rms_norm_eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=1)
             x = x + layer.down(F.silu(gate) * up)

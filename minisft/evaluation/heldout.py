@@ -1,88 +1,204 @@
-"""The loss on conversations that are not trained on.
+"""A model on text that it is not trained on: its loss, what it forgets, its answers. A training run calls these.
 
-Sums and counts are added over all micro-batches and ranks and divided once, so the figure depends neither on how the
-documents are packed nor on how many ranks there are.
+    forgetting = loss now - loss at step 0, both on the same held-out general text, in nats a token
+
+A network that learns a new task loses an old one if nothing holds it there (McCloskey & Cohen 1989, "Catastrophic
+interference in connectionist networks"). 0 is the base model; 0.1 is a perplexity 10.5% higher.
+
+Answers before and after a run tell what a loss does not. A question is a document up to its last answer, which the mask
+of trained tokens marks; that answer is the reference.
+
+    ids      <|begin_of_text|> ... Capital of Malta? <|eot_id|> ... assistant ...  Valletta . <|eot_id|>
+    trained  0 0 0 ...                                                             1        1 1
+             question                                                              reference
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from minisft.data.dataset import Dataset
 from minisft.data.loader import steps
 from minisft.data.packing import Plan
 from minisft.data.store import open_store
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.assistant import Assistant
+from minisft.evaluation.decoding import logits
+from minisft.model.llama import Documents
 from minisft.training.loss import batch_loss
 from minisft.training.parallel import World, all_sum
 
-
-def heldout_loss(model: nn.Module, dataset: Dataset, world: World, *, seq_len: int, micro_packs: int = 1,
-                 fixed: bool = False, check: Callable[[], None] = lambda: None) -> float:
-    """Mean loss in nats over the trained tokens of `dataset`. All ranks call it, all get the same number.
-
-    With `fixed`, as a compiled `model` wants it, all micro-batches have the same number of tokens. All ranks call
-    `check` before each of them; what it raises ends the evaluation.
-    """
-    share = loss_sum(model, dataset, rank=world.rank, ranks=world.ranks, seq_len=seq_len, micro_packs=micro_packs,
-                     fixed=fixed, device=world.device, check=check)
-    return float(all_sum(share)) / int(dataset.targets.sum())
+MOST = 128  # tokens of an answer: a base model seldom stops by itself
+REMEDIES = "replayed general text (data.replay), a lower optim.lr, fewer steps (train.max_steps), LoRA"
 
 
 @torch.no_grad()
-def loss_sum(model: nn.Module, dataset: Dataset, *, seq_len: int, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
-             fixed: bool = False, device: torch.device | str = "cpu",
-             check: Callable[[], None] = lambda: None) -> Tensor:
-    """() fp32: the sum of the token losses in this rank's share of `dataset`."""
+def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None, *, seq_len: int, micro_packs: int = 1,
+                 fixed: bool = False, check: Callable[[], None] = lambda: None) -> float:
+    """Mean loss in nats over the trained tokens of `dataset`. All ranks of `world` call it and get the same number.
+
+    Sums are added over all micro-batches and ranks and divided once, so it depends neither on how documents are packed
+    nor on the number of ranks.
+    With `fixed`, all micro-batches have the same number of tokens, as a compiled `model` needs them. All ranks call
+    `check` before each micro-batch; an exception from it ends the evaluation.
+    """
+    rank, ranks = (world.rank, world.ranks) if world else (0, 1)
+    device = world.device if world else next(model.parameters()).device
     plan = Plan(dataset.lengths, dataset.targets, seq_len=seq_len, packs_per_step=micro_packs * ranks, epochs=1,
                 shuffle=False)
-    device = torch.device(device)
     total = torch.zeros((), device=device)
     with closing(steps(dataset, plan, rank=rank, ranks=ranks, micro_packs=micro_packs, fixed=fixed,
                        device=device)) as planned:
         for batch in (batch for step in planned for batch in step.micro_batches):
             check()
             total += batch_loss(model, batch, device, 1.0, compiled=fixed)
-    return total
-
-
-def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, format: str = "auto", seq_len: int = 2048,
-                overlong: str = "drop", quiet: bool = False) -> list[dict[str, Any]]:
-    """For each file: name, loss, perplexity, target_tokens, documents, and how many of those read were left out.
-
-    Answers count in conversations, every token in plain text. Documents past the model's context are over length too:
-    its losses there would say nothing. Raises UserError for files that training would refuse.
-    """
-    seq_len, found = min(seq_len, assistant.model.config.max_position_embeddings), []
-    for file in files:
-        store = open_store(file, name=file, format=format, renderer=assistant.renderer, cache=Path(cache), quiet=quiet)
-        dataset = Dataset([store], seq_len=seq_len, overlong=overlong)
-        report, vocabulary = dataset.reports[0], assistant.model.config.vocab_size
-        if report.largest_id >= vocabulary:
-            raise UserError(f"{file}: token id {report.largest_id} is past the model's vocabulary of {vocabulary}; "
-                            f"{assistant.renderer.tokenizer.file} belongs to another model")
-        device = next(assistant.model.parameters()).device
-        loss = float(loss_sum(assistant.model, dataset, seq_len=seq_len, device=device)) / report.target_tokens
-        found.append({"name": file, **loss_figures(loss), "target_tokens": report.target_tokens,
-                      "documents": report.kept, "left_out": report.read - report.kept})
-    return found
+    return float(all_sum(total) if world else total) / int(dataset.targets.sum())
 
 
 def loss_figures(loss: float) -> dict[str, float | None]:
-    """The loss and its perplexity, exp(loss), as a record has them; None where one is not finite: JSON has no NaN."""
+    """The loss and its perplexity, exp(loss), for a record; None if not finite, because JSON has no NaN."""
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {name: value if math.isfinite(value) else None
             for name, value in (("loss", loss), ("perplexity", perplexity))}
 
 
+class Forgetting:
+    """Follows the eval records of a run. `general` names the general texts; `bound` is in nats a token, 0 for none.
+
+    `log` holds the records so far of a resumed run, which so measures against the same base model.
+    """
+
+    def __init__(self, general: Iterable[str], *, bound: float, log: Iterable[dict[str, Any]] = ()):
+        self._general, self._bound = frozenset(general), bound
+        self._base: dict[str, float] = {}  # name -> the base model's loss
+        self._warned: set[str] = set()  # names warned about since their state last changed
+        for record in log:
+            if record["kind"] == "eval":
+                self.add(record)
+
+    def add(self, record: dict[str, Any]) -> str:
+        """Put "forgetting" into a record of general text. Returns a warning, once each time the bound is crossed."""
+        name, loss, step = record["name"], record["loss"], record["step"]
+        if name not in self._general or loss is None:
+            return ""
+        if step == 0:
+            self._base[name] = loss
+        warning = ""
+        if (base := self._base.get(name)) is None:
+            warning = f"step {step}: cannot measure forgetting on {name}: its loss at step 0 is missing"
+        else:
+            record["forgetting"] = rise = loss - base
+            if 0 < self._bound < rise:
+                warning = (f"step {step}: the model forgets: {name} costs it {rise:.3f} nats a token more than the "
+                           f"base model (eval.forgetting_bound = {self._bound:g}). What helps: {REMEDIES}")
+        is_new = bool(warning) and name not in self._warned
+        (self._warned.add if warning else self._warned.discard)(name)
+        return warning if is_new else ""
+
+
+@dataclass(frozen=True)
+class HeldoutQuestion:
+    """A held-out document in two parts."""
+
+    source: str
+    prompt: list[int]
+    reference: list[int]
+
+
+def heldout_questions(evals: dict[str, Dataset], count: int) -> list[HeldoutQuestion]:
+    """The first `count` questions of each source. Raises UserError if there are none."""
+    found = [question for name, dataset in evals.items() for question in islice(_questions(name, dataset), count)]
+    if not found:
+        raise UserError(f"eval.samples = {count}: data.eval has no question that an answer follows, only text that is "
+                        "trained on from its beginning (plain text, or data.train_on = all); set eval.samples to 0")
+    return found
+
+
+def _questions(name: str, dataset: Dataset) -> Iterator[HeldoutQuestion]:
+    for i in range(len(dataset)):
+        ids, trained = dataset.document(i)
+        starts = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0) == 1)  # of its answers
+        if len(starts) and starts[0] > 1:  # at 1 only the first token is not trained, which nothing could predict
+            start = starts[-1]
+            yield HeldoutQuestion(name, ids[:start].tolist(), ids[start:][trained[start:] == 1].tolist())
+
+
+def sample_answers(model: nn.Module, questions: list[HeldoutQuestion], tokenizer: Tokenizer, *, stop_ids: set[int],
+            device: torch.device, check: Callable[[], None] = lambda: None) -> list[dict[str, str]]:
+    """{name, prompt, answer, reference} as text, decoded greedily. All ranks call it with the same questions.
+
+    All ranks call `check` before each token; an exception from it ends the answers.
+    """
+    continued = continue_greedily(model, [question.prompt for question in questions], stop_ids=stop_ids, device=device,
+                                  check=check)
+    return [{"name": question.source, "prompt": tokenizer.decode(question.prompt), "answer": tokenizer.decode(ids),
+             "reference": tokenizer.decode([token for token in question.reference if token not in stop_ids])}
+            for question, ids in zip(questions, continued, strict=True)]
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # each token gives growing texts a new shape
+def continue_greedily(model: nn.Module, prompts: list[list[int]], *, stop_ids: set[int], device: torch.device,
+                      check: Callable[[], None] = lambda: None) -> list[list[int]]:
+    """The continuation of each prompt, without its stop token, by whole forward passes.
+
+    Sharded parameters are whole only inside `forward`; the cache of generate.py, which calls each layer by itself,
+    cannot serve them.
+    """
+    texts, growing = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+    for _ in range(MOST):
+        check()
+        documents = Documents.of_lengths(tuple(len(texts[i]) for i in growing), device=device)
+        last = documents.cu_seqlens[1:].long() - 1
+
+        def best(hidden: Tensor, head: Tensor, last: Tensor = last) -> Tensor:
+            return logits(hidden[last], head).argmax(dim=-1)
+
+        chosen = model(torch.tensor([token for i in growing for token in texts[i]], device=device), documents, best)
+        dist.broadcast(chosen, 0)  # a rank that rounds differently would end earlier and leave the others waiting
+        tokens = dict(zip(growing, chosen.tolist(), strict=True))
+        growing = [i for i in growing if tokens[i] not in stop_ids]
+        for i in growing:
+            texts[i].append(tokens[i])
+        if not growing:
+            break
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, format: str = "auto", seq_len: int = 2048,
+                quiet: bool = False) -> list[dict[str, Any]]:
+    """For each file: name, loss, perplexity, target_tokens, documents, and how many of those read were left out.
+
+    Answers count in conversations, every token in plain text. Documents longer than `seq_len` or the model's context
+    are left out. Raises UserError for files that training would refuse.
+    """
+    model, found = assistant.model, []
+    seq_len = min(seq_len, model.config.max_position_embeddings)
+    for file in files:
+        store = open_store(file, name=file, format=format, renderer=assistant.renderer, cache=Path(cache), quiet=quiet)
+        dataset = Dataset([store], seq_len=seq_len)
+        report, vocabulary = dataset.reports[0], model.config.vocab_size
+        if report.largest_id >= vocabulary:
+            raise UserError(f"{file}: token id {report.largest_id} is past the model's vocabulary of {vocabulary}; "
+                            f"{assistant.renderer.tokenizer.file} belongs to another model")
+        found.append({"name": file, **loss_figures(heldout_loss(model, dataset, seq_len=seq_len)),
+                      "target_tokens": report.target_tokens, "documents": report.kept,
+                      "left_out": report.read - report.kept})
+    return found
+
+
 def describe(found: list[dict[str, Any]]) -> str:
-    """A table of what `file_losses` found."""
+    """A table of `file_losses`."""
     lines = [f"{'loss':>8}{'perplexity':>12}{'tokens':>12}{'documents':>11}{'left out':>10}  held-out file"]
     for each in found:
         loss, perplexity = ("-" if each[name] is None else f"{each[name]:,.4f}" for name in ("loss", "perplexity"))

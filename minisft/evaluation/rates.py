@@ -1,18 +1,39 @@
-"""Rates with their interval, as the reports have them, and the sign test."""
+"""Shares with their 95% interval, as reports print them, and the sign test."""
 
-from math import comb
-from typing import Any
+from collections.abc import Iterable
+from math import comb, sqrt
+from typing import TypedDict
 
-from minisft.evaluation.interval import wilson
+Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
 
 
-def rate(hits: float, count: int) -> dict[str, Any]:
-    """{"rate", "count", "interval"}; of nothing, the rate is null and the interval everything. A tie is half a hit."""
+class Rate(TypedDict):
+    """A share of `count`. Of nothing, `rate` is None and the interval is everything."""
+
+    rate: float | None
+    count: int
+    interval: list[float]
+
+
+def wilson(hits: float, count: int) -> tuple[float, float]:
+    """The 95% interval of the share that `hits` of `count` are a sample of (Wilson 1927).
+
+    It stays within 0 and 1 and does not take 0 of 5 for certain: (0.0, 0.43).
+    """
+    share, spread = hits / count, Z**2 / count
+    middle, half = share + spread / 2, Z * sqrt(share * (1 - share) / count + spread / count / 4)
+    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return low if hits else 0.0, high if hits < count else 1.0  # exact, where rounding would leave 1e-17
+
+
+def rate(verdicts: Iterable[float]) -> Rate:
+    """The share of hits among `verdicts`: 1 for a hit, 0 for none, 0.5 for a tie."""
+    hits, count = sum(found := list(verdicts)), len(found)
     return {"rate": hits / count if count else None, "count": count,
             "interval": list(wilson(hits, count)) if count else [0.0, 1.0]}
 
 
-def percent(figure: dict[str, Any]) -> str:
+def percent(figure: Rate) -> str:
     """A rate in one line: 43.3% (27.4% to 60.8%) of 30."""
     if figure["rate"] is None:
         return "none"
@@ -21,7 +42,7 @@ def percent(figure: dict[str, Any]) -> str:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """The probability that as many fair coins fall as one-sidedly as this or more. Ties are left out before."""
+    """The two-sided p-value: how often fair coins fall as one-sidedly as this, or more. Leave ties out first."""
     count = wins + losses
     tail = sum(comb(count, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**count)  # both sides
+    return min(1.0, 2 * tail / 2**count)

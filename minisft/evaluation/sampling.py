@@ -1,13 +1,13 @@
-"""The next token out of the logits: the most probable one, or a draw.
+"""The next token from the logits: the most probable one, or a draw.
 
     repetition penalty -> temperature -> top-k -> top-p -> draw
 
-The order and the meaning of each are those of transformers. The penalty (Keskar et al. 2019, "CTRL", section 4.1) makes
-tokens less likely that the text, prompt included, has already; top-p (Holtzman et al. 2020, "The Curious Case of Neural
-Text Degeneration", section 3.1) keeps the fewest tokens that together are as likely as p.
+Order and meaning are those of transformers. The penalty (Keskar et al. 2019, "CTRL", section 4.1) makes tokens less
+likely that the text, prompt included, already has; top-p (Holtzman et al. 2020, "The Curious Case of Neural Text
+Degeneration", section 3.1) keeps the fewest tokens that together are as likely as p.
 
-Every text draws from a stream of random numbers of its own, a function of the seed and its prompt: what is said does
-not depend on what else is in the batch.
+Each text draws from its own stream of random numbers, a function of the seed and its prompt, so an answer does not
+depend on what else is in the batch.
 """
 
 # B texts, V vocabulary
@@ -25,7 +25,7 @@ from minisft.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Raises UserError for values that mean nothing."""
+    """How tokens are chosen. Raises UserError for values that make no sense."""
 
     temperature: float = 0.0  # 0: the most probable token
     top_k: int = 0  # 0: all tokens
@@ -34,19 +34,19 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Past these bounds logits in fp32 overflow, and what is drawn then is no token.
-        allowed = {"temperature": (self.temperature == 0 or 1e-5 <= self.temperature <= 1e5,
-                                   "0 (the most probable token), or a number from 0.00001 to 100000"),
-                   "top_k": (self.top_k >= 0, "a whole number from 0 (all tokens)"),
-                   "top_p": (0 < self.top_p <= 1, "above 0, and 1 at most"),
-                   "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3,
-                                          "a number from 0.001 to 1000; 1 changes nothing"),
-                   "seed": (self.seed >= 0, "a whole number from 0")}
-        for name, (fine, expected) in allowed.items():
-            if not fine:
+        # Past these bounds fp32 logits overflow, and a draw from them is no token.
+        for name, fits, expected in (
+                ("temperature", self.temperature == 0 or 1e-5 <= self.temperature <= 1e5,
+                 "0 (the most probable token), or a number from 0.00001 to 100000"),
+                ("top_k", self.top_k >= 0, "a whole number from 0 (all tokens)"),
+                ("top_p", 0 < self.top_p <= 1, "above 0, and 1 at most"),
+                ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3,
+                 "a number from 0.001 to 1000; 1 changes nothing"),
+                ("seed", self.seed >= 0, "a whole number from 0")):
+            if not fits:
                 raise UserError(f"{name}: {getattr(self, name)} was given; it must be {expected}")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise UserError("top_k and top_p mean nothing at temperature 0, where nothing is drawn; raise temperature")
+            raise UserError("top_k and top_p have no effect at temperature 0, which draws nothing; raise temperature")
 
     def draws(self, prompt: list[int]) -> Iterator[float]:
         """Random numbers in [0, 1) for the continuation of `prompt`, one a token."""
@@ -58,12 +58,12 @@ GREEDY = Sampling()
 
 
 def penalized(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
-    """(B, V) -> (B, V): logits of the tokens `present` (B, V) are divided by `penalty`, negative ones multiplied."""
+    """(B, V) -> (B, V): divides logits of the tokens `present` (B, V) by `penalty`; multiplies negative ones."""
     return torch.where(present, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def warped(logits: Tensor, sampling: Sampling) -> Tensor:
-    """(B, V) -> (B, V): the logits that are drawn from; -inf for tokens that are left out."""
+    """(B, V) -> (B, V): the logits to draw from; -inf for tokens that are left out."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -80,7 +80,6 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """Logits (B, V) in fp32 and numbers in [0, 1) (B,) in fp64 -> (B,) the next tokens."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    chances = warped(logits, sampling).double().softmax(dim=-1)
-    reached = chances.cumsum(dim=-1)
-    # The first token at which the sum passes the draw; a token without a chance never passes anything.
+    reached = warped(logits, sampling).double().softmax(dim=-1).cumsum(dim=-1)
+    # The first token at which the sum passes the draw; a token of probability 0 never passes anything.
     return torch.searchsorted(reached, (draws * reached[:, -1])[:, None], right=True)[:, 0]

@@ -10,10 +10,8 @@ from typing import Any
 
 from minisft import config_io
 from minisft.errors import NumericsError
-from minisft.evaluation import samples
-from minisft.evaluation.forgetting import Forgetting
-from minisft.evaluation.heldout import heldout_loss, loss_figures
 from minisft.model.llama import DTYPES
+from minisft.evaluation.heldout import Forgetting, heldout_loss, heldout_questions, loss_figures, sample_answers
 from minisft.prepare import adapters_of
 from minisft.reports.data_report import figures
 from minisft.runs import resume
@@ -91,8 +89,8 @@ class AfterStep:
         """Log answers to held-out questions."""
         run = self.run
         watch(run.config.parallel.timeout)
-        prompts = samples.questions(run.prepared.evals, run.config.eval.samples)
-        for answer in samples.answers(run.model, prompts, run.prepared.tokenizer, device=run.world.device,
+        questions = heldout_questions(run.prepared.evals, run.config.eval.samples)
+        for answer in sample_answers(run.model, questions, run.prepared.tokenizer, device=run.world.device,
                                       stop_ids=run.prepared.renderer.stop_ids(), check=self._check):
             self.monitor.write({"kind": "sample", "step": step, **answer})
         self.monitor.lap()

@@ -20,12 +20,12 @@ from torch import Tensor
 from minisft.config import Config
 from minisft.data import packing
 from minisft.errors import NumericsError, UserError
-from minisft.evaluation import samples
 from minisft.lean.adamw import LeanAdamW
 from minisft.model import weights
 from minisft.model.flops import Sizes
 from minisft.lora import lora, targets
 from minisft.model.llama import DTYPES, Llama
+from minisft.evaluation.heldout import heldout_questions
 from minisft.model.llama_config import LlamaConfig, read_config
 from minisft.model.meta import MetaFolder
 from minisft.prepare import Prepared, adapters_of, check_vocabulary
@@ -133,7 +133,7 @@ def open_base(config: Config, prepared: Prepared) -> Base:
             weights.check(Llama(network), checkpoint)
     check_vocabulary(prepared, network)
     if config.eval.samples:
-        samples.questions(prepared.evals, config.eval.samples)  # raises if there are none
+        heldout_questions(prepared.evals, config.eval.samples)  # raises if there are none
     return Base(network, checkpoint, provenance.beginnings(config.model.path if checkpoint else ""))
 
 
