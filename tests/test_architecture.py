@@ -23,8 +23,7 @@ FORBIDDEN = {
     "config.py": ("data", "model", "training", "evaluation", "prepare", "demo"),
 }
 # Of logs: they know no data set.
-PLAIN_FILES = ("page.py", "drawing.py", "runs.py", "shapes.py", "run_report.py", "run_data.py",
-               "tensorboard.py")
+PLAIN_FILES = ("page.py", "drawing.py", "logged_run.py", "run_report.py", "tensorboard.py")
 READS_CONFIG = {"training/trainer.py", "training/run.py", "prepare.py", "demo/demo_run.py", "planning/estimate.py",
                 "commands/prepare_command.py", "commands/show_command.py", "commands/plan_command.py"}
 
