@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Llama", "LlamaConfig", "NumericsError", "UserError", "linear_cross_entropy", "masked_cross_entropy"]
 
-_HOME = {"Llama": "model.llama", "LlamaConfig": "model.config", "NumericsError": "errors", "UserError": "errors",
+_HOME = {"Llama": "model.llama", "LlamaConfig": "model.llama_config", "NumericsError": "errors", "UserError": "errors",
          "linear_cross_entropy": "training.loss", "masked_cross_entropy": "training.loss"}
 
 

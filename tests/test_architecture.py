@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import minisft
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minisft"
 
@@ -80,6 +82,10 @@ def test_help_does_not_wait_for_torch():
     code = "import sys, minisft, minisft.__main__; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert not {"torch", "numpy", "tokenizers", "matplotlib"} & set(loaded.split())
+
+
+def test_public_names_are_there():
+    assert all(getattr(minisft, name).__name__ == name for name in minisft.__all__)
 
 
 def test_lint():

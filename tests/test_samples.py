@@ -14,7 +14,7 @@ from minisft.__main__ import main as command
 from minisft.errors import UserError
 from minisft.model.llama import Llama
 from minisft.reports.data_report import pack_fill
-from minisft.training import environment as on
+from minisft.training import provenance as on
 from minisft.training.trainer import main
 
 DOCUMENTS = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))["documents"]

@@ -16,8 +16,7 @@ from minisft.model.precision import DTYPES
 from minisft.prepare import adapters_of
 from minisft.reports.data_report import figures
 from minisft.training import parallel, provenance, resume
-from minisft.training.adapter import export_adapter
-from minisft.training.export import export
+from minisft.training.export import export, export_adapter
 from minisft.training.failure import watch
 from minisft.training.metrics import Monitor
 from minisft.training.preemption import Preemption, Stopped
@@ -113,18 +112,18 @@ def export_as(run: Run, folder: Path, *, adapter: str, step: int) -> None:
     watch(config.parallel.timeout)
     if adapters := adapters_of(config):
         export_adapter(parallel.sharded(model), adapters, prepared.renderer, folder.with_name(adapter),
-                       base=str(Path(config.model.path).absolute()), leads=world.leads)
-    export(model, model.config, prepared.renderer, folder, leads=world.leads, dtype=DTYPES[config.train.precision],
+                       base=str(Path(config.model.path).absolute()), is_main=world.leads)
+    export(model, prepared.renderer, folder, dtype=DTYPES[config.train.precision],
            record=record_of_model(run, figures(prepared), step=step, log=read_log(run.folder)) if world.leads else None)
 
 
 def record_of_model(run: Run, data: dict[str, Any], *, step: int, log: list[dict[str, Any]]) -> dict[str, Any]:
     """`training.json` of the model after `step`, of a run that logged `log`; `data` are the figures of its data."""
     config = run.config
-    return provenance.training_record(
-        run.base.record, recipe=config.to_toml(), seed=config.train.seed, ranks=run.world.ranks,
-        data={use: data[use] for use in ("train", "replay", "eval", "general")}, log=log, step=step,
-        total_steps=run.prepared.plan.total_steps, history=run.history)
+    known = {**run.base.record, "ranks": run.world.ranks, "recipe": config.to_toml(), "seed": config.train.seed,
+             "total_steps": run.prepared.plan.total_steps, "history": run.history}
+    return provenance.training_record(known, data={use: data[use] for use in ("train", "replay", "eval", "general")},
+                                      log=log, step=step)
 
 
 def is_due(step: int, every: int) -> bool:

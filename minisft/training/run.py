@@ -107,7 +107,7 @@ def open_base(config: Config, prepared: Prepared) -> Base:
     check_vocabulary(prepared, network)
     if config.eval.samples:
         samples.questions(prepared.evals, config.eval.samples)  # whether there are any is known before training
-    return Base(network, checkpoint, provenance.beginnings(config.model.path if checkpoint else ""))
+    return Base(network, checkpoint, provenance.start_record(config.model.path if checkpoint else ""))
 
 
 def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Run:

@@ -30,7 +30,6 @@ from minisft.reports.data_report import describe, figures
 from minisft.training import parallel, resume
 from minisft.training.after import After, export_as, is_due, record_of_model
 from minisft.training.checkpoint import SavedState, Saver, checkpoints, give_up
-from minisft.training.environment import environment
 from minisft.training.export import try_export
 from minisft.training.failure import fail, guarded, listen, watch
 from minisft.training.loss import batch_loss
@@ -39,6 +38,7 @@ from minisft.training.optimizer import learning_rate
 from minisft.training.parallel import World
 from minisft.training.preemption import Preemption
 from minisft.training.profile import profiled
+from minisft.training.provenance import environment
 from minisft.training.run import Run, check_finite, check_ranks, fill, is_compiled, open_base, open_run
 from minisft.training.run_folder import RunFolder, read_log
 from minisft.versions import warn_if_untested
