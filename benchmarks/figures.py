@@ -11,8 +11,8 @@ from pathlib import Path
 
 from minisft.errors import EXIT_USAGE, UserError
 from minisft.reports import drawing, run_report
+from minisft.reports.logged_run import read_runs
 from minisft.reports.page import write
-from minisft.reports.runs import read_runs
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
                                  ("forgetting", run_report.forgetting_panels([run]))):
                 if panels:
                     file = options.out / f"{Path(run.name).name}-{name}.svg"
-                    write(file, drawing.alone(drawing.lines(panels)))
+                    write(file, drawing.standalone(drawing.lines(panels)))
                     print(file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -181,7 +181,7 @@ def test_whether_a_model_can_be_written_is_known_before_training(base, tmp_path)
         place.parent.mkdir(exist_ok=True)
         for make in (place.touch, lambda place=place: place.symlink_to(base)):
             make()
-            with pytest.raises(UserError, match=rf"{place.name}: is in the way of the trained model"):
+            with pytest.raises(UserError, match=rf"{place.name}: is where the trained model will be written"):
                 tried(base, final)
             place.unlink()
     (base_settings := tmp_path / "x").mkdir()
@@ -247,11 +247,9 @@ def test_llama_cpp_knows_llama_3_s_tokens(base, tmp_path):
 
 
 def test_a_folder_of_something_else_is_not_deleted(tmp_path):
-    from minisft.training.export import appearing
-
     (tmp_path / "final").mkdir()
     (tmp_path / "final/mine").touch()
-    with pytest.raises(OSError, match="final: holds something else than a model; move it elsewhere"), \
-            appearing(tmp_path / "final", leads=True):
+    with pytest.raises(OSError, match="final: holds something other than a model; move it elsewhere"), \
+            export.atomic_dir(tmp_path / "final", is_main=True):
         pytest.fail("it would be replaced")
     assert (tmp_path / "final/mine").exists()

@@ -14,8 +14,7 @@ from small_runs import HERE, log, options, train
 import minisft
 from minisft.runs.lifecycle import main
 from minisft.training.card import model_card
-from minisft.training.environment import commit
-from minisft.training.provenance import beginnings, model_name
+from minisft.training.provenance import commit, model_name, start_record
 
 CONVERSATIONS = HERE / "oracles" / "conversations.jsonl"
 
@@ -172,7 +171,7 @@ def test_a_record_of_another_program_is_kept_and_not_read(base, tmp_path):
     (tmp_path / "training.json").write_text('{"trainer": "another"}')
     train(tmp_path, tmp_path, train__max_steps=1, batch__packs=1)
     assert record_of(tmp_path / "run/final")["base"]["training"] == {"trainer": "another"}
-    assert "## The rounds before" not in (tmp_path / "run/final/README.md").read_text()
+    assert "## Earlier rounds" not in (tmp_path / "run/final/README.md").read_text()
 
 
 def test_the_commit_is_git_s(tmp_path):
@@ -198,8 +197,8 @@ def test_names_of_models(folder, name):
 
 
 def test_what_a_run_begins_with(base):
-    assert beginnings("")["base"] is None
-    assert beginnings(str(base))["base"]["name"] == base.name
+    assert start_record("")["base"] is None
+    assert start_record(str(base))["base"]["name"] == base.name
 
 
 def test_the_card_stands_without_held_out_data(base, tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,8 +13,8 @@ import pytest
 
 from minisft.__main__ import main
 from minisft.errors import UserError
-from minisft.reports import drawing, run_data, run_report
-from minisft.reports.runs import Evals, Run, read_runs
+from minisft.reports import drawing, run_report
+from minisft.reports.logged_run import LoggedRun, column, read_runs
 
 pytest.importorskip("matplotlib")
 
@@ -125,9 +126,8 @@ def report(*folders, out=None):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without their figures, which take most of the time."""
-    for module, names in ((run_report, ("lines", "shares")), (run_data, ("lines", "histogram", "shares"))):
-        for name in names:
-            monkeypatch.setattr(module, name, lambda *args, **named: "<svg></svg>")
+    for name in ("lines", "histogram", "shares"):
+        monkeypatch.setattr(run_report, name, lambda *args, **named: "<svg></svg>")
 
 
 def failing(capsys, *argv):
@@ -151,13 +151,13 @@ def test_the_numbers_are_the_logs(write_run, undrawn):
     assert page.row("data") == ["chat, code"]
     assert page.row("steps") == ["40 of 40, 2 skipped"]
     tokens, trained = 40 * 200 + 820, 40 * 100 + 820  # 1 + 2 + ... + 40 = 820
-    assert page.row("tokens") == [f"{tokens:,}, of which {trained:,} trained"]
+    assert page.row("tokens") == [f"{tokens:,}, {trained:,} of them trained"]
     last = sum(3 / step for step in range(31, 41)) / 10
     assert page.row("training loss") == [f"3.0000 → {last:.4f} (mean of the last 10 steps)"]
     assert page.row("loss on general") == ["2.0000 → 2.4000"]
     assert page.row("time in steps") == ["24.0 s"]  # 40 halves and four whole ones
-    assert page.row("speed") == [f"{tokens / 24:,.0f} tokens/s, of which {trained / 24:,.0f} trained"]
-    assert page.row("memory") == ["1.40 GiB at most"]
+    assert page.row("speed") == [f"{tokens / 24:,.0f} tokens/s, {trained / 24:,.0f} of them trained"]
+    assert page.row("memory") == ["at most 1.40 GiB"]
     assert page.row("gpus") == ["2 × H9"]
 
 
@@ -263,14 +263,14 @@ def test_a_run_that_is_being_written(write_run, undrawn):
 def test_what_is_no_run_is_refused(write_run, tmp_path, capsys):
     assert failing(capsys, tmp_path / "none") == (
         f"error: {tmp_path / 'none'}: no such folder; name the folder of a run (run.dir)")
-    assert "holds no run (no status.json, metrics.jsonl or config.toml)" in failing(capsys, tmp_path)
+    assert "not a run folder (no status.json, metrics.jsonl or config.toml)" in failing(capsys, tmp_path)
     run = write_run()
     assert "a run is named twice" in failing(capsys, run, run)
     assert "unknown argument --colour" in failing(capsys, run, "--colour")
-    assert "there is no folder" in failing(capsys, run, "--out", tmp_path / "no" / "x.html")
-    assert "ask for one at a time" in failing(capsys, run, "--out", tmp_path / "x", "--tensorboard", tmp_path / "y")
+    assert "does not exist; create it first" in failing(capsys, run, "--out", tmp_path / "no" / "x.html")
+    assert "choose one of them" in failing(capsys, run, "--out", tmp_path / "x", "--tensorboard", tmp_path / "y")
     (run / "status.json").write_text("[1]")
-    assert "status.json: expected a JSON object, found list; delete it" in failing(capsys, run)
+    assert "status.json: it is [1], expected an object; delete this file" in failing(capsys, run)
     (run / "status.json").write_text("{")
     assert "status.json: not JSON" in failing(capsys, run)
     (run / "config.toml").write_text("=")
@@ -279,12 +279,12 @@ def test_what_is_no_run_is_refused(write_run, tmp_path, capsys):
         log.write("nonsense\n")
     (run / "config.toml").unlink()
     (run / "status.json").unlink()
-    assert f"metrics.jsonl:{40 + 3 + 2 + 1}: not a record of a run; delete the line" in failing(capsys, run)
+    assert f"metrics.jsonl:{40 + 3 + 2 + 1}: not a metrics record; fix or delete this line" in failing(capsys, run)
 
 
 @pytest.mark.parametrize(("file", "text", "expected"), [
     ("data.json", {**DATA, "lengths": [{**DATA["lengths"][0], "kept": "x"}]},
-     "lengths[0].kept is 'x', expected a whole number; delete the file, and the report does without"),
+     "lengths[0].kept is 'x', expected a whole number; delete this file to get a report without it"),
     ("data.json", {**DATA, "packs": 1.5}, "packs is 1.5, expected a whole number"),
     ("data.json", {**DATA, "packing_efficiency": True}, "packing_efficiency is True, expected a number"),
     ("data.json", {**DATA, "train": {"a": 1}}, "train is {'a': 1}, expected a list"),
@@ -307,7 +307,8 @@ def test_a_broken_file_is_one_line(write_run, capsys, file, text, expected):
 def test_a_broken_record_is_one_line(write_run, capsys, line):
     run = write_run(records=[])
     (run / "metrics.jsonl").write_text(f"{line}\n")
-    assert failing(capsys, run).startswith(f"error: {run / 'metrics.jsonl'}:1: not a record of a run; delete the line")
+    assert failing(capsys, run).startswith(
+        f"error: {run / 'metrics.jsonl'}:1: not a metrics record; fix or delete this line: ")
 
 
 def places(value, path=()):
@@ -346,7 +347,9 @@ def test_data_of_nothing_are_drawn(write_run, change):
 
 
 def test_without_matplotlib(write_run, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("drawing", "run_report"):
+        monkeypatch.delitem(sys.modules, f"minisft.reports.{name}")
     assert failing(capsys, write_run()) == (
         "error: figures need matplotlib, which is not installed; pip install -e '.[plot]'")
 
@@ -364,7 +367,7 @@ def test_tensorboard(write_run, tmp_path, capsys):
     assert found["train/sources/code"][40] == 80
     assert f"{sum(map(len, found.values())):,} values" in capsys.readouterr().out
     assert len([tag for tag in events.Tags()["tensors"] if tag.startswith("sample/general/")]) == 2
-    assert "holds event files already" in failing(capsys, run, "--tensorboard", out)
+    assert "already holds event files" in failing(capsys, run, "--tensorboard", out)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e308, -1e308, 10**400, 2**63 - 1])
@@ -373,12 +376,12 @@ def test_tensorboard(write_run, tmp_path, capsys):
 @pytest.mark.filterwarnings("error")
 def test_a_figure_that_is_none_is_a_gap(name, value):
     records = [{**record, **({name: value} if record["step"] == 2 else {})} for record in steps(4)]
-    evals = Evals([{"step": 1, name: value}, {"step": 2, name: 1.0}])
-    run = Run("r", {}, "", DATA, {}, {}, records, {"h": evals}, [], "", 0.0)
+    evals = [{"step": 1, name: value}, {"step": 2, name: 1.0}]
+    run = LoggedRun("r", {}, "", DATA, {}, {}, records, {"h": evals}, [], "", 0.0)
     kept = [records[i].get(name, np.nan) for i in (0, 2, 3)]
     assert run.column(name)[[0, 2, 3]] == pytest.approx(kept, nan_ok=True)
     assert np.isnan(run.column(name)[1])
-    assert np.isnan(run.evals["h"][name][0])
+    assert np.isnan(column(evals, name)[0])
     assert math.isfinite(run.total(name))
     run_report._summary([run])
     run_report.time_shares(run)
@@ -391,7 +394,7 @@ def test_a_record_whose_step_is_none_is_refused(write_run, capsys, value, field)
     run = write_run()
     record = {"kind": "train", "step": 1, **({"step": "@"} if field == "step" else {"sources": {"a": "@"}})}
     (run / "metrics.jsonl").write_text(json.dumps(record).replace('"@"', value) + "\n")
-    assert "metrics.jsonl:1: not a record of a run; delete the line, or restore the file" in failing(capsys, run)
+    assert "metrics.jsonl:1: not a metrics record; fix or delete this line" in failing(capsys, run)
 
 
 def test_only_regular_files_are_opened(write_run, tmp_path, capsys):
@@ -400,7 +403,7 @@ def test_only_regular_files_are_opened(write_run, tmp_path, capsys):
         text = (run / name).read_text() if (run / name).exists() else None
         (run / name).unlink(missing_ok=True)
         os.mkfifo(run / name)
-        assert f"{name}: is no regular file; delete it, and the report does without" in failing(capsys, run)
+        assert f"{name}: not a regular file; delete it to get a report without it" in failing(capsys, run)
         (run / name).unlink()
         (run / name).write_text(text or "")
 
@@ -409,7 +412,7 @@ def test_only_regular_files_are_opened(write_run, tmp_path, capsys):
 def test_tensorboard_takes_only_names_that_are_text(write_run, tmp_path, capsys, name):
     pytest.importorskip("tensorboard")
     assert failing(capsys, write_run(), "--tensorboard", tmp_path / name).endswith(
-        f"{repr(name)[1:-1]}/run: TensorBoard takes no such name; choose another folder")
+        f"{repr(name)[1:-1]}/run: TensorBoard does not accept this name; choose another folder")
 
 
 def test_numbers_that_are_none_are_no_scalars(write_run, tmp_path, capsys):
@@ -420,7 +423,7 @@ def test_numbers_that_are_none_are_no_scalars(write_run, tmp_path, capsys):
 
 
 def test_tensorboard_is_an_extra(write_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert failing(capsys, write_run(), "--tensorboard", tmp_path / "events") == (
         "error: event files need tensorboard, which is not installed; pip install -e '.[tensorboard]'")
 
@@ -438,17 +441,17 @@ def test_a_long_run_is_a_light_page_with_its_peaks():
     y = np.random.default_rng(0).normal(size=100_000)
     y[77_777], y[5] = 50.0, np.nan
     thin_x, thin_y = drawing.thinned(x, y)
-    assert len(thin_x) == len(thin_y) <= drawing.MOST
+    assert len(thin_x) == len(thin_y) <= drawing.MAX_POINTS
     assert np.nanmax(thin_y) == 50.0
     assert np.nanmin(thin_y) == np.nanmin(y)
-    assert abs(thin_x[np.nanargmax(thin_y)] - 77_777) < 100_000 / (drawing.MOST // 2)
+    assert abs(thin_x[np.nanargmax(thin_y)] - 77_777) < 100_000 / (drawing.MAX_POINTS // 2)
     assert len(drawing.lines([drawing.Panel("", [drawing.Curve("", x, y)])])) < 100_000
 
 
 def test_a_figure_alone_is_a_whole_svg():
     import xml.etree.ElementTree as ElementTree
     curve = drawing.Curve("a < b & c", np.arange(3.0), np.arange(3.0), 1)
-    root = ElementTree.fromstring(drawing.alone(drawing.lines([drawing.Panel("t", [curve])])))
+    root = ElementTree.fromstring(drawing.standalone(drawing.lines([drawing.Panel("t", [curve])])))
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     style = root.find("{http://www.w3.org/2000/svg}style").text
     assert all(f"{variable}:" in style for variable in ("--page", "--ink", "--c1"))

@@ -14,7 +14,7 @@ from minisft.errors import UserError
 from minisft.pretrained import from_pretrained
 from minisft.reports.data_report import pack_fill
 from minisft.runs.lifecycle import main
-from minisft.training import environment as on
+from minisft.training import provenance as on
 
 DOCUMENTS = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))["documents"]
 LINES = (HERE / "oracles" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()

@@ -161,13 +161,13 @@ def test_a_changed_setting_is_said_and_recorded_by_step(base, tmp_path, capsys):
     assert [record["lr"] for record in log(tmp_path)] == [1e-3] * 3 + [1e-4] * 4
     card = (tmp_path / "run/final/README.md").read_text()
     assert "| 4 | optim.lr | `0.001` | `0.0001` |\n" in card
-    assert "## Settings changed on the way\n\n| from step | key | was | is |" in card
+    assert "## Settings changed during training\n\n| from step | key | was | is |" in card
 
 
 def test_what_was_changed_with_leave_is_recorded_too_and_a_plain_run_has_no_history(base, tmp_path, capsys):
     train(base, tmp_path, **{**SMALL, "train__max_steps": 3})
     assert record_of(tmp_path)["history"] == []
-    assert "changed on the way" not in (tmp_path / "run/final/README.md").read_text()
+    assert "changed during training" not in (tmp_path / "run/final/README.md").read_text()
     shutil.rmtree(tmp_path / "run/final")
     data = tmp_path / "other.jsonl"
     lines = (HERE / "oracles/conversations.jsonl").read_text().splitlines(keepends=True)
@@ -186,7 +186,7 @@ def test_a_log_shorter_than_the_checkpoint_is_said_and_recorded(base, tmp_path, 
     assert f"{file}: has 4 of the 6 steps so far; the others are lost from the log" in capsys.readouterr().out
     record = record_of(tmp_path)
     assert (record["steps"], record["logged_steps"], record["total_steps"]) == (7, 5, 7)
-    assert "7 of 7 steps (the log of 2 is lost; they are in none of these figures)" in \
+    assert "7 of 7 steps (the log of 2 is lost; none of these figures include them)" in \
         (tmp_path / "run/final/README.md").read_text()
 
 

@@ -8,34 +8,35 @@ from minisft.reports.page import check_outputs, write
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The options of `minisft report`."""
+    """Add `minisft report` and its options."""
     command = commands.add_parser(
-        "report", help="a page of a run's curves, throughput, data and answers; several runs are compared",
+        "report", help="a page of a run's curves, throughput, data and answers; compares several runs",
         usage="minisft report RUN [RUN ...] [--out FILE | --tensorboard FOLDER]", allow_abbrev=False)
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run (run.dir)")
     command.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html in the first run's folder)")
     command.add_argument("--tensorboard", type=Path, metavar="FOLDER",
-                         help="write event files instead, in a folder for each run")
+                         help="write event files instead, into a folder for each run")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """The page, or the event files."""
-    from minisft.reports.run_report import page  # imported late, as is all that needs NumPy
-    from minisft.reports.runs import read_runs
+    """Write the page or the event files."""
+    from minisft.reports.logged_run import read_runs  # imported late, like everything that needs NumPy
 
-    if options.out and options.tensorboard:
-        raise UserError("minisft report: --out and --tensorboard are two things; ask for one at a time")
-    file = options.out or options.runs[0] / "report.html"
-    if not options.tensorboard and options.runs[0].is_dir():
-        check_outputs({"--out": file}, options.runs)
-    runs = read_runs(options.runs)
     if options.tensorboard:
         from minisft.reports.tensorboard import write_events
 
-        for each in runs:
+        if options.out:
+            raise UserError("--out and --tensorboard: choose one of them")
+        for each in read_runs(options.runs):
             folder = options.tensorboard / each.name.strip("/").replace("/", "-")
             print(f"{printable(folder, PATH)}: {write_events(each, folder):,} values")
         return
+    file = options.out or options.runs[0] / "report.html"
+    if options.runs[0].is_dir():
+        check_outputs({"--out": file}, options.runs)
+    runs = read_runs(options.runs)
+    from minisft.reports.run_report import page
+
     write(file, page(runs))
     print(printable(file, PATH))

@@ -1,12 +1,12 @@
-"""Figures as SVG that stands in a page and takes the page's colours, by day and by night.
+"""Figures as SVG for a page, in the page's colours, light and dark.
 
-Matplotlib knows fixed colours only. So each colour is drawn as one of a few odd codes, and each code is replaced in the
-finished SVG by a variable of the style sheet, which the reader's browser sets to what it shows well:
+Matplotlib knows only fixed colours. So we draw each colour as one of a few odd codes, then replace each code in the
+finished SVG by a variable of the style sheet, which the reader's browser sets:
 
     color="#0a0c00"  ->  stroke: #0a0c00  ->  stroke: var(--c0)  ->  blue, or a lighter blue on a dark page
 
-Text stays text, in the page's own font. Long curves are thinned to their envelope, so a page of a million steps is no
-larger than one of a thousand. Nothing here knows of runs.
+Text stays text, in the page's own font. Long curves are thinned to their envelope, so the page of a run with a million
+steps is no larger than that of one with a thousand. Nothing here knows about runs.
 """
 
 import io
@@ -14,8 +14,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -23,9 +22,12 @@ import numpy as np
 from minisft.errors import UserError, printable
 from minisft.reports import page
 
-if TYPE_CHECKING:
+try:
+    from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+except ImportError:
+    raise UserError("figures need matplotlib, which is not installed; pip install -e '.[plot]'") from None
 
 Array = np.ndarray
 
@@ -40,43 +42,45 @@ STYLE = """
 svg { stroke-linejoin: round }
 svg text { font-family: system-ui, sans-serif !important }
 """
-SETTINGS = {
+SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "minisft", "text.parse_math": False, "font.size": 9, "text.color": INK,
     "axes.edgecolor": LINE, "axes.labelcolor": FAINT, "axes.titlecolor": INK, "axes.titlesize": 10,
     "axes.titlelocation": "left", "axes.facecolor": "none", "figure.facecolor": "none", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.6,
     "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": FAINT, "ytick.labelcolor": FAINT,
-    "legend.frameon": False, "legend.labelcolor": INK, "lines.linewidth": 1.6, "lines.solid_capstyle": "round"}
-MOST, NAME = 1500, 40  # points of a curve, characters of a name
+    "legend.frameon": False, "legend.labelcolor": INK, "lines.linewidth": 1.6, "lines.solid_capstyle": "round",
+    "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.12}  # inches: digits may be wider there
+MAX_POINTS, MAX_NAME = 1500, 40  # points of a curve, characters of a name
+MARKS: dict[str, dict[str, Any]] = {
+    "line": {}, "raw": {"linewidth": 0.7, "alpha": 0.4}, "points": {"marker": "o", "markersize": 3.5},
+    "crosses": {"linestyle": "", "marker": "x", "markersize": 5}}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """y over x, both (n,). NaN is a gap. Curves of one `label` share an entry in the legend."""
+    """y over x, both (n,). NaN is a gap. Curves with the same `label` share an entry in the legend."""
 
     label: str
     x: Array
     y: Array
     colour: int = 0
-    style: str = "line"  # raw: thin and pale; points: with a mark at each; crosses: marks alone
+    style: str = "line"  # a key of MARKS. raw: thin and pale; crosses: marks without a line
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with curves, and level lines {label: y} across them."""
+    """Axes with curves, and horizontal lines {label: y} across them."""
 
     title: str
     curves: Sequence[Curve]
     levels: dict[str, float] | None = None
     log: bool = False
-    xlabel: str = "step"
     percent: bool = False
 
 
 def running_mean(values: Array, window: int) -> Array:
-    """(n,) the mean of the finite values up to `window` // 2 places away: around each, so that it does not lag."""
-    finite = np.isfinite(values)
-    places = np.arange(len(values))
+    """(n,) mean of the finite values up to `window` // 2 places away on either side, so that it does not lag."""
+    finite, places = np.isfinite(values), np.arange(len(values))
     first, last = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
     sums, counts = (np.diff(np.concatenate([[0.0], np.cumsum(each)])[np.stack([first, last])], axis=0)[0]
                     for each in (np.where(finite, values, 0.0), finite))
@@ -84,49 +88,42 @@ def running_mean(values: Array, window: int) -> Array:
 
 
 def window(steps: int) -> int:
-    """Steps that the running mean goes over: a twentieth of the run, up to 101, and as many before as after."""
+    """Steps that a running mean covers: a twentieth of the run, at most 101; odd, so that it is centred."""
     return min(steps // 20, 100) | 1
 
 
-def thinned(x: Array, y: Array, most: int = MOST) -> tuple[Array, Array]:
-    """At most `most` points with the same envelope: of each stretch of the curve, its least and its greatest."""
-    if len(x) <= most:
+def thinned(x: Array, y: Array) -> tuple[Array, Array]:
+    """At most MAX_POINTS points with the same envelope: the minimum and the maximum of each stretch of the curve."""
+    if len(x) <= MAX_POINTS:
         return x, y
-    starts = np.arange(most // 2) * len(x) // (most // 2)
+    starts = np.arange(MAX_POINTS // 2) * len(x) // (MAX_POINTS // 2)
     return np.repeat(x[starts], 2), np.stack([np.fmin.reduceat(y, starts), np.fmax.reduceat(y, starts)], 1).ravel()
 
 
-def lines(panels: Sequence[Panel], *, columns: int = 3) -> str:
-    """Panels beside each other, and one legend above all."""
-    plt = _pyplot()
-    columns = min(len(panels), columns)
+@rc_context(SETTINGS)
+def lines(panels: Sequence[Panel]) -> str:
+    """Panels side by side, with one legend above all of them."""
+    columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    with plt.rc_context(SETTINGS):
-        figure, axes = plt.subplots(rows, columns, figsize=(9, 2.7 * rows + 0.3), squeeze=False, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12)  # inches: the reader's digits may be wider
-        for ax, panel in zip(axes.flat, panels, strict=False):
-            _panel(ax, panel)
-        for ax in axes.flat[len(panels) :]:
-            ax.set_axis_off()
-        entries: dict[str, object] = {}
-        for ax in axes.flat:
-            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-                entries.setdefault(label, handle)
-        if len(entries) > 1:
-            figure.legend(entries.values(), entries, loc="outside upper left", ncols=4)
-        return _svg(figure, plt)
+    figure = Figure(figsize=(9, 2.7 * rows + 0.3))
+    entries: dict[str, Any] = {}
+    for i, panel in enumerate(panels, 1):
+        ax = figure.add_subplot(rows, columns, i)
+        _draw(panel, ax)
+        handles, labels = ax.get_legend_handles_labels()
+        entries = {**dict(zip(labels, handles, strict=True)), **entries}
+    if len(entries) > 1:
+        figure.legend(entries.values(), entries, loc="outside upper left", ncols=4)
+    return _svg(figure)
 
 
-def _panel(ax: "Axes", panel: Panel) -> None:
-    styles: dict[str, dict[str, Any]] = {
-        "line": {}, "raw": {"linewidth": 0.7, "alpha": 0.4}, "points": {"marker": "o", "markersize": 3.5},
-        "crosses": {"linestyle": "", "marker": "x", "markersize": 5}}
+def _draw(panel: Panel, ax: Axes) -> None:
     for curve in panel.curves:
-        style = {"linestyle": ("-", "--", ":")[curve.colour // COLOURS % 3], **styles[curve.style]}
+        style = {"linestyle": ("-", "--", ":")[curve.colour // COLOURS % 3], **MARKS[curve.style]}
         ax.plot(*thinned(curve.x, curve.y), color=SERIES[curve.colour % COLOURS], label=_short(curve.label), **style)
     for label, level in (panel.levels or {}).items():
         ax.axhline(level, color=FAINT, linestyle=(0, (4, 3)), linewidth=1, label=label)
-    ax.set(title=_short(panel.title), xlabel=panel.xlabel)
+    ax.set(title=_short(panel.title), xlabel="step")
     if panel.log and any(np.any(curve.y > 0) for curve in panel.curves):
         ax.set_yscale("log")
         ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))  # type: ignore[call-arg]  # of a logarithmic axis
@@ -138,81 +135,64 @@ def _panel(ax: "Axes", panel: Panel) -> None:
     ax.margins(x=0.025)
 
 
+@rc_context(SETTINGS)
 def histogram(title: str, labels: Sequence[str], counts: dict[str, Sequence[int]], *, xlabel: str) -> str:
-    """Upright bars: each series of `counts` on top of the one before."""
-    plt = _pyplot()
-    with plt.rc_context(SETTINGS):
-        figure, ax = plt.subplots(figsize=(4.5, 2.8), layout="constrained")
-        bottom = np.zeros(len(labels))
-        for i, (name, values) in enumerate(counts.items()):
-            ax.bar(range(len(labels)), values, bottom=bottom, width=0.9, color=SERIES[i], label=_short(name))
-            bottom += values
-        step = -(-len(labels) // 6)
-        ax.set_xticks(range(0, len(labels), step), labels[::step], fontsize=8)
-        ax.set(title=title, xlabel=xlabel)
-        ax.yaxis.set_major_formatter("{x:,.0f}")
-        ax.grid(axis="x", visible=False)
-        if len(counts) > 1:
-            ax.legend()
-        return _svg(figure, plt)
+    """Vertical bars; each series in `counts` is stacked on the one before."""
+    figure = Figure(figsize=(4.5, 2.8))
+    ax, bottom = figure.add_subplot(), np.zeros(len(labels))
+    for i, (name, values) in enumerate(counts.items()):
+        ax.bar(range(len(labels)), values, bottom=bottom, width=0.9, color=SERIES[i], label=_short(name))
+        bottom += values
+    step = -(-len(labels) // 6)
+    ax.set_xticks(range(0, len(labels), step), labels[::step], fontsize=8)
+    ax.set(title=title, xlabel=xlabel)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    ax.grid(axis="x", visible=False)
+    if len(counts) > 1:
+        ax.legend()
+    return _svg(figure)
 
 
+@rc_context(SETTINGS)
 def shares(rows: dict[str, dict[str, float]]) -> str:
-    """A bar for each row, divided into named parts that are shares of it."""
-    plt = _pyplot()
+    """One horizontal bar per row, divided into named shares."""
     names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
-    with plt.rc_context(SETTINGS):
-        figure, ax = plt.subplots(figsize=(9, 0.6 + 0.3 * len(rows) + 0.2 * -(-len(names) // 4)), layout="constrained")
-        left = np.zeros(len(rows))
-        for i, name in enumerate(names):
-            widths = np.array([parts.get(name, 0.0) for parts in rows.values()])
-            ax.barh(range(len(rows)), widths, left=left, height=0.7, color=SERIES[i % COLOURS], label=_short(name),
-                    alpha=(1, 0.6, 0.35)[i // COLOURS % 3])
-            left += widths
-        ax.set_yticks(range(len(rows)), [_short(row) for row in rows])
-        ax.set_xlim(0, 1)
-        ax.invert_yaxis()
-        ax.xaxis.set_major_formatter("{x:.0%}")
-        ax.grid(axis="y", visible=False)
-        figure.legend(loc="outside upper left", ncols=4)
-        return _svg(figure, plt)
+    figure = Figure(figsize=(9, 0.6 + 0.3 * len(rows) + 0.2 * -(-len(names) // 4)))
+    ax, left = figure.add_subplot(), np.zeros(len(rows))
+    for i, name in enumerate(names):
+        widths = np.array([parts.get(name, 0.0) for parts in rows.values()])
+        ax.barh(range(len(rows)), widths, left=left, height=0.7, color=SERIES[i % COLOURS], label=_short(name),
+                alpha=(1, 0.6, 0.35)[i // COLOURS % 3])
+        left += widths
+    ax.set_yticks(range(len(rows)), [_short(row) for row in rows])
+    ax.set_xlim(0, 1)
+    ax.invert_yaxis()
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    ax.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper left", ncols=4)
+    return _svg(figure)
 
 
-def alone(svg: str) -> str:
-    """A figure as a file of its own, which brings its colours and a ground."""
+def standalone(svg: str) -> str:
+    """A figure as a file of its own, with its colours and a background."""
     head, _, rest = svg.partition(">")
     return (f'{head} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
             f"\n<style>{page.COLOURS}{STYLE}svg {{ background: var(--page) }}</style>{rest}\n")
 
 
-def _svg(figure: "Figure", plt: ModuleType) -> str:
-    """The figure without its prologue (it stands in a page), in the page's colours, its ids its own."""
+def _svg(figure: Figure) -> str:
+    """The figure without its prologue (it stands in a page), in the page's colours, with ids that no other has."""
     out = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts draw the text, not these
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    plt.close(figure)
-    svg = out.getvalue()
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :], count=2)
-    svg = re.sub(r' id="\w+_\d+"|<style.*?</style>', "", svg)  # ids of groups, to which nothing refers
-    svg = "\n".join(filter(None, map(str.strip, svg.split("\n"))))
-    own = f"f{crc32(svg.encode()):x}"
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}", svg)
-    return re.sub("|".join(VARIABLES), lambda code: f"var({VARIABLES[code[0]]})", svg).strip()
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", out.getvalue().partition("<svg")[2], count=2)
+    svg = re.sub(r' id="\w+_\d+"|<style.*?</style>|\s*\n\s*(?=<)', "", svg)  # ids of groups, which nothing refers to
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>f{crc32(svg.encode()):x}", svg)
+    return "<svg" + re.sub("|".join(VARIABLES), lambda code: f"var({VARIABLES[code[0]]})", svg).rstrip()
 
 
 def _short(name: str) -> str:
-    """A name for a legend; one that begins with an underscore would be left out of it."""
-    name = printable(name, NAME)
+    """A name for a legend, which would leave out one that begins with an underscore."""
+    name = printable(name, MAX_NAME)
     return f" {name}" if name.startswith("_") else name
-
-
-def _pyplot() -> ModuleType:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib, which is not installed; pip install -e '.[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

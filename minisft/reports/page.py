@@ -1,7 +1,7 @@
-"""A page that is one file: it needs no network, runs no script, and reads well by day and by night.
+"""A page that is one file: it needs no network, runs no script, and reads well in light and dark mode.
 
-The page's own policy forbids the browser to load or run anything; what comes from data is escaped by those who write
-it.
+The page's own policy forbids the browser to load or run anything; whoever writes the body escapes what comes from data.
+Also the files that a command writes: none replaces a file that the command reads.
 """
 
 import json
@@ -26,40 +26,36 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def check_outputs(writes: Mapping[str, Path | None], reads: Iterable[str | Path | None] = (), *,
                   appended: Collection[str] = ()) -> None:
-    """Raise UserError for an output that nothing can be written to, or that would harm a file, before any work.
+    """Raise UserError, before any work, for an output that cannot be written or would damage a file.
 
-    `writes` are the files by the option that names each; `reads` are the files and folders that the command reads.
-    What is in such a folder is not replaced, except pages, which people keep beside a run, and .jsonl by the options
-    `appended`, which only add to a file of their own. A file may have several names, so they are compared by what they
-    are.
+    `writes` maps each option to the file it names; `reads` are the files and folders that the command reads. Files in
+    such a folder are not replaced, except pages, which people keep beside a run, and .jsonl files of the options
+    `appended`, which only add to a file of their own. A file may have several names, so we compare inodes.
     """
-    if not any(writes.values()):
-        return
-    sources = [Path(path) for path in reads if path]
+    sources = [Path(path) for path in reads if path] if any(writes.values()) else []
     folders = [path.resolve() for path in sources if path.is_dir()]
-    inside = [file for folder in folders for file in folder.iterdir()]
     read, taken = {_identity(path) for path in sources}, set[object]()
-    within = {_identity(file) for file in inside if file.is_file()}
+    within = {_identity(file) for folder in folders for file in folder.iterdir() if file.is_file()}
     for option, file in writes.items():
         if file is None:
             continue
-        where = f"{option} {printable(file, PATH)}"
+        where, identity = f"{option} {printable(file, PATH)}", _identity(file)
         check_output(file, where)
-        here, nested = _identity(file), file.exists() and any(folder in file.resolve().parents for folder in folders)
+        nested = identity in within or (file.exists() and any(folder in file.resolve().parents for folder in folders))
         kept_there = file.suffix == ".html" or (option in appended and file.suffix == ".jsonl")
-        if here in read or ((here in within or nested) and not kept_there):
-            raise UserError(f"{where}: is a file that this command reads, and would be written over; name another file")
-        if here in taken:
-            raise UserError(f"{where}: is named twice, and one would overwrite the other; name another file")
-        taken.add(here)
+        if identity in read or (nested and not kept_there):
+            raise UserError(f"{where}: this command reads that file and would overwrite it; name another file")
+        if identity in taken:
+            raise UserError(f"{where}: named twice, and one output would overwrite the other; name another file")
+        taken.add(identity)
 
 
 def check_output(file: Path, where: str) -> None:
-    """Raise UserError, which begins with `where`, for what is no regular file, and no name for a new one."""
+    """Raise UserError, beginning with `where`, unless `file` is a regular file or the name of a new one."""
     if file.is_symlink():
         raise UserError(f"{where}: is a link; name the file that it leads to, {printable(file.resolve(), PATH)}")
     if not file.parent.is_dir():
-        raise UserError(f"{where}: there is no folder {printable(file.parent, PATH)}; make it first")
+        raise UserError(f"{where}: folder {printable(file.parent, PATH)} does not exist; create it first")
     if file.is_dir():
         raise UserError(f"{where}: is a folder; name a file")
     if file.exists() and not file.is_file():
@@ -67,12 +63,11 @@ def check_output(file: Path, where: str) -> None:
 
 
 def _identity(file: Path) -> object:
-    """What `file` is, whatever it is called: links to one file are equal."""
+    """Equal for all names of one file."""
     try:
-        found = file.stat()
-    except OSError:  # not there yet
+        return (found := file.stat()).st_dev, found.st_ino
+    except OSError:  # it does not exist yet
         return file.resolve()
-    return found.st_dev, found.st_ino
 
 
 def render(title: str, style: str, body: str) -> str:
@@ -83,16 +78,11 @@ def render(title: str, style: str, body: str) -> str:
             f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style></head>\n<body>\n{body}</body></html>\n")
 
 
-def figure(svg: str, caption: str) -> str:
-    """A figure as HTML; the caption is plain text."""
-    return f"<figure>{svg}\n<figcaption>{escape(caption)}</figcaption></figure>\n"
-
-
 def write(file: Path, text: str | Iterable[str]) -> None:
-    """Write `text`, all of it or nothing, into a regular file. Raises UserError for a link, a device, a folder."""
+    """Write `text` into a regular file, all of it or nothing. Raises UserError for a link, a device or a folder."""
     check_output(file, printable(file, PATH))
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    out = open(partial, "x", encoding="utf-8")  # noqa: SIM115 (what is there already is not ours to delete)
+    out = open(partial, "x", encoding="utf-8")  # noqa: SIM115 (a file that exists is not ours to delete)
     try:
         with out:
             out.writelines([text] if isinstance(text, str) else text)
@@ -102,5 +92,5 @@ def write(file: Path, text: str | Iterable[str]) -> None:
 
 
 def write_json(file: Path, found: object) -> None:
-    """The figures of a command as JSON, for people who read it as well."""
+    """Write the figures of a command as JSON that people can read."""
     write(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")

@@ -1,27 +1,27 @@
-"""A run's figures as one page: what was trained on what, how the losses went, where the time went, what it says now.
+"""A run's figures as one page: its data, its losses, where the time went, what the model says now.
 
-    RUN/ config.toml  data.json  environment.json  metrics.jsonl  status.json  profile/table.txt  ->  RUN/report.html
+    LoggedRun, ...  ->  RUN/report.html
 
-Several runs are overlaid, a colour each. A run that goes on, crashed, was resumed or skipped steps has a page of what
-there is: a section that has nothing to show is left out. Everything from the run is escaped.
+Several runs are overlaid, one colour each. The page of a run that is still going, crashed, was resumed or skipped steps
+shows what there is: a section with nothing to show is left out. Everything from the run is escaped.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
-from itertools import starmap
+from typing import Any
 
 import numpy as np
 
 from minisft.errors import PATH, printable
-from minisft.reports import page as pages
 from minisft.reports.drawing import STYLE as COLOURS
-from minisft.reports.drawing import Curve, Panel, lines, running_mean, shares, window
-from minisft.reports.run_data import data_figures
-from minisft.reports.runs import Run
+from minisft.reports.drawing import Curve, Panel, histogram, lines, running_mean, shares, window
+from minisft.reports.logged_run import LoggedRun, column
+from minisft.reports.page import render
 
 STYLE = COLOURS + """
 h1 { font-size: 1.5rem; margin: 1rem 0 .2rem } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem }
@@ -39,35 +39,35 @@ pre, td.text { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 
 td.text { unicode-bidi: plaintext } .control { color: var(--faint) } .right::after { content: " ✓"; color: var(--c2) }
 summary { cursor: pointer; color: var(--faint) }
 """
-LAST = 10  # steps whose mean is the loss at the end
+LAST = 10  # steps whose mean is the final loss
+
+Runs = Sequence[LoggedRun]
+Figure = tuple[str, str]  # SVG and caption
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Runs) -> str:
     """The whole page as HTML."""
     title = " · ".join(run.name for run in runs)
-    sections = (_summary(runs), _losses(runs), _forgetting(runs), _optimisation(runs), _throughput(runs), _data(runs),
-                _samples(runs), _environment(runs))
-    return pages.render(f"minisft report: {title}", STYLE, f"<h1>{_safe(title)}</h1>\n" + "".join(sections))
+    sections = (_summary, _losses, _forgetting, _optimisation, _throughput, _data, _samples, _environment)
+    body = "".join(section(runs) for section in sections)
+    return render(f"minisft report: {title}", STYLE, f"<h1>{_safe(title)}</h1>\n{body}")
 
 
-# ---- the table at the top --------------------------------------------------------------------------------------------
+def _summary(runs: Runs) -> str:
+    rows: dict[str, Iterable[str]] = {
+        "state": map(_state, runs), "model": map(_model, runs),
+        "data": (_safe(", ".join(run.sources())) for run in runs), "steps": map(_steps, runs),
+        "tokens": (f"{run.total('tokens'):,.0f}, {run.total('target_tokens'):,.0f} of them trained" for run in runs),
+        "training loss": map(_training_loss, runs),
+        **{f"loss on {name}": [_ends(column(run.evals.get(name, []), "loss")) for run in runs]
+           for name in _held_out(runs)},
+        "time in steps": (_duration(run.total("seconds")) for run in runs), "speed": map(_speed, runs),
+        "memory": (f"at most {max(memory):.2f} GiB" if (memory := _finite(run, "memory_gib")).size else ""
+                   for run in runs)}
+    return _table(runs, {name: list(cells) for name, cells in rows.items()})
 
 
-def _summary(runs: Sequence[Run]) -> str:
-    rows = {"state": [_state(run) for run in runs], "model": [_model(run) for run in runs],
-            "data": [_safe(", ".join(run.sources())) for run in runs],
-            "steps": [_steps(run) for run in runs],
-            "tokens": [f"{run.total('tokens'):,.0f}, of which {run.total('target_tokens'):,.0f} trained"
-                       for run in runs],
-            "training loss": [_training_loss(run) for run in runs]}
-    for name in dict.fromkeys(name for run in runs for name in run.evals):
-        rows[f"loss on {name}"] = [_ends(run.evals[name]["loss"]) if name in run.evals else "" for run in runs]
-    rows |= {"time in steps": [_duration(run.total("seconds")) for run in runs],
-             "speed": [_speed(run) for run in runs], "memory": [_memory(run) for run in runs]}
-    return _table(runs, rows)
-
-
-def _state(run: Run) -> str:
+def _state(run: LoggedRun) -> str:
     state, error = str(run.status.get("state", "unknown")), " ".join(str(run.status.get("error") or "").split())
     kind = {"failed": "failed", "dead": "failed", "done": "done"}.get(state, "")
     text = f'<span class="{kind}">{_safe(state)}</span>'
@@ -76,194 +76,202 @@ def _state(run: Run) -> str:
     return text + (f": {_safe(error)}" if error else "")
 
 
-def _model(run: Run) -> str:
-    model, lora = run.config.get("model", {}), run.config.get("lora", {}).get("rank", 0)
+def _model(run: LoggedRun) -> str:
+    model, rank = run.config.get("model", {}), run.config.get("lora", {}).get("rank", 0)
     base = model.get("path") or f"{model.get('config', 'unknown')}, random weights"
-    return _safe(f"{base}{f', LoRA of rank {lora}' if lora else ''}")
+    return _safe(f"{base}, LoRA of rank {rank}" if rank else base)
 
 
-def _steps(run: Run) -> str:
-    skipped = int(sum(record.get("skipped") is True for record in run.train))
-    planned = run.data.get("total_steps")
-    return (f"{run.last_step:,}" + (f" of {planned:,}" if planned else "")
-            + (f', <span class="failed">{skipped:,} skipped</span>' if skipped else ""))
+def _steps(run: LoggedRun) -> str:
+    last, planned = int(run.steps[-1]) if run.train else 0, run.data.get("total_steps")
+    skipped = f', <span class="failed">{run.skipped.sum():,} skipped</span>' if run.skipped.any() else ""
+    return f"{last:,}" + (f" of {planned:,}" if planned else "") + skipped
 
 
-def _training_loss(run: Run) -> str:
-    losses = run.column("loss")
-    losses = losses[np.isfinite(losses)]
-    if not len(losses):
-        return "none yet"
-    return f"{losses[0]:.4f} → {losses[-LAST:].mean():.4f} (mean of the last {min(LAST, len(losses))} steps)"
+def _training_loss(run: LoggedRun) -> str:
+    losses = _finite(run, "loss")
+    return (f"{losses[0]:.4f} → {losses[-LAST:].mean():.4f} (mean of the last {min(LAST, len(losses))} steps)"
+            if losses.size else "none yet")
 
 
-def _ends(values: np.ndarray) -> str:
-    return f"{values[0]:.4f} → {values[-1]:.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+def _ends(losses: np.ndarray) -> str:
+    return " → ".join(f"{loss:.4f}" for loss in (*losses[:1], *losses[1:][-1:]))
 
 
-def _speed(run: Run) -> str:
-    seconds = run.total("seconds")
-    mfu = run.column("mfu")
-    return "" if not seconds else (f"{run.total('tokens') / seconds:,.0f} tokens/s, of which "
-                                   f"{run.total('target_tokens') / seconds:,.0f} trained"
-                                   + (f"; MFU {np.nanmedian(mfu):.1%}" if np.isfinite(mfu).any() else ""))
+def _speed(run: LoggedRun) -> str:
+    seconds, mfu = run.total("seconds"), _finite(run, "mfu")
+    return "" if not seconds else (
+        f"{run.total('tokens') / seconds:,.0f} tokens/s, {run.total('target_tokens') / seconds:,.0f} of them trained"
+        + (f"; MFU {np.median(mfu):.1%}" if mfu.size else ""))
 
 
-def _memory(run: Run) -> str:
-    memory = run.column("memory_gib")
-    return f"{np.nanmax(memory):.2f} GiB at most" if np.isfinite(memory).any() else ""
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(math.floor(seconds / 60), 60)
+    return (f"{seconds:.1f} s" if seconds < 60 else f"{hours} h {minutes} min" if hours else
+            f"{minutes} min {math.floor(seconds % 60)} s")
 
 
-# ---- figures over the steps ------------------------------------------------------------------------------------------
-
-
-def _smoothed(runs: Sequence[Run], name: str) -> list[Curve]:
-    """For each run, the figure `name` of each step, and its running mean."""
-    curves = []
+def _step_panel(title: str, runs: Runs, name: str, *, smooth: bool = True, extra: Sequence[Curve] = (),
+                **options: Any) -> list[Panel]:
+    """Figure `name` of each step, pale, and its running mean; no panel if no run has the figure."""
+    if not any(_finite(run, name).size for run in runs):
+        return []
+    curves = list(extra)
     for i, run in enumerate(runs):
-        values = run.column(name)
         raw, mean = ("each step", "running mean") if len(runs) == 1 else ("", run.name)
-        curves += [Curve(raw, run.steps, values, i, "raw"),
-                   Curve(mean, run.steps, running_mean(values, window(len(values))), i)]
-    return curves
+        x, y = run.steps, run.column(name)
+        curves += [Curve(raw, x, y, i, "raw"), Curve(mean, x, running_mean(y, window(len(y)) if smooth else 1), i)]
+    return [Panel(title, curves, **options)]
 
 
-def _present(runs: Sequence[Run], name: str) -> bool:
-    return any(np.isfinite(run.column(name)).any() for run in runs)
-
-
-def loss_panels(runs: Sequence[Run]) -> list[Panel]:
-    """The training loss, then the held-out losses."""
-    panels = [Panel("training loss", _smoothed(runs, "loss"))] if _present(runs, "loss") else []
-    return panels + eval_panels(runs, "loss", "loss on {}")
-
-
-def eval_panels(runs: Sequence[Run], figure: str, title: str) -> list[Panel]:
-    """A panel for each held-out source that has `figure`."""
+def _eval_panels(title: str, runs: Runs, name: str) -> list[Panel]:
+    """A panel for each held-out source that has figure `name`."""
     panels = []
-    for name in dict.fromkeys(name for run in runs for name in run.evals):
-        with_it = [(i, run.name, run.evals[name]) for i, run in enumerate(runs)
-                   if name in run.evals and np.isfinite(run.evals[name][figure]).any()]
-        curves = [Curve(label if len(runs) > 1 else "held-out", found["step"], found[figure], i, "points")
-                  for i, label, found in with_it]
-        panels += [Panel(title.format(name), curves)] if curves else []
+    for source in _held_out(runs):
+        found = [(i, run, column(run.evals[source], name)) for i, run in enumerate(runs) if source in run.evals]
+        curves = [Curve(run.name if len(runs) > 1 else "held-out", column(run.evals[source], "step"), y, i, "points")
+                  for i, run, y in found if np.isfinite(y).any()]
+        panels += [Panel(title.format(source), curves)] if curves else []
     return panels
 
 
-def _losses(runs: Sequence[Run]) -> str:
-    panels = loss_panels(runs)
-    mean = " or ".join(sorted({f"{window(len(run.train))}" for run in runs}, key=int))
-    return _section("Loss", [
-        (lines(panels), f"Nats a trained token; the strong line is a mean over {mean} steps. Look for a "
-         "training loss that falls while a held-out one turns upward: from there on the run learns by heart.")
-    ] if panels else [], empty="No step has been logged yet.")
+def loss_panels(runs: Runs) -> list[Panel]:
+    """The training loss, then the held-out losses."""
+    return [*_step_panel("training loss", runs, "loss"), *_eval_panels("loss on {}", runs, "loss")]
 
 
-def forgetting_panels(runs: Sequence[Run]) -> list[Panel]:
-    """What each general text's loss rose by, and the bound."""
-    bounds = {run.config.get("eval", {}).get("forgetting_bound") for run in runs}
-    levels = {f"eval.forgetting_bound = {bound:g}": bound for bound in sorted(
-        bound for bound in bounds if isinstance(bound, int | float) and bound)}
-    return [replace(panel, levels=levels) for panel in eval_panels(runs, "forgetting", "rise of the loss on {}")]
+def forgetting_panels(runs: Runs) -> list[Panel]:
+    """How much the loss on each general text has risen, and the bound."""
+    bounds = {run.config.get("eval", {}).get("forgetting_bound") for run in runs} - {None, 0}
+    levels = {f"eval.forgetting_bound = {bound:g}": bound for bound in sorted(bounds)}
+    return [replace(panel, levels=levels) for panel in _eval_panels("rise of the loss on {}", runs, "forgetting")]
 
 
-def _forgetting(runs: Sequence[Run]) -> str:
-    panels = forgetting_panels(runs)
-    return _section("Forgetting", [
-        (lines(panels), "Nats a token on general text, above what they were before the first step. Look for where the "
-         "curve levels off, and whether it stays below the bound, if there is one.")] if panels else [])
+def _losses(runs: Runs) -> str:
+    mean = " or ".join(map(str, sorted({window(len(run.train)) for run in runs})))
+    figures = _drawn(loss_panels(runs), f"Nats per trained token; the strong line is a mean over {mean} steps. Look "
+                     "for a training loss that falls while a held-out loss rises: from there on the run memorises.")
+    return _section("Loss", figures) or "<h2>Loss</h2>\n<p>No step has been logged yet.</p>\n"
 
 
-def _optimisation(runs: Sequence[Run]) -> str:
-    panels = [Panel("learning rate", [Curve(run.name if len(runs) > 1 else "", run.steps, run.column("lr"), i)
-                                       for i, run in enumerate(runs)])] if _present(runs, "lr") else []
-    if _present(runs, "grad_norm"):
-        clips = {run.config.get("optim", {}).get("clip_norm") for run in runs} - {None, 0}
-        skipped = [Curve("skipped step", run.steps[run.skipped], np.full(run.skipped.sum(), _floor(run)), i, "crosses")
-                   for i, run in enumerate(runs) if run.skipped.any()]
-        panels.append(Panel("gradient norm", [*_smoothed(runs, "grad_norm"), *skipped],
-                            {f"optim.clip_norm = {clip:g}": clip for clip in sorted(clips)}, log=True))
-    return _section("Learning rate and gradient", [
-        (lines(panels), "The norm is that before clipping, on a logarithmic scale. Look for peaks long after warmup: "
-         "a rate that is too high, or documents unlike the others (crosses are steps that were skipped, and "
-         "metrics.jsonl names their documents).")] if panels else [])
+def _forgetting(runs: Runs) -> str:
+    return _section("Forgetting", _drawn(
+        forgetting_panels(runs), "Nats per token on general text, above the loss before the first step. Look for where "
+        "the curve levels off, and whether it stays below the bound, if there is one."))
 
 
-def _floor(run: Run) -> float:
-    """Where the mark of a skipped step stands, which has no norm of its own: the least of the others."""
-    norms = run.column("grad_norm")
-    return float(np.nanmin(norms)) if np.isfinite(norms).any() else 1.0
+def _optimisation(runs: Runs) -> str:
+    clips = {run.config.get("optim", {}).get("clip_norm") for run in runs} - {None, 0}
+    # A skipped step has no norm of its own: its mark stands at the smallest of the others.
+    skipped = [Curve("skipped step", run.steps[run.skipped],
+                     np.full(run.skipped.sum(), min(_finite(run, "grad_norm"), default=1.0)), i, "crosses")
+               for i, run in enumerate(runs) if run.skipped.any()]
+    panels = [*_step_panel("learning rate", runs, "lr", smooth=False),
+              *_step_panel("gradient norm", runs, "grad_norm", extra=skipped, log=True,
+                           levels={f"optim.clip_norm = {clip:g}": clip for clip in sorted(clips)})]
+    return _section("Learning rate and gradient", _drawn(
+        panels, "The norm before clipping, on a logarithmic scale. Look for peaks long after warmup: the learning rate "
+        "is too high, or some documents are unlike the others (crosses are skipped steps; metrics.jsonl names their "
+        "documents)."))
 
 
-# ---- throughput ------------------------------------------------------------------------------------------------------
-
-
-def _throughput(runs: Sequence[Run]) -> str:
-    runs = [run for run in runs if run.total("seconds")]
-    figures = []
-    if runs:
-        panels = [Panel("tokens per second", _smoothed(runs, "tokens_per_second")),
-                  Panel("seconds per step", _smoothed(runs, "seconds"), log=True)]
-        if _present(runs, "mfu"):
-            panels.append(Panel("share of the GPUs' peak (MFU)", _smoothed(runs, "mfu"), percent=True))
-        figures = [(lines(panels), "Look for steps that are slow at regular distances (checkpoints, which the next "
-                    "step pays for) and for a pace that sinks."),
-                   (shares({run.name: time_shares(run) for run in runs}),
-                    "Where the time went. A step's own pace is the median step; what slower steps took beyond it is "
+def _throughput(runs: Runs) -> str:
+    figures: list[Figure] = []
+    if timed := [run for run in runs if run.total("seconds")]:
+        panels = [*_step_panel("tokens per second", timed, "tokens_per_second"),
+                  *_step_panel("seconds per step", timed, "seconds", log=True),
+                  *_step_panel("share of the GPUs' peak (MFU)", timed, "mfu", percent=True)]
+        figures = [*_drawn(panels, "Look for slow steps at regular intervals (checkpoints, which the next step pays "
+                           "for) and for a speed that falls."),
+                   (shares({run.name: time_shares(run) for run in timed}),
+                    "Where the time went. A normal step takes the median time; what slower steps took beyond it is "
                     "waiting: warm-up, checkpoints, a disk or a neighbour.")]
-        packed = {run.name: parts for run in runs if (parts := token_shares(run))}
-        if packed:
-            figures.append((shares(packed), "Where the room of the packs went. Context is read and not trained; the "
-                            "empty part costs nothing but evenness, since nothing is padded unless layers are "
-                            "compiled."))
-    profiles = "".join(f"<details><summary>Profile of {_safe(run.name)}: time by kind of work</summary>"
-                       f"<pre>{escape(run.profile)}</pre></details>\n" for run in runs if run.profile)
-    return _section("Throughput and its losses", figures) + profiles
+        if packed := {run.name: parts for run in timed if (parts := token_shares(run))}:
+            figures.append((shares(packed), "Where the room in the packs went. Context is read but not trained; empty "
+                            "room only makes the steps less even, since nothing is padded unless layers are compiled."))
+    return _section("Throughput and its losses", figures) + "".join(
+        _details(f"Profile of {run.name}: time by kind of work", run.profile) for run in runs)
 
 
-def time_shares(run: Run) -> dict[str, float]:
+def time_shares(run: LoggedRun) -> dict[str, float]:
     """The logged time by what it was spent on."""
-    seconds = run.column("seconds")
-    seconds = seconds[np.isfinite(seconds)]
+    seconds = _finite(run, "seconds")
     pace = float(np.minimum(seconds, np.median(seconds)).sum())
-    evaluation = sum(float(np.nansum(found["seconds"])) for found in run.evals.values())
+    evaluation = sum(float(np.nansum(column(records, "seconds"))) for records in run.evals.values())
     parts = {"steps at their pace": pace, "steps beyond it": float(seconds.sum()) - pace,
              "held-out losses": evaluation}
     return {name: part / sum(parts.values()) for name, part in parts.items()}
 
 
-def token_shares(run: Run) -> dict[str, float]:
-    """The room of the packs by what lay in it; nothing where the number of steps in an epoch is not known."""
+def token_shares(run: LoggedRun) -> dict[str, float]:
+    """The room in the packs by what filled it; empty if the number of steps in an epoch is not known."""
     per_epoch = run.data.get("steps_per_epoch")
     if not (per_epoch and run.train):
         return {}
     step = (run.steps.astype(int) - 1) % per_epoch  # in its epoch, over whose steps the packs are spread evenly
     first, last = (-(-(step + i) * run.data["packs"] // per_epoch) for i in (0, 1))
-    room = float((last - first).sum()) * run.data["seq_len"]
     tokens, trained = run.total("tokens"), run.total("target_tokens")
-    room = max(room, tokens, 1)  # a later epoch can have a pack more than the first
+    # A later epoch can have a pack more than the first.
+    room = max(float((last - first).sum()) * run.data["seq_len"], tokens, 1)
     return {"trained": trained / room, "context": (tokens - trained) / room, "empty": 1 - tokens / room}
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def _data(runs: Sequence[Run]) -> str:
-    """The data of each run, once for those that share them."""
-    parts, seen = [], []
-    for run in runs:
-        if run.data and run.data not in seen:
-            seen.append(run.data)
+def _data(runs: Runs) -> str:
+    """The data of each run, once for runs that share them."""
+    parts = []
+    for i, run in enumerate(runs):
+        if run.data and run.data not in [other.data for other in runs[:i]]:
             heading = f"<h3>{_safe(run.name)}</h3>\n" if len(runs) > 1 else ""
-            parts.append(heading + data_figures(run))
+            pair = _figures([*_by_length(run.data), *_by_fill(run.data)])
+            mixture = _figures([*_first_epoch(run.data), *_sources_over_steps(run)])
+            parts.append(f'{heading}<div class="pair">{pair}</div>\n{mixture}')
     return f"<h2>Data</h2>\n{''.join(parts)}" if parts else ""
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+def _by_length(data: dict[str, Any]) -> list[Figure]:
+    buckets = data["lengths"]
+    full = [i for i, bucket in enumerate(buckets) if bucket["kept"] + bucket["too_long"]]
+    if not full:
+        return []
+    buckets = buckets[full[0] : full[-1] + 1]
+    counts: dict[str, Sequence[int]] = {"kept": [bucket["kept"] for bucket in buckets]}
+    if any(bucket["too_long"] for bucket in buckets):
+        counts["cut" if data["overlong"] == "truncate" else "left out"] = [b["too_long"] for b in buckets]
+    return [(histogram("documents by length", [f"≤{b['to']:,}" for b in buckets], counts, xlabel="tokens"),
+             f"Look for documents longer than data.seq_len = {data['seq_len']:,}.")]
 
 
-def _samples(runs: Sequence[Run]) -> str:
-    """Each question once, with what every run answered before its first step and after its last."""
+def _by_fill(data: dict[str, Any]) -> list[Figure]:
+    fill = data.get("pack_fill", [])
+    first = next((i for i, packs in enumerate(fill) if packs), len(fill))
+    labels = [f"≤{100 * (i + 1) // len(fill)}%" for i in range(first, len(fill))]
+    return [(histogram("packs by fill", labels, {"packs": fill[first:]}, xlabel="share of the room"),
+             f"{data['packs']:,} packs in the first epoch, {data['packing_efficiency']:.1%} full. Look for a tail on "
+             "the left: documents that fit together badly.")] if labels else []
+
+
+def _first_epoch(data: dict[str, Any]) -> list[Figure]:
+    """Each source's share, if there are several."""
+    sources = [*data["train"], *data["replay"]]
+    kinds = {"documents": "documents", "tokens": "tokens", "trained tokens": "target_tokens"}
+    rows = {f"{what} {(total := data[f'epoch_{key}']):,}":
+            {source["name"]: source["epoch"][key] / max(total, 1) for source in sources} for what, key in kinds.items()}
+    return [(shares(rows), "Each source's share of the first epoch. Look for a share of the trained tokens, which the "
+             "loss weighs, that is not what you meant.")] if len(sources) > 1 else []
+
+
+def _sources_over_steps(run: LoggedRun) -> list[Figure]:
+    names = list(dict.fromkeys(name for record in run.train for name in record.get("sources", {})))
+    counts = np.array([[record.get("sources", {}).get(name, 0) for name in names] for record in run.train], float)
+    parts = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)  # (steps, sources)
+    curves = [Curve(name, run.steps, running_mean(parts[:, i], window(len(parts))), i) for i, name in enumerate(names)]
+    panels = [Panel("share of trained tokens, running mean", curves, percent=True)] if curves else []
+    return _drawn(panels, "Look for sources that come and go: the mixture should stay the same from the first step to "
+                  "the last.")
+
+
+def _samples(runs: Runs) -> str:
+    """Each question once, with every run's answers before its first step and after its last."""
     asked: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
     for run in runs:
         for record in run.samples:
@@ -275,11 +283,10 @@ def _samples(runs: Sequence[Run]) -> str:
     html = ""
     for (name, prompt), said in asked.items():
         rows = "".join(f'<tr><th>{_safe(who)}</th><td class="text{" right" * right}">{_text(text)}</td></tr>\n'
-                       for who, text, right in said)
-        html += (f'<div class="wide"><table><tr><th>{_safe(name)}</th><td class="text">{_text(prompt)}</td></tr>\n'
-                 f"{rows}</table></div><br>\n")
+                       for who, text, right in ((name, prompt, False), *said))
+        html += f'<div class="wide"><table>{rows}</table></div><br>\n'
     return (f"<h2>Answers before and after</h2>\n<p>Held-out questions, answered greedily. A tick marks an answer that "
-            f"is word for word the expected one.</p>\n{html}" if html else "")
+            f"is exactly the expected one.</p>\n{html}" if html else "")
 
 
 def _text(text: str) -> str:
@@ -287,46 +294,57 @@ def _text(text: str) -> str:
     return re.sub(r"&lt;\|[^|&\n]*+\|&gt;", r'<span class="control">\g<0></span>', escape(text.strip()))
 
 
-def _environment(runs: Sequence[Run]) -> str:
+def _environment(runs: Runs) -> str:
     rows: dict[str, list[str]] = {}
     for i, run in enumerate(runs):
         for name, value in run.environment.items():
-            value = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-            value = (", ".join(f"{value.count(each)} × {each}" for each in dict.fromkeys(map(str, value)))
-                     if isinstance(value, list) else value)
+            if isinstance(value, dict):
+                value = ", ".join(f"{k} {v}" for k, v in value.items())
+            if isinstance(value, list):
+                value = ", ".join(f"{count} × {each}" for each, count in Counter(map(str, value)).items())
             if value not in (None, ""):
-                rows.setdefault(name, [""] * len(runs))[i] = _safe(str(value))
-    configurations = "".join(f"<details><summary>Configuration of {_safe(run.name)}</summary><pre>"
-                             f"{escape(run.configuration)}</pre></details>\n" for run in runs if run.configuration)
-    table = _table(runs, rows) if rows else ""
-    return f"<h2>Environment</h2>\n{table}{configurations}" if table or configurations else ""
+                rows.setdefault(name, [""] * len(runs))[i] = _safe(value)
+    table = (_table(runs, rows) if rows else "") + "".join(
+        _details(f"Configuration of {run.name}", run.config_text) for run in runs)
+    return f"<h2>Environment</h2>\n{table}" if table else ""
 
 
-# ---- HTML ------------------------------------------------------------------------------------------------------------
+def _finite(run: LoggedRun, name: str) -> np.ndarray:
+    """(m,) the values of a figure, without gaps."""
+    values = run.column(name)
+    return values[np.isfinite(values)]
 
 
-def _table(runs: Sequence[Run], rows: dict[str, list[str]]) -> str:
+def _held_out(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.evals))
+
+
+def _table(runs: Runs, rows: dict[str, list[str]]) -> str:
     """A row for each figure, a column for each run; cells are HTML, names are not."""
-    head = "".join(f'<th><span class="key" style="--k: var(--c{i % 6})">{_safe(run.name)}</span></th>'
-                   for i, run in enumerate(runs)) if len(runs) > 1 else ""
-    head = f"<thead><tr><th></th>{head}</tr></thead>" if head else ""
+    names = "".join(f'<th><span class="key" style="--k: var(--c{i % 6})">{_safe(run.name)}</span></th>'
+                    for i, run in enumerate(runs))
+    head = f"<thead><tr><th></th>{names}</tr></thead>" if len(runs) > 1 else ""
     body = "".join(f"<tr><th>{_safe(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
                    for name, cells in rows.items() if any(cells))
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>\n'
 
 
-def _section(title: str, figures: list[tuple[str, str]], *, empty: str = "") -> str:
-    content = "".join(starmap(pages.figure, figures)) or (f"<p>{empty}</p>\n" if empty else "")
-    return f"<h2>{title}</h2>\n{content}" if content else ""
+def _details(title: str, text: str) -> str:
+    return f"<details><summary>{_safe(title)}</summary><pre>{escape(text)}</pre></details>\n" if text else ""
+
+
+def _drawn(panels: list[Panel], caption: str) -> list[Figure]:
+    return [(lines(panels), caption)] if panels else []
+
+
+def _figures(figures: Sequence[Figure]) -> str:
+    return "".join(f"<figure>{svg}\n<figcaption>{escape(caption)}</figcaption></figure>\n" for svg, caption in figures)
+
+
+def _section(title: str, figures: Sequence[Figure]) -> str:
+    return f"<h2>{title}</h2>\n{_figures(figures)}" if figures else ""
 
 
 def _safe(name: object) -> str:
-    """A name, or another line that was written elsewhere, as HTML."""
+    """A name, or another line from outside, as HTML."""
     return escape(printable(name, PATH))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(math.floor(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {math.floor(seconds % 60)} s"

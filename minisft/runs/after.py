@@ -21,8 +21,7 @@ from minisft.runs.metrics import Monitor
 from minisft.runs.preemption import Preemption
 from minisft.runs.run_dir import read_log
 from minisft.training import parallel, provenance
-from minisft.training.adapter import export_adapter
-from minisft.training.export import export
+from minisft.training.export import export, export_adapter
 
 Done = frozenset[tuple[str, str]]  # ("eval", name), ("sample", ""), ("export", "")
 
@@ -110,19 +109,17 @@ def export_as(run: Run, folder: Path, *, adapter: str, step: int) -> None:
     if adapters := adapters_of(config):
         parallel.reshard(model)
         export_adapter(model, adapters, prepared.renderer, folder.with_name(adapter),
-                       base=str(Path(config.model.path).absolute()), leads=world.is_main)
+                       base=str(Path(config.model.path).absolute()), is_main=world.is_main)
     record = record_of_model(run, figures(prepared), step=step, log=read_log(run.folder)) if world.is_main else None
-    export(model, model.config, prepared.renderer, folder, leads=world.is_main, dtype=DTYPES[config.train.precision],
-           record=record)
+    export(model, prepared.renderer, folder, dtype=DTYPES[config.train.precision], record=record)
 
 
 def record_of_model(run: Run, data: dict[str, Any], *, step: int, log: list[dict[str, Any]]) -> dict[str, Any]:
     """`training.json` of the model after `step` of a run with this `log`; `data` are the figures of its data."""
-    config = run.config
-    return provenance.training_record(
-        run.base.record, recipe=config_io.to_toml(config), seed=config.train.seed, ranks=run.world.ranks,
-        data={use: data[use] for use in ("train", "replay", "eval", "general")}, log=log, step=step,
-        total_steps=run.prepared.plan.total_steps, history=run.history)
+    known = {**run.base.record, "ranks": run.world.ranks, "recipe": config_io.to_toml(run.config),
+             "seed": run.config.train.seed, "total_steps": run.prepared.plan.total_steps, "history": run.history}
+    return provenance.training_record(known, data={use: data[use] for use in ("train", "replay", "eval", "general")},
+                                      log=log, step=step)
 
 
 def is_due(step: int, every: int) -> bool:

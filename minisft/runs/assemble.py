@@ -134,7 +134,7 @@ def open_base(config: Config, prepared: Prepared) -> Base:
     check_vocabulary(prepared, network)
     if config.eval.samples:
         heldout_questions(prepared.evals, config.eval.samples)  # raises if there are none
-    return Base(network, checkpoint, provenance.beginnings(config.model.path if checkpoint else ""))
+    return Base(network, checkpoint, provenance.start_record(config.model.path if checkpoint else ""))
 
 
 def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Run:

@@ -33,8 +33,8 @@ from minisft.runs.preemption import Preemption, Stopped
 from minisft.runs.run_dir import RunDir, read_log
 from minisft.training import parallel
 from minisft.training.checkpoint import SavedState, Saver, saved_checkpoints, set_aside
-from minisft.training.environment import environment
 from minisft.training.export import try_export
+from minisft.training.provenance import environment
 from minisft.training.loop import StepResult, training_steps
 from minisft.training.loss import batch_loss
 from minisft.training.profile import profiled

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minisft.errors import UserError
-from minisft.reports.shapes import is_number, misfit
+from minisft.reports.logged_run import is_number, misfit
 
 # Fields that a run needs when it resumes and records its model; the loss may also be null.
 SHAPES = {"train": {"step": int, "tokens": int, "target_tokens": int, "seconds": float},

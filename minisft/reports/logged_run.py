@@ -1,0 +1,191 @@
+"""A run folder as its reader sees it, in whatever state the run is.
+
+    config.toml  data.json  environment.json  metrics.jsonl  status.json  profile/table.txt  ->  LoggedRun
+
+Each file is checked against the part of it that a page shows:
+
+    {"packs": int, "pack_fill?": [int], "train": [{"name": str}]}      "?": may be missing; other fields are ignored
+
+    misfit({"packs": 3, "train": [{"name": "a"}, {"name": 7}]}, ...)  ->  "train[1].name is 7, expected text"
+"""
+
+import fcntl
+import json
+import os
+import reprlib
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import starmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minisft.errors import PATH, UserError, printable
+
+SOURCE = {"name": str, "epoch": {"documents": int, "tokens": int, "target_tokens": int}}
+DATA = {"seq_len": int, "overlong": str, "lengths": [{"to": int, "kept": int, "too_long": int}], "packs": int,
+        "packing_efficiency": float, "pack_fill?": [int], "packs_per_step?": int, "steps_per_epoch?": int,
+        "total_steps?": int, "train": [SOURCE], "replay": [SOURCE], "epoch_documents": int, "epoch_tokens": int,
+        "epoch_target_tokens": int}
+CONFIG = {"model?": {}, "data?": {}, "lora?": {"rank?": int}, "optim?": {"clip_norm?": float},
+          "eval?": {"forgetting_bound?": float}}
+KINDS = {dict: "an object", list: "a list", int: "a whole number", float: "a number", str: "text"}
+LARGEST = 2**53  # fp64 skips whole numbers beyond it, and no figure of a run is as large
+
+Record = dict[str, Any]
+
+
+def is_number(value: Any) -> bool:
+    """True for a number that a figure may have: not NaN, not infinite, not beyond LARGEST."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def misfit(value: Any, shape: Any, where: str = "") -> str:
+    """The first place where `value`, read from JSON or TOML, does not match `shape`; "" if it matches."""
+    kind = shape if isinstance(shape, type) else type(shape)
+    if not (is_number(value) and isinstance(value, int | kind) if kind in (int, float) else isinstance(value, kind)):
+        return f"{where or 'it'} is {reprlib.repr(value)}, expected {KINDS[kind]}"
+    parts: list[tuple[Any, Any, str]] = []
+    if kind is dict:
+        if missing := next((key for key in shape if key[-1] != "?" and key not in value), ""):
+            return f"{missing} is missing" + (f" in {where}" if where else "")
+        parts = [(value[key], inner, f"{where}.{key}".lstrip(".")) for name, inner in shape.items()
+                 if (key := name.removesuffix("?")) in value]
+    elif kind is list:
+        parts = [(item, shape[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    return next(filter(None, starmap(misfit, parts)), "")
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a run wrote. A missing file is empty here; records are in the order of their steps."""
+
+    name: str
+    config: Record
+    config_text: str
+    data: Record  # data_report.figures
+    environment: Record
+    status: Record
+    train: list[Record]
+    evals: dict[str, list[Record]]  # by held-out source
+    samples: list[Record]
+    profile: str
+    written: float  # when the log last changed, in seconds since 1970
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """(n,) the logged steps, from 1."""
+        return self.column("step")
+
+    @cached_property
+    def skipped(self) -> np.ndarray:
+        """(n,) bool: the steps skipped because their gradient was not finite."""
+        return np.array([record.get("skipped") is True for record in self.train], dtype=bool)
+
+    def column(self, name: str) -> np.ndarray:
+        """(n,) one figure of each step; NaN where it is missing."""
+        return column(self.train, name)
+
+    def total(self, name: str) -> float:
+        """The sum of a figure over the steps."""
+        return float(np.nansum(self.column(name)))
+
+    def sources(self) -> list[str]:
+        """The names of the sources that the run trained on."""
+        known = [source["name"] for source in (*self.data.get("train", ()), *self.data.get("replay", ()))]
+        configured = self.config.get("data", {}).get("train", [])
+        return known or [Path(str(source.get("path", "") if isinstance(source, dict) else source)).stem
+                         for source in (configured if isinstance(configured, list) else [configured])]
+
+
+def column(records: list[Record], name: str) -> np.ndarray:
+    """(n,) one figure of each record; NaN where it is missing, null or not a number."""
+    values = (record.get(name) for record in records)
+    return np.array([value if is_number(value) else np.nan for value in values], dtype=float)
+
+
+def read_runs(paths: list[Path]) -> list[LoggedRun]:
+    """The runs in the folders `paths`, with different names. Raises UserError for a folder without a run."""
+    short = [printable(path.resolve().name) for path in paths]
+    names = short if len(set(short)) == len(short) else [printable(path, PATH) for path in paths]
+    if len(set(names)) < len(names):
+        raise UserError(f"a run is named twice: {', '.join(names)}; name each folder once")
+    return list(starmap(_read_run, zip(paths, names, strict=True)))
+
+
+def _read_run(path: Path, name: str) -> LoggedRun:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; name the folder of a run (run.dir)")
+    if not any((path / file).exists() for file in ("status.json", "metrics.jsonl", "config.toml")):
+        raise UserError(f"{path}: not a run folder (no status.json, metrics.jsonl or config.toml); name the folder of "
+                        "a run (run.dir)")
+    config = _read(path / "config.toml", CONFIG)
+    kinds: dict[str, dict[tuple[int, str, str], Record]] = {"train": {}, "eval": {}, "sample": {}}
+    for record in _records(log := path / "metrics.jsonl"):  # a step that was repeated replaces the earlier one
+        key = (record["step"], str(record.get("name")), str(record.get("prompt")))
+        kinds.get(str(record.get("kind")), {})[key] = record
+    train, evals, samples = (sorted(found.values(), key=lambda record: record["step"]) for found in kinds.values())
+    by_source: dict[str, list[Record]] = {}
+    for record in evals:
+        by_source.setdefault(str(record.get("name")), []).append(record)
+    return LoggedRun(name, config, _text(path / "config.toml"), _read(path / "data.json", DATA),
+                     _read(path / "environment.json", {}), _status(path), train, by_source, samples,
+                     _text(path / "profile" / "table.txt"), os.stat(log if log.exists() else path).st_mtime)
+
+
+def _status(path: Path) -> Record:
+    """status.json, its state "dead" if the run was killed: it then says "running", but nobody holds the lock."""
+    status = _read(path / "status.json", {})
+    if status.get("state") == "running":
+        try:
+            with open(path / ".lock", "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                status["state"] = "dead"
+        except FileNotFoundError:
+            status["state"] = "dead"
+        except OSError:  # the run holds the lock, or we cannot tell
+            pass
+    return status
+
+
+def _records(log: Path) -> list[Record]:
+    """The records of a log. Its last line may be cut off: the run is writing it, or was killed."""
+    records = []
+    for number, line in enumerate(_text(log).split("\n")[:-1], 1):
+        try:
+            record = _json(line)
+        except (ValueError, RecursionError):
+            record = None
+        if misfit(record, {"step": int, "sources?": {}}) or not all(map(is_number, record.get("sources", {}).values())):
+            raise UserError(f"{log}:{number}: not a metrics record; fix or delete this line: {line[:80]!r}")
+        records.append(record)
+    return records
+
+
+def _read(file: Path, shape: Record) -> Record:
+    """The content of `file`, checked against `shape`; {} if the file is missing or empty."""
+    text, wrong = _text(file), ""
+    try:
+        found = (tomllib.loads if file.suffix == ".toml" else _json)(text) if text else {}
+        wrong = misfit(found, shape) if found != {} else ""
+    except (ValueError, RecursionError) as error:
+        wrong = f"not {file.suffix[1:].upper()} ({error})"
+    if wrong:
+        raise UserError(f"{file}: {wrong}; delete this file to get a report without it")
+    return found
+
+
+def _json(text: str) -> Any:
+    """Raises ValueError or RecursionError for text that is not JSON, or that no page could hold."""
+    found = json.loads(text)
+    if "\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode()  # fails on half of a surrogate pair
+    return found
+
+
+def _text(file: Path) -> str:
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: not a regular file; delete it to get a report without it")
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
