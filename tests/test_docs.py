@@ -1,18 +1,20 @@
-"""The documents stay true: links lead to the lines they name, and commands print what stands below them.
+"""The documents stay true: links lead to what they name, and commands print what stands below them.
 
-    python tests/test_docs.py --fix                       set the line numbers of all links anew
+    python tests/test_docs.py --fix                       follow every symbol to the file that defines it now
     python tests/test_docs.py --record FOLDER [LINE ...]  run the commands of docs/lesson.md (those in LINEs) in FOLDER,
                                                           and write what they print into both lessons
 
-A link names what it leads to: `[loss.py: batch_loss](../minisft/training/loss.py#L49-L56)` must be the lines of
-`batch_loss`. A block ```sh is a command. They run in the order of the documents, in one folder, as a reader runs them;
-a command that stands in two documents runs once. What follows as ```output is compared with what it prints:
+A link into code names a symbol, and no lines, which any edit would move: `[loss.py: batch_loss](../minisft/loss.py)`
+needs a loss.py that defines `batch_loss`.
 
-    ```sh          needs the demo's data alone, and takes a moment
+A block ```sh is a command. Commands run in the order of the documents, in one folder, as a reader runs them; one that
+stands in two documents runs once. The ```output after a command is compared with what it prints:
+
+    ```sh          needs only the demo's data, and takes a moment
     ```sh slow     needs the demo's base model, or trains
-    ```output      is compared as it stands
-    ```output 20%  numbers may be that much off, percentages also by 2 points, and what is quoted may differ: what a
-                   model says hangs on the processor, too
+    ```output      must be equal
+    ```output 20%  numbers may be that much off, percentages also by 2 points, and quoted text may differ, because what
+                   a model says depends on the processor too
     ...            (a line) any lines
 """
 
@@ -33,7 +35,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"), key=lambda file: file.name == "ders.md")]
 ENGLISH, TURKISH = ROOT / "docs/lesson.md", ROOT / "docs/ders.md"
 LINK = re.compile(r"\[(?P<text>[^\]\n]+)\]\((?P<path>[^)#\s]*)(?:#(?P<place>[^)\s]*))?\)")
-NAMED = re.compile(r"`?[\w.-]+: (?P<name>[\w.]+)`?")
+NAMED = re.compile(r"(?P<tick>`?)(?P<file>[\w-]+\.(?:py|toml)): (?P<name>[\w.]+)`?")
+FIX = "python tests/test_docs.py --fix"
 FENCE = re.compile(r"^```(?P<kind>\w*) ?(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?")
 
@@ -41,58 +44,65 @@ NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?")
 # ---- links -----------------------------------------------------------------------------------------------------------
 
 
-def definition(file: Path, name: str) -> tuple[int, int]:
-    """First and last line of a class, function, constant, method or field of a Python file, or of a TOML table."""
+def defines(file: Path, name: str) -> bool:
+    """Tell if a Python file defines a class, function, constant, method or field, or a TOML file a table."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".toml":
-        lines = text.splitlines()
-        first = next(i for i, line in enumerate(lines) if re.match(rf'\[+"?{re.escape(name)}"?\]', line))
-        return first + 1, next((i for i in range(first, len(lines)) if not lines[i].strip()), len(lines))
-    node = ast.parse(text)
+        return re.search(rf'^\[+"?{re.escape(name)}"?\]', text, re.MULTILINE) is not None
+    node: ast.AST | None = ast.parse(text)
     for part in name.split("."):
-        node = next(child for child in ast.iter_child_nodes(node) if part in names(child))
-    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]), node.end_lineno
+        node = next((child for child in ast.iter_child_nodes(node) if part in names(child)), None)
+        if node is None:
+            return False
+    return True
 
 
 def names(node: ast.AST) -> list[str]:
-    """What a statement defines."""
+    """The names that a statement defines."""
     targets = getattr(node, "targets", [getattr(node, "target", None)])
     return [getattr(node, "name", ""), *(target.id for target in targets if isinstance(target, ast.Name))]
 
 
-def wrong_links(file: Path) -> tuple[list[str], str]:
-    """What is wrong with the links of a document, and its text with the lines set right."""
+def home(file: str, name: str, code: Path) -> Path | None:
+    """Find the file below `code` that defines `name`: the only one, or the only one called `file`."""
+    found = [path for suffix in ("py", "toml") for path in code.rglob(f"*.{suffix}") if defines(path, name)]
+    for homes in (found, [path for path in found if path.name == file]):
+        if len(homes) == 1:
+            return homes[0]
+    return None
+
+
+def wrong_links(document: Path, code: Path = ROOT / "minisft") -> tuple[list[str], str]:
+    """Return what is wrong with the links of a document, and its text with everything repaired that can be."""
     wrong: list[str] = []
 
     def checked(link: re.Match) -> str:
         path, place = link["path"], link["place"]
         if path.startswith(("http:", "https:")):
             return link[0]
-        target = file.parent / path if path else file
-        where = f"{file.name}: {link[0]}"
+        target = document.parent / path if path else document
+        where, repaired = f"{document.name}: {link[0]}", link[0]
+        if place is not None and target.suffix != ".md":
+            wrong.append(f"{where}: lines move; name a symbol, as in `loss.py: batch_loss` ({FIX})")
+            repaired = f"[{link['text']}]({path})"
+        if named := NAMED.fullmatch(link["text"]):
+            if target.is_file() and target.name == named["file"] and defines(target, named["name"]):
+                return repaired
+            if not (moved := home(named["file"], named["name"], code)):
+                wrong.append(f"{where}: {path} does not define {named['name']}, and no other file alone does")
+                return repaired
+            moved = Path(os.path.relpath(moved, document.parent))
+            wrong.append(f"{where}: {named['name']} is in {moved.as_posix()} ({FIX})")
+            return f"[{named['tick']}{moved.name}: {named['name']}{named['tick']}]({moved.as_posix()})"
         if not target.exists():
-            wrong.append(f"{where}: there is no such file")
-        elif place is None:
-            pass
-        elif target.suffix == ".md":
+            wrong.append(f"{where}: no such file")
+        elif place is not None and target.suffix == ".md":
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             if place not in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}:
-                wrong.append(f"{where}: there is no such heading")
-        elif not (named := NAMED.fullmatch(link["text"])):
-            wrong.append(f"{where}: a link to lines names what is there, as in `loss.py: batch_loss`")
-        else:
-            try:
-                first, last = definition(target, named["name"])
-            except StopIteration:
-                wrong.append(f"{where}: there is no {named['name']} in {path}")
-                return link[0]
-            lines = f"L{first}-L{last}" if last > first else f"L{first}"
-            if place != lines:
-                wrong.append(f"{where}: it stands at {lines} (python tests/test_docs.py --fix)")
-            return link[0].replace(f"#{place}", f"#{lines}")
-        return link[0]
+                wrong.append(f"{where}: no such heading")
+        return repaired
 
-    return wrong, LINK.sub(checked, file.read_text(encoding="utf-8"))
+    return wrong, LINK.sub(checked, document.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
@@ -101,7 +111,7 @@ def test_links_lead_to_what_they_name(file):
 
 
 def test_the_two_languages_lead_to_the_same_places_and_run_the_same_commands():
-    """They are written apart from each other, but neither may leave out what the other has."""
+    """They are written independently, but neither may leave out what the other has."""
     places = [{(link["path"], link["text"]) for link in LINK.finditer(file.read_text(encoding="utf-8"))
                if link["path"].startswith("../minisft")} for file in (ENGLISH, TURKISH)]
     assert places[0] == places[1]
@@ -128,7 +138,7 @@ class Block:
 
 
 def blocks(file: Path) -> list[Block]:
-    """The commands of a document in order, each with the output that follows it."""
+    """Return the commands of a document in order, each with the output that follows it."""
     text, found = file.read_text(encoding="utf-8"), []
     for fence in FENCE.finditer(text):
         if fence["kind"] == "sh":
@@ -144,7 +154,7 @@ def blocks(file: Path) -> list[Block]:
 
 
 def run(command: str, folder: Path) -> str:
-    """What a command prints to standard output, on a CPU, in a folder that looks like the repository."""
+    """Run a command on a CPU, in a folder that looks like the repository; returns its standard output."""
     for name in ("train.py", "minisft", "docs"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
@@ -163,7 +173,7 @@ def run(command: str, folder: Path) -> str:
 
 
 def differences(expected: str, printed: str, tolerance: float) -> str:
-    """How `printed` differs from `expected`, by the rules above; empty where it does not."""
+    """Return how `printed` differs from `expected` by the rules above; empty if it does not."""
     pattern = []
     for line in expected.splitlines(keepends=True):
         if line == "...\n":
@@ -172,7 +182,7 @@ def differences(expected: str, printed: str, tolerance: float) -> str:
         if not tolerance:
             pattern.append(re.escape(line))
             continue
-        for part in re.split(r"('[^'\n]*(?:'\w[^'\n]*)*')", line):  # what is quoted; an apostrophe within a word is not
+        for part in re.split(r"('[^'\n]*(?:'\w[^'\n]*)*')", line):  # a quoted text; an apostrophe within a word is none
             literal = NUMBER.split(part)
             pattern.append(r"'.*'" if part.startswith("'") else r"\s*(\S+?)\s*".join(
                 r"\s+".join(map(re.escape, re.split(r"\s+", text))) for text in literal))
@@ -184,7 +194,7 @@ def differences(expected: str, printed: str, tolerance: float) -> str:
 
 
 def near(expected: str, printed: str, tolerance: float) -> bool:
-    """Whether two written numbers are within `tolerance` of the larger, one in the last place or 2% apart."""
+    """Tell if two written numbers differ by `tolerance` of the larger, one in the last place, or 2 points at most."""
     if not NUMBER.fullmatch(printed) or expected.endswith("%") != printed.endswith("%"):
         return False
     a, b = (float(text.rstrip("%").replace(",", "")) for text in (expected, printed))
@@ -201,7 +211,7 @@ def check(block: Block, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The demo's data and, in the base model's place, a folder with its tokenizer and shape."""
+    """The demo's data and, instead of the base model, a folder with its tokenizer and shape."""
     from minisft.demo.demo_run import COUNTRIES, write_world
 
     folder = tmp_path_factory.mktemp("docs")
@@ -213,7 +223,7 @@ def world(tmp_path_factory):
 
 
 def once(all_blocks: list[Block]) -> list[Block]:
-    """Without the commands that an earlier block has too, with the same output."""
+    """Drop the blocks whose command and output an earlier block has too."""
     return list({(block.command, block.expected): block for block in reversed(all_blocks)}.values())[::-1]
 
 
@@ -227,7 +237,7 @@ def test_a_quick_command_prints_what_the_document_says(block, world):
 
 @pytest.mark.slow
 def test_all_commands_print_what_the_documents_say(tmp_path):
-    """A quarter of an hour: the demo, and what the lesson trains besides it."""
+    """A quarter of an hour: the demo, and what else the lesson trains."""
     for block in once(ALL):
         check(block, tmp_path)
 
@@ -255,19 +265,24 @@ def test_outputs_are_compared_as_told(expected, printed, tolerance, same):
     assert (differences(expected, printed, tolerance) == "") == same
 
 
-def test_a_link_to_other_lines_is_found_and_set_right(tmp_path):
-    (tmp_path / "a.py").write_text("import os\n\n\nclass A:\n    x: int = 1\n\n    @property\n    def f(self):\n"
-                                   "        return 1\n")
+def test_a_link_to_a_symbol_that_moved_is_found_and_repaired(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.py").write_text("class A:\n    x: int = 1\n\n    def f(self):\n        return 1\n")
+    (tmp_path / "b" / "c.py").write_text("K = 3\n\n\ndef twice(): ...\n")
+    (tmp_path / "d.py").write_text("def twice(): ...\n")
     (tmp_path / "t.toml").write_text('[a]\nx = 1\n\n["b.c"] # here\ny = 1\nz = 2\n')
     doc = tmp_path / "doc.md"
-    doc.write_text("# A head: line\n[`a.py: A.f`](a.py#L1) [t.toml: b.c](t.toml#L4-L6) [a.py: B](a.py#L1) [x](a.py#L1) "
+    doc.write_text("# A head: line\n[`a.py: A.f`](a.py) [t.toml: b.c](t.toml) [`a.py: A.x`](a.py#L1-L2) "
+                   "[K.py: K](a.py) [c.py: twice](c.py) [e.py: twice](d.py) [a.py: B](a.py) "
                    "[y](#a-head-line) [z](b.py) [w](#b)")
-    wrong, right = wrong_links(doc)
+    wrong, right = wrong_links(doc, tmp_path)
     assert [text.partition("): ")[2] for text in wrong] == [
-        "it stands at L7-L9 (python tests/test_docs.py --fix)", "there is no B in a.py",
-        "a link to lines names what is there, as in `loss.py: batch_loss`", "there is no such file",
-        "there is no such heading"]
-    assert "[`a.py: A.f`](a.py#L7-L9)" in right
+        "lines move; name a symbol, as in `loss.py: batch_loss` (python tests/test_docs.py --fix)",
+        "K is in b/c.py (python tests/test_docs.py --fix)", "twice is in b/c.py (python tests/test_docs.py --fix)",
+        "d.py does not define twice, and no other file alone does",
+        "a.py does not define B, and no other file alone does", "no such file", "no such heading"]
+    assert right == (doc.read_text().replace("a.py#L1-L2", "a.py").replace("[K.py: K](a.py)", "[c.py: K](b/c.py)")
+                     .replace("(c.py)", "(b/c.py)"))
 
 
 def test_the_readmes_recipe_and_command_line_are_ones_that_can_be_loaded(tmp_path, monkeypatch):
@@ -283,16 +298,17 @@ def test_the_readmes_recipe_and_command_line_are_ones_that_can_be_loaded(tmp_pat
 
 
 def fix() -> None:
-    """Set the line numbers of all links."""
+    """Repair the links of all documents, and print what is still wrong."""
     for file in DOCS:
         _, right = wrong_links(file)
         if right != file.read_text(encoding="utf-8"):
             file.write_text(right, encoding="utf-8")
-        print(*wrong_links(file)[0], sep="\n", end="")
+        for problem in wrong_links(file)[0]:
+            print(problem)
 
 
 def record(folder: Path, lines: list[int]) -> None:
-    """Run the lesson's commands (those in `lines`, if any), and write what they print into both lessons."""
+    """Run the lesson's commands (those at `lines`, or all), and write what they print into both lessons."""
     folder.mkdir(parents=True, exist_ok=True)
     for block in [block for block in blocks(ENGLISH) if not lines or block.line in lines]:
         print(f"$ {block.command}", end="", flush=True)

@@ -46,7 +46,8 @@ def export(model: Llama, renderer: Renderer, folder: Path, *, dtype: torch.dtype
             _write(partial, _tokenizer_files(renderer, model.config) | _provenance_files(folder, record))
 
 
-def export_adapter(model: Llama, settings: LoraConfig, renderer: Renderer, folder: Path, *, base: str, is_main: bool) -> None:
+def export_adapter(model: Llama, settings: LoraConfig, renderer: Renderer, folder: Path, *, base: str,
+                   is_main: bool) -> None:
     """Write `folder`, an adapter of the model in folder `base`. All ranks call it; the main one writes.
 
     With the base it is the model of `export` in a hundredth of the bytes, except for a base in NF4: `export` merges the
