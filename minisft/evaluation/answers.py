@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
-from minisft.data.records import SHORT
-from minisft.errors import PATH, UserError, printable
+from minisft.errors import PATH, SHORT, UserError, printable
 from minisft.evaluation.prompts import Question, json_lines, texts
 
 MAX_NEW_TOKENS = 1024  # FastChat's default

@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping
 from itertools import chain, pairwise
 from typing import Any, get_origin
 
-from minisft.data.records import SHORT
-from minisft.errors import UserError, printable
+from minisft.errors import SHORT, UserError, printable
 from minisft.evaluation.language import check_language, detect, lower
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {  # "exactly" is ours

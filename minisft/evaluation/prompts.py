@@ -14,8 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from minisft.data.records import SHORT, BadRecord, records
-from minisft.errors import UserError
+from minisft.data.records import BadRecord, records
+from minisft.errors import SHORT, UserError
 
 SHIPPED = ("mt-en", "mt-tr", "instructions", "flips")
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.data.records import BOM, SHORT, BadRecord, records
-from minisft.errors import UserError
+from minisft.data.records import BOM, BadRecord, records
+from minisft.errors import SHORT, UserError
 
 FORMATS = ("mmlu", "turkish_mmlu", "arc")
 LANGUAGES = ("en", "tr")  # those that a prompt can be written in
