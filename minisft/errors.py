@@ -4,6 +4,8 @@ Everything else is a bug and keeps its traceback. `OSError` (a full disk, a fold
 of its own: the command line reports it with exit code 4.
 """
 
+import reprlib
+
 PATH = 4096  # characters that are shown of a path: all that there can be
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -11,6 +13,9 @@ EXIT_NUMERICS = 3
 EXIT_IO = 4
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130  # as shells have it for SIGINT
+SHORT = reprlib.Repr()  # plain repr() overflows the stack on the nesting that json.loads accepts
+SHORT.maxstring = SHORT.maxother = 80
+SHORT.maxlevel = 3
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""Files that can be read twice and to their end; a pipe would wait for ever, and a device never ends."""
+"""Files that can be read twice and to their end: a pipe would block forever, and a device never ends."""
 
 import os
 import stat
@@ -10,21 +10,23 @@ SMALL = 2**26  # bytes of a configuration, an index, a template
 
 
 def regular_file(path: str | Path, *, key: str = "") -> os.stat_result:
-    """Its stat. Raises UserError, which begins with `key`, where nothing can be read twice and to its end."""
+    """The stat of a regular file. Raises UserError, whose message starts with `key`, for anything else."""
+    remedy = "name a file that can be read"
     try:
         found = os.stat(path)
+        if stat.S_ISREG(found.st_mode):
+            return found
+        problem = "Is a directory"
+        if not stat.S_ISDIR(found.st_mode):
+            problem, remedy = "a pipe or a device, not a regular file", "write its content to a file"
     except OSError as error:
-        raise UserError(f"{key}{path}: {error.strerror} (remedy: name a file that can be read)") from None
-    if stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{key}{path}: Is a directory (remedy: name a file that can be read)")
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{key}{path}: a pipe or a device, not a regular file (remedy: write what it says to a file)")
-    return found
+        problem = str(error.strerror)
+    raise UserError(f"{key}{path}: {problem} (remedy: {remedy})")
 
 
 def read_small(path: str | Path, errors: str = "strict") -> str:
-    """The text of a file that people or programs write by hand. Raises UserError for one that is no regular file or too
-    large to be meant, and what `open` raises."""
+    """The text of a small file, such as a configuration. Raises OSError as `open` does, and UserError for a pipe, a
+    device, or a file far too large to be one."""
     found = os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
         regular_file(path)

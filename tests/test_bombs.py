@@ -16,7 +16,6 @@ from minisft.data import formats
 from minisft.data import records as reader
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.conversation import Conversation, Skipped
-from minisft.data.fields import Fields
 from minisft.data.formats import read
 from minisft.data.jinja import recognize
 from minisft.data.store import open_store
@@ -111,7 +110,7 @@ def test_records_are_read_in_linear_time(tmp_path, record):
         if not file.exists():
             file.write_text(json.dumps(record(size)))
         with suppress(UserError):
-            list(read(file, fields=Fields()))
+            list(read(file))
 
     assert is_linear(work)
 
@@ -173,7 +172,7 @@ def test_a_packed_file_of_blanks_is_read_fast(tmp_path, content):
 def test_what_is_no_record_for_its_size_is_refused(tmp_path, monkeypatch, content, name):
     monkeypatch.setattr(reader, "RECORD_BYTES", 1 << 16)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.\w+:[12]: a record of more than 0 MiB, which is no conv.*remedy: "):
+    with pytest.raises(UserError, match=r"a\.\w+:[12]: a record of more than 0 MiB is not a conv.*remedy: "):
         list(read(tmp_path / name))
 
 
@@ -204,7 +203,7 @@ def test_a_sparse_file_is_refused_before_it_is_read(tmp_path, model):
     file = tmp_path / "a.jsonl"
     file.touch()
     os.truncate(file, 1 << 40)
-    with pytest.raises(UserError, match="this is zero bytes, which a copy that was cut off leaves behind"):
+    with pytest.raises(UserError, match="this is zero bytes, as an interrupted copy leaves behind"):
         open_store(str(file), name="a", format="auto", cache=tmp_path / "cache", quiet=True,
                    renderer=Renderer(load_templates()["llama3"], Tokenizer(model)))
 

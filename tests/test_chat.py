@@ -507,7 +507,7 @@ def test_a_template_of_ones_own(tmp_path, tokenizer):
     ("[a]\nsystem = ['', '']\nuser = ['', '']\nassistant = ['', '']",
      "t.toml: [a] assistant: nothing ends the answer, so the model would never stop; give the stop token as"),
     ("[a]\nsystem = ['', '']\nuser = ['', '']\nassistant = ['', '{eos}']\ncontext = '{context}'",
-     "t.toml: [a] context: {content} and {context} must both stand in it; found '{context}'"),
+     "t.toml: [a] context: must contain {content} and {context}; found '{context}'"),
 ])
 def test_mistakes_in_templates(tmp_path, monkeypatch, toml, message):
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 
 from minisft.__main__ import main
 from minisft.data.conversation import Conversation, Skipped, Turn
-from minisft.data.fields import MAX_NAMES, OTHERS, Fields
+from minisft.data.fields import MAX_NAMES, OTHERS
 from minisft.data.formats import read
 from minisft.errors import UserError
 from minisft.runs.lifecycle import main as train
@@ -35,9 +35,9 @@ def one(tmp_path):
     def one(record, ignore=(), **options):
         file = tmp_path / "a.jsonl"
         file.write_text(json.dumps(record))
-        fields = Fields(ignore)
-        (found,) = read(file, fields=fields, **options)
-        return found, fields.unread
+        unread = {}
+        (found,) = read(file, ignore=ignore, unread=unread, **options)
+        return found, unread
 
     return one
 
@@ -81,14 +81,14 @@ def test_unknown_fields_of_turns_calls_tasks_and_messages_have_their_place_in_th
 
 def test_counts_are_of_records_also_of_those_left_out(tmp_path):
     rows = [{"text": "a", "id": 1}, {"text": "", "id": 2, "url": "u"}, {"text": "c", "url": None}]
-    file, fields = tmp_path / "a.jsonl", Fields()
+    file, unread = tmp_path / "a.jsonl", {}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(list(read(file, fields=fields))) == 3
-    assert fields.unread == {"id": 2, "url": 1}
+    assert len(list(read(file, unread=unread))) == 3
+    assert unread == {"id": 2, "url": 1}
     file.write_text("".join(json.dumps({"text": "a", f"k{i}": 1}) + "\n" for i in range(MAX_NAMES + 50)))
-    fields = Fields()
-    list(read(file, fields=fields))
-    assert (len(fields.unread), fields.unread[OTHERS]) == (MAX_NAMES + 1, 50)
+    unread = {}
+    list(read(file, unread=unread))
+    assert (len(unread), unread[OTHERS]) == (MAX_NAMES + 1, 50)
 
 
 def test_a_name_cannot_steer_the_terminal(one):
@@ -251,20 +251,20 @@ PLAIN = b'{"text": "a"}\n{"text": "b"}\n'
 @pytest.mark.parametrize(("content", "name", "message"), [
     (PLAIN.decode().encode("utf-16"), "a.jsonl", r"this is UTF-16 \(remedy: iconv -f UTF-16 -t UTF-8 .*jsonl > NEW\."),
     (b"\xfe\xff" + PLAIN.decode().encode("utf-16-be"), "a.txt", r"this is UTF-16 \(remedy: iconv .*txt > NEW\.txt\)"),
-    (PLAIN.decode().encode("utf-16-le"), "a.json", r"UTF-16 without a byte-order mark \(remedy: iconv -f UTF-16LE"),
-    (PLAIN.decode().encode("utf-16-be"), "a.json", r"UTF-16 without a byte-order mark \(remedy: iconv -f UTF-16BE"),
+    (PLAIN.decode().encode("utf-16-le"), "a.json", r"UTF-16LE without a byte-order mark \(remedy: iconv -f UTF-16LE"),
+    (PLAIN.decode().encode("utf-16-be"), "a.json", r"UTF-16BE without a byte-order mark \(remedy: iconv -f UTF-16BE"),
     (PLAIN.decode().encode("utf-32"), "a.json", r"this is UTF-32 \(remedy: iconv -f UTF-32"),
     (POINTER, "a.json", r"Git LFS pointer, .*git lfs pull"),
     (POINTER, "a.txt", r"Git LFS pointer, .*git lfs pull"),
     (b"PAR1\x15", "a.jsonl", r"this is Parquet \(remedy: pandas\.read_parquet\("),
     (b"PAR1\x15", "a.parquet", r"this is Parquet \(remedy: pandas\.read_parquet\("),
     (b"PK\x03\x04", "a.json", r"this is a zip archive \(remedy: unzip "),
-    (b"\x28\xb5\x2f\xfd", "a.jsonl.zst", r"this is packed by zstd \(remedy: zstd -d "),
+    (b"\x28\xb5\x2f\xfd", "a.jsonl.zst", r"this is compressed with zstd \(remedy: zstd -d "),
     (gzip.compress(gzip.compress(PLAIN, mtime=0), mtime=0), "a.jsonl.gz", r"this is gzip inside gzip"),
     (gzip.compress(b"x" * 257 + b"ustar" + b"x" * 300, mtime=0), "a.json.gz", r"this is a tar archive"),
-    (bytes(100), "a.jsonl", r"this is zero bytes, which a copy that was cut off leaves behind \(remedy: fetch"),
+    (bytes(100), "a.jsonl", r"this is zero bytes, as an interrupted copy leaves behind \(remedy: fetch"),
     (b"<!DOCTYPE html><html>Sign in", "a.jsonl", r"this is HTML or XML, often an error page"),
-    (b"instruction,output\na,b\n", "a.jsonl", r"this is no JSON: it begins 'instruction,output\\na,b.*convert it to J"),
+    (b"instruction,output\na,b\n", "a.jsonl", r"this is not JSON: it begins 'instruction,output\\na,b.*convert it "),
 ])
 def test_first_bytes_are_named_before_any_advice(tmp_path, content, name, message):
     (tmp_path / name).write_bytes(content)

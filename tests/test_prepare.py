@@ -339,7 +339,7 @@ def test_a_template_is_recognised_from_the_models_folder(here, capsys):
     ("[]", "error: no conversation is left to train on:\n  chats.jsonl: 0 read; the file is empty"),
     (GOOD.replace("Hello!", ""),
      "error: no conversation is left to train on:\n  chats.jsonl: 1 read; no answer: 1 (first: chats.jsonl:1: ''"),
-    ("\x00", "error: chats.jsonl: this is no JSON: it begins '\\x00' (remedy: "),
+    ("\x00", "error: chats.jsonl: this is not JSON: it begins '\\x00' (remedy: "),
 ])
 def test_bad_data(here, capsys, content, message):
     Path("chats.jsonl").write_text(content)

@@ -312,13 +312,13 @@ def test_a_template_of_ones_own_with_tools(tokenizer, tmp_path, one):
 
 
 @pytest.mark.parametrize(("toml", "message"), [
-    ('call = "{name}"', "call: {name} and {arguments} must both stand in it; found '{name}'"),
+    ('call = "{name}"', "call: must contain {name} and {arguments}; found '{name}'"),
     ('call = "{name}{arguments}"', ": result, tools_user missing"),
     ('result = ["", ""]', ": call, tools_user missing"),
     ('tools_system = "x"', ": call, result, tools_user missing"),
-    ('builtin_stop = "x"', ": builtin_system, builtin_call, call, result, tools_user missing"),
+    ('builtin_stop = "x"', ": call, result, tools_user, builtin_system, builtin_call missing"),
     ('call = "{name}{arguments}"\nresult = ["", ""]\ntools_user = ["", ""]\ntools_system = "x"',
-     ": default_system missing: tools are told of in the system turn, which must be there"),
+     ": default_system missing: the system turn, which describes the tools, must be there"),
 ])
 def test_mistakes_in_templates(tmp_path, monkeypatch, toml, message):
     monkeypatch.chdir(tmp_path)

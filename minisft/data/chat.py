@@ -27,10 +27,9 @@ from typing import Any
 
 from minisft.data.conversation import ANSWERS, Conversation, Skipped, Turn
 from minisft.data.jinja import begins_with_bos, recognize, written
-from minisft.data.records import SHORT
 from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import UserError
+from minisft.errors import SHORT, UserError
 
 VERSION = 6  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
 

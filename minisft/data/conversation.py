@@ -1,29 +1,29 @@
-"""A conversation: its turns and who says them, or the reason why a record is none that can be trained on.
+"""A conversation: its turns and who speaks them, or the reason why a record cannot be trained on.
 
-The rules, the same for every format: an optional system turn (dropped where blank), then user and assistant by turns,
-starting with the user; before it answers, the assistant may call tools, each call with its result. A first assistant
-turn that answers nothing is dropped, and what follows the last answer is cut off; both are noted. Every other breach
-skips the whole record.
+The same rules hold for every format. An optional system turn (dropped if blank) comes first; then user and assistant
+take turns, starting with the user; before it answers, the assistant may call tools, each call with its result. A
+leading assistant turn that answers nothing is dropped, and turns after the last answer are cut; both are noted. Any
+other breach skips the whole record.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from minisft.data.records import Skip
+from minisft.errors import SHORT
 
 ANSWERS = ("assistant", "call")  # what the model says
-ANSWERED_BY = {"user": ANSWERS, "assistant": ("user",), "call": ("result",), "result": ANSWERS}
+FOLLOWED_BY = {"": ("user",), "user": ANSWERS, "assistant": ("user",), "call": ("result",), "result": ANSWERS}
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one of them says."""
+    """One contribution to a conversation."""
 
     role: str  # "system" | "user" | "assistant" | "call" | "result" | "text" (a document, alone in its conversation)
     content: str  # of a call: its arguments, of a result: the result, both as JSON
     context: str = ""  # Alpaca's `input`, Dolly's `context`: the template says how it joins; text beside a call
-    trained: bool = True  # False: not trained on. Of turns that are no answers it counts with train_on = all alone
+    trained: bool = True  # False: not trained on. Turns that are not answers are trained on with train_on = all only
     tool: str = ""  # the name of the function that a call calls
 
 
@@ -36,12 +36,12 @@ class Conversation:
     line: int  # of the record's first byte, from 1; an OASST tree or a seed task gives several on one line
     tools: tuple[dict[str, Any], ...] = ()  # definitions of the functions that may be called, as the record has them
     builtin_tools: tuple[str, ...] = ()  # names of those that the model knows without a definition
-    notes: tuple[str, ...] = ()  # what was left out of the record, fixed phrases to be counted
+    notes: tuple[str, ...] = ()  # changes made to the record: fixed phrases, to be counted
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A record that is not trained on; counted by `reason`, a fixed phrase. `detail` is the value at fault, short."""
+    """A record that is not trained on; counted by `reason`, a fixed phrase. `detail` shows the value at fault."""
 
     reason: str
     detail: str
@@ -49,25 +49,33 @@ class Skipped:
     line: int
 
 
+class Skip(Exception):  # noqa: N818  (not an error: it carries the reason to the one place that counts it)
+    """Raised for a record that cannot be trained on; `value` is the cause."""
+
+    def __init__(self, reason: str, value: Any):
+        super().__init__(reason)
+        self.reason, self.detail = reason, SHORT.repr(value)[:200]
+
+
 def checked(turns: list[Turn]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """The turns that stay, and notes of what was cut."""
+    """The turns to keep, and notes of what was cut. Raises Skip for turns that break a rule."""
     turns, notes = [turn for turn in turns if turn.role != "system" or not _blank(turn.content)], []
     if not turns:
         raise Skip("no turns", turns)
     if turns[0].role != "text":
         roles = [turn.role for turn in turns]
-        answers = [i for i, role in enumerate(roles) if role in ANSWERS]
-        if not answers:
+        end = max((i for i, role in enumerate(roles, 1) if role in ANSWERS), default=0)
+        if not end:
             raise Skip("no assistant turn", roles)
-        end = answers[-1] + 1
         if turns[end:]:
             notes.append("end without an answer cut")
         del turns[end:], roles[end:]
         first = int(roles[0] == "system")
-        if roles[first : first + 2] == ["assistant", "user"]:  # FastChat, too, drops what answers nothing
+        if roles[first : first + 2] == ["assistant", "user"]:  # FastChat, too, drops an answer to nothing
             notes.append("leading assistant turn dropped")
             del turns[first], roles[first]
-        _refuse_order(roles, roles[first:])
+        if reason := _wrong_order(roles[first:]):
+            raise Skip(reason, roles)
         if "call" in roles and any(turn.role == "call" and turn.context for turn in turns):
             notes.append("text beside a tool call dropped")  # as Llama-3.1's own template does
     for turn in turns:
@@ -76,28 +84,25 @@ def checked(turns: list[Turn]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
         answer = turn.role in ANSWERS
         if _blank(turn.content):
             raise Skip("no answer" if answer else "blank turn", turn.content)
-        if not isinstance(turn.content, str):
-            raise Skip("answer is not text" if answer else "content is not text", turn.content)
+        raise Skip("answer is not text" if answer else "content is not text", turn.content)
     return tuple(turns), tuple(notes)
 
 
-def _refuse_order(roles: list[str], talk: list[str]) -> None:
-    """`talk`: the roles without a first system turn."""
-    if "system" in talk:
-        raise Skip("system turn in the middle", roles)
-    if not talk or talk[0] in ANSWERS:
-        raise Skip("starts with the assistant", roles)
-    if talk[0] == "result":
-        raise Skip("tool result without its call", roles)
-    for role, following in pairwise(talk):
-        if following in ANSWERED_BY[role]:
+def _wrong_order(roles: list[str]) -> str:
+    """The rule that `roles`, without a leading system turn, break; empty if they break none."""
+    if "system" in roles:
+        return "system turn in the middle"
+    for role, following in pairwise(["", *roles]):
+        if following in FOLLOWED_BY[role]:
             continue
         if following == "result":
-            raise Skip("tool result without its call", roles)
+            return "tool result without its call"
         if role == "result":
-            raise Skip("tool result without an answer", roles)
-        same = role != "call" or following == "call"
-        raise Skip("neighbouring turns of one role" if same else "tool call without its result", roles)
+            return "tool result without an answer"
+        if role == "call" != following:
+            return "tool call without its result"
+        return "neighbouring turns of one role" if role else "starts with the assistant"
+    return ""
 
 
 def _blank(content: Any) -> bool:

@@ -1,24 +1,25 @@
 """The fields of a record, a turn or a tool call: which are read, which change the meaning, which nothing reads.
 
-Any program may add a field of its own. Most are labels for people, some turn a record into something else: an answer
-that is marked as bad, a picture that the question is about. So no field passes in silence:
+Any program may add fields of its own. Most are labels for people, but some turn a record into something else: an
+answer marked as bad, a picture that the question is about. So no field is dropped silently:
 
     read                 by the format (formats.py, tools.py)
-    changes the meaning  known here and not read: the record is left out, and counted under the field's name
+    changes the meaning  known here but not read: the record is left out, and counted under the field's name
     unknown              counted by name, and listed by `minisft prepare`, by `minisft show` and when a run starts
 
-`data.ignore` names fields to be taken as absent, whichever of the three they are.
+Fields that `data.ignore` names count as absent, whichever of the three they are.
 """
 
 import json
 from collections.abc import Iterable
 from typing import Any
 
-from minisft.data.records import SHORT, Skip
+from minisft.data.conversation import Skip
+from minisft.errors import SHORT
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 WEIGHTS = frozenset(("weight", "loss_weight", "loss", "loss_mask", "train", "training", "trainable"))  # 0 or 1
-# Fields that are read, or that a format's own definition has for people: of a record, a turn, a task, an OASST message.
+# Fields that are read, or that a format defines as labels for people: of a record, a turn, a task, an OASST message.
 RECORD = WEIGHTS | set(SYSTEMS)
 TOOLS = RECORD | {"tools", "functions", "builtin_tools"}
 READ = {
@@ -38,7 +39,7 @@ MESSAGE = frozenset((
     *("tree_state", "created_date", "lang", "emojis", "labels", "review_count", "review_result", "synthetic"),
     *("model_name", "detoxify", "events"),
 ))
-# Known to change what a record means. Where they are not read, the record is left out.
+# Known to change what a record means. If they are not read, the record is left out.
 CHANGES = frozenset((
     *SYSTEMS, *WEIGHTS, "mask", "masked", "train_detail", "training_detail", "history", "arguments",
     *("chosen", "rejected", "rejected_response", "rejected_messages", "preferred_output", "non_preferred_output"),
@@ -52,16 +53,15 @@ OTHERS = "(other names)"
 
 
 class Fields:
-    """The fields of one file that nothing reads: `unread` has name -> records."""
+    """The fields of one file that nothing reads, counted in `unread`: name -> records."""
 
-    def __init__(self, ignored: Iterable[str] = ()):
-        self.ignored = frozenset(ignored)
-        self.unread: dict[str, int] = {}
-        self.notes: set[str] = set()  # what was done to the record, beside its turns' own
-        self._names: set[str] = set()  # of the record that is read
+    def __init__(self, ignored: Iterable[str] = (), unread: dict[str, int] | None = None):
+        self.ignored, self.unread = frozenset(ignored), {} if unread is None else unread
+        self.notes: set[str] = set()  # changes made to this record, in addition to those of its turns
+        self._names: set[str] = set()  # unread fields of this record
 
     def look(self, item: dict[str, Any], known: frozenset[str], where: str = "") -> None:
-        """Note the fields of `item` that are not `known`; `where` they are is part of their names.
+        """Note the fields of `item` that are not `known`, named after `where` they are.
 
         Raises Skip for a field that changes the meaning.
         """
@@ -72,7 +72,7 @@ class Fields:
         for name, value in item.items():
             if name in known or is_empty(value):
                 continue
-            if name == "label" and (good := flag(value)) is not None:  # of preferences: it is a good answer
+            if name == "label" and (good := flag(value)) is not None:  # of preferences: is it a good answer?
                 if not good:
                     raise Skip("label says that the answer is bad", value)
             elif name in CHANGES:
@@ -82,7 +82,7 @@ class Fields:
                 self._names.add(where + shown(name))
 
     def drop_ignored(self, item: dict[str, Any]) -> None:
-        """Make the ignored fields of `item` absent."""
+        """Remove the ignored fields from `item`."""
         for name in self.ignored:
             item.pop(name, None)
 
@@ -96,36 +96,43 @@ class Fields:
 
 
 def shown(name: str) -> str:
-    """A field's name as it may be printed: short, and without what steers a terminal."""
+    """A field's name, safe to print: short, and without control characters that steer a terminal."""
     return name if name.isidentifier() and len(name) <= 60 else SHORT.repr(name)
 
 
 def is_empty(value: Any) -> bool:
-    """None, or one of the ways in which a program writes that there is nothing."""
+    """True for None, and for the other ways in which programs write that there is nothing."""
     return value is None or value in ([], {}) or (isinstance(value, str) and value.strip() in EMPTY)
 
 
-def parsed(value: Any, reason: str) -> Any:
-    """`value`, or what it says where it is JSON text; None for what is empty. Raises Skip for any other text."""
+def parsed(value: Any, reason: str = "wrong fields") -> Any:
+    """`value`, parsed if it is JSON text; None if it is empty. Raises Skip, with `reason`, for other text."""
     if is_empty(value):
         return None
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         raise Skip(reason, value) from None
 
 
+def listed(value: Any, kind: type, reason: str = "wrong fields") -> list[Any]:
+    """A list of `kind`, which may be JSON text; [] if it is empty. Raises Skip, with `reason`, for anything else."""
+    if not (items := parsed(value, reason)):
+        return []
+    if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+        raise Skip(reason, items)
+    return items
+
+
 def flag(value: Any) -> bool | None:
-    """Whether `value` is 1 or 0, true or false, also as text; None for anything else."""
+    """True or False for 1 or 0, true or false, also as text; None for anything else."""
     if isinstance(value, str):
         value = {"1": 1, "true": 1, "0": 0, "false": 0}.get(value.strip().lower())
     return bool(value) if isinstance(value, (int, float)) and value in (0, 1) else None
 
 
 def is_trained(item: dict[str, Any]) -> bool:
-    """What the weights of a record or a turn say; True where there are none."""
+    """The weight of a record or a turn; True if it has none. Raises Skip for one that is neither 0 nor 1."""
     if item.keys().isdisjoint(WEIGHTS):  # most often
         return True
     given = {name: value for name, value in item.items() if name in WEIGHTS and value not in (None, "", " ", "null")}

@@ -48,9 +48,7 @@ from minisft.data.checks import Laws
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.digest import content_digest, file_state
 from minisft.data.encoding import Documents, Rendered, encode, loose_hash, render
-from minisft.data.fields import Fields
 from minisft.data.formats import read
-from minisft.data.records import open_data
 from minisft.data.tokenizer import TokenizerError
 from minisft.errors import UserError
 
@@ -160,8 +158,8 @@ def open_store(path: str, *, name: str, format: str, renderer: Renderer, cache: 
     whose tokens break a law (checks.py).
     """
     state = file_state(path)
-    with open_data(path, json_expected=False):
-        pass  # what is of another kind is refused before all of it is read
+    unread: dict[str, int] = {}
+    conversations = read(path, format=format, skip_bad=skip_bad, oasst=oasst, ignore=ignore, unread=unread)
     sha256 = content_digest(path, cache)
     settings = [LAYOUT, sha256, name, path, format, skip_bad, max_bad, oasst,
                 sorted(ignore), renderer.fingerprint()]
@@ -175,9 +173,7 @@ def open_store(path: str, *, name: str, format: str, renderer: Renderer, cache: 
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 try:
-                    fields, report = Fields(ignore), Report(name, path, renderer.template.name, sha256)
-                    report.unread = fields.unread
-                    conversations = read(path, format=format, skip_bad=skip_bad, oasst=oasst, fields=fields)
+                    report = Report(name, path, renderer.template.name, sha256, unread=unread)
                     bar = tqdm(conversations, desc=f"tokenise {name}", unit=" conversations", disable=quiet or None)
                     _write(partial, iter(bar), renderer, report, max_bad)
                     _seal(partial, report, key)

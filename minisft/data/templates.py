@@ -1,8 +1,8 @@
-"""What a chat template is, and how it is read from TOML.
+"""Chat templates, and how they are read from TOML.
 
 Templates are data (templates.toml): what comes before and after the content of each role, and how tools are shown. A
-model's own Jinja is a program from the network and is never executed. A template that says nothing of tools does not
-know them, and a conversation with tools is then left out rather than rendered by guess.
+model's own Jinja is a program from the network and is never executed. A template that says nothing about tools does not
+know them; a conversation with tools is then left out, because rendering it would be a guess.
 """
 
 import re
@@ -24,7 +24,7 @@ PLACEHOLDERS = {"context": ("{content}", "{context}"), **dict.fromkeys(("call", 
 
 @dataclass(frozen=True)
 class Template:
-    """How conversations look to the model; see templates.toml for the meaning of the fields."""
+    """How conversations look to the model; templates.toml explains the fields."""
 
     name: str
     system: tuple[str, str]
@@ -46,14 +46,11 @@ class Template:
     builtin_stop: str = ""
 
     def turns(self, conversation: Conversation) -> tuple[Turn, ...]:
-        """The turns as rendered: with the default system turn where one belongs."""
-        turns = conversation.turns
-        if turns[0].role == "system":
-            return turns
-        default = self.default_system
+        """The turns as rendered: with the default system turn if they have none of their own."""
+        turns, default = conversation.turns, self.default_system
         if turns[0].context and self.default_system_context is not None:
             default = self.default_system_context
-        return turns if default is None else (Turn("system", default), *turns)
+        return turns if turns[0].role == "system" or default is None else (Turn("system", default), *turns)
 
     def content(self, turn: Turn) -> str:
         """A turn's text, joined with its context."""
@@ -69,7 +66,7 @@ class Template:
 
 
 def load_templates(path: str | Path | None = None) -> dict[str, Template]:
-    """The shipped templates, and those of the TOML file `path`. Raises UserError for a file of another form."""
+    """The shipped templates, and those of the TOML file `path`. Raises UserError for a mistake in that file."""
     shipped = resources.files("minisft.data") / "templates.toml"
     templates = _parse(shipped.read_text(encoding="utf-8"), "templates.toml")
     if path:
@@ -88,14 +85,13 @@ def _parse(text: str, file: str) -> dict[str, Template]:
     known = {field.name: str(field.type) for field in fields(Template) if field.name != "name"}
     templates = {}
     for name, table in tables.items():
-        where = f"{file}: [{name}]"
         if not isinstance(table, dict):
             raise UserError(f"{file}: {name}: expected a table [{name}] with the fields {', '.join(known)}")
-        for key in table:
-            if key not in known:
-                raise UserError(f"{where} {key}: unknown; the fields are {', '.join(known)}")
+        where = f"{file}: [{name}]"
+        if unknown := [key for key in table if key not in known]:
+            raise UserError(f"{where} {unknown[0]}: unknown; the fields are {', '.join(known)}")
         values = {key: _value(f"{where} {key}", key, value, known[key]) for key, value in table.items()}
-        _refuse_what_is_missing(where, values)
+        _refuse_incomplete(where, values)
         templates[name] = Template(name=name, **values)
     return templates
 
@@ -110,18 +106,20 @@ def _value(where: str, key: str, value: Any, kind: str) -> Any:
         raise UserError(f"{where}: expected {'true or false' if key == 'trim' else 'a string'}; found {value!r}")
     holders = PLACEHOLDERS.get(key, ())
     if not all(holder in str(value) for holder in holders):
-        raise UserError(f"{where}: {' and '.join(holders)} must both stand in it; found {value!r}")
+        raise UserError(f"{where}: must contain {' and '.join(holders)}; found {value!r}")
     return value
 
 
-def _refuse_what_is_missing(where: str, values: dict[str, Any]) -> None:
-    groups = [("system", "user", "assistant")]
-    groups += [group for group in (TOOLS, BUILTIN) if any(key in values for key in group)]
-    groups += [TOOLS] if any(key in values for key in (*BUILTIN, "tools_system")) else []
-    if missing := [key for group in groups for key in group if key not in values]:
-        raise UserError(f"{where}: {', '.join(dict.fromkeys(missing))} missing")
+def _refuse_incomplete(where: str, values: dict[str, Any]) -> None:
+    needed = ["system", "user", "assistant"]
+    if values.keys() & {*TOOLS, *BUILTIN, "tools_system"}:
+        needed += TOOLS
+    if values.keys() & set(BUILTIN):
+        needed += BUILTIN
+    if missing := [key for key in needed if key not in values]:
+        raise UserError(f"{where}: {', '.join(missing)} missing")
     if not values["assistant"][1]:
         raise UserError(f"{where} assistant: nothing ends the answer, so the model would never stop; "
                         "give the stop token as the second item")
-    if ("tools_system" in values or "builtin_system" in values) and "default_system" not in values:
-        raise UserError(f"{where}: default_system missing: tools are told of in the system turn, which must be there")
+    if values.keys() & {"tools_system", "builtin_system"} and "default_system" not in values:
+        raise UserError(f"{where}: default_system missing: the system turn, which describes the tools, must be there")

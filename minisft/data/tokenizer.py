@@ -2,8 +2,8 @@
 
 Special tokens steer a chat model, so only the template may produce them. Content is encoded with special tokens
 switched off: a user who types `<|eot_id|>` gets the seven ordinary tokens that spell it. The switch is not saved in
-the file and is off after loading, hence this wrapper; the beginning-of-text token that the file's post-processor would
-add by itself is left to the template as well, so that there is exactly one.
+the file and is off after loading, hence this wrapper; it also leaves the beginning-of-text token, which the file's
+post-processor would add by itself, to the template, so that there is exactly one.
 """
 
 import hashlib
@@ -19,38 +19,37 @@ from minisft.errors import UserError, printable
 from minisft.files import read_small, regular_file
 
 LARGEST = 2**28  # bytes; Llama-3's has 17 MB
+FOLDER = "model.tokenizer, or else model.path, is a folder with a tokenizer.json"
 
 
 class TokenizerError(UserError):
-    """The library gives up on a text: its regular expressions do at a run of ten million blanks."""
+    """The library fails on a text, as its regular expressions do on a run of ten million blanks."""
 
 
 class Tokenizer:
-    """The tokenizer in `path`, a model folder or a `tokenizer.json`. Raises UserError where it cannot be read."""
+    """The tokenizer in `path`, a model folder or a `tokenizer.json`. Raises UserError if it cannot be read."""
 
     def __init__(self, path: str | Path):
         path = Path(path)
         if not path.exists():
-            raise UserError(f"{path}: no such folder; model.tokenizer, or else model.path, is a folder with a "
-                            "tokenizer.json, of a model that was downloaded or trained (`torchrun train.py` makes the "
-                            "demo's)")
+            raise UserError(f"{path}: no such folder; {FOLDER}, of a model that was downloaded or trained "
+                            "(`torchrun train.py` makes the demo's)")
         self.file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            if self.file.exists() and regular_file(self.file) and self.file.stat().st_size > LARGEST:
+            if self.file.exists() and regular_file(self.file).st_size > LARGEST:
                 raise UserError(f"{self.file}: not a tokenizer.json; {_remedy(path)}")
             self.content = self.file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{self.file}: {error.strerror}; {_remedy(path)}") from None
-        try:
             self._backend = tokenizers.Tokenizer.from_buffer(self.content)
             if getattr(self._backend.model, "dropout", None):  # of merges, drawn anew at every call
                 content = json.loads(self.content)
                 content["model"]["dropout"] = None
                 self.content = json.dumps(content, ensure_ascii=False).encode()
                 self._backend = tokenizers.Tokenizer.from_buffer(self.content)
+        except (UserError, KeyboardInterrupt):
+            raise
+        except OSError as error:
+            raise UserError(f"{self.file}: {error.strerror}; {_remedy(path)}") from None
         except BaseException as error:  # the library raises a bare Exception, or panics with less than that
-            if isinstance(error, KeyboardInterrupt):
-                raise
             raise UserError(f"{self.file}: not a tokenizer.json ({printable(error, 200)}); {_remedy(path)}") from None
         if not self._backend.get_vocab_size(with_added_tokens=False):
             raise UserError(f"{self.file}: its vocabulary is empty; download the model again")
@@ -64,7 +63,7 @@ class Tokenizer:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """`tokenizer_config.json` beside it; empty where there is none."""
+        """`tokenizer_config.json` beside it; empty if there is none."""
         file = self.file.with_name("tokenizer_config.json")
         try:
             settings = json.loads(read_small(file)) if file.exists() else {}
@@ -76,7 +75,7 @@ class Tokenizer:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The Jinja text that comes with the tokenizer, to be looked at, never executed; of several the default."""
+        """The Jinja text that comes with the tokenizer, to be recognised, never executed; of several the default."""
         file = self.file.with_name("chat_template.jinja")
         if file.exists():
             return read_small(file, errors="replace")
@@ -88,28 +87,26 @@ class Tokenizer:
 
     @cached_property
     def bos_token(self) -> str:
-        """`bos_token` of tokenizer_config.json, which a chat template may begin with; nothing where there is none."""
-        bos = self.named("bos_token") or ""
+        """`bos_token` of tokenizer_config.json, which a chat template may begin with; empty if there is none."""
+        bos = self._named("bos_token") or ""
         return bos if bos in self.control else ""
 
     @cached_property
     def bos(self) -> str:
         """The special token that this tokenizer's own post-processor puts before a text, or nothing."""
-        plain = self.encode("a")
         ids = self._backend.encode("a", add_special_tokens=True).ids
-        return (self._backend.id_to_token(ids[0]) or "") if ids[:1] != plain[:1] else ""
+        return (self._backend.id_to_token(ids[0]) or "") if ids[:1] != self.encode("a")[:1] else ""
 
     @cached_property
     def eos(self) -> str:
         """`eos_token` of tokenizer_config.json."""
-        eos = self.named("eos_token")
+        eos = self._named("eos_token")
         if eos is None or eos not in self.control:
             raise UserError(f"{self.file.with_name('tokenizer_config.json')}: eos_token is {printable(repr(eos))}; the "
                             f"template ends a text with it, and it must be a special token of {self.file.name}")
         return eos
 
-    def named(self, role: str) -> str | None:
-        """The token that tokenizer_config.json calls `role`: eos_token, bos_token."""
+    def _named(self, role: str) -> str | None:
         token = self.settings.get(role)
         token = token.get("content") if isinstance(token, dict) else token
         return token if isinstance(token, str) else None
@@ -119,25 +116,25 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for many texts, on all cores. Raises TokenizerError for one that the tokenizer fails on."""
+        """Token ids of each text, on all cores. Raises TokenizerError if the tokenizer fails on one."""
         try:
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except BaseException as error:  # a regular expression in the file that gives up is a panic, no Exception
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-                raise
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a regular expression that gives up is a panic, which is not an Exception
             longest = max(texts, key=len)
             raise TokenizerError(f"{self.file}: fails on a text of up to {len(longest):,} characters "
-                                 f"({printable(error, 200)}) that begins {printable(longest[:40])!r}; leave out what "
-                                 "is that long, or repair the patterns of its pre_tokenizer") from None
+                                 f"({printable(error, 200)}) that begins {printable(longest[:40])!r}; leave out texts "
+                                 "of that length, or repair the patterns of its pre_tokenizer") from None
 
-    def decode(self, ids: list[int], *, skip_control: bool = False) -> str:
-        """The text of `ids`, with control tokens spelled out or left out."""
-        return self._backend.decode(ids, skip_special_tokens=skip_control)
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, with control tokens spelled out."""
+        return self._backend.decode(ids, skip_special_tokens=False)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` piece by piece as they come; together it is `decode` of them all.
+        """The text of `ids` piece by piece as they come; joined, it is `decode` of them all.
 
-        A character of several tokens appears when its last token has come.
+        A character of several tokens appears with its last token.
         """
         known: list[int] = []
         shown = 0
@@ -152,10 +149,9 @@ class Tokenizer:
 
 
 def _remedy(path: Path) -> str:
-    """What to do where `path` has no tokenizer.json."""
+    """What to do if `path` has no tokenizer.json."""
     if path.suffix == ".gguf" or any(path.glob("*.gguf")):
         return "GGUF files are not read: download the safetensors and the tokenizer.json that they were made from"
     if (path / "adapter_config.json").exists():
         return f"it holds an adapter: `minisft convert {path} TARGET --merge` makes one model of it and its base"
-    return ("model.tokenizer, or else model.path, is a folder with a tokenizer.json (Meta's tokenizer.model is not "
-            "read: take the one of the Hugging Face folder)")
+    return f"{FOLDER} (Meta's tokenizer.model is not read: use the one from the Hugging Face folder)"

@@ -21,8 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minisft.data.conversation import Turn
-from minisft.data.records import SHORT
-from minisft.errors import PATH, UserError, printable
+from minisft.errors import PATH, SHORT, UserError, printable
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.prompts import Prompt, json_lines, texts
 

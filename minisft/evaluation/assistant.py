@@ -9,10 +9,9 @@ import torch
 
 from minisft.data.chat import Renderer, choose_template
 from minisft.data.conversation import Turn
-from minisft.data.records import SHORT
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import UserError
+from minisft.errors import SHORT, UserError
 from minisft.evaluation.decoding import CachedDecoder
 from minisft.evaluation.generate import generate, stream
 from minisft.evaluation.sampling import GREEDY, Sampling

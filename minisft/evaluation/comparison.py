@@ -27,8 +27,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from minisft.data.records import SHORT
-from minisft.errors import PATH, UserError, printable
+from minisft.errors import PATH, SHORT, UserError, printable
 from minisft.evaluation.answers import Answers
 from minisft.evaluation.prompts import Prompt, json_lines
 from minisft.evaluation.rates import percent, rate, sign_test

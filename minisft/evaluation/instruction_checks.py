@@ -16,8 +16,7 @@ from itertools import chain, pairwise
 from operator import eq, ge, lt
 from typing import Any
 
-from minisft.data.records import SHORT
-from minisft.errors import UserError, printable
+from minisft.errors import SHORT, UserError, printable
 from minisft.evaluation.language import check_language, detect, lower
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {"less than": lt, "at least": ge, "exactly": eq}  # "exactly" is ours

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.data.records import BOM, SHORT
-from minisft.errors import UserError
+from minisft.data.records import BOM
+from minisft.errors import SHORT, UserError
 from minisft.evaluation.prompts import json_lines
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
