@@ -5,8 +5,7 @@ import json
 import pytest
 
 from minisft import config_io
-from minisft.demo import run as demo
-from minisft.demo import world
+from minisft.demo import demo_run, world
 from minisft.training.trainer import train
 
 
@@ -16,7 +15,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "LANGUAGES", {"en": world.ENGLISH})
-        demo.write_world(folder / "world", countries=24, seed=0)
+        demo_run.write_world(folder / "world", countries=24, seed=0)
     shape = json.loads((folder / "world/config.json").read_text())
     (folder / "world/config.json").write_text(json.dumps({**shape, "num_hidden_layers": 3}))
     shared = ["--data.cache", str(folder / "cache"), "--data.seq_len", "304"]
@@ -39,8 +38,8 @@ def test_the_tuned_model_answers_what_it_only_read(folder):
     asked = (folder / "world/questions.jsonl").read_text()
     assert len(rows) == 12 * 4
     assert not [row for row in rows if row["completion"] in asked]
-    assert demo.answers(folder / "base/final", rows).score == 0
-    assert demo.answers(folder / "tuned/final", rows).score >= 0.5
+    assert demo_run.answers(folder / "base/final", rows).score == 0
+    assert demo_run.answers(folder / "tuned/final", rows).score >= 0.5
 
 
 def test_what_was_known_is_partly_forgotten(folder):
