@@ -1,13 +1,15 @@
 """Fine-tune a Llama-3: `torchrun [--nproc-per-node N] train.py [RECIPE] [--section.key value ...]`.
 
-RECIPE is a TOML file or the name of a shipped recipe; without one, the demo runs. `python train.py --help` lists every
-key. The loop itself is in minisft/training/trainer.py.
+RECIPE is a TOML file or the name of a shipped recipe. Without one, the demo runs; with `--model.*` or `--data.*` and no
+recipe, all other keys have their defaults. `python train.py --help` lists every key. The loop itself is in
+minisft/training/trainer.py.
 """
 
 import os
 import sys
 import traceback
 
+from minisft.config_io import default_recipe, help_text
 from minisft.errors import EXIT_BUG, EXIT_INTERRUPTED
 from minisft.streams import secure
 
@@ -19,7 +21,10 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 
 def main(argv: list[str]) -> int:
     """Run a recipe; the demo is two of them and a comparison. Returns the exit code."""
-    if argv[:1] == ["demo"] or not argv or argv[0].startswith("--"):
+    if {"-h", "--help"} & set(argv):
+        print(help_text())
+        return 0
+    if argv[:1] == ["demo"] or not argv or (argv[0].startswith("--") and default_recipe(argv)):
         from minisft.demo.demo_run import main as demo  # imported late: importing torch takes seconds
 
         return demo(argv[1:] if argv[:1] == ["demo"] else argv)
