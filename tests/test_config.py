@@ -1,4 +1,4 @@
-"""The configuration: what a recipe and a command line mean, and that every mistake is named, at once, with its place.
+"""The configuration: the meaning of a recipe and a command line; all mistakes are reported at once, with their places.
 
 The oracle for TOML is `tomllib`; for the round trip it is equality of dataclasses.
 """

@@ -32,8 +32,8 @@ def folder(tmp_path_factory):
 
 
 def test_the_tuned_model_answers_what_it_only_read(folder):
-    """81% when this was written, and it varies with every change of a rounding; 0% where the loss is on the wrong
-    tokens or the base has learnt nothing."""
+    """81% when this was written; it varies with every change of a rounding. It is 0% if the loss is on the wrong tokens
+    or the base has learnt nothing."""
     rows = [json.loads(line) for line in (folder / "world/heldout-questions.jsonl").read_text().splitlines()]
     asked = (folder / "world/questions.jsonl").read_text()
     assert len(rows) == 12 * 4
