@@ -22,9 +22,9 @@ setup(
         "tensorboard": ["tensorboard>=2.18"],  # minisft report --tensorboard
         "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "transformers>=5", "llama-models==0.3.*",
                  "ruff>=0.12", "mypy>=2", "matplotlib>=3.9", "tensorboard>=2.18", "peft>=0.17", "bitsandbytes>=0.48"],
-        # torchao: the last that has what torchtune 0.6.1 imports
+        # torchao: the last version with what torchtune 0.6.1 imports
         "bench": ["trl==1.16.*", "transformers>=5", "torchtune==0.6.1", "torchao==0.10.*", "lm_eval==0.4.*"],
-        # Wants older Hugging Face libraries than TRL's newest: in an environment of its own.
+        # Needs older Hugging Face libraries than TRL's newest: install it in its own environment.
         "bench-litgpt": ["litgpt==0.5.*"],
     },
     entry_points={"console_scripts": ["minisft = minisft.__main__:main"]},

@@ -1,26 +1,31 @@
 """Fine-tune a Llama-3: `torchrun [--nproc-per-node N] train.py [RECIPE] [--section.key value ...]`.
 
-RECIPE is a TOML file or the name of a shipped recipe; without one the demo runs. `python train.py --help` lists every
-key. The loop itself is in minisft/runs/lifecycle.py.
+RECIPE is a TOML file or the name of a shipped recipe. Without one, the demo runs; with `--model.*` or `--data.*` and no
+recipe, all other keys have their defaults. `python train.py --help` lists every key. The loop itself is in
+minisft/training/loop.py.
 """
 
 import os
 import sys
 import traceback
 
+from minisft.config_io import default_recipe, help_text
 from minisft.errors import EXIT_BUG, EXIT_INTERRUPTED
 from minisft.streams import secure
 
-# Without it, tensors whose sizes follow from the documents (the trained tokens' logits) leave gaps in GPU memory
-# that no other fits into. torch reads the setting when it is loaded; what the user has set stands.
+# Without it, tensors whose sizes depend on the documents (the trained tokens' logits) leave gaps in GPU memory that no
+# other tensor fits. torch reads the setting when it is loaded; the user's own setting wins.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def main(argv: list[str]) -> int:
     """Run a recipe; the demo is two of them and a comparison. Returns the exit code."""
-    if argv[:1] == ["demo"] or not argv or argv[0].startswith("--"):
-        from minisft.demo.demo_run import main as demo  # imported late: each needs torch, and takes seconds
+    if {"-h", "--help"} & set(argv):
+        print(help_text())
+        return 0
+    if argv[:1] == ["demo"] or not argv or (argv[0].startswith("--") and default_recipe(argv)):
+        from minisft.demo.demo_run import main as demo  # imported late: importing torch takes seconds
 
         return demo(argv[1:] if argv[:1] == ["demo"] else argv)
     from minisft.runs.lifecycle import main as train
@@ -40,6 +45,6 @@ if __name__ == "__main__":
         code = EXIT_BUG
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a thread of torch's that outlives the interpreter's end can abort a process whose work is done, and
-    # after a failure NCCL would wait there for ranks that never come.
+    # Not sys.exit: a torch thread that outlives the interpreter can abort a process whose work is done, and after a
+    # failure NCCL would wait there for ranks that never come.
     os._exit(code)

@@ -153,7 +153,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Where results go."""
-    dir: str = key("", "run folder; empty: runs/ and the recipe's name")
+    dir: str = key("", "run folder; empty: runs/ and the recipe's name, or runs/run")
     export: bool = key(True, "write final/ at the end; false: for benchmarks and sweeps")
     profile: bool = key(False, "profile a few steps and write where their time goes; short: --profile")
 

@@ -45,10 +45,10 @@ def load(argv: list[str]) -> Config:
     if {"-h", "--help"} & set(argv):
         print(help_text())
         raise SystemExit(0)
-    recipe, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("demo", argv)
-    label = recipe if Path(recipe).is_file() else f"shipped recipe {recipe}"
+    recipe, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (default_recipe(argv), argv)
+    label = "command line" if recipe is None else recipe if Path(recipe).is_file() else f"shipped recipe {recipe}"
     wrong: list[str] = []
-    in_recipe = _in_recipe(recipe, label, wrong)
+    in_recipe = [] if recipe is None else _in_recipe(recipe, label, wrong)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     origin, bad = {}, set()
     for where, name, value in (in_recipe or []) + _on_command_line(options, wrong):
@@ -60,7 +60,7 @@ def load(argv: list[str]) -> Config:
         else:
             values[section][leaf] = converted
     config = _with_inherited(Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()}),
-                             run_name=Path(recipe).stem)
+                             run_name="run" if recipe is None else Path(recipe).stem)
     for names, message in problems(config) if in_recipe is not None else ():
         if not bad & set(names):
             where = next((origin[name] for name in names if name in origin), f"{label}: {names[0]}")
@@ -68,6 +68,11 @@ def load(argv: list[str]) -> Config:
     if wrong:
         raise UserError("\n  ".join([f"the configuration has {len(wrong)} problem{'s' * (len(wrong) > 1)}:", *wrong]))
     return config
+
+
+def default_recipe(options: list[str]) -> str | None:
+    """The recipe if none is named: the demo, or none at all (plain defaults) for a model or data of one's own."""
+    return None if any(option.startswith(("--model.", "--data.")) for option in options) else "demo"
 
 
 def to_toml(config: Config) -> str:
@@ -93,7 +98,8 @@ def help_text() -> str:
     """Usage, the shipped recipes, and every key with default, doc and what it accepts."""
     lines = [
         "usage: train.py [RECIPE] [--section.key value | --section.key=value ...]\n",
-        "RECIPE is a TOML file or the name of a shipped recipe; the default is demo.",
+        "RECIPE is a TOML file or the name of a shipped recipe. Without one, the demo runs; with --model.* or --data.*",
+        "and no recipe, every other key has the default below.",
         f"Shipped recipes: {', '.join(shipped_recipes())}",
         "Relative paths, in a recipe too, start at the current directory.",
         "In a recipe, sources are paths or tables {" + ", ".join(spec.name for spec in fields(Source)) + "}.",

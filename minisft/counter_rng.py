@@ -1,8 +1,7 @@
-"""Random bits that are a hash of where they are used, not the next ones of a generator.
+"""Counter-based random bits: a hash of where they are used, not the next output of a generator.
 
-So a resumed run draws what the uninterrupted one would have drawn without a state to save, a block that is computed
-again draws the same again, and so does any number of ranks. Stochastic rounding (training/rounding.py) and the dropout
-of adapters (model/lora.py) are drawn like this.
+A resumed run draws what the uninterrupted one would have drawn, without a state to save; a recomputed block draws the
+same again, and so does any number of ranks. Stochastic rounding and the dropout of adapters use these bits.
 """
 
 import hashlib
@@ -12,11 +11,11 @@ from torch import Tensor
 
 
 def hashed(bits: Tensor, key: tuple[int | Tensor, int | Tensor]) -> Tensor:
-    """32 random bits for each int32 in `bits`, in place; equal ones under the same key get equal bits. The key is two
-    int32, or tensors () of them where a compiled program should not depend on them.
+    """Replace each int32 in `bits` by 32 random bits that depend only on it and the key: two int32, or tensors () of
+    them if a compiled program should not depend on their values.
 
     Two rounds of xor-shift and multiply (Wellons 2018, "Prospecting for hash functions", lowbias32), with half of the
-    key before each.
+    key before each round.
     """
     bits += key[0]
     bits ^= (bits >> 16).bitwise_and_(0xFFFF)  # >> copies the sign; the hash wants zeros
@@ -35,7 +34,7 @@ def random_bits(key: tuple[int | Tensor, int | Tensor], start: int | Tensor, cou
 
 
 def key_of(seed: int, step: int, what: str) -> tuple[int, int]:
-    """The key (two int32) of the bits that something (a parameter, by its name) draws in a step."""
+    """The key (two int32) of the bits that `what`, such as a parameter's name, draws in a step."""
     digest = hashlib.blake2b(f"{seed} {step} {what}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
 

@@ -1,18 +1,18 @@
-"""The ways a run can end badly that a person can do something about, and the exit code of each.
+"""Failures that a person can do something about, and the exit code of each.
 
 Everything else is a bug and keeps its traceback. `OSError` (a full disk, a folder without permission) needs no class
-of its own: the command line reports it with exit code 4.
+of its own.
 """
 
 import reprlib
 
-PATH = 4096  # characters that are shown of a path: all that there can be
+PATH = 4096  # characters to show of a path: all that it can have
 EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_NUMERICS = 3
 EXIT_IO = 4
 EXIT_PREEMPTED = 75
-EXIT_INTERRUPTED = 130  # as shells have it for SIGINT
+EXIT_INTERRUPTED = 130  # a shell's code for SIGINT
 SHORT = reprlib.Repr()  # plain repr() overflows the stack on the nesting that json.loads accepts
 SHORT.maxstring = SHORT.maxother = 80
 SHORT.maxlevel = 3
@@ -27,15 +27,15 @@ class NumericsError(ArithmeticError):
 
 
 def exit_code(error: Exception) -> int:
-    """2 for what the user can mend, 3 for numerics, 4 for input and output, 1 for a bug."""
+    """2 for what the user can fix, 3 for numerics, 4 for input and output, 1 for a bug."""
     kinds = {UserError: EXIT_USAGE, NumericsError: EXIT_NUMERICS, OSError: EXIT_IO}
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_BUG)
 
 
 def printable(name: object, limit: int = 80) -> str:
-    """A foreign name as harmless text: what is not printable is escaped as in a repr, and `limit` characters are kept.
+    """A foreign name as harmless text of at most `limit` characters; unprintable ones are escaped as in a repr.
 
-    '\\x1b[2J' -> '\\\\x1b[2J': a name from a downloaded file must not steer the terminal that it is shown on.
+    '\\x1b[2J' -> '\\\\x1b[2J': a name from a downloaded file must not control the terminal that it is shown on.
     """
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(name)[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,7 +1,7 @@
-"""What the supported versions of torch differ in, in one place: from 2.11 on, without an upper limit.
+"""How the supported versions of torch differ, in one place: from 2.11 on, without an upper limit.
 
-The whole suite runs on each version in `TESTED` (benchmarks/versions.sh). What a version lacks is either not needed
-there or refused with the reason; nothing is silently different.
+The whole suite runs on each version in `TESTED` (benchmarks/versions.sh). A feature that a version lacks is either not
+needed there or rejected with the reason; nothing is silently different.
 """
 
 import warnings
@@ -13,13 +13,13 @@ TESTED = ("2.11", "2.13", "2.14")
 _parts = torch.__version__.split(".")
 VERSION = int(_parts[0]), int(_parts[1])
 
-# 2.11's FSDP2 cannot shard parameters of bytes, which packed NF4 weights are (training/run.py refuses it).
+# 2.11's FSDP2 cannot shard byte tensors such as packed NF4 weights (runs/assemble.py rejects them).
 SHARDS_BYTES = VERSION >= (2, 13)
 
 
 def warn_if_untested() -> None:
-    """Warn once when torch is newer than the newest version that was tested."""
+    """Warn if torch is newer than the newest tested version."""
     newest = tuple(map(int, TESTED[-1].split(".")))
     if newest < VERSION:
-        warnings.warn(f"torch {torch.__version__} is newer than the newest that minisft was tested with, {TESTED[-1]}; "
+        warnings.warn(f"torch {torch.__version__} is newer than {TESTED[-1]}, the newest that minisft was tested with; "
                       f"if something looks wrong, try pip install 'torch=={TESTED[-1]}.*'", stacklevel=2)

@@ -1,4 +1,4 @@
-"""The configuration: what a recipe and a command line mean, and that every mistake is named, at once, with its place.
+"""The configuration: the meaning of a recipe and a command line; all mistakes are reported at once, with their places.
 
 The oracle for TOML is `tomllib`; for the round trip it is equality of dataclasses.
 """
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from minisft import config_io
 from minisft.config import Config, RunConfig, Source
 from minisft.config_io import help_text, load, to_toml
@@ -154,6 +155,31 @@ def test_shipped_recipes_are_found_by_name_and_none_means_demo(recipe, tmp_path,
         "give a TOML file or a shipped recipe: demo, other"]
     shipped["demo"].write_text("[model]\npth = 1\n")
     assert complaints()[0].startswith("shipped recipe demo: model.pth: unknown key (did you mean model.path?)")
+
+
+def test_a_model_or_data_without_a_recipe_start_from_plain_defaults(recipe, monkeypatch):
+    """Never from the demo's learning rate, template or number of steps."""
+    options = ["--model.path", "base", "--data.train", "a.jsonl"]
+    plain = load(options)
+    assert plain == replace(load([recipe()]), run=replace(plain.run, dir="runs/run"))
+    assert_round_trip(plain)
+    assert complaints("--data.train", "a.jsonl") == [
+        "command line: model.path: no base model; name its folder, or set model.init to random and model.config"]
+    started = []
+    for name in ("training.trainer", "demo.demo_run"):
+        monkeypatch.setattr(f"minisft.{name}.main", lambda argv, name=name: started.append((name, argv)))
+    for argv in (options, [], ["--optim.lr", "1"], ["demo", "--data.eval", ""], ["mine.toml"], ["--data.train=a"]):
+        train.main(argv)
+    assert started == [
+        ("training.trainer", options), ("demo.demo_run", []), ("demo.demo_run", ["--optim.lr", "1"]),
+        ("demo.demo_run", ["--data.eval", ""]), ("training.trainer", ["mine.toml"]),
+        ("training.trainer", ["--data.train=a"])]
+
+
+def test_help_of_training_does_not_wait_for_torch():
+    code = "import sys, train; assert train.main(['--help']) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == help_text() + "\n"
 
 
 def test_the_demo_is_shipped():

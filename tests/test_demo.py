@@ -5,8 +5,7 @@ import json
 import pytest
 
 from minisft import config_io
-from minisft.demo import run as demo
-from minisft.demo import world
+from minisft.demo import demo_run, world
 from minisft.runs.lifecycle import train
 
 
@@ -16,7 +15,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "LANGUAGES", {"en": world.ENGLISH})
-        demo.write_world(folder / "world", countries=24, seed=0)
+        demo_run.write_world(folder / "world", countries=24, seed=0)
     shape = json.loads((folder / "world/config.json").read_text())
     (folder / "world/config.json").write_text(json.dumps({**shape, "num_hidden_layers": 3}))
     shared = ["--data.cache", str(folder / "cache"), "--data.seq_len", "304"]
@@ -33,14 +32,14 @@ def folder(tmp_path_factory):
 
 
 def test_the_tuned_model_answers_what_it_only_read(folder):
-    """81% when this was written, and it varies with every change of a rounding; 0% where the loss is on the wrong
-    tokens or the base has learnt nothing."""
+    """81% when this was written; it varies with every change of a rounding. It is 0% if the loss is on the wrong tokens
+    or the base has learnt nothing."""
     rows = [json.loads(line) for line in (folder / "world/heldout-questions.jsonl").read_text().splitlines()]
     asked = (folder / "world/questions.jsonl").read_text()
     assert len(rows) == 12 * 4
     assert not [row for row in rows if row["completion"] in asked]
-    assert demo.answers(folder / "base/final", rows).score == 0
-    assert demo.answers(folder / "tuned/final", rows).score >= 0.5
+    assert demo_run.answers(folder / "base/final", rows).score == 0
+    assert demo_run.answers(folder / "tuned/final", rows).score >= 0.5
 
 
 def test_what_was_known_is_partly_forgotten(folder):

@@ -1,4 +1,4 @@
-"""A foreign name steers no terminal, and fits on a line."""
+"""A foreign name cannot control a terminal, and fits on a line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is installed is all there is: recipes, sample data, tables and pages travel in the wheel."""
+"""The wheel is complete: it has the recipes, sample data, tables and pages."""
 
 import os
 import shutil

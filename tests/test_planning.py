@@ -1,4 +1,4 @@
-"""`minisft plan` says what follows from its assumptions: figures are worked out by hand, or by NumPy, again."""
+"""`minisft plan` prints what follows from its assumptions; the oracle is arithmetic by hand, or by NumPy."""
 
 import json
 import math
@@ -18,7 +18,7 @@ N, BLOCK, VOCABULARY = 8_030_261_248, 218_112_000, 128_256 * 4096  # of Llama-3-
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """Llama-3-8B by its preset; no weights and no data are there."""
+    """Llama-3-8B by its preset, without weights or data."""
     monkeypatch.chdir(tmp_path)
     Path("r.toml").write_text("""
         model = {init = "random", config = "llama-3-8b"}
@@ -98,7 +98,7 @@ def test_bytes_sent_by_hand():
     assert alone.forward_seconds == alone.backward_seconds == 0
 
 
-def test_data_that_are_there_are_counted(base, recipe, capsys):
+def test_existing_data_are_counted(base, recipe, capsys):
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"}
     Path("shape.json").write_text(json.dumps(shape))
@@ -120,7 +120,7 @@ def test_data_that_are_there_are_counted(base, recipe, capsys):
     assert found["flops_per_token"]["none"] == pytest.approx(flops / lengths.sum())
 
 
-def test_without_data_or_tokens_the_assumption_is_said(recipe, capsys):
+def test_without_data_or_tokens_the_assumption_is_printed(recipe, capsys):
     found = planned()
     assert found["hours"] is None
     assert found["dollars"] is None
@@ -162,12 +162,12 @@ def test_memory_savers_of_one_gpu(recipe, capsys):
      "without the weights: a folder with only the model's config.json, or --model.init random --model.config with one "
      "of llama-3-8b,"),
 ])
-def test_what_cannot_be_planned_is_said(recipe, capsys, options, message):
+def test_what_cannot_be_planned_is_rejected(recipe, capsys, options, message):
     assert message in refused(capsys, *options)
 
 
 @pytest.mark.parametrize("options", [["--gpus", "0"], ["--tokens", "5X"], ["--utilisation", "1.5"]])
-def test_options_that_mean_nothing_are_refused(recipe, options):
+def test_meaningless_options_are_rejected(recipe, options):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "r.toml", *options])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""The profile of a run: its shares are those of known work, and it costs nothing where it is not asked for."""
+"""The profile of a run: its shares match known work, and it costs nothing unless asked for."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ def event(name, start, stop, *, inside=None, thread=1, kernels=(), device_type=D
 
 
 def test_known_times_on_a_cpu():
-    """A step of 1,000 us: each operation counts without those inside it, other threads not at all."""
+    """A step of 1,000 us: an operation counts without those inside it; other threads do not count."""
     step = event("ProfilerStep#2", 0, 1000)
     loss = event("_LinearCrossEntropy", 100, 400, inside=step)
     reduce = event("FSDP::post_backward_reduce (model.layers.3)", 400, 600, inside=step)
@@ -47,13 +47,13 @@ def test_known_times_on_a_cpu():
               event("aten::_scaled_dot_product_flash_attention_for_cpu", 850, 910, inside=step),
               event("aten::silu", 910, 970, inside=step), event("gloo:all_gather", 0, 900, thread=2)]
     assert shares(table(events)) == {
-        "matmul": 24, "attention": 6, "communication": 17, "optimiser": 10, "loader": 10, "copies and casts": 5,
-        "sharding (FSDP's copies and casts)": 3, "element-wise, norm, rope": 6, "loss, but its products": 15,
+        "matmul": 24, "attention": 6, "communication": 17, "optimizer": 10, "loader": 10, "copies and casts": 5,
+        "sharding (FSDP's copies and casts)": 3, "element-wise, norm, rope": 6, "loss, except products": 15,
         "Python, dispatch, waiting": 4}
 
 
 def test_known_times_on_a_gpu():
-    """Where kernels ran, the time is theirs, on whichever thread they were launched from."""
+    """If kernels ran, their time counts, whichever thread launched them."""
     step = event("ProfilerStep#2", 0, 10_000)
     loss = event("_LinearCrossEntropy", 0, 900, inside=step)
     events = [step, loss, event("aten::mm", 0, 500, inside=loss, kernels=[300, 100]),
@@ -61,7 +61,7 @@ def test_known_times_on_a_gpu():
               event("aten::mm", 0, 20, thread=2, kernels=[400]),  # of the backward pass
               event("nccl:_all_gather_base", 0, 10, thread=2, kernels=[150]),
               event("ampere_bf16_s16816gemm", 600, 1000, thread=7, device_type=DeviceType.CUDA)]  # one of those above
-    assert shares(table(events)) == {"matmul": 80, "loss, but its products": 5, "communication": 15}
+    assert shares(table(events)) == {"matmul": 80, "loss, except products": 5, "communication": 15}
 
 
 def test_work_of_known_cost(tmp_path):
@@ -91,13 +91,13 @@ def test_work_of_known_cost(tmp_path):
 
 @pytest.mark.parametrize("steps", [0, 2, 4])
 def test_runs_that_end_early(tmp_path, steps):
-    """Nothing is lost of the steps; what was recorded until then is written, if anything was."""
+    """No step is lost; if anything was recorded by then, it is written."""
     assert list(profiled(range(steps), tmp_path / "profile")) == list(range(steps))
     assert (tmp_path / "profile/table.txt").exists() == (steps >= 2)
 
 
 def test_files_of_a_run(base, tmp_path):
-    """--profile is enough; one of two ranks writes, every step is there once, the shares add up to the whole."""
+    """--profile is enough; one of two ranks writes; every step is there once; the shares add up to 100%."""
     with launch(base, tmp_path, ranks=2, train__max_steps=7, run__profile="true") as torchrun:
         printed = torchrun.communicate(timeout=300)[0]
     assert torchrun.returncode == 0, printed
@@ -113,7 +113,7 @@ def test_files_of_a_run(base, tmp_path):
 
 
 def test_off_by_default(base, tmp_path, monkeypatch):
-    """Without it the profiler is not even made, and the steps are those of the loader."""
+    """By default the profiler is not even created, and the steps are those of the loader."""
     monkeypatch.setattr("minisft.training.profile.profile", None)
     train(base, tmp_path, train__max_steps=2)
     assert not (tmp_path / "run/profile").exists()

@@ -4,17 +4,15 @@
               -> questions about half of them  -> recipe demo: the base model, fine-tuned to answer
               -> the same questions about the other half -> what does the base say, what the tuned model?
 
-The tuned model answers questions about facts that it only ever saw as plain text: fine-tuning taught it to answer, and
-the knowledge was there before.
+The tuned model answers questions about facts that it only ever saw as plain text: fine-tuning taught it to answer; the
+knowledge was already there.
 """
 
 import json
 import os
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minisft import config_io
 from minisft.config import Config
@@ -31,7 +29,7 @@ from minisft.runs.failure import guarded
 from minisft.runs.lifecycle import train
 from minisft.training.parallel import launched_rank
 
-COUNTRIES = 96  # of the 190 in world.tsv: as many as a small model learns in two minutes on two cores
+COUNTRIES = 96  # of the 190 in world.tsv: what a small model learns in two minutes on two cores
 VOCABULARY = 2048
 ARTICLES_PER_COUNTRY = 40  # in each language
 QUESTIONS_PER_FACT = 2
@@ -40,36 +38,31 @@ SHOWN = 6
 
 
 def main(argv: list[str]) -> int:
-    """Run both recipes and print what came of them; `argv` overrides keys of the second. Returns the exit code."""
+    """Run both recipes and print the comparison; `argv` overrides keys of the second. Returns the exit code."""
     return guarded(lambda: demo(argv))
 
 
 def demo(argv: list[str]) -> int:
-    """What `main` does; bad input and full disks are raised."""
+    """`main`, except that errors are raised."""
     tuned = config_io.load(["demo", *argv])
     base = config_io.load(["demo-base", "--train.seed", str(tuned.train.seed)])
-    if trained(base):
+    if (Path(base.run.dir) / "final").exists():
         kept = config_io.load([f"{base.run.dir}/config.toml"])
         if kept != base:
-            raise UserError(f"{base.run.dir}: a base model of other settings (seed {kept.train.seed}); delete it, "
-                            "or run the demo in another folder")
-        say(f"{base.run.dir}: the base model is there already")
+            raise UserError(f"{base.run.dir}: holds a base model with other settings (seed {kept.train.seed}); delete "
+                            "it, or run the demo in another folder")
+        say(f"{base.run.dir}: using the base model that is there")
     else:
         write_world(Path(base.model.tokenizer), countries=COUNTRIES, seed=base.train.seed)
         if code := train(base):
             return code
-    if trained(tuned) and not argv:
-        say(f"{tuned.run.dir}: trained already; delete it to train again")
+    if (Path(tuned.run.dir) / "final").exists() and not argv:
+        say(f"{tuned.run.dir}: already trained; delete it to train again")
     elif code := train(tuned):
         return code
     if launched_rank()[0] == 0:
         print(compare(base, tuned, Path(base.model.tokenizer)))
     return 0
-
-
-def trained(config: Config) -> bool:
-    """Whether the run has been finished before."""
-    return (Path(config.run.dir) / "final").exists()
 
 
 def say(text: str) -> None:
@@ -79,7 +72,7 @@ def say(text: str) -> None:
 
 
 def write_world(folder: Path, *, countries: int, seed: int) -> None:
-    """The files that the two recipes name. Every process writes the same bytes, each file in one rename."""
+    """Write the files that the two recipes name. Every process writes the same bytes, each file in one rename."""
     facts = random.Random(seed).sample(world.load_world(), countries)
     asked, heldout = world.halves(facts, seed)
     articles = world.articles(facts, per_country=ARTICLES_PER_COUNTRY, seed=seed)
@@ -104,21 +97,21 @@ def write_world(folder: Path, *, countries: int, seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model says to the held-out questions."""
+class DemoAnswers:
+    """A model's answers to the held-out questions."""
 
     texts: list[str]
-    score: float
+    score: float  # share that is exactly right
 
 
-def answers(folder: Path, rows: list[dict[str, str]]) -> Answers:
-    """Greedy answers of the model in `folder`, and the share that is exactly right."""
+def answers(folder: Path, rows: list[dict[str, str]]) -> DemoAnswers:
+    """Greedy answers of the model in `folder`."""
     tokenizer = Tokenizer(folder)
     renderer = Renderer(load_templates()["llama3"], tokenizer)
     prompts = [renderer.prompt((Turn("user", row["prompt"]),)) for row in rows]
     said = generate(from_pretrained(folder), prompts, max_new_tokens=24, stop_ids=renderer.stop_ids())
     texts = [tokenizer.decode(ids) for ids in said]
-    return Answers(texts, world.exact_match(texts, [row["completion"] for row in rows]))
+    return DemoAnswers(texts, world.exact_match(texts, [row["completion"] for row in rows]))
 
 
 def compare(base: Config, tuned: Config, folder: Path) -> str:
@@ -131,17 +124,8 @@ def compare(base: Config, tuned: Config, folder: Path) -> str:
         mark = "right" if tuned_text.strip() == row["completion"] else f"expected: {row['completion']}"
         lines += [f"  {row['prompt']}", f"    base   {base_text.strip()!r}",
                   f"    tuned  {tuned_text.strip()!r} ({mark})"]
-    text = [record for record in metrics(tuned) if record["kind"] == "eval" and record["name"] == "heldout-articles"]
+    log = map(json.loads, (Path(tuned.run.dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    text = [record for record in log if record["kind"] == "eval" and record["name"] == "heldout-articles"]
     lines += ["", f"exact answers to {len(rows)} held-out questions: base {before.score:.1%}, tuned {after.score:.1%}",
               f"loss on plain text: base {text[0]['loss']:.3f}, tuned {text[-1]['loss']:.3f} nats a token"]
     return "\n".join(lines)
-
-
-def metrics(config: Config) -> list[dict[str, Any]]:
-    """The records of a finished run."""
-    lines = (Path(config.run.dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -191,7 +191,7 @@ class Scenario:
             remedies.append(f"set data.seq_len to {seq_len}")
         if fits(config=replace(config, optim=replace(config.optim, parameters="bf16", moments="bf16"),
                                parallel=replace(config.parallel, offload="optimizer"))):
-            remedies.append("keep less of each parameter there: optim.parameters and optim.moments = bf16, "
+            remedies.append("keep less of each parameter on the GPU: optim.parameters and optim.moments = bf16, "
                             "parallel.offload = optimizer (docs/memory.md)")
         return (f"nothing fits: one pack of {config.data.seq_len:,} tokens with parallel.activation_checkpointing = "
                 f"full takes {smallest['reserved_gib']:.1f} GiB on each of {self.options.gpus} x {gpu.name}, which has "
@@ -247,7 +247,7 @@ def figures(config: Config, options: PlanOptions) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The figures of a plan for a person."""
+    """The plan as text."""
     gpu, best, traffic = found["gpu"], found["recommended"], found["traffic"]
     copies = f", {found['copies']} copies of the model" * (found["copies"] > 1)
     adapted = f"{found['trained']:,} trained beside " * (found["trained"] != found["parameters"])
@@ -264,7 +264,7 @@ def describe(found: dict[str, Any]) -> str:
     else:
         run = f"{found['tokens']:,} tokens in {found['steps']:,} steps: {found['hours']:.2f} hours"
     if found["dollars"] is not None:
-        run += f", {found['dollars']:,.2f} dollars at {found['price']:g} an hour and GPU"
+        run += f", {found['dollars']:,.2f} dollars at {found['price']:g} a GPU-hour"
     rows = {
         "work": f"{needed / 1e9:.1f} GFLOP a token, {flops / needed - 1:.0%} more with recomputation; "
                 f"{found['flops_per_step']:.3g} FLOPs a step of {found['tokens_per_step']:,.0f} tokens; {how}",
@@ -280,7 +280,7 @@ def describe(found: dict[str, Any]) -> str:
                 f"{best['reserved_gib']:.1f} GiB reserved ({best['allocated_gib']:.1f} allocated); with these",
         "speed": f"{best['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, {best['step_seconds']:.2f} s a step",
         "run": run,
-        "note": "computed, not measured: memory is counted tensor by tensor, times are as good as the assumed share",
+        "note": "computed, not measured: memory is counted tensor by tensor; times are as good as the assumed share",
     }
     for title, text in rows.items():
         lines += textwrap.wrap(text, 110, initial_indent=f"{title:<9}", subsequent_indent=" " * 9,
