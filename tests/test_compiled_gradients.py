@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_cuda_paths import TINY
 
-from minisft.data.loader import micro_batch
+from minisft.data.batches import micro_batch
 from minisft.errors import UserError
 from minisft.model import lora, weights
 from minisft.model.lora_config import LoRA

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from minisft.config import load
-from minisft.data.loader import micro_batch
+from minisft.data.batches import micro_batch
 from minisft.model.llama import Llama
 from minisft.prepare import prepare
 from minisft.training.loss import batch_loss

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minisft.config import DataConfig
+from minisft.data.batches import steps
 from minisft.data.dataset import Dataset
-from minisft.data.loader import steps
 from minisft.data.packing import Plan
 from minisft.data.store import open_store
 from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.assistant import Assistant
+from minisft.keys import Source
+from minisft.prepare import read_source
 from minisft.training.loss import batch_loss
 from minisft.training.parallel import World, all_sum
 
@@ -32,7 +35,7 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World, *, seq_len: i
     """
     share = loss_sum(model, dataset, rank=world.rank, ranks=world.ranks, seq_len=seq_len, micro_packs=micro_packs,
                      fixed=fixed, device=world.device, check=check)
-    return float(all_sum(share)) / int(dataset.targets.sum())
+    return float(all_sum(share)) / int(dataset.num_loss_tokens.sum())
 
 
 @torch.no_grad()
@@ -40,7 +43,7 @@ def loss_sum(model: nn.Module, dataset: Dataset, *, seq_len: int, rank: int = 0,
              fixed: bool = False, device: torch.device | str = "cpu",
              check: Callable[[], None] = lambda: None) -> Tensor:
     """() fp32: the sum of the token losses in this rank's share of `dataset`."""
-    plan = Plan(dataset.lengths, dataset.targets, seq_len=seq_len, packs_per_step=micro_packs * ranks, epochs=1,
+    plan = Plan(dataset.lengths, dataset.num_loss_tokens, seq_len=seq_len, packs_per_step=micro_packs * ranks, epochs=1,
                 shuffle=False)
     device = torch.device(device)
     total = torch.zeros((), device=device)
@@ -60,9 +63,10 @@ def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, fo
     its losses there would say nothing. Raises UserError for files that training would refuse.
     """
     seq_len, found = min(seq_len, assistant.model.config.max_position_embeddings), []
+    data = DataConfig(seq_len=seq_len, overlong=overlong, cache=str(cache))
     for file in files:
-        store = open_store(file, name=file, format=format, renderer=assistant.renderer, cache=Path(cache), quiet=quiet)
-        dataset = Dataset([store], seq_len=seq_len, overlong=overlong)
+        source = Source(file, format=format, name=file)
+        dataset = Dataset([open_store(source, data, assistant.renderer, read_source, quiet=quiet)], data)
         report, vocabulary = dataset.reports[0], assistant.model.config.vocab_size
         if report.largest_id >= vocabulary:
             raise UserError(f"{file}: token id {report.largest_id} is past the model's vocabulary of {vocabulary}; "

@@ -76,7 +76,7 @@ class After:
             loss = heldout_loss(run.model, dataset, run.world, seq_len=config.data.seq_len, check=self._check,
                                 micro_packs=config.batch.micro_packs, fixed=is_compiled(config, run.world))
             record = {"kind": "eval", "step": step, "name": name, **loss_figures(loss),
-                      "target_tokens": int(dataset.targets.sum()), "seconds": time.perf_counter() - started}
+                      "target_tokens": int(dataset.num_loss_tokens.sum()), "seconds": time.perf_counter() - started}
             warning = self.forgetting.add(record)
             monitor.write(record)
             above = f" ({record['forgetting']:+.4f} to the base model's)" if record.get("forgetting") else ""

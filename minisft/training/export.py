@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from minisft.data.chat import Renderer
+from minisft.data.jinja import written
 from minisft.errors import UserError, printable
 from minisft.model import weights
 from minisft.model.llama_config import LlamaConfig
@@ -91,7 +92,8 @@ def companions(renderer: Renderer, config: LlamaConfig) -> dict[str, bytes]:
     """Name and content of the files beside the weights: the tokenizer, the chat template, where generation ends."""
     tokenizer = renderer.tokenizer
     kept = {key: value for key, value in tokenizer.settings.items() if SETTINGS.fullmatch(key)}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **kept, "chat_template": renderer.jinja()}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **kept,
+                "chat_template": written(renderer.template, renderer.fill)}
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(renderer.stop_ids())}
     return {"tokenizer.json": tokenizer.content, "tokenizer_config.json": as_json(settings),
             "generation_config.json": as_json(generation)}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minisft.data.loader import MicroBatch
+from minisft.data.batches import MicroBatch
 from minisft.model.attention import Documents
 from minisft.model.precision import operand, product_dtype
 

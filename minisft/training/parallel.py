@@ -230,7 +230,7 @@ def sharded(model: Llama) -> Llama:
 def compile_blocks(model: Llama) -> None:
     """Compile what each block computes, but not FSDP's work around it, which happens when the block is called.
 
-    All blocks share one graph. It is for one number of tokens (data/loader.py pads), and for any documents: their
+    All blocks share one graph. It is for one number of tokens (data/batches.py pads), and for any documents: their
     number and the length of the longest stay open, or each new pack would be compiled anew. `fullgraph` makes whatever
     cannot be compiled an error: a break, or one compilation too many, would otherwise only be slow.
     """

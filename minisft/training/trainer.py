@@ -22,7 +22,7 @@ from minisft import config as configuration
 from minisft.config import Config
 from minisft.counter_rng import key_of
 from minisft.data import packing
-from minisft.data.loader import MicroBatch, Step, steps
+from minisft.data.batches import MicroBatch, Step, steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
 from minisft.planning.hardware import peak_flops
 from minisft.prepare import Prepared, prepare
