@@ -12,7 +12,7 @@ import pytest
 from oracles.tiny_llama import write_tiny_llama
 from small_data import store_of
 
-from minisft.data.chat import Piece, Rendered, Renderer
+from minisft.data.chat import Piece, Renderer
 from minisft.data.checks import validate
 from minisft.data.conversation import Conversation, Turn
 from minisft.data.templates import load_templates
@@ -47,7 +47,7 @@ def encoded(folder, template="llama3", train_on="assistant", conversations=ALL):
     """A renderer, its documents and the conversations that have something to train on."""
     template = load_templates()[template] if isinstance(template, str) else template
     renderer = Renderer(template, Tokenizer(folder), train_on=train_on)
-    documents = renderer.encode(renderer.render(conversations))
+    documents = renderer.encode([renderer.pieces(conversation) for conversation in conversations])
     learnable = documents.num_loss_tokens > 0
     kept = [conversation for conversation, keep in zip(conversations, learnable, strict=True) if keep]
     return renderer, documents.only(learnable), kept
@@ -55,7 +55,7 @@ def encoded(folder, template="llama3", train_on="assistant", conversations=ALL):
 
 def test_the_first_token_of_a_document_is_not_trained_even_if_it_is_the_only_one(folder):
     renderer = Renderer(load_templates()["text"], Tokenizer(folder))
-    documents = renderer.encode(Rendered([Piece("a", False, True)], np.zeros(3, np.int64), np.array([1, 2])))
+    documents = renderer.encode([[Piece("a", False, True)], [Piece("a", False, True)] * 2])
     assert documents.offsets.tolist() == [0, 1, 3]
     assert documents.loss_mask.tolist() == [False, False, True]
     assert documents.num_loss_tokens.tolist() == [0, 1]
@@ -134,7 +134,7 @@ def test_each_trained_stop_is_missed(folder, template, train_on):
 def test_text_that_became_a_control_token_is_found(folder):
     renderer, documents, kept = encoded(folder)
     renderer.tokenizer._backend.encode_special_tokens = False
-    documents = renderer.encode(renderer.render(kept))
+    documents = renderer.encode([renderer.pieces(conversation) for conversation in kept])
     stop = renderer.tokenizer.control["<|eot_id|>"]
     inside = documents.ids.tolist().index(stop, documents.ids.tolist().index(stop) + 1)
     assert refused(renderer, documents, kept) == (

@@ -293,10 +293,10 @@ folder, file, cache, pause = sys.argv[1:]
 store.BATCH = 4
 batches = []
 class Slow(Renderer):
-    def encode(self, rendered):
-        batches.append(rendered)
+    def encode(self, documents):
+        batches.append(documents)
         time.sleep(float(pause))
-        return super().encode(rendered)
+        return super().encode(documents)
 renderer = Slow(load_templates()["llama3"], Tokenizer(folder))
 source = Source(file, format="auto", name="data")
 made = store.open_store(source, DataConfig(cache=cache), renderer, read_source, quiet=True)

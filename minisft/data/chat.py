@@ -52,15 +52,6 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """D conversations as P pieces, of which V are distinct."""
-
-    distinct: list[Piece]  # (V,)
-    codes: Array  # (P,) int64: which of the distinct pieces each one is
-    counts: Array  # (D,) int64: pieces of each conversation
-
-
-@dataclass(frozen=True)
 class EncodedDocuments:
     """T tokens of D documents, one after another."""
 
@@ -133,13 +124,12 @@ class Renderer:
         assert self.renderable(conversation) is conversation, "the template does not know this conversation's tools"
         return _merged(self._rendered(conversation))
 
-    def render(self, conversations: Iterable[Conversation]) -> Rendered:
-        """The pieces of many conversations, numbered."""
-        return _numbered(map(self.pieces, conversations))
-
-    def encode(self, rendered: Rendered) -> EncodedDocuments:
-        """Token ids and masks. The first token of a document is not trained: nothing could predict it."""
-        distinct, codes, known = rendered.distinct, rendered.codes, self.tokenizer.control
+    def encode(self, documents: list[list[Piece]]) -> EncodedDocuments:
+        """Token ids and masks of D documents of P pieces, of which V are distinct. The first token of a document is not
+        trained: nothing could predict it."""
+        number: dict[Piece, int] = {}
+        codes = np.array([number.setdefault(piece, len(number)) for pieces in documents for piece in pieces], np.int64)
+        distinct, known = list(number), self.tokenizer.control
         encoded = iter(self.tokenizer.encode_batch([piece.text for piece in distinct if not piece.control]))
         table = [[known[piece.text]] if piece.control else next(encoded) for piece in distinct]
         table_lengths = np.fromiter(map(len, table), np.int64, len(table))  # (V,)
@@ -149,21 +139,21 @@ class Renderer:
         lengths = table_lengths[codes]  # (P,)
         starts, of = _offsets(lengths), np.repeat(codes, lengths)  # of, (T,): which distinct piece a token is in
         tokens = table_ids[np.arange(len(of)) + np.repeat(table_starts[codes] - starts[:-1], lengths)]
-        documents = _offsets(rendered.counts)  # (D + 1,): in pieces
-        offsets = starts[documents]
+        of_pieces = _offsets(np.array([len(pieces) for pieces in documents], np.int64))  # (D + 1,)
+        offsets = starts[of_pieces]
         loss_mask = np.array([piece.trained for piece in distinct], dtype=bool)[of]
         loss_mask[offsets[:-1][np.diff(offsets) > 0]] = False
         controls = np.array([known[piece.text] if piece.control else -1 for piece in distinct], dtype=np.int64)[of]
         contents = np.array([self._contents(piece, len(ids)) for piece, ids in zip(distinct, table, strict=True)],
                             dtype=np.int64).reshape(-1, 2)
-        words, content_tokens = (_sums(count[codes], documents) for count in contents.T)
+        words, content_tokens = (_sums(count[codes], of_pieces) for count in contents.T)
         return EncodedDocuments(tokens, loss_mask, controls, offsets, words, content_tokens)
 
     def prompt(self, turns: tuple[Turn, ...]) -> list[int]:
         """Token ids of `turns`, up to where the assistant's answer begins."""
         rendered = self._rendered(Conversation(turns, source="", line=0))
         answer = self.split(self.template.assistant[0], self.train_on == "all")
-        prompt = self.encode(_numbered([_merged(chain(rendered, answer))]))
+        prompt = self.encode([_merged(chain(rendered, answer))])
         text = prompt.ids[prompt.controls < 0]
         assert not np.isin(text, list(self.tokenizer.control.values())).any(), "text became a control token"
         return prompt.ids.tolist()
@@ -267,15 +257,6 @@ def _merged(pieces: Iterable[Piece]) -> list[Piece]:
             merged.append(piece)
             last = piece
     return merged
-
-
-def _numbered(documents: Iterable[list[Piece]]) -> Rendered:
-    number: dict[Piece, int] = {}
-    codes, counts = [], []
-    for pieces in documents:
-        codes += [number.setdefault(piece, len(number)) for piece in pieces]
-        counts.append(len(pieces))
-    return Rendered(list(number), np.array(codes, dtype=np.int64), np.array(counts, dtype=np.int64))
 
 
 def _offsets(counts: Array) -> Array:

@@ -40,12 +40,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from minisft.data.chat import EncodedDocuments, Rendered, Renderer
+from minisft.data.chat import EncodedDocuments, Piece, Renderer
 from minisft.data.checks import validate
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.tokenizer import TokenizerError
@@ -204,83 +204,68 @@ def _opened(folder: Path, sample: int | None) -> Store | None:
 # ---- making a store --------------------------------------------------------------------------------------------------
 
 
-class RenderedBatch(NamedTuple):
+Rendered = tuple[Conversation | Skipped, list[Piece], int]  # with its pieces and near_duplicate_hash
+
+
+def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Iterator[list[Rendered]]:
     """Records that are tokenised together, in the file's order."""
-
-    conversations: list[Conversation]
-    skipped: list[Skipped]
-    rendered: Rendered
-    near_duplicate_hashes: list[int]
-
-
-def _batch(conversations: list[Conversation], skipped: list[Skipped], renderer: Renderer) -> RenderedBatch:
-    return RenderedBatch(conversations, skipped, renderer.render(conversations),
-                         [near_duplicate_hash(conversation) for conversation in conversations])
-
-
-def _batches(items: Iterator[Conversation | Skipped], renderer: Renderer) -> Iterator[RenderedBatch]:
-    conversations: list[Conversation] = []
-    skipped: list[Skipped] = []
+    batch: list[Rendered] = []
     characters = 0
-    for item in map(renderer.renderable, items):
-        if isinstance(item, Conversation):
-            conversations.append(item)
-            characters += sum([len(turn.content) + len(turn.context) for turn in item.turns])
+    for item in map(renderer.renderable, found):
+        if isinstance(item, Skipped):
+            batch.append((item, [], 0))
         else:
-            skipped.append(item)
-        if len(conversations) + len(skipped) >= BATCH or characters > BATCH_CHARACTERS:
-            yield _batch(conversations, skipped, renderer)
-            conversations, skipped, characters = [], [], 0
-    if conversations or skipped:
-        yield _batch(conversations, skipped, renderer)
+            batch.append((item, renderer.pieces(item), near_duplicate_hash(item)))
+            characters += sum([len(piece.text) for piece in batch[-1][1]])
+        if len(batch) >= BATCH or characters > BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _encoded(batch: RenderedBatch, renderer: Renderer) -> tuple[RenderedBatch, EncodedDocuments]:
-    """The documents of `batch`, and the batch without those whose text the tokenizer cannot take: they are skipped."""
+def _encode(batch: list[Rendered], renderer: Renderer) -> EncodedDocuments:
+    """The documents of `batch`; an empty one for what is skipped, which texts join that the tokenizer cannot take."""
     try:
-        return batch, renderer.encode(batch.rendered)
+        return renderer.encode([pieces for _, pieces, _ in batch])
     except TokenizerError:
-        good, skipped = [], list(batch.skipped)
-        for conversation in batch.conversations:
+        for i, (item, pieces, _) in enumerate(batch):
             try:
-                renderer.encode(renderer.render([conversation]))
-                good.append(conversation)
+                renderer.encode([pieces])
             except TokenizerError as error:
-                skipped.append(Skipped("the tokenizer cannot take this text", str(error), conversation.source,
-                                       conversation.line))
-        batch = _batch(good, skipped, renderer)
-        return batch, renderer.encode(batch.rendered)
+                batch[i] = Skipped("the tokenizer cannot take this text", str(error), item.source, item.line), [], 0
+        return renderer.encode([pieces for _, pieces, _ in batch])
 
 
-def _write(folder: Path, conversations: Iterator[Conversation | Skipped], renderer: Renderer, report: Report,
+def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Renderer, report: Report,
            max_bad: int) -> None:
     """Tokenise, check and write everything except report.json; `report` is filled in."""
     parts = {name: [np.zeros(0, np.uint64 if name in ("hashes", "loose") else np.int64)] for name in ARRAYS}
-    batches, end = _batches(conversations, renderer), 0
+    batches, end = _batches(found, renderer), 0
     with (open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as mask_file,
           ThreadPoolExecutor(max_workers=1) as thread):
         following = thread.submit(next, batches, None)
         while (batch := following.result()) is not None:
             following = thread.submit(next, batches, None)  # rendered while this one is tokenised
-            batch, documents = _encoded(batch, renderer)
-            for item in batch.skipped:
-                report.count(report.skipped, item.reason, f"{item.source}:{item.line}: {item.detail}")
+            documents, kept = _encode(batch, renderer), []
+            learnable = documents.num_loss_tokens > 0
+            for (item, *_), keep in zip(batch, learnable.tolist(), strict=True):
+                where = f"{item.source}:{item.line}"
+                if isinstance(item, Skipped):
+                    report.count(report.skipped, item.reason, f"{where}: {item.detail}")
+                elif not keep:
+                    report.count(report.skipped, "nothing trained", where)
+                else:
+                    kept.append(item)
+                    for note in item.notes:
+                        report.count(report.changed, note, where)
             broken = [reason for reason in report.skipped if reason in BROKEN]
             if sum(report.skipped[reason] for reason in broken) > max_bad:
                 raise UserError(f"{report.path}: more than data.max_bad = {max_bad} broken records; the first: "
                                 f"{report.examples[broken[0]]}")
-            learnable = documents.num_loss_tokens > 0
-            documents, kept = documents.only(learnable), []
-            for conversation, keep in zip(batch.conversations, learnable.tolist(), strict=True):
-                where = f"{conversation.source}:{conversation.line}"
-                if keep:
-                    kept.append(conversation)
-                    for note in conversation.notes:
-                        report.count(report.changed, note, where)
-                else:
-                    report.count(report.skipped, "nothing trained", where)
+            documents = documents.only(learnable)
             validate(documents, kept, renderer)
-            report.read += len(batch.conversations) + len(batch.skipped)
+            report.read += len(batch)
             report.words += int(documents.words.sum())
             report.content_tokens += int(documents.content_tokens.sum())
             ids, loss_mask, offsets = documents.ids, documents.loss_mask, documents.offsets
@@ -292,7 +277,7 @@ def _write(folder: Path, conversations: Iterator[Conversation | Skipped], render
                     "largest": np.maximum.reduceat(ids, offsets[:-1]) if kept else [],  # reduceat needs a document
                     "lines": [conversation.line for conversation in kept],
                     "hashes": [_hash(ids[i:j], loss_mask[i:j]) for i, j in pairwise(offsets.tolist())],
-                    "loose": np.array(batch.near_duplicate_hashes, np.uint64)[learnable]}.items():
+                    "loose": np.array([near_duplicate for *_, near_duplicate in batch], np.uint64)[learnable]}.items():
                 parts[name].append(np.array(values, parts[name][0].dtype))
             end += len(ids)
     parts["offsets"].append(np.array([end]))
