@@ -35,6 +35,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from minisft.config import DataConfig, Source
 from minisft.data.chat import Renderer
 from minisft.data.packing import Plan
 from minisft.data.store import open_store
@@ -42,6 +43,7 @@ from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.model.llama import DTYPES, Documents, attend
+from minisft.prepare import read_source
 
 # H query heads, K key/value heads, E head width, T tokens
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
@@ -54,8 +56,8 @@ def packed_lengths(options: argparse.Namespace) -> tuple[int, ...]:
     """The documents' lengths in the pack that stands in the middle when all packs are sorted by cost."""
     with tempfile.TemporaryDirectory() as cache:
         renderer = Renderer(load_templates()[options.template], Tokenizer(options.tokenizer))
-        store = open_store(str(options.file), name="bench", format="auto", renderer=renderer, cache=Path(cache),
-                           quiet=True)
+        source = Source(str(options.file), format="auto", name="bench")
+        store = open_store(source, DataConfig(cache=cache), renderer, read_source, quiet=True)
         lengths = np.diff(store.offsets)
     lengths = lengths[lengths <= options.tokens]
     if not len(lengths):

@@ -34,15 +34,17 @@ from types import SimpleNamespace
 import numpy as np
 import tokenizers
 
+from minisft.config import DataConfig, Source
+from minisft.data.batches import deal
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation
 from minisft.data.formats import read
-from minisft.data.loader import deal
 from minisft.data.packing import Plan
-from minisft.data.store import BATCH, open_store
+from minisft.data.store import BATCH, Store, open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.prepare import read_source
 
 
 def varied(conversations: list[dict], count: int, join: int, misspelt: float = 0.1) -> Iterator[dict]:
@@ -93,6 +95,12 @@ def write(options: argparse.Namespace, folder: Path) -> Path:
     return file
 
 
+def store_of(file: Path, renderer: Renderer, cache: Path) -> Store:
+    """The store of a file."""
+    source = Source(str(file), format="auto", name="bench")
+    return open_store(source, DataConfig(cache=str(cache)), renderer, read_source, quiet=True)
+
+
 def clocked(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds of the clock and of all cores."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -119,7 +127,7 @@ def tokenise(options: argparse.Namespace, folder: Path) -> None:
 
     def store() -> None:
         cache = Path(tempfile.mkdtemp(dir=folder))
-        made.append(open_store(str(file), name="bench", format="auto", renderer=renderer, cache=cache, quiet=True))
+        made.append(store_of(file, renderer, cache))
 
     made: list = []
     ways = {
@@ -177,8 +185,8 @@ def trl(options: argparse.Namespace, folder: Path) -> None:
         times["TRL"].append(clocked(lambda: found.update(TRL=SFTTrainer._prepare_dataset(
             trainer, dataset, tokenizer, args, True, None, "bench")))[0])
         cache = Path(tempfile.mkdtemp(dir=folder))
-        times["minisft"].append(clocked(lambda cache=cache: found.update(minisft=open_store(
-            str(file), name="bench", format="auto", renderer=renderer, cache=cache, quiet=True)))[0])
+        times["minisft"].append(clocked(lambda cache=cache: found.update(minisft=store_of(
+            file, renderer, cache)))[0])
     tokens = sum(map(len, found["TRL"]["input_ids"])), found["minisft"].report.tokens
     times = {name: seconds[1:] for name, seconds in times.items()}
     for (name, seconds), count in zip(times.items(), tokens, strict=True):
@@ -190,10 +198,13 @@ def trl(options: argparse.Namespace, folder: Path) -> None:
 MEMORY = """
 import sys, time
 from pathlib import Path
+from minisft.config import DataConfig
 from minisft.data.chat import Renderer
 from minisft.data.store import open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
+from minisft.config import Source
+from minisft.prepare import read_source
 def peak():  # of this program; ru_maxrss would start from that of the process that called it
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
@@ -203,7 +214,8 @@ renderer = Renderer(load_templates()["llama3"], Tokenizer(tokenizer))
 if what == "make":
     time.sleep(2.1)  # a file that was written just now is not remembered
 loaded, start = peak(), time.perf_counter()
-store = open_store(file, name="bench", format="auto", renderer=renderer, cache=Path(cache), quiet=True)
+source = Source(file, format="auto", name="bench")
+store = open_store(source, DataConfig(cache=cache), renderer, read_source, quiet=True)
 seconds = time.perf_counter() - start
 print(f"{what}: {len(store):,} documents, {store.report.tokens:,} tokens in {seconds:.3f} s; peak GiB of RSS: "
       f"{imported:.2f} imported, {loaded:.2f} with the tokenizer, {peak():.2f} in the end")
@@ -225,7 +237,7 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
 def lengths_of(options: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
     """(n,) tokens of each document, by where the lengths are from."""
     renderer = Renderer(load_templates()["llama3"], Tokenizer(options.tokenizer))
-    store = open_store(str(options.file), name="bench", format="auto", renderer=renderer, cache=folder, quiet=True)
+    store = store_of(options.file, renderer, folder)
     rng, count, found = np.random.default_rng(0), options.conversations, np.diff(store.offsets)
     noisy = np.rint(rng.choice(found, 2 * count) * np.exp(rng.normal(0, 0.1, 2 * count)))
     model = np.exp(rng.normal(np.log(1000), 1.1, 2 * count)) + 20

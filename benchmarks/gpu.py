@@ -115,7 +115,7 @@ def stream(tokens: int, each: int, vocabulary: int, *, seed: int = 0, trained: f
     """A micro-batch of random tokens; the second part of each document is trained."""
     import numpy as np
 
-    from minisft.data.loader import micro_batch
+    from minisft.data.batches import micro_batch
 
     rng = np.random.default_rng(seed)
     documents = [(rng.integers(0, vocabulary, n), (np.arange(n) >= max(n * (1 - trained), 1)).astype(int))

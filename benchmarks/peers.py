@@ -104,7 +104,7 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
 
     from minisft import config_io
     from minisft.config import Config, OptimConfig, ParallelConfig, TrainConfig
-    from minisft.data.loader import micro_batch, padded
+    from minisft.data.batches import micro_batch
     from minisft.model import weights
     from minisft.model.llama_config import read_config
     from minisft.runs.assemble import open_optimizer
@@ -113,7 +113,8 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
 
     def stream(packs: list[list[dict]]):
         documents = [(np.array(d["ids"]), np.array(d["trained"])) for pack in packs for d in pack]
-        return micro_batch(SimpleNamespace(document=documents.__getitem__, lengths=documents), range(len(documents)))
+        return micro_batch(SimpleNamespace(document=documents.__getitem__, lengths=documents),
+                           list(range(len(documents))), size=size if compiled else 1, longest=config.data.seq_len)
 
     config = config_io.load(job.arguments)
     world = parallel.start()
@@ -132,8 +133,7 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
         targets = sum(sum(d["trained"]) for pack in packs for d in pack)
         total = torch.zeros((), device=world.device)
         for batch in map(stream, in_micro_batches(packs, job)):
-            batch = padded(batch, size, longest=config.data.seq_len) if compiled else batch
-            loss = batch_loss(model, batch, world.device, targets, compiled=compiled)
+            loss = batch_loss(model, batch, device=world.device, denominator=targets, compiled=compiled)
             loss.backward()
             total += loss.detach()
         optimizer.clip(CLIP)

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minisft import config_io
 from minisft.config import Config
-from minisft.data.loader import steps
+from minisft.data.batches import steps
 from minisft.errors import UserError
 from minisft.model.flops import training_flops
 from minisft.model.llama_config import LlamaConfig, read_config

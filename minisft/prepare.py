@@ -3,17 +3,18 @@
 Everything here happens before a process group exists, so that no collective times out while a file is tokenised.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from minisft.config import Config, DataConfig, LoraConfig, Source, heldout_name
-from minisft.data import mixing
-from minisft.data.chat import Renderer, choose_template
+from minisft.data.chat import Renderer
+from minisft.data.conversation import Conversation, Skipped
 from minisft.data.dataset import Dataset
+from minisft.data.formats import read
+from minisft.data.jinja import choose_template
 from minisft.data.packing import Plan
 from minisft.data.store import Store, open_store
 from minisft.data.templates import load_templates
@@ -25,6 +26,7 @@ from minisft.model.flops import training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
 
 MOST = 2**31  # documents in an epoch
+Array = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Prepared:
     """The data of a run."""
 
     config: Config
-    network: LlamaConfig | None  # None: there is no config.json to read
+    network: LlamaConfig | None  # None if there is no config.json to read
     tokenizer: Tokenizer
-    renderer: Renderer  # of data.template: how the trained model is talked to
+    renderer: Renderer  # of data.template: how the trained model is prompted
     train: Dataset  # data.train, then data.replay
     weights: tuple[float, ...]  # of each source in it: passes over its tokens in an epoch
     plan: Plan
@@ -46,69 +48,79 @@ class Prepared:
         return ["{}:{}".format(*self.train.origin(int(i))) for i in documents]
 
     def flops(self, step: int) -> int:
-        """FLOPs that `step` (from 0) needs on all ranks together, nothing computed again (model/flops.py)."""
+        """FLOPs of `step` (from 0) on all ranks together, without recomputation (model/flops.py)."""
         assert self.network
         documents = np.concatenate(self.plan.documents(step))
-        return training_flops(self.network, self.plan.lengths[documents], self.plan.targets[documents],
+        return training_flops(self.network, self.plan.lengths[documents], self.plan.num_loss_tokens[documents],
                               ranks=targets.ranks(self.config.lora, self.network))
 
     def shares(self, step: int) -> dict[str, dict[str, int]]:
-        """{"sources": trained tokens of `step` (from 0) by their source, on all ranks}; nothing where there is one."""
+        """{"sources": trained tokens of `step` (from 0) in each source, on all ranks}; empty if there is one source."""
         if len(self.weights) == 1:
             return {}
-        counts = self.train.per_source(self.train.targets, np.concatenate(self.plan.documents(step)))
+        counts = self.train.per_source(self.train.num_loss_tokens, np.concatenate(self.plan.documents(step)))
         return {"sources": {report.name: int(n) for report, n in zip(self.train.reports, counts, strict=True)}}
 
 
 def adapters_of(config: Config) -> LoraConfig | None:
-    """The settings of the adapters that are trained; None: the whole model is."""
+    """The settings of the adapters that are trained; None for full fine-tuning."""
     return config.lora if config.lora.rank else None
 
 
 def inputs(config: Config, arguments: Sequence[str] = ()) -> list[str]:
-    """What is read to prepare `config`, files and folders; with the recipe, where `arguments` begin with one."""
+    """The files and folders that are read to prepare `config`, with the recipe if `arguments` begin with one."""
     data, model = config.data, config.model
     sources = [source.path for source in (*data.train, *data.replay, *data.eval, *data.general)]
     return [*sources, model.tokenizer, model.path, model.config, data.templates, data.cache, *arguments[:1]]
 
 
+def read_source(source: Source, data: DataConfig, unread: dict[str, int]) -> Iterator[Conversation | Skipped]:
+    """The conversations of a file, for `open_store`; `unread` counts the records that have a field nothing reads."""
+    return read(source.path, format=source.format, skip_bad=data.skip_bad, oasst=data.oasst, ignore=data.ignore,
+                unread=unread)
+
+
 def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Prepared:
     """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input.
 
-    With `verify` every stored document is held against its hash first, and what is damaged made again.
+    `verify` first checks every stored document against its hash, and makes damaged stores again.
     """
     data = config.data
     for path in map(Path, inputs(config)):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: is a device, a pipe or a socket; name a regular file")
     tokenizer = Tokenizer(config.model.tokenizer)
-    _look_for_files(data)
+    for key in ("train", "replay", "eval", "general"):  # all files must be there before the first one is read
+        for source in getattr(data, key):
+            regular_file(source.path, key=f"data.{key}: ")
     templates = load_templates(data.templates or None)
     sources = (*data.train, *data.replay)
     renderers = {name: Renderer(choose_template(name, templates, tokenizer), tokenizer, train_on=data.train_on)
                  for name in {data.template, *(source.template for source in (*sources, *data.eval, *data.general))}}
 
     def store(source: Source) -> Store:
-        return open_store(source.path, name=source.name, format=source.format, renderer=renderers[source.template],
-                          cache=Path(data.cache), skip_bad=data.skip_bad, max_bad=data.max_bad, oasst=data.oasst,
-                          ignore=data.ignore, quiet=quiet, verify=verify)
+        return open_store(source, data, renderers[source.template], read_source, quiet=quiet, verify=verify)
 
-    fitting: dict[str, Any] = {"seq_len": data.seq_len, "overlong": data.overlong, "dedup": data.dedup}
     stores = [store(source) for source in sources]
-    held_out = [mixing.held_out(s.loose, data.eval_fraction if i < len(data.train) else 0)
-                for i, s in enumerate(stores)]
-    train = Dataset(stores, held_out=held_out, **fitting)
-    evals = {source.name: Dataset([store(source)], of="to evaluate on", **fitting)
+    held = [held_out(s.near_duplicate_hashes, data.eval_fraction * (i < len(data.train))) for i, s in enumerate(stores)]
+    train = Dataset(stores, data, held_out=held)
+    evals = {source.name: Dataset([store(source)], data, purpose="to evaluate on")
              for source in (*data.eval, *data.general)}
     if data.eval_fraction:
-        evals |= _held_out(config, stores, held_out, fitting)
-    weights = _weights(config, train)
-    plan = Plan(train.lengths, train.targets, seq_len=data.seq_len, packs_per_step=config.batch.packs,
-                epochs=config.train.epochs, max_steps=config.train.max_steps, seed=config.train.seed,
-                shuffle=data.shuffle, weights=weights[train.store_of])
+        parts = {heldout_name(source): Dataset([stores[i]], data, held_out=[held[i]], only_held_out=True)
+                 for i, source in enumerate(data.train)}
+        if not any(map(len, parts.values())):
+            raise UserError(f"data.eval_fraction: {data.eval_fraction:g} of {sum(map(len, held)):,} documents holds "
+                            "out none that fits; raise it")
+        evals |= {name: part for name, part in parts.items() if len(part)}
     for name, dataset in evals.items():
         dataset.reports[0].name = name
-        dataset.reports[0].also_trained = int(np.isin(dataset.loose(), train.loose()).sum())
+        dataset.reports[0].also_trained = int(np.isin(dataset.near_duplicate_hashes(),
+                                                      train.near_duplicate_hashes()).sum())
+    weights = _weights(config, train)
+    plan = Plan(train.lengths, train.num_loss_tokens, seq_len=data.seq_len, packs_per_step=config.batch.packs,
+                epochs=config.train.epochs, max_steps=config.train.max_steps, seed=config.train.seed,
+                shuffle=data.shuffle, weights=weights[train.store_of])
     network = _network(config)
     prepared = Prepared(config, network, tokenizer, renderers[data.template], train, tuple(weights.tolist()), plan,
                         evals)
@@ -119,15 +131,8 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
     return prepared
 
 
-def _look_for_files(data: DataConfig) -> None:
-    """Raises UserError for one that is not there, before the first is read."""
-    for key in ("train", "replay", "eval", "general"):
-        for source in getattr(data, key):
-            regular_file(source.path, key=f"data.{key}: ")
-
-
 def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
-    """Raises UserError where a token id is past the vocabulary of the model."""
+    """Raises UserError if a token id is beyond the model's vocabulary."""
     for dataset in (prepared.train, *prepared.evals.values()):
         for report in dataset.reports:
             if report.largest_id >= network.vocab_size:
@@ -135,26 +140,38 @@ def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
                                 f"{network.vocab_size}; {prepared.tokenizer.file} belongs to another model")
 
 
-def _held_out(config: Config, stores: list[Store], held_out: list[np.ndarray],
-              fitting: dict[str, Any]) -> dict[str, Dataset]:
-    """The held-out part of each source in data.train, for those that have one."""
-    parts = {heldout_name(source): Dataset([stores[i]], held_out=[held_out[i]], only_held_out=True, **fitting)
-             for i, source in enumerate(config.data.train)}
-    if not any(map(len, parts.values())):
-        raise UserError(f"data.eval_fraction: {config.data.eval_fraction:g} of {sum(map(len, held_out)):,} documents "
-                        "holds out none that fits; raise it")
-    return {name: part for name, part in parts.items() if len(part)}
+def held_out(hashes: Array, fraction: float) -> Array:
+    """near_duplicate_hashes (n,) -> (n,) booleans: the documents that are set aside for evaluation.
+
+    It depends on a document's own text and nothing else, so new files, another order or another seed never move a
+    document to the other side, and near duplicates are on the same side. A larger fraction holds out the same and more.
+    """
+    return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
 
 
-def _weights(config: Config, train: Dataset) -> np.ndarray:
-    """(sources,) passes over each source in an epoch. Raises UserError where data.train or data.replay has nothing."""
+def replay_weights(tokens: Array, weights: Array, replayed: Array, ratio: float) -> Array:
+    """Weights (n,) with which the `replayed` (n,) sources make up `ratio` of an epoch's tokens.
+
+    `tokens` (n,) are those of one pass over each source. The others keep their weights, and the replayed ones keep
+    theirs relative to each other. Replay is general text mixed in so that the model keeps what it knew (Robins 1995,
+    "Catastrophic forgetting, rehearsal and pseudorehearsal").
+    """
+    seen = tokens * weights
+    if not replayed.any():
+        return weights
+    wanted = seen[~replayed].sum() * ratio / (1 - ratio)
+    return np.where(replayed, weights * (wanted / seen[replayed].sum()), weights)
+
+
+def _weights(config: Config, train: Dataset) -> Array:
+    """(sources,) passes over each source in an epoch. Raises UserError if data.train or data.replay is empty."""
     given = np.array([source.weight for source in (*config.data.train, *config.data.replay)])
     replayed = np.arange(len(given)) >= len(config.data.train)
     tokens = train.per_source(train.lengths)
     for name, part in (("data.train", ~replayed), ("data.replay", replayed)):
         if part.any() and not tokens[part].sum():
             raise UserError(f"{name}: no conversation is left to train on:{train.reasons(part)}")
-    weights = mixing.replay_weights(tokens, given, replayed, config.data.replay_ratio)
+    weights = replay_weights(tokens, given, replayed, config.data.replay_ratio)
     if (documents := float(train.per_source(np.ones_like(train.lengths)) @ weights)) > MOST:
         raise UserError(f"data.train: an epoch has {documents:,.0f} documents by the weights of its sources, more than "
                         f"{MOST:,}; lower the largest weight")

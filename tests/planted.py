@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 
-from minisft.data.loader import steps
+from minisft.data.batches import steps
 from minisft.runs import lifecycle
 from minisft.training import checkpoint, loop
 from minisft.training.parallel import launched_rank

@@ -11,14 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from oracles.tiny_llama import write_tiny_llama
+from small_data import store_of
 
 from minisft.data import formats
 from minisft.data import records as reader
-from minisft.data.chat import Renderer, choose_template
+from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.formats import read
-from minisft.data.jinja import recognize
-from minisft.data.store import open_store
+from minisft.data.jinja import choose_template, recognize
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer, TokenizerError
 from minisft.errors import UserError
@@ -187,8 +187,7 @@ def test_pipes_and_devices_are_no_files(tmp_path, model):
     (zeros := tmp_path / "zeros.jsonl").symlink_to("/dev/zero")
     for file in (pipe, zeros):
         for work in (lambda file=file: list(read(file)), lambda file=file: load_templates(file),
-                     lambda file=file: open_store(str(file), name="a", format="auto", renderer=renderer,
-                                                  cache=tmp_path / "cache", quiet=True)):
+                     lambda file=file: store_of(file, renderer, tmp_path / "cache")):
             with pytest.raises(UserError, match=rf"{file.name}: a pipe or a device, not a regular file \(remedy: "):
                 work()
     for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
@@ -203,9 +202,8 @@ def test_a_sparse_file_is_refused_before_it_is_read(tmp_path, model):
     file = tmp_path / "a.jsonl"
     file.touch()
     os.truncate(file, 1 << 40)
-    with pytest.raises(UserError, match="this is zero bytes, as an interrupted copy leaves behind"):
-        open_store(str(file), name="a", format="auto", cache=tmp_path / "cache", quiet=True,
-                   renderer=Renderer(load_templates()["llama3"], Tokenizer(model)))
+    with pytest.raises(UserError, match="this is zero bytes, which a copy that was cut off leaves behind"):
+        store_of(file, Renderer(load_templates()["llama3"], Tokenizer(model)), tmp_path / "cache")
 
 
 # What the tokenizer cannot take
@@ -235,8 +233,7 @@ def test_a_text_that_the_tokenizer_cannot_take_is_left_out_and_counted(tmp_path,
     file = tmp_path / "a.jsonl"
     rows = [{"prompt": f"q{i}", "completion": "BOMB" if i in (3, 7) else f"a{i}"} for i in range(10)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    store = open_store(str(file), name="a", format="auto", renderer=Renderer(load_templates()["llama3"], tokenizer),
-                       cache=tmp_path / "cache", quiet=True)
+    store = store_of(file, Renderer(load_templates()["llama3"], tokenizer), tmp_path / "cache")
     assert (store.report.read, store.report.skipped) == (10, {"the tokenizer cannot take this text": 2})
     assert "a.jsonl:4: " in store.report.examples["the tokenizer cannot take this text"]
     assert np.array_equal(store.lines, [1, 2, 3, 5, 6, 7, 9, 10])
@@ -250,7 +247,7 @@ def test_ten_million_blanks(tmp_path, model):
     rows = [{"prompt": "q", "completion": "a" + " " * 10**7 + "x"}, {"prompt": "q", "completion": "a"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     renderer = Renderer(load_templates()["llama3"], Tokenizer(model))
-    store = open_store(str(file), name="a", format="auto", renderer=renderer, cache=tmp_path / "cache", quiet=True)
+    store = store_of(file, renderer, tmp_path / "cache")
     assert (store.report.kept, store.report.skipped) == (1, {"the tokenizer cannot take this text": 1})
 
 
@@ -268,7 +265,7 @@ def test_the_default_of_several_chat_templates_is_taken(model):
         choose_template("", load_templates(), Tokenizer(model))
     settings["chat_template"] = "{{ messages }}"
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="the model's own chat template is none of these, and another teaches it other"):
+    with pytest.raises(UserError, match="the model's own chat template is none of these, and another one would"):
         choose_template("", load_templates(), Tokenizer(model))
 
 

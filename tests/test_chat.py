@@ -19,18 +19,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.tiny_llama import tiny_tokenizer, write_tiny_llama
+from small_data import documents_of, plain_documents
 from transformers import PreTrainedTokenizerFast
 
-from minisft.data.chat import TRAIN_ON, Renderer, choose_template
+from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Skipped, Turn
 from minisft.data.formats import ROLES, read
-from minisft.data.jinja import recognize
+from minisft.data.jinja import choose_template, recognize, written
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
 ORACLES = Path(__file__).parent / "oracles"
 TEMPLATES = load_templates()
+TRAIN_ON = ("assistant", "last_assistant", "all")
 
 LLAMA3 = ("{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m.role + "
           "'<|end_header_id|>\n\n' + (m.content | trim) + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
@@ -85,7 +87,11 @@ def conversation(*turns):
 
 
 def rendered(renderer, *turns):
-    return renderer.encode([renderer.pieces(conversation(*turns))])[0]
+    return documents_of(renderer, [conversation(*turns)])[0]
+
+
+def jinja_of(renderer):
+    return written(renderer.template, renderer.fill)
 
 
 def trained_runs(renderer, ids, trained):
@@ -111,7 +117,7 @@ def conversations(name="conversations.jsonl"):
 def test_ids_and_masks_are_those_of_trl(tokenizer):
     renderer = Renderer(TEMPLATES["llama3"], tokenizer)
     documents = json.loads((ORACLES / "trl_curve.json").read_text(encoding="utf-8"))["documents"]
-    ours = renderer.encode([renderer.pieces(c) for c in conversations()])
+    ours = documents_of(renderer, conversations())
     assert [{"ids": ids, "trained": list(map(int, trained))} for ids, trained in ours] == documents
 
 
@@ -271,7 +277,7 @@ def test_turkish_text_survives_from_the_file_to_the_tokens(tmp_path, tokenizer):
         file.write_text(json.dumps(record, ensure_ascii=ascii_only), encoding="utf-8")
         [conversation] = read(file)
         renderer = Renderer(load_templates()["llama3"], tokenizer)
-        [(ids, trained)] = renderer.encode([renderer.pieces(conversation)])
+        [(ids, trained)] = documents_of(renderer, [conversation])
         text = tokenizer.decode([int(token) for token in ids])
         assert f"\n\n{TURKISH}<|eot_id|>" in text
         assert trained_runs(renderer, ids, trained) == [TURKISH[::-1] + "<|eot_id|>"]
@@ -299,10 +305,11 @@ def renderers(folder, chatml_folder):
             for name, template in TEMPLATES.items()]
 
 
-def test_documents_encoded_together_are_those_encoded_alone(renderer):
-    all_pieces = [renderer.pieces(c) for c in conversations()]
-    assert renderer.encode(all_pieces) == [renderer.encode([pieces])[0] for pieces in all_pieces]
-    assert renderer.encode([]) == []
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_documents_encoded_together_are_those_encoded_piece_by_piece(renderers, name):
+    for renderer in renderers[list(TEMPLATES).index(name)]:
+        assert documents_of(renderer, conversations()) == plain_documents(renderer, conversations())
+        assert documents_of(renderer, []) == []
 
 
 def test_generation_stops_at_the_trained_stop_token_and_at_the_end_of_a_text(renderer):
@@ -315,7 +322,7 @@ def test_generation_stops_at_the_trained_stop_token_and_at_the_end_of_a_text(ren
 # The Jinja that is written for other programs
 
 def test_the_written_jinja_renders_the_same_ids(renderer):
-    file, jinja, name = renderer.tokenizer.file, renderer.jinja(), renderer.template.name
+    file, jinja, name = renderer.tokenizer.file, jinja_of(renderer), renderer.template.name
     for c in conversations():
         ids, given = rendered(renderer, *c.turns)[0], c.turns[:-1]
         prompt = theirs(file, jinja, given, add_generation_prompt=True)
@@ -349,13 +356,13 @@ def test_the_written_jinja_knows_what_training_knows(renderer, tmp_path, role, c
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
     [found] = map(renderer.renderable, read(tmp_path / "a.jsonl"))
     hugging_face = PreTrainedTokenizerFast(tokenizer_file=str(renderer.tokenizer.file), bos_token=BOS)
-    hugging_face.chat_template = renderer.jinja()
+    hugging_face.chat_template = jinja_of(renderer)
     if isinstance(found, Skipped):
         with pytest.raises(jinja2.TemplateError, match=r"does not know (the role|these tools)|content is not text"):
             hugging_face.apply_chat_template(messages)
         return
     ids = hugging_face.apply_chat_template(messages, return_dict=False)
-    ours = renderer.encode([renderer.pieces(found)])[0][0]
+    ours = documents_of(renderer, [found])[0][0]
     if renderer.template.name == "text":  # question and answer touch
         ids, ours = map(renderer.tokenizer.decode, (ids, ours))
     assert ids == ours
@@ -366,21 +373,21 @@ def test_the_written_jinja_knows_what_training_knows(renderer, tmp_path, role, c
 def test_tools_that_the_written_jinja_would_leave_out_are_an_error(renderer, given):
     if renderer.template.name != "llama3.1":
         with pytest.raises(jinja2.TemplateError, match="does not know these tools"):
-            theirs(renderer.tokenizer.file, renderer.jinja(), QUESTION, **given)
+            theirs(renderer.tokenizer.file, jinja_of(renderer), QUESTION, **given)
 
 
 def test_a_jinja_string_survives_every_character(chatml_folder):
     default = "It's \\n a \"test\";\r\n{{ 1 }} {% x %} {# y #}\tşğ 🙂"
     template = replace(TEMPLATES["chatml"], default_system=default)
     renderer = Renderer(template, Tokenizer(chatml_folder))
-    assert theirs(renderer.tokenizer.file, renderer.jinja(), QUESTION) == rendered(renderer, *QUESTION)[0]
-    assert recognize(renderer.jinja()) == ("chatml", default)
+    assert theirs(renderer.tokenizer.file, jinja_of(renderer), QUESTION) == rendered(renderer, *QUESTION)[0]
+    assert recognize(jinja_of(renderer)) == ("chatml", default)
 
 
 def test_a_default_system_text_is_trimmed_in_both(tokenizer):
     renderer = Renderer(replace(TEMPLATES["llama3"], default_system=" Be kind. "), tokenizer)
-    assert theirs(tokenizer.file, renderer.jinja(), QUESTION) == rendered(renderer, *QUESTION)[0]
-    assert recognize(renderer.jinja()) == ("llama3", "Be kind.")
+    assert theirs(tokenizer.file, jinja_of(renderer), QUESTION) == rendered(renderer, *QUESTION)[0]
+    assert recognize(jinja_of(renderer)) == ("llama3", "Be kind.")
 
 
 # Which template a model uses
@@ -422,7 +429,7 @@ def test_other_jinja_is_not(jinja):
 
 def test_every_written_jinja_is_recognised_or_unknown_but_never_mistaken(renderer):
     expected = {"llama3": ("llama3", None), "llama3.1": ("llama3.1", ""), "chatml": ("chatml", None)}
-    assert recognize(renderer.jinja()) == expected.get(renderer.template.name)
+    assert recognize(jinja_of(renderer)) == expected.get(renderer.template.name)
 
 
 @pytest.mark.parametrize("begin", ["{{ bos_token }}", "{{- bos_token -}}\n ", " {{bos_token}}"])
@@ -436,7 +443,7 @@ def test_chatml_that_begins_with_bos_is_taken_over(chatml_folder, tmp_path, begi
     for c in conversations():
         ids = rendered(renderer, *c.turns)[0]
         assert ids == theirs(tokenizer.file, begin.strip(" ") + SMOLLM2, c.turns)
-        assert ids == theirs(tokenizer.file, renderer.jinja(), c.turns)
+        assert ids == theirs(tokenizer.file, jinja_of(renderer), c.turns)
         assert tokenizer.decode(ids[:1]) == BOS
 
 
@@ -490,7 +497,7 @@ def test_a_template_of_ones_own(tmp_path, tokenizer):
     assert trained_runs(renderer, ids, trained) == ["x<|eom_id|>"]
     assert renderer.stop_ids() == {tokenizer.control["<|eom_id|>"], tokenizer.control["<|eot_id|>"]}
     for c in conversations():
-        assert rendered(renderer, *c.turns)[0] == theirs(tokenizer.file, renderer.jinja(), c.turns)
+        assert rendered(renderer, *c.turns)[0] == theirs(tokenizer.file, jinja_of(renderer), c.turns)
 
 
 @pytest.mark.parametrize(("toml", "message"), [
@@ -528,7 +535,7 @@ def test_a_template_must_fit_the_tokenizer(tokenizer, chatml_folder, tmp_path):
     message = "template chatml: system has <|im_start|>, which is not a special token of "
     with pytest.raises(UserError, match=re.escape(message)):
         Renderer(TEMPLATES["chatml"], tokenizer)
-    with pytest.raises(UserError, match=r"assistant ends with 'STOP', in which there is no special token of "):
+    with pytest.raises(UserError, match=r"assistant ends with 'STOP', which contains no special token of "):
         Renderer(replace(TEMPLATES["llama3"], assistant=("", "STOP", "")), tokenizer)
     content = (chatml_folder / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json").write_bytes(content)
@@ -623,7 +630,7 @@ def test_every_real_conversation_as_transformers_renders_it(file):
     renderer = Renderer(TEMPLATES["llama3"], tokenizer)
     real = [c for c in read(data / "sft" / file) if isinstance(c, Conversation)]
     different = []
-    for c, (ids, trained) in zip(real, renderer.encode([renderer.pieces(c) for c in real]), strict=True):
+    for c, (ids, trained) in zip(real, documents_of(renderer, real), strict=True):
         messages = [{"role": turn.role, "content": turn.content} for turn in c.turns]
         text = hugging_face.apply_chat_template(messages, chat_template=tokenizer.chat_template, tokenize=False)
         if ids != hugging_face.encode(text, add_special_tokens=False):

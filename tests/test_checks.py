@@ -10,12 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from oracles.tiny_llama import write_tiny_llama
+from small_data import store_of
 
-from minisft.data.chat import TRAIN_ON, Renderer
-from minisft.data.checks import Laws
+from minisft.data.chat import Piece, Renderer
+from minisft.data.checks import validate
 from minisft.data.conversation import Conversation, Turn
-from minisft.data.encoding import Rendered, encode, render
-from minisft.data.store import open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
@@ -28,6 +27,7 @@ UNTRAINED = Conversation((Turn("user", "1"), Turn("assistant", "2", trained=Fals
                          "chats.jsonl", 7)
 PLAIN = Conversation((Turn("text", "Just a text."),), "chats.jsonl", 9)
 ALL = [CHAT, SHORT, UNTRAINED, PLAIN]
+TRAIN_ON = ("assistant", "last_assistant", "all")
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +47,18 @@ def encoded(folder, template="llama3", train_on="assistant", conversations=ALL):
     """A renderer, its documents and the conversations that have something to train on."""
     template = load_templates()[template] if isinstance(template, str) else template
     renderer = Renderer(template, Tokenizer(folder), train_on=train_on)
-    documents = encode(render(conversations, renderer), renderer)
-    learnable = documents.targets() > 0
+    documents = renderer.encode([renderer.pieces(conversation) for conversation in conversations])
+    learnable = documents.num_loss_tokens > 0
     kept = [conversation for conversation, keep in zip(conversations, learnable, strict=True) if keep]
     return renderer, documents.only(learnable), kept
 
 
 def test_the_first_token_of_a_document_is_not_trained_even_if_it_is_the_only_one(folder):
     renderer = Renderer(load_templates()["text"], Tokenizer(folder))
-    rendered = Rendered([PLAIN] * 2, [("a", False, True)], np.zeros(3, np.int64), np.ones(3, bool), np.array([1, 2]))
-    documents = encode(rendered, renderer)
+    documents = renderer.encode([[Piece("a", False, True)], [Piece("a", False, True)] * 2])
     assert documents.offsets.tolist() == [0, 1, 3]
-    assert documents.trained.tolist() == [False, False, True]
-    assert documents.targets().tolist() == [0, 1]
+    assert documents.loss_mask.tolist() == [False, False, True]
+    assert documents.num_loss_tokens.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("train_on", TRAIN_ON)
@@ -67,7 +66,7 @@ def test_the_first_token_of_a_document_is_not_trained_even_if_it_is_the_only_one
 def test_what_the_shipped_templates_make_is_lawful(folder, template, train_on):
     renderer, documents, kept = encoded(folder, template, train_on)
     assert len(kept) == (3 if train_on == "last_assistant" else 4)
-    Laws(renderer).check(documents, kept)
+    validate(documents, kept, renderer)
 
 
 def test_templates_of_other_forms_are_lawful_too(folder):
@@ -81,7 +80,7 @@ def test_templates_of_other_forms_are_lawful_too(folder):
     for form in forms:
         for train_on in TRAIN_ON:
             renderer, documents, kept = encoded(folder, form, train_on)
-            Laws(renderer).check(documents, kept)
+            validate(documents, kept, renderer)
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -95,7 +94,7 @@ def test_templates_of_other_forms_are_lawful_too(folder):
 def test_a_template_that_begins_twice_is_refused(folder, fields, message):
     renderer, documents, kept = encoded(folder, replace(load_templates()["llama3"], name="mine", **fields))
     with pytest.raises(UserError) as error:
-        Laws(renderer).check(documents, kept)
+        validate(documents, kept, renderer)
     found = str(error.value)
     assert re.sub(r"token \d+ of", "token 12 of", found).startswith(message.replace("token 1 of", "token 12 of"))
     assert found.endswith("'<|begin_of_text|>'; in template mine put it into begin, once, and nowhere else")
@@ -103,7 +102,7 @@ def test_a_template_that_begins_twice_is_refused(folder, fields, message):
 
 def refused(renderer, documents, kept):
     with pytest.raises(UserError) as error:
-        Laws(renderer).check(documents, kept)
+        validate(documents, kept, renderer)
     return str(error.value)
 
 
@@ -118,15 +117,15 @@ def test_each_trained_stop_is_missed(folder, template, train_on):
         start, end = documents.offsets[i : i + 2]
         trained = [turn.content.strip() for turn in conversation.turns if turn.role in ("assistant", "text")
                    and turn.trained][-1 if train_on == "last_assistant" else 0 :]
-        places = [p for p in range(start, end) if documents.ids[p] in stops and documents.trained[p]
+        places = [p for p in range(start, end) if documents.ids[p] in stops and documents.loss_mask[p]
                   and renderer.tokenizer.decode(documents.ids[start:p].tolist()).strip().endswith(tuple(trained))]
         assert len(places) == len(trained)
         answers += [(conversation.line, int(place - start), int(place)) for place in places]
     assert len(answers) == (3 if train_on == "last_assistant" else 5)
     for line, inside, place in answers:
-        changed = documents.trained.copy()
+        changed = documents.loss_mask.copy()
         changed[place] = False
-        found = refused(renderer, replace(documents, trained=changed), kept)
+        found = refused(renderer, replace(documents, loss_mask=changed), kept)
         assert re.match(rf"chats.jsonl:{line}: (a stop token after trained text is not trained: token {inside} of|"
                         r"a trained answer ends without a trained stop token: token )", found)
         assert "the model would never learn to stop" in found
@@ -135,12 +134,12 @@ def test_each_trained_stop_is_missed(folder, template, train_on):
 def test_text_that_became_a_control_token_is_found(folder):
     renderer, documents, kept = encoded(folder)
     renderer.tokenizer._backend.encode_special_tokens = False
-    documents = encode(render(kept, renderer), renderer)
+    documents = renderer.encode([renderer.pieces(conversation) for conversation in kept])
     stop = renderer.tokenizer.control["<|eot_id|>"]
     inside = documents.ids.tolist().index(stop, documents.ids.tolist().index(stop) + 1)
     assert refused(renderer, documents, kept) == (
         f"chats.jsonl:3: a control token that the template did not put there: token {inside} of the document is {stop} "
-        "'<|eot_id|>'; text of a conversation must not become one; see special and normalized among the added tokens "
+        "'<|eot_id|>'; text of a conversation must not become one; see special and normalized in the added tokens "
         f"of {folder / 'tokenizer.json'}")
 
 
@@ -155,15 +154,15 @@ def test_text_that_became_a_control_token_is_found(folder):
 ])
 def test_a_planted_fault_is_found_where_it_is(folder, document, fault, law):
     renderer, documents, kept = encoded(folder)
-    tokenizer, ids, trained = renderer.tokenizer, documents.ids.copy(), documents.trained.copy()
+    tokenizer, ids, trained = renderer.tokenizer, documents.ids.copy(), documents.loss_mask.copy()
     start, end = map(int, documents.offsets[document : document + 2])
-    controls = sorted(tokenizer.control.values())
-    place = start + int(np.flatnonzero(np.isin(ids[start:end], controls) != (fault == "text to control"))[-1])
-    keep = np.ones(len(documents.places), dtype=bool)
+    control_ids = sorted(tokenizer.control.values())
+    place = start + int(np.flatnonzero(np.isin(ids[start:end], control_ids) != (fault == "text to control"))[-1])
+    controls = documents.controls.copy()
     match fault:
         case "bos":
             place = start
-            ids[start], keep = tokenizer.encode("x")[0], documents.places != start
+            ids[start], controls[start] = tokenizer.encode("x")[0], -1
         case "text to control":
             ids[place] = tokenizer.control["<|eot_id|>"]
         case "control to text":
@@ -174,8 +173,7 @@ def test_a_planted_fault_is_found_where_it_is(folder, document, fault, law):
             ids[place] = tokenizer.vocab_size
         case "untrained":
             trained[start:end] = False
-    found = refused(renderer, replace(documents, ids=ids, trained=trained, controls=documents.controls[keep],
-                                      places=documents.places[keep]), kept)
+    found = refused(renderer, replace(documents, ids=ids, loss_mask=trained, controls=controls), kept)
     where = start if fault == "untrained" else place
     assert found.startswith(f"chats.jsonl:{kept[document].line}: {law}: token {where - start} of the document is ")
 
@@ -189,6 +187,6 @@ def test_a_breach_stops_the_store_and_leaves_nothing(folder, tmp_path):
         'assistant = ["", "<|eot_id|>"]\ndefault_system = "Be kind."\n')
     renderer = Renderer(load_templates(tmp_path / "mine.toml")["mine"], Tokenizer(folder))
     with pytest.raises(UserError, match=rf"^{re.escape(str(file))}:2: a second beginning-of-text token: token 1 of"):
-        open_store(str(file), name="data", format="auto", renderer=renderer, cache=tmp_path / "cache", quiet=True)
+        store_of(file, renderer, tmp_path / "cache")
     left = {path.suffix for path in (tmp_path / "cache").iterdir()}
     assert left - {".digest"} == {".lock"}  # a digest is remembered where this machine took over two seconds

@@ -13,7 +13,7 @@ import torch
 from test_cuda_paths import TINY
 
 from minisft.config import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
-from minisft.data.loader import micro_batch
+from minisft.data.batches import micro_batch
 from minisft.errors import UserError
 from minisft.lora import lora
 from minisft.model import weights

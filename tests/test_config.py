@@ -166,14 +166,14 @@ def test_a_model_or_data_without_a_recipe_start_from_plain_defaults(recipe, monk
     assert complaints("--data.train", "a.jsonl") == [
         "command line: model.path: no base model; name its folder, or set model.init to random and model.config"]
     started = []
-    for name in ("training.trainer", "demo.demo_run"):
+    for name in ("runs.lifecycle", "demo.demo_run"):
         monkeypatch.setattr(f"minisft.{name}.main", lambda argv, name=name: started.append((name, argv)))
     for argv in (options, [], ["--optim.lr", "1"], ["demo", "--data.eval", ""], ["mine.toml"], ["--data.train=a"]):
         train.main(argv)
     assert started == [
-        ("training.trainer", options), ("demo.demo_run", []), ("demo.demo_run", ["--optim.lr", "1"]),
-        ("demo.demo_run", ["--data.eval", ""]), ("training.trainer", ["mine.toml"]),
-        ("training.trainer", ["--data.train=a"])]
+        ("runs.lifecycle", options), ("demo.demo_run", []), ("demo.demo_run", ["--optim.lr", "1"]),
+        ("demo.demo_run", ["--data.eval", ""]), ("runs.lifecycle", ["mine.toml"]),
+        ("runs.lifecycle", ["--data.train=a"])]
 
 
 def test_help_of_training_does_not_wait_for_torch():

@@ -32,7 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft.config import Config, OptimConfig, ParallelConfig
-from minisft.data.loader import micro_batch, padded, steps
+from minisft.data.batches import micro_batch, steps
 from minisft.data.packing import Plan
 from minisft.model import llama
 from minisft.model.llama import Block, Documents, Llama, attend
@@ -245,13 +245,13 @@ def test_the_real_compiler_changes_nothing_on_a_cpu(base, tmp_path, change):
 class Dataset:
     """Four documents of four tokens, three of them trained."""
 
-    lengths, targets = np.full(4, 4), np.full(4, 3)
+    lengths, num_loss_tokens = np.full(4, 4), np.full(4, 3)
 
     def document(self, index):
         return np.arange(4), np.array([0, 1, 1, 1])
 
 
-BATCH = padded(micro_batch(Dataset(), [0, 1]), 64, longest=40)
+BATCH = micro_batch(Dataset(), [0, 1], size=64, longest=40)
 
 
 class Recorder(TorchDispatchMode):
@@ -419,9 +419,9 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread_and_copied_without_waiting(m
     pinned, devices = [], []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, threading.current_thread())))
-    plan = Plan(Dataset.lengths, Dataset.targets, seq_len=8, packs_per_step=1, epochs=1)
+    plan = Plan(Dataset.lengths, Dataset.num_loss_tokens, seq_len=8, packs_per_step=1, epochs=1)
     everything = list(steps(Dataset(), plan, device=torch.device("cuda", 3)))
-    assert [(device.index, thread.name) for device, thread in devices] == [(3, "loader")]
+    assert [(device.index, thread.name) for device, thread in devices] == [(3, "batches_0")]
     batches = [batch for step in everything for batch in step.micro_batches]
     tensors = [getattr(batch, name) for batch in batches
                for name in ("tokens", "cu_seqlens", "positions", "targets", "target_at", "numbers")]

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles.tiny_llama import tiny_tokenizer, write_tiny_llama
+from small_data import documents_of
 
-from minisft.data.chat import TRAIN_ON, Renderer
+from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.formats import FORMATS, read
 from minisft.data.templates import load_templates
@@ -172,7 +173,7 @@ def renderers(tmp_path_factory):
     (chatml / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     tokenizers = {name: Tokenizer(chatml if name == "chatml" else llama) for name in PLAIN}
     return [Renderer(template, tokenizers[name], train_on=train_on) for name, template in load_templates().items()
-            for train_on in TRAIN_ON]
+            for train_on in ("assistant", "last_assistant", "all")]
 
 
 def hold(renderer, results, raw):
@@ -184,7 +185,7 @@ def hold(renderer, results, raw):
     control = set(tokenizer.control.values())
     fit = [found for found in map(renderer.renderable, results) if isinstance(found, Conversation)]
     compared = 0
-    for found, (ids, trained) in zip(fit, renderer.encode([renderer.pieces(c) for c in fit]), strict=True):
+    for found, (ids, trained) in zip(fit, documents_of(renderer, fit), strict=True):
         expected = segments(name, found, renderer.train_on)
         assert tokenizer.decode(ids) == "".join(text for text, _, _ in expected)
         assert [tokenizer.decode([t]) for t in ids if t in control] == [text for text, alone, _ in expected if alone]

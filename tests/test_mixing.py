@@ -18,9 +18,9 @@ from oracles.tiny_llama import write_tiny_llama
 from small_runs import log, train
 
 from minisft import config_io
-from minisft.data.mixing import copies, held_out, replay_weights
+from minisft.data.packing import copies
 from minisft.errors import UserError
-from minisft.prepare import prepare
+from minisft.prepare import held_out, prepare, replay_weights
 from minisft.runs.assemble import resume_fingerprint
 
 WORDS = ["the", "sea", "is", "on", "a", "bir", "dağ", "göl", "ev", "and", "then", "kırmızı", "yeşil", "in", "rain"]
@@ -267,7 +267,7 @@ def test_repetitions_are_counted_and_left_out_as_asked(here):
     (["--data.eval_fraction", "1e-9"], "data.eval_fraction: 1e-09 of 320 documents holds out none that fits; raise it"),
     (["--data.replay", "long.jsonl"],
      "data.replay: no conversation is left to train on:\n  long.jsonl: 1 read; over length: 1 (first: long.jsonl:1)\n"
-     "  remedy for what is over length: raise data.seq_len, write shorter records, or pass --data.overlong truncate, "),
+     "  remedy for documents over length: raise data.seq_len, write shorter records, or pass --data.overlong truncate"),
     (["--data.train", "long.jsonl", "--data.replay", "general.jsonl"],
      "data.train: no conversation is left to train on:\n  long.jsonl: 1 read; over length: 1 (first: long.jsonl:1)"),
 ])

@@ -75,7 +75,8 @@ def test_work_of_known_cost(tmp_path):
 
     def batches():
         for number in range(7):
-            clocked("loader", number, lambda: time.sleep(0.03))
+            with torch.profiler.record_function("loader"):
+                clocked("loader", number, lambda: time.sleep(0.03))
             yield number
 
     seen = []

@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracles.tiny_llama import write_tiny_llama
+from small_data import plain_documents, store_of
 
+from minisft.config import DataConfig
 from minisft.data import store as module
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Turn
 from minisft.data.dataset import Dataset
-from minisft.data.encoding import loose_hash
 from minisft.data.formats import read
-from minisft.data.store import open_store
+from minisft.data.store import near_duplicate_hash
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
@@ -53,8 +54,7 @@ def opened(tmp_path, renderer):
         if not isinstance(content, Path):
             path = tmp_path / "data.jsonl"
             path.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
-        return open_store(str(path), **{"name": "data", "format": "auto", "renderer": renderer,
-                                        "cache": tmp_path / "cache", "quiet": True, **settings})
+        return store_of(path, **{"renderer": renderer, "cache": tmp_path / "cache", **settings})
     return open_
 
 
@@ -74,22 +74,22 @@ def test_documents_come_back_as_rendered(opened, renderer, monkeypatch):
     store = opened()
     conversations = list(read(CONVERSATIONS))
     assert len(store) == len(conversations) == 32
-    dataset = Dataset([store], seq_len=10_000)
+    dataset = Dataset([store], DataConfig(seq_len=10_000))
     for i, conversation in enumerate(conversations):
-        ids, trained = renderer.encode([renderer.pieces(conversation)])[0]
+        [(ids, trained)] = plain_documents(renderer, [conversation])
         found_ids, found_trained = dataset.document(i)
         assert (found_ids.tolist(), found_trained.tolist()) == (ids, [int(t) for t in trained])
-        assert (dataset.lengths[i], dataset.targets[i]) == (len(ids), sum(trained))
+        assert (dataset.lengths[i], dataset.num_loss_tokens[i]) == (len(ids), sum(trained))
         assert dataset.origin(i) == (str(CONVERSATIONS), conversation.line)
     report = store.report
     assert (report.read, report.kept, report.turns) == (32, 32, sum(len(c.turns) for c in conversations))
-    assert (report.tokens, report.target_tokens) == (dataset.lengths.sum(), dataset.targets.sum())
+    assert (report.tokens, report.target_tokens) == (dataset.lengths.sum(), dataset.num_loss_tokens.sum())
     assert report.largest_id == max(dataset.document(i)[0].max() for i in range(32))
 
 
 def test_several_stores_are_numbered_through(opened, tmp_path):
     first, second = opened(), opened([qa("a" * 50), qa()], name="other")
-    dataset = Dataset([first, second], seq_len=10_000)
+    dataset = Dataset([first, second], DataConfig(seq_len=10_000))
     assert len(dataset) == 34
     assert [dataset.origin(i)[1] for i in (0, 31, 32, 33)] == [1, 32, 1, 2]
     assert dataset.origin(33)[0] == str(tmp_path / "data.jsonl")
@@ -111,8 +111,10 @@ def test_what_is_left_out_is_counted_with_its_first_place(opened, tmp_path):
 
 def test_the_second_opening_does_not_tokenise(opened, monkeypatch):
     first = opened()
-    monkeypatch.setattr(module, "read", lambda *a, **k: pytest.fail("the file was read again"))
-    second = opened()
+    def again(*args):
+        pytest.fail("the file was read again")
+        yield
+    second = opened(read=again)
     assert np.array_equal(first.tokens, second.tokens)
     assert first.report == second.report
 
@@ -167,7 +169,7 @@ def counted_digests(monkeypatch):
 
 def aged(monkeypatch, seconds=10):
     """As if all that has been written until now were older."""
-    monkeypatch.setattr("minisft.data.digest.time.time_ns", lambda now=time.time_ns: now() + seconds * 10**9)
+    monkeypatch.setattr("minisft.data.store.time.time_ns", lambda now=time.time_ns: now() + seconds * 10**9)
 
 
 def test_an_unchanged_file_is_hashed_once(opened, tmp_path, monkeypatch):
@@ -218,13 +220,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(opened, tmp_path, monke
     file = tmp_path / "data.jsonl"
     file.write_text(qa() + "\n")
 
-    def reading(*args, **settings):
-        yield from read(*args, **settings)
+    def reading(source, *settings):
+        yield from read(source.path)
         with file.open("a") as more:
             more.write(qa("more"))
-    monkeypatch.setattr(module, "read", reading)
     with pytest.raises(UserError, match=f"^{re.escape(str(file))}: changed while it was read; start again when it is"):
-        opened(file)
+        opened(file, read=reading)
     assert folders(tmp_path) == []
 
 
@@ -237,20 +238,20 @@ def test_an_old_layout_is_not_opened(opened, tmp_path, monkeypatch):
 
 # What is known of each document, and of all
 
-def test_near_exact_duplicates_have_one_loose_hash(opened):
+def test_near_duplicates_have_one_hash(opened):
     same = [qa("Istanbul'un nüfusu?", "On beş milyon."), qa("İSTANBUL’UN  NÜFUSU", "on beş\nMİLYON!"),
             qa("ıstanbulun nüfusu", "_On-beş_ \u201cmilyon\u201d"), qa("Istanbul'un", "nüfusu? On beş milyon.")]
     other = [qa("Istanbul'un nüfusu?", "On altı milyon."), qa("?", "!"), qa("!", "?"), qa("1", "2"), qa("1", "3"),
              qa("Istanbul'un nufusu?", "On beş milyon.")]
     store = opened(same + other)
     assert len(store) == 10
-    assert store.loose.dtype == np.uint64
-    assert len(set(store.loose[:4].tolist())) == 1
-    assert len(set(store.loose.tolist())) == 7
+    assert store.near_duplicate_hashes.dtype == np.uint64
+    assert len(set(store.near_duplicate_hashes[:4].tolist())) == 1
+    assert len(set(store.near_duplicate_hashes.tolist())) == 7
     assert len(set(store.hashes.tolist())) == 10
 
 
-def test_the_loose_hash_sees_what_an_independent_folding_sees():
+def test_the_near_duplicate_hash_sees_what_an_independent_folding_sees():
     """Any text: equal hashes exactly where casefolded letters and digits are equal."""
     def folded(text):
         kept = "".join(c for c in text.casefold() if c.isalnum()).replace("ı", "i")
@@ -261,7 +262,7 @@ def test_the_loose_hash_sees_what_an_independent_folding_sees():
     texts = ["".join(random.choice(list(letters), random.integers(1, 5))) for _ in range(3000)]
     by_fold, by_hash = {}, {}
     for text in texts:
-        found = loose_hash(Conversation((Turn("text", text),), "", 0))
+        found = near_duplicate_hash(Conversation((Turn("text", text),), "", 0))
         by_fold.setdefault(folded(text), set()).add(found)
         by_hash.setdefault(found, set()).add(folded(text))
     assert len(by_fold) > 400
@@ -269,9 +270,9 @@ def test_the_loose_hash_sees_what_an_independent_folding_sees():
     assert all(len(folds) == 1 for folds in by_hash.values())
 
 
-def test_a_loose_hash_has_64_bits():
+def test_a_near_duplicate_hash_has_64_bits():
     """Each of them is set for some texts and not for others."""
-    hashes = [loose_hash(Conversation((Turn("text", str(number)),), "", 0)) for number in range(64)]
+    hashes = [near_duplicate_hash(Conversation((Turn("text", str(number)),), "", 0)) for number in range(64)]
     assert (reduce(or_, hashes), reduce(and_, hashes)) == (2**64 - 1, 0)
 
 
@@ -297,21 +298,24 @@ def test_a_content_that_reads_like_a_control_token_at_both_ends_is_counted_whole
 
 CHILD = """
 import sys, time
-from pathlib import Path
+from minisft.config import DataConfig
 from minisft.data import store
 from minisft.data.chat import Renderer
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
+from minisft.config import Source
+from minisft.prepare import read_source
 folder, file, cache, pause = sys.argv[1:]
 store.BATCH = 4
-encode, batches = store.encode, []
-def slow(rendered, renderer):
-    batches.append(rendered)
-    time.sleep(float(pause))
-    return encode(rendered, renderer)
-store.encode = slow
-renderer = Renderer(load_templates()["llama3"], Tokenizer(folder))
-made = store.open_store(file, name="data", format="auto", renderer=renderer, cache=Path(cache), quiet=True)
+batches = []
+class Slow(Renderer):
+    def encode(self, documents):
+        batches.append(documents)
+        time.sleep(float(pause))
+        return super().encode(documents)
+renderer = Slow(load_templates()["llama3"], Tokenizer(folder))
+source = Source(file, format="auto", name="data")
+made = store.open_store(source, DataConfig(cache=cache), renderer, read_source, quiet=True)
 print(len(batches), len(made), int(made.tokens.astype("int64").sum()))
 """
 
@@ -380,7 +384,9 @@ FILES = ("tokens.bin", "trained.bin", "offsets.npy", "targets.npy", "turns.npy",
 def contents(store):
     """What a run can see of a store."""
     documents = [(ids.tolist(), trained.tolist()) for ids, trained in map(store.document, range(len(store)))]
-    return (store.report, documents, *(getattr(store, name).tolist() for name in module.ARRAYS))
+    index = (store.offsets, store.num_loss_tokens, store.turns, store.largest, store.lines, store.hashes,
+             store.near_duplicate_hashes)
+    return store.report, documents, *map(np.ndarray.tolist, index)
 
 
 def flip(file, place, bit=3):
@@ -511,11 +517,11 @@ def test_whatever_is_read_is_what_was_written(opened, tmp_path, monkeypatch):
                r"again from its file when it is opened$")
     for settings in ({}, {"overlong": "truncate"}):
         with pytest.raises(OSError, match=message):
-            Dataset([store], seq_len=10_000, **settings).document(7)
+            Dataset([store], DataConfig(seq_len=10_000, **settings)).document(7)
     assert folders(tmp_path) == [f"{file.parent.name}.damaged"], "the next start finds none"
     assert store.document(6)[0].tolist() == whole[1][6][0], "who has it open still has it"
     with pytest.raises(OSError, match=message):
-        Dataset([store], seq_len=int(stop - start) - 1, overlong="truncate")
+        Dataset([store], DataConfig(seq_len=int(stop - start) - 1, overlong="truncate"))
     assert contents(opened()) == whole
     assert folders(tmp_path) == [file.parent.name]
 
@@ -602,8 +608,8 @@ def answers(*counts):
 
 def test_too_long_documents_are_dropped_and_counted(opened, tmp_path):
     store = opened(answers(1, 100, 2, 50))
-    lengths, targets = np.diff(store.offsets), store.targets
-    dataset = Dataset([store], seq_len=int(lengths[3]) - 1)
+    lengths, targets = np.diff(store.offsets), store.num_loss_tokens
+    dataset = Dataset([store], DataConfig(seq_len=int(lengths[3]) - 1))
     assert dataset.lengths.tolist() == [lengths[0], lengths[2]]
     assert [dataset.origin(i)[1] for i in range(2)] == [1, 3]
     report = dataset.reports[0]
@@ -612,26 +618,26 @@ def test_too_long_documents_are_dropped_and_counted(opened, tmp_path):
     assert (report.read, report.kept, report.truncated) == (4, 2, 0)
     assert report.lost_target_tokens == targets[1] + targets[3]
     assert store.report.skipped == {}, "the run's counts are not the store's"
-    assert len(Dataset([store], seq_len=int(lengths[3]))) == 3, "a document of exactly seq_len tokens fits"
+    assert len(Dataset([store], DataConfig(seq_len=int(lengths[3])))) == 3, "a document of exactly seq_len tokens fits"
 
 
 def test_truncation_keeps_the_first_tokens_and_invents_no_stop(opened, renderer):
     store = opened([*answers(1, 100), qa("long " * 100, "z")])
     lengths = np.diff(store.offsets)
     seq_len = int(lengths[0]) + 5
-    dataset = Dataset([store], seq_len=seq_len, overlong="truncate")
+    dataset = Dataset([store], DataConfig(seq_len=seq_len, overlong="truncate"))
     assert dataset.lengths.tolist() == [lengths[0], seq_len]
     ids, trained = dataset.document(1)
-    whole_ids, whole_trained = renderer.encode([renderer.pieces(list(read(store.report.path))[1])])[0]
+    [(whole_ids, whole_trained)] = plain_documents(renderer, [list(read(store.report.path))[1]])
     assert (ids.tolist(), trained.tolist()) == (whole_ids[:seq_len], [int(t) for t in whole_trained[:seq_len]])
     assert ids[-1] not in renderer.stop_ids()
-    assert dataset.targets[1] == sum(whole_trained[:seq_len])
+    assert dataset.num_loss_tokens[1] == sum(whole_trained[:seq_len])
     report = dataset.reports[0]
     assert (report.kept, report.truncated) == (2, 1)
     assert report.skipped == {"answer beyond the length": 1}
     assert report.examples["answer beyond the length"].endswith("data.jsonl:3")
-    assert report.lost_target_tokens == store.targets.sum() - dataset.targets.sum()
-    assert (report.tokens, report.target_tokens) == (dataset.lengths.sum(), dataset.targets.sum())
+    assert report.lost_target_tokens == store.num_loss_tokens.sum() - dataset.num_loss_tokens.sum()
+    assert (report.tokens, report.target_tokens) == (dataset.lengths.sum(), dataset.num_loss_tokens.sum())
 
 
 def test_too_long_documents_may_be_an_error(opened, tmp_path):
@@ -640,8 +646,8 @@ def test_too_long_documents_may_be_an_error(opened, tmp_path):
     message = (f"{tmp_path / 'data.jsonl'}:2: {lengths[1]} tokens, but data.seq_len is 40 (2 conversations are too "
                f'long, the longest has {lengths[1]}); raise data.seq_len, or pass data.overlong = "drop" or "truncate"')
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        Dataset([store], seq_len=40, overlong="error")
-    assert len(Dataset([store], seq_len=int(lengths[1]), overlong="error")) == 3
+        Dataset([store], DataConfig(seq_len=40, overlong="error"))
+    assert len(Dataset([store], DataConfig(seq_len=int(lengths[1]), overlong="error"))) == 3
 
 
 def test_an_empty_file_is_a_store_but_no_data_set(opened, tmp_path):
@@ -650,8 +656,8 @@ def test_an_empty_file_is_a_store_but_no_data_set(opened, tmp_path):
     file = tmp_path / "data.jsonl"
     message = f"no conversation is left to train on:\n  {file}: 0 read; the file is empty"
     with pytest.raises(UserError, match=re.escape(message)):
-        Dataset([store], seq_len=100)
-    assert len(Dataset([store, opened()], seq_len=1000)) == 32
+        Dataset([store], DataConfig(seq_len=100))
+    assert len(Dataset([store, opened()], DataConfig(seq_len=1000))) == 32
 
 
 def test_a_data_set_without_documents_says_why(opened, tmp_path):
@@ -660,7 +666,7 @@ def test_a_data_set_without_documents_says_why(opened, tmp_path):
     message = (f"no conversation is left to train on:\n  {file}: 2 read; no answer: 1 (first: {file}:2: ''), "
                f"over length: 1 (first: {file}:1)")
     with pytest.raises(UserError, match=re.escape(message)):
-        Dataset([store], seq_len=20)
+        Dataset([store], DataConfig(seq_len=20))
 
 
 def test_many_random_documents_survive_the_round_trip(opened, renderer, tmp_path):
@@ -669,9 +675,9 @@ def test_many_random_documents_survive_the_round_trip(opened, renderer, tmp_path
              for _ in range(module.BATCH + 100)]
     store = opened(lines)
     conversations = [c for c in read(tmp_path / "data.jsonl") if isinstance(c, Conversation)]
-    expected = renderer.encode([renderer.pieces(c) for c in conversations])
+    expected = plain_documents(renderer, conversations)
     assert store.tokens.tolist() == [token for ids, _ in expected for token in ids]
-    assert store.trained.tolist() == [int(t) for _, trained in expected for t in trained]
+    assert store.loss_mask.tolist() == [int(t) for _, trained in expected for t in trained]
     assert store.offsets.tolist() == [0, *np.cumsum([len(ids) for ids, _ in expected]).tolist()]
 
 
@@ -679,10 +685,10 @@ def test_exact_duplicates_are_counted_and_left_out_on_demand(opened):
     """Across files too; the first of them stays."""
     first = opened([qa("a"), qa("b"), qa("a"), qa("a", "another answer")])
     second = opened([qa("c"), qa("b"), qa("c")], name="other")
-    kept = Dataset([first, second], seq_len=1000)
+    kept = Dataset([first, second], DataConfig(seq_len=1000))
     assert [report.duplicates for report in kept.reports] == [1, 2]
     assert len(kept) == 7
-    deduplicated = Dataset([first, second], seq_len=1000, dedup="exact")
+    deduplicated = Dataset([first, second], DataConfig(seq_len=1000, dedup="exact"))
     assert [deduplicated.origin(i)[1] for i in range(4)] == [1, 2, 4, 1]
     assert len(deduplicated) == 4
     assert [report.skipped["duplicate"] for report in deduplicated.reports] == [1, 2]

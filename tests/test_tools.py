@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 from oracles.tiny_llama import write_tiny_llama
+from small_data import documents_of, store_of
 from transformers import PreTrainedTokenizerFast
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Skipped, Turn
 from minisft.data.formats import read
-from minisft.data.store import open_store
+from minisft.data.jinja import written
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
@@ -57,7 +58,7 @@ def one(tmp_path):
 
 def rendered(renderer, found):
     assert renderer.renderable(found) is found, found
-    return renderer.encode([renderer.pieces(found)])[0]
+    return documents_of(renderer, [found])[0]
 
 
 def trained_runs(renderer, ids, trained):
@@ -120,7 +121,7 @@ def test_ids_are_those_of_transformers(renderer, one, case, jinja):
     messages, tools, builtin = CASES[case]
     found = one({"messages": messages, "tools": tools, "builtin_tools": builtin})
     options = {"tools": tools or None, **({"builtin_tools": builtin} if builtin else {})}
-    jinja = renderer.jinja() if jinja == "written" else RELEASED
+    jinja = written(renderer.template, renderer.fill) if jinja == "written" else RELEASED
     assert rendered(renderer, found)[0] == theirs(renderer, jinja, messages, **options)
 
 
@@ -263,8 +264,7 @@ def test_a_store_counts_what_its_template_does_not_know(tokenizer, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in (sharegpt(H, G), sharegpt(H, F, O, G))))
     for name, kept in (("llama3", 1), ("llama3.1", 2)):
-        report = open_store(str(file), name="a", format="auto", renderer=Renderer(TEMPLATES[name], tokenizer),
-                            cache=tmp_path / "cache", quiet=True).report
+        report = store_of(file, Renderer(TEMPLATES[name], tokenizer), tmp_path / "cache").report
         assert (report.read, report.kept) == (2, kept)
         assert report.skipped == ({"tools, which template llama3 does not know": 1} if name == "llama3" else {})
 
@@ -277,7 +277,7 @@ def test_built_in_tools_take_text_and_need_their_tokens(renderer, tmp_path, one)
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     llama30 = Renderer(TEMPLATES["llama3.1"], Tokenizer(folder))
     assert llama30.renderable(found).reason == "built-in tools, which template llama3.1 does not know"
-    assert "python_tag" not in llama30.jinja()
+    assert "python_tag" not in written(llama30.template, llama30.fill)
     plain = one(sharegpt(H, F, O, G, tools=[FLAT]))
     assert rendered(llama30, plain)[0] == rendered(renderer, plain)[0]
 
@@ -308,7 +308,7 @@ def test_a_template_of_ones_own_with_tools(tokenizer, tmp_path, one):
     ids, _ = rendered(renderer, one({"messages": messages, "tools": [FLAT]}))
     for arguments in ({"a": "ğ"}, '{"a": "ğ"}'):
         messages[1] = calling("f", arguments)
-        assert ids == theirs(renderer, renderer.jinja(), messages, tools=[FLAT])
+        assert ids == theirs(renderer, written(renderer.template, renderer.fill), messages, tools=[FLAT])
 
 
 @pytest.mark.parametrize(("toml", "message"), [
@@ -335,7 +335,7 @@ def test_mistakes_in_templates(tmp_path, monkeypatch, toml, message):
 def test_every_real_conversation_with_tools_as_transformers_renders_it(jinja):
     data = Path(os.environ["MINISFT_DATA"])
     renderer = Renderer(TEMPLATES["llama3.1"], Tokenizer(data / "llama3_tokenizer"))
-    jinja = renderer.jinja() if jinja == "written" else RELEASED
+    jinja = written(renderer.template, renderer.fill) if jinja == "written" else RELEASED
     file = data / "sft" / "sharegpt_toolcall_300.json"
     records, real = json.loads(file.read_text(encoding="utf-8")), list(read(file))
     hugging_face = PreTrainedTokenizerFast(tokenizer_file=str(renderer.tokenizer.file), bos_token=BOS)

@@ -133,7 +133,7 @@ def test_mfu_where_the_peak_is_known(base, tmp_path, monkeypatch):
     block = 2 * width * (heads + shared) + 3 * width * shape["intermediate_size"]
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     needed = shape["num_hidden_layers"] * (6 * block * sum(lengths) + 12 * heads * pairs)
-    needed += 6 * shape["vocab_size"] * width * int(prepared.train.targets.sum())
+    needed += 6 * shape["vocab_size"] * width * int(prepared.train.num_loss_tokens.sum())
     assert {record["epoch"] for record in records} == {0}
     assert sum(record["mfu"] * record["seconds"] * 1e9 for record in records) == pytest.approx(needed)
 

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from minisft.config_io import load
-from minisft.data.loader import micro_batch
+from minisft.data.batches import micro_batch
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained
 from minisft.training.loss import batch_loss

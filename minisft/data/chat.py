@@ -1,7 +1,7 @@
 """From a conversation to token ids, and which of them are trained.
 
-A conversation is rendered to pieces, each of which carries its mask from the start. Text is never tokenised as a whole
-and searched for its answers afterwards, which is how masks drift in other programs:
+A conversation is rendered to pieces, each of which carries its mask from the start. The text is never tokenised as a
+whole and then searched for its answers, which is how masks drift in other programs:
 
     control  <|begin_of_text|> <|start_header_id|>
     text     user
@@ -14,36 +14,226 @@ and searched for its answers afterwards, which is how masks drift in other progr
     text     Hello!                                <- trained: the model starts here when it generates, so does a piece
     control  <|eot_id|>                            <- trained: without it the model never learns to stop
 
-A call of a tool is an answer like any other and is trained; the definitions of tools and their results are not.
+Tool calls are answers and are trained on; tool definitions and tool results are not.
+
+Many conversations are encoded at once, and each distinct piece only once: half of the pieces are the template's own,
+such as `user`. `render` is pure Python and may run in a thread, one batch ahead of `encode`, which spends its time in
+the tokenizer's own threads.
 """
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from minisft.data.conversation import ANSWERS, Conversation, Skipped, Turn
-from minisft.data.jinja import begins_with_bos, recognize, written
 from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import SHORT, UserError
+from minisft.errors import UserError
 
-VERSION = 6  # of reading and rendering: raise it when either changes, so that old tokens are not taken for new ones
+VERSION = 6  # of reading and rendering: raise it when either changes, so that stores of old tokens are not opened
+Array = np.ndarray
 
-TRAIN_ON = ("assistant", "last_assistant", "all")
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A run of text or one control token, with its mask."""
 
     text: str
     control: bool
     trained: bool
-    answer: bool = False  # the model's own text: tokenised alone, as it is generated, trained or not
+    answer: bool = False  # the model's own text: tokenised by itself, as it is generated, trained or not
+    own: tuple[str, ...] = ()  # the parts of the text that are the template's
+
+
+@dataclass(frozen=True)
+class EncodedDocuments:
+    """T tokens of D documents, one after another."""
+
+    ids: Array  # (T,) uint32
+    loss_mask: Array  # (T,) bool: True where the token is trained
+    controls: Array  # (T,) int64: the control token that the template put there, or -1
+    offsets: Array  # (D + 1,) int64: where each document begins and the last one ends
+    words: Array  # (D,) int64: words of the contents, separated by white space
+    content_tokens: Array  # (D,) int64: tokens of the contents, without the template's own
+
+    @property
+    def num_loss_tokens(self) -> Array:
+        """(D,) int64: trained tokens of each document."""
+        return _sums(self.loss_mask, self.offsets)
+
+    def only(self, wanted: Array) -> "EncodedDocuments":
+        """The documents where `wanted`, (D,) booleans, is true."""
+        lengths = np.diff(self.offsets)
+        tokens = np.repeat(wanted, lengths)
+        return EncodedDocuments(self.ids[tokens], self.loss_mask[tokens], self.controls[tokens],
+                                _offsets(lengths[wanted]), self.words[wanted], self.content_tokens[wanted])
+
+
+class Renderer:
+    """A template applied with a tokenizer. Raises UserError if the tokenizer lacks the template's control tokens."""
+
+    def __init__(self, template: Template, tokenizer: Tokenizer, *, train_on: str = "assistant"):
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self.split = cache(self._split)  # every turn asks for the same markers again
+        self._cost = cache(lambda text: len(tokenizer.encode(text)))
+        names = sorted(tokenizer.control, key=len, reverse=True)
+        self._control = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        for field in ("begin", "system", "user", "assistant", "document_end", *TOOLS, "tools_system"):
+            if unknown := self._unknown(getattr(template, field)):
+                raise UserError(f"template {template.name}: {field} has {unknown[0]}, which is not a special token of "
+                                f"{tokenizer.file}; choose a template that fits the tokenizer, or add the token")
+        if any(self._unknown(getattr(template, field)) for field in BUILTIN):  # Llama-3.0 has no <|python_tag|>
+            template = replace(template, builtin_call="", builtin_stop="")
+        self.template = template
+        if not self._control.search(stop := self.fill(template.stop())):
+            raise UserError(f"template {template.name}: assistant ends with {stop!r}, which contains no special token "
+                            f"of {tokenizer.file}, so the model would never stop; put the stop token there")
+
+    def fingerprint(self) -> list[Any]:
+        """Everything that token ids and masks depend on, except the conversation."""
+        template = {name: self.fill(v) if isinstance(v, str) else v for name, v in asdict(self.template).items()}
+        template |= {name: list(map(self.fill, v)) for name, v in template.items() if isinstance(v, tuple)}
+        return [VERSION, self.tokenizer.sha256, self.train_on, template]
+
+    def renderable(self, found: Conversation | Skipped) -> Conversation | Skipped:
+        """`found` itself, or `Skipped` if it has tools that the template does not know."""
+        if isinstance(found, Skipped):
+            return found
+        name, builtin = self.template.name, found.builtin_tools
+        calls = [turn for turn in found.turns if turn.role == "call"]
+        names: list[Any] = [*found.tools, *builtin, *(call.tool for call in calls)]
+        if names and not self.template.call:
+            reason = f"tools, which template {name} does not know"
+        elif builtin and not self.template.builtin_call:
+            reason = f"built-in tools, which template {name} does not know"
+        elif wrong := [call.tool for call in calls if call.tool in builtin and _words(call) is None]:
+            reason, names = "an argument of a built-in tool is not text", wrong
+        else:
+            return found
+        return Skipped(reason, reprlib.repr(names)[:200], found.source, found.line)
+
+    def pieces(self, conversation: Conversation) -> list[Piece]:
+        """The rendered conversation, which must be `renderable`. Between two control tokens there is one piece of text,
+        except that answers stand apart and that a piece has one mask."""
+        assert self.renderable(conversation) is conversation, "the template does not know this conversation's tools"
+        return _merged(self._rendered(conversation))
+
+    def encode(self, documents: list[list[Piece]]) -> EncodedDocuments:
+        """Token ids and masks of D documents of P pieces, of which V are distinct. The first token of a document is not
+        trained: nothing could predict it."""
+        number: dict[Piece, int] = {}
+        codes = np.array([number.setdefault(piece, len(number)) for pieces in documents for piece in pieces], np.int64)
+        distinct, known = list(number), self.tokenizer.control
+        encoded = iter(self.tokenizer.encode_batch([piece.text for piece in distinct if not piece.control]))
+        table = [[known[piece.text]] if piece.control else next(encoded) for piece in distinct]
+        table_lengths = np.fromiter(map(len, table), np.int64, len(table))  # (V,)
+        table_ids = np.fromiter(chain.from_iterable(table), np.uint32, table_lengths.sum())
+        table_starts = _offsets(table_lengths)[:-1]
+
+        lengths = table_lengths[codes]  # (P,)
+        starts, of = _offsets(lengths), np.repeat(codes, lengths)  # of, (T,): which distinct piece a token is in
+        tokens = table_ids[np.arange(len(of)) + np.repeat(table_starts[codes] - starts[:-1], lengths)]
+        of_pieces = _offsets(np.array([len(pieces) for pieces in documents], np.int64))  # (D + 1,)
+        offsets = starts[of_pieces]
+        loss_mask = np.array([piece.trained for piece in distinct], dtype=bool)[of]
+        loss_mask[offsets[:-1][np.diff(offsets) > 0]] = False
+        controls = np.array([known[piece.text] if piece.control else -1 for piece in distinct], dtype=np.int64)[of]
+        contents = np.array([self._contents(piece, len(ids)) for piece, ids in zip(distinct, table, strict=True)],
+                            dtype=np.int64).reshape(-1, 2)
+        words, content_tokens = (_sums(count[codes], of_pieces) for count in contents.T)
+        return EncodedDocuments(tokens, loss_mask, controls, offsets, words, content_tokens)
+
+    def prompt(self, turns: tuple[Turn, ...]) -> list[int]:
+        """Token ids of `turns`, up to where the assistant's answer begins."""
+        rendered = self._rendered(Conversation(turns, source="", line=0))
+        answer = self.split(self.template.assistant[0], self.train_on == "all")
+        prompt = self.encode([_merged(chain(rendered, answer))])
+        text = prompt.ids[prompt.controls < 0]
+        assert not np.isin(text, list(self.tokenizer.control.values())).any(), "text became a control token"
+        return prompt.ids.tolist()
+
+    def stop_ids(self) -> set[int]:
+        """The tokens at which generation ends: the template's stop token and the end of a plain text."""
+        markers = (self.template.stop(), self.template.builtin_stop, self.template.document_end)
+        return {self.tokenizer.control[piece.text] for marker in markers for piece in self.split(marker, False)
+                if piece.control}
+
+    def fill(self, marker: str) -> str:
+        """A marker of the template with the tokenizer's own tokens for {bos} and {eos}."""
+        if "{bos}" in marker:
+            marker = marker.replace("{bos}", self.tokenizer.bos)
+        return marker.replace("{eos}", self.tokenizer.eos) if "{eos}" in marker else marker
+
+    def _split(self, marker: str, trained: bool) -> tuple[Piece, ...]:
+        """A marker of the template as pieces: `<|eot_id|>\\n` -> control `<|eot_id|>`, text `\\n`."""
+        parts = enumerate(self._control.split(self.fill(marker)))  # text, control, text, ...
+        return tuple(Piece(part, i % 2 == 1, trained, own=(part,)) for i, part in parts if part)
+
+    def _unknown(self, marker: str | tuple[str, ...]) -> list[str]:
+        """Names in a marker that look like control tokens but are not the tokenizer's."""
+        names = re.findall(r"<\|[^|<>]+\|>", self.fill("".join(marker)))
+        return [name for name in names if name not in self.tokenizer.control]
+
+    def _contents(self, piece: Piece, tokens: int) -> tuple[int, int]:
+        """Words and tokens of a piece that has `tokens`, without what the template itself puts there."""
+        words, rest = 0, piece.text
+        for own in piece.own:
+            content, _, rest = rest.partition(own)
+            words += len(content.split())
+            tokens -= self._cost(own)
+        return words + len(rest.split()), max(tokens, 0)
+
+    def _rendered(self, conversation: Conversation) -> Iterator[Piece]:
+        template, split, builtin = self.template, self.split, conversation.builtin_tools
+        yield from split(template.begin, False)
+        if conversation.turns[0].role == "text":
+            yield Piece(conversation.turns[0].content, False, True)
+            yield from split(template.document_end, True)
+            return
+        turns = template.turns(conversation)
+        last = max((i for i, turn in enumerate(turns) if turn.role in ANSWERS), default=-1)
+        first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), -1)
+        for i, turn in enumerate(turns):
+            call, own = turn.role == "call", turn.role in ANSWERS
+            before, after, *rest = getattr(template, "assistant" if call else turn.role)
+            around = self.train_on == "all" and turn.trained
+            inside = around or (own and turn.trained and (self.train_on != "last_assistant" or i == last))
+            yield from split(before, around)
+            if turn.role == "system" and (conversation.tools or builtin):
+                yield from split(template.tools_system, around)
+                if builtin:
+                    yield from split(template.builtin_system[0], around)
+                    names = [name for name in builtin if name != "code_interpreter"]  # that one is `ipython`
+                    yield Piece(", ".join(names), False, around)
+                    yield from split(template.builtin_system[1], around)
+            if i == first_user and conversation.tools:
+                yield from split(template.tools_user[0], around)
+                for tool in conversation.tools:
+                    yield Piece(json.dumps(tool, ensure_ascii=False, indent=4), False, around)
+                    yield from split(template.tools_user[1], around)
+            if call:
+                yield from self._call(turn, turn.tool in builtin, inside)
+            elif text := template.content(turn):
+                default = turn.role == "system" and turns is not conversation.turns
+                given = text if default else template.system_prefix if turn.role == "system" else ""
+                yield Piece(text, False, inside, own, (given,) if given else ())
+            yield from split(template.builtin_stop if call and builtin else after, inside)
+            yield from split("".join(rest), around)
+
+    def _call(self, call: Turn, builtin: bool, trained: bool) -> Iterator[Piece]:
+        """The template's own control tokens become tokens; name and arguments stay text."""
+        arguments = _words(call) if builtin else call.content
+        assert arguments is not None, "not a renderable conversation"
+        values = {"name": call.tool, "arguments": arguments}
+        for piece in self.split(self.template.builtin_call if builtin else self.template.call, trained):
+            text = re.sub(r"\{(name|arguments)\}", lambda field: values[field[1]], piece.text)
+            yield piece if piece.control else Piece(text, False, trained, answer=True)
 
 
 def _words(call: Turn) -> str | None:
@@ -56,207 +246,23 @@ def _words(call: Turn) -> str | None:
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
     merged: list[Piece] = []
-    last = None  # the piece before, where it is text that may grow
+    last = None  # the piece before, if it is text that may grow
     for piece in pieces:
         if piece.control or piece.answer:
             merged.append(piece)
             last = None
         elif last is not None and last.trained == piece.trained:
-            merged[-1] = last = Piece(last.text + piece.text, False, piece.trained)
+            merged[-1] = last = Piece(last.text + piece.text, False, piece.trained, own=last.own + piece.own)
         else:
             merged.append(piece)
             last = piece
     return merged
 
 
-def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer, *,
-                    option: str = "data.template") -> Template:
-    """The template called `name`, or where that is empty the one that comes with the tokenizer.
-
-    Raises UserError where there is none; `option` is what the user chooses with, and with an s names a file of more.
-    """
-    choices = f"choose with {option}: {', '.join(known)}; or write your own and name its file in {option}s"
-    if name:
-        if name not in known:
-            raise UserError(f"{option}: no template is called {name!r}; {choices}")
-        return known[name]
-    jinja = tokenizer.chat_template
-    found = recognize(jinja)
-    begins = found is not None and found[0] == "chatml" and begins_with_bos(jinja or "")
-    if found is None or (begins and not tokenizer.bos_token):
-        if jinja is None:
-            raise UserError(f"{tokenizer.file.parent}: does not say which chat template the model uses; {choices}")
-        raise UserError(f"{tokenizer.file.parent}: the model's own chat template is none of these, and another teaches "
-                        f"it other tokens than it knows; {choices}")
-    template = replace(known[found[0]], default_system=found[1])
-    return replace(template, begin=tokenizer.bos_token) if begins else template
+def _offsets(counts: Array) -> Array:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
 
-class Renderer:
-    """A template applied with a tokenizer.
-
-    Raises UserError where the template's control tokens are not the tokenizer's.
-    """
-
-    def __init__(self, template: Template, tokenizer: Tokenizer, *, train_on: str = "assistant"):
-        self.tokenizer, self.train_on = tokenizer, train_on
-        self._marker = cache(lambda marker, trained: tuple(self._marked(marker, trained)))  # every turn asks again
-        names = sorted(tokenizer.control, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        for field in ("begin", "system", "user", "assistant", "document_end", *TOOLS, "tools_system"):
-            if unknown := self._unknown(getattr(template, field)):
-                raise UserError(f"template {template.name}: {field} has {unknown[0]}, which is not a special token of "
-                                f"{tokenizer.file}; choose a template that fits the tokenizer, or add the token")
-        if any(self._unknown(getattr(template, field)) for field in BUILTIN):  # Llama-3.0 has no <|python_tag|>
-            template = replace(template, builtin_call="", builtin_stop="")
-        self.template = template
-        if not self._control.search(stop := self._fill(template.stop())):
-            raise UserError(f"template {template.name}: assistant ends with {stop!r}, in which there is no special "
-                            f"token of {tokenizer.file}; the model would never stop")
-        self._control_ids = frozenset(tokenizer.control.values())
-
-    def fingerprint(self) -> list[Any]:
-        """Everything that token ids and masks depend on, besides the conversation."""
-        template = {name: self._fill(v) if isinstance(v, str) else v for name, v in asdict(self.template).items()}
-        template |= {name: list(map(self._fill, v)) for name, v in template.items() if isinstance(v, tuple)}
-        return [VERSION, self.tokenizer.sha256, self.train_on, template]
-
-    def renderable(self, found: Conversation | Skipped) -> Conversation | Skipped:
-        """`found` as it is, or `Skipped` where it has tools that the template does not know."""
-        if isinstance(found, Skipped):
-            return found
-        name, builtin = self.template.name, found.builtin_tools
-        calls = [turn for turn in found.turns if turn.role == "call"]
-        names = [*found.tools, *builtin, *(call.tool for call in calls)]
-        if names and not self.template.call:
-            reason = f"tools, which template {name} does not know"
-        elif builtin and not self.template.builtin_call:
-            reason = f"built-in tools, which template {name} does not know"
-        elif any(_words(call) is None for call in calls if call.tool in builtin):
-            reason, names = "an argument of a built-in tool is not text", [c.tool for c in calls if _words(c) is None]
-        else:
-            return found
-        return Skipped(reason, SHORT.repr(names)[:200], found.source, found.line)
-
-    def pieces(self, conversation: Conversation) -> list[Piece]:
-        """The rendered conversation; text between two control tokens is one piece, but for answers and their masks.
-
-        Only for what is `renderable`.
-        """
-        assert self.renderable(conversation) is conversation, "the template does not know this conversation's tools"
-        return _merged(self._rendered(conversation))
-
-    def prompt(self, turns: tuple[Turn, ...]) -> list[int]:
-        """Token ids of `turns`, up to where the assistant's answer begins."""
-        rendered = self._rendered(Conversation(turns, source="", line=0))
-        answer = self._marker(self.template.assistant[0], self.train_on == "all")
-        return self.encode([_merged(chain(rendered, answer))])[0][0]
-
-    def stop_ids(self) -> set[int]:
-        """The tokens at which generation ends: the template's stop token and the end of a plain text."""
-        markers = (self.template.stop(), self.template.builtin_stop, self.template.document_end)
-        names = [name for marker in markers for name in self._control.findall(self._fill(marker))]
-        return {self.tokenizer.control[name] for name in names}
-
-    def encode(self, rendered: list[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
-        """Token ids and mask of rendered conversations, the plain way; encoding.py does the same for files, faster."""
-        texts = [piece.text for pieces in rendered for piece in pieces if not piece.control]
-        encoded = iter(self.tokenizer.encode_batch(texts))
-        documents = []
-        for pieces in rendered:
-            ids: list[int] = []
-            trained: list[bool] = []
-            for piece in pieces:
-                new = [self.tokenizer.control[piece.text]] if piece.control else next(encoded)
-                assert piece.control or self._control_ids.isdisjoint(new), "text became a control token"
-                ids += new
-                trained += [piece.trained] * len(new)
-            if trained:
-                trained[0] = False  # nothing comes before it that could predict it
-            documents.append((ids, trained))
-        return documents
-
-    def _rendered(self, conversation: Conversation) -> Iterator[Piece]:
-        template, everything = self.template, self.train_on == "all"
-        yield from self._marker(template.begin, False)
-        if conversation.turns[0].role == "text":
-            yield Piece(conversation.turns[0].content, False, True)
-            yield from self._marker(template.document_end, True)
-            return
-        turns = template.turns(conversation)
-        last = max((i for i, turn in enumerate(turns) if turn.role in ANSWERS), default=-1)
-        first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), -1)
-        for i, turn in enumerate(turns):
-            call = turn.role == "call"
-            before, after, *rest = getattr(template, "assistant" if call else turn.role)
-            if call and conversation.builtin_tools:
-                after = template.builtin_stop
-            own = turn.role in ANSWERS
-            answer = own and turn.trained and (self.train_on != "last_assistant" or i == last)
-            context = everything and turn.trained
-            yield from self._marker(before, context)
-            if turn.role == "system":
-                yield from self._environment(conversation, context)
-            if i == first_user:
-                yield from self._definitions(conversation, context)
-            if call:
-                yield from self._call(turn, conversation.builtin_tools, answer or context)
-            elif text := template.content(turn):
-                yield Piece(text, False, answer or context, answer=own)
-            yield from self._marker(after, answer or context)
-            yield from self._marker("".join(rest), context)
-
-    def _environment(self, conversation: Conversation, trained: bool) -> Iterator[Piece]:
-        """What the system turn says of tools."""
-        if conversation.tools or conversation.builtin_tools:
-            yield from self._marker(self.template.tools_system, trained)
-        if conversation.builtin_tools:
-            before, after = self.template.builtin_system
-            names = [name for name in conversation.builtin_tools if name != "code_interpreter"]  # it is `ipython`
-            yield from self._marker(before, trained)
-            yield Piece(", ".join(names), False, trained)
-            yield from self._marker(after, trained)
-
-    def _definitions(self, conversation: Conversation, trained: bool) -> Iterator[Piece]:
-        """The tools that may be called, before the first question."""
-        before, after = self.template.tools_user
-        if conversation.tools:
-            yield from self._marker(before, trained)
-        for tool in conversation.tools:
-            yield Piece(json.dumps(tool, ensure_ascii=False, indent=4), False, trained)
-            yield from self._marker(after, trained)
-
-    def _call(self, call: Turn, builtin_tools: tuple[str, ...], trained: bool) -> Iterator[Piece]:
-        """The format's own control tokens become tokens; what is filled in stays text."""
-        builtin = call.tool in builtin_tools
-        arguments = _words(call) if builtin else call.content
-        assert arguments is not None  # or the conversation were not renderable
-        values = {"name": call.tool, "arguments": arguments}
-        for piece in self._marker(self.template.builtin_call if builtin else self.template.call, trained):
-            text = re.sub(r"\{(name|arguments)\}", lambda field: values[field[1]], piece.text)
-            yield piece if piece.control else Piece(text, False, trained, answer=True)
-
-    def _marked(self, marker: str, trained: bool) -> Iterator[Piece]:
-        """The template's own text: `<|eot_id|>\\n` -> control `<|eot_id|>`, text `\\n`."""
-        marker, end = self._fill(marker), 0
-        for match in self._control.finditer(marker):
-            if match.start() > end:
-                yield Piece(marker[end : match.start()], False, trained)
-            yield Piece(match[0], True, trained)
-            end = match.end()
-        if end < len(marker):
-            yield Piece(marker[end:], False, trained)
-
-    def _unknown(self, marker: str | tuple[str, ...]) -> list[str]:
-        """Names in the template's text that look like control tokens, and are none of the tokenizer's."""
-        names = re.findall(r"<\|[^|<>]+\|>", self._fill("".join(marker)))
-        return [name for name in names if name not in self.tokenizer.control]
-
-    def _fill(self, marker: str) -> str:
-        if "{bos}" in marker:
-            marker = marker.replace("{bos}", self.tokenizer.bos)
-        return marker.replace("{eos}", self.tokenizer.eos) if "{eos}" in marker else marker
-
-    def jinja(self) -> str:
-        """The same template as the Jinja text that transformers, vLLM and others execute."""
-        return written(self.template, self._fill)
+def _sums(values: Array, offsets: Array) -> Array:
+    """Sums of `values` between neighbouring offsets."""
+    return np.diff(_offsets(values)[offsets])

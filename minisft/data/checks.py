@@ -1,143 +1,95 @@
 """The laws of a tokenised document, checked on the tokens themselves before they are stored.
 
-The renderer sets masks and control tokens with care, but a template of the user's own can still begin twice, and a
-fault in the renderer would be trained on without a word. So each document is looked at once more, from its ids and
-mask alone and from what the template says, not from how the renderer went about it:
+The renderer sets masks and control tokens with care, but a user's own template can still begin twice, and we would
+train on a fault in the renderer without noticing. So every document is checked once more, from its ids and its mask
+alone and from what the template says:
 
-    one beginning        the beginning-of-text token stands first, where the template begins with it, and nowhere else
-    trained stop         an answer that is trained ends in a stop token that is trained
+    known ids            every id is in the tokenizer's vocabulary
     nothing smuggled     the control tokens are those of the template: none came from a conversation's text
+    one beginning        the beginning-of-text token comes first, if the template begins with it, and nowhere else
+    trained stop         a trained answer ends in a stop token, which is trained too
     something to learn   at least one token is trained
-    known ids            every id is one of the tokenizer's
 
-A breach ends the run, because it is of the template or of the program and would be found in many documents.
+A breach ends the run, because its cause is the template or the program, and many documents would have it.
 """
 
-import re
-from typing import NoReturn
+from collections.abc import Iterator
 
 import numpy as np
 
-from minisft.data.chat import Renderer
+from minisft.data.chat import EncodedDocuments, Renderer
 from minisft.data.conversation import Conversation
-from minisft.data.encoding import Documents
 from minisft.errors import UserError
 
 Array = np.ndarray
+OURS = "this is a fault of minisft, please report it"
 
 
-class Laws:
-    """What a template and its tokenizer promise of every document."""
+def validate(documents: EncodedDocuments, conversations: list[Conversation], renderer: Renderer) -> None:
+    """Raise UserError for the first breach. `conversations` are those that became the documents, in the same order."""
+    for places, law, remedy in _breaches(documents, conversations, renderer):
+        if not len(places):
+            continue
+        place, tokenizer = int(places[0]), renderer.tokenizer
+        index = int(np.searchsorted(documents.offsets, place, side="right")) - 1
+        token = int(documents.ids[place]) if place < len(documents.ids) else None
+        text = "" if token is None or token >= tokenizer.vocab_size else f" {tokenizer.decode([token])!r}"
+        raise UserError(f"{conversations[index].source}:{conversations[index].line}: {law}: token "
+                        f"{place - documents.offsets[index]} of the document is {token}{text}; {remedy}")
 
-    def __init__(self, renderer: Renderer):
-        self.renderer, self.tokenizer = renderer, renderer.tokenizer
-        template = renderer.template
-        begin = self._split(template.begin)
-        roles = {part for role in (template.system, template.user, template.assistant)
-                 for part in self._split("".join(role))}
-        # The tokenizer knows its beginning-of-text token, or else it is what the template begins with and never repeats
-        bos = self.tokenizer.bos or (begin[0] if begin and begin[0] in self.tokenizer.control
-                                     and begin[0] not in roles else "")
-        self.bos = self.tokenizer.control.get(bos, -1)
-        self.begins = bool(begin) and begin[0] == bos
-        self.stops = np.array(sorted(renderer.stop_ids()), dtype=np.uint32)
-        self.is_control = np.zeros(self.tokenizer.vocab_size, dtype=bool)
-        self.is_control[list(self.tokenizer.control.values())] = True
-        # What may follow the stop token within the run: \n in chatml, whose third item is trained by train_on = "all"
-        after = template.assistant[1:] if renderer.train_on == "all" else template.assistant[1:2]
-        self.tails = [tail for marker in ("".join(after), template.document_end) if (tail := self._after_stop(marker))]
-        self.plain_stops = any(part in self.tokenizer.control for part in self._split(template.document_end))
 
-    def check(self, documents: Documents, conversations: list[Conversation]) -> None:
-        """Raise UserError for the first breach. Every conversation must have its document, in the same order."""
-        unknown = documents.ids >= self.tokenizer.vocab_size
-        if unknown.any():
-            self._breach(documents, conversations, int(np.argmax(unknown)), "an id beyond the tokenizer's vocabulary",
-                         f"the vocabulary has {self.tokenizer.vocab_size} ids; tokenizer.json is damaged, fetch it "
-                         "again")
-        self._nothing_smuggled(documents, conversations)
-        self._one_beginning(documents, conversations)
-        self._trained_stop(documents, conversations)
-        untrained = documents.targets() == 0
-        if untrained.any():
-            self._breach(documents, conversations, int(documents.offsets[np.argmax(untrained)]),
-                         "no trained token in the document", "this is a fault of minisft, please report it")
+def _breaches(documents: EncodedDocuments, conversations: list[Conversation],
+              renderer: Renderer) -> Iterator[tuple[Array, str, str]]:
+    """For each law: the places of the tokens that break it, what is wrong with them, the remedy."""
+    tokenizer, template, split = renderer.tokenizer, renderer.template, renderer.split
+    ids, loss_mask, offsets = documents.ids.astype(np.int64), documents.loss_mask, documents.offsets
+    yield (np.flatnonzero(ids >= tokenizer.vocab_size), "an id beyond the tokenizer's vocabulary",
+           f"the vocabulary has {tokenizer.vocab_size} ids; tokenizer.json is damaged, download it again")
 
-    def _nothing_smuggled(self, documents: Documents, conversations: list[Conversation]) -> None:
-        expected = np.zeros(len(documents.ids), dtype=bool)
-        expected[documents.places] = True
-        wrong = self.is_control[documents.ids] != expected
-        wrong[documents.places] |= documents.ids[documents.places] != documents.controls
-        if wrong.any():
-            place = int(np.argmax(wrong))
-            if expected[place]:
-                self._breach(documents, conversations, place, "not the control token that the template put there",
-                             "this is a fault of minisft, please report it")
-            self._breach(documents, conversations, place, "a control token that the template did not put there",
-                         "text of a conversation must not become one; see special and normalized among the added "
-                         f"tokens of {self.tokenizer.file}")
+    is_control, placed = np.isin(ids, list(tokenizer.control.values())), documents.controls >= 0
+    wrong = np.where(is_control, ids, -1) != documents.controls
+    yield np.flatnonzero(wrong & placed), "not the control token that the template put there", OURS
+    yield (np.flatnonzero(wrong & ~placed), "a control token that the template did not put there",
+           "text of a conversation must not become one; see special and normalized in the added tokens of "
+           f"{tokenizer.file}")
 
-    def _one_beginning(self, documents: Documents, conversations: list[Conversation]) -> None:
-        is_first = np.zeros(len(documents.ids) + 1, dtype=bool)  # one more: an empty document begins at the end
-        is_first[documents.offsets[:-1]] = True
-        is_first = is_first[:-1]
-        is_bos = documents.ids == self.bos
-        if self.begins and (missing := is_first & ~is_bos).any():
-            self._breach(documents, conversations, int(np.argmax(missing)), "the beginning-of-text token is missing",
-                         f"begin of template {self.renderer.template.name} must come first, once")
-        if self.bos not in self.stops:  # one token for both: it also stands at the ends
-            again = is_bos & ~is_first if self.begins else is_bos
-            if again.any():
-                self._breach(documents, conversations, int(np.argmax(again)), "a second beginning-of-text token"
-                             if self.begins else "a beginning-of-text token that is not the template's begin",
-                             f"in template {self.renderer.template.name} put it into begin, once, and nowhere else")
+    begin, is_first = split(template.begin, False), np.zeros(len(ids) + 1, dtype=bool)
+    is_first[offsets[:-1]] = True  # an empty document at the end begins after the last token
+    is_first = is_first[:-1]
+    # The tokenizer knows its beginning-of-text token; otherwise it is what the template begins with and never repeats.
+    roles = split("".join((*template.system, *template.user, *template.assistant)), False)
+    bos = tokenizer.bos or next((piece.text for piece in begin[:1] if piece.control and piece not in roles), "")
+    bos_id, begins, stop_ids = tokenizer.control.get(bos, -1), bos in [p.text for p in begin[:1]], renderer.stop_ids()
+    is_bos = ids == bos_id
+    if begins:
+        yield (np.flatnonzero(is_first & ~is_bos), "the beginning-of-text token is missing",
+               f"begin of template {template.name} must come first, once")
+    if bos_id not in stop_ids:  # if one token is both, it also stands at the ends
+        yield (np.flatnonzero(is_bos & ~(is_first & begins)), "a second beginning-of-text token" if begins else
+               "a beginning-of-text token that is not the template's begin",
+               f"in template {template.name} put it into begin, once, and nowhere else")
 
-    def _trained_stop(self, documents: Documents, conversations: list[Conversation]) -> None:
-        """Each run of trained tokens that ends an answer ends in a stop token, and none is left just outside a run."""
-        ids, trained = documents.ids, documents.trained
-        plain = np.array([c.turns[0].role == "text" for c in conversations], dtype=bool)
-        document = np.repeat(np.arange(len(conversations)), np.diff(documents.offsets))
-        is_last = np.ones(len(ids), dtype=bool)
-        is_last[:-1] = document[1:] != document[:-1]
-        is_stop = np.isin(ids, self.stops)
-        ends = np.flatnonzero(trained & (is_last | ~np.append(trained[1:], False)))
-        inner = ends[~is_last[ends]]
-        left_out = inner[is_stop[inner + 1] & ~is_stop[inner]] + 1
-        remedy = (f"the model would never learn to stop; in template {self.renderer.template.name} the second item of "
-                  "assistant is the stop token, and its third is not trained")
-        if len(left_out):
-            self._breach(documents, conversations, int(left_out[0]), "a stop token after trained text is not trained",
-                         remedy)
-        if self.renderer.train_on == "all":
-            ends = ends[is_last[ends]]  # what ends inside a document ends before an answer that is left out
-        if not self.plain_stops:
-            ends = ends[~plain[document[ends]]]
-        good = is_stop[ends]
-        for tail in self.tails:
-            stops = np.maximum(ends - len(tail), documents.offsets[document[ends]])
-            follows = is_stop[stops] & trained[stops]
-            for i, token in enumerate(tail, 1):
-                follows &= (ids[np.minimum(stops + i, ends)] == token) & trained[np.minimum(stops + i, ends)]
-            good |= follows & (ends - stops == len(tail))
-        if not good.all():
-            self._breach(documents, conversations, int(ends[np.argmin(good)]), "a trained answer ends without a "
-                         "trained stop token", remedy)
+    document = np.repeat(np.arange(len(conversations)), np.diff(offsets))
+    is_last, is_stop = np.append(document[1:] != document[:-1], True)[: len(ids)], np.isin(ids, list(stop_ids))
+    ends = np.flatnonzero(loss_mask & (is_last | ~np.append(loss_mask[1:], False)))  # of runs of trained tokens
+    inner = ends[~is_last[ends]]
+    remedy = (f"the model would never learn to stop; in template {template.name} the second item of assistant is the "
+              "stop token, and its third is not trained")
+    yield inner[is_stop[inner + 1] & ~is_stop[inner]] + 1, "a stop token after trained text is not trained", remedy
+    if renderer.train_on == "all":
+        ends = ends[is_last[ends]]  # a run that ends inside a document ends before an answer that is left out
+    if not any(piece.control for piece in split(template.document_end, False)):
+        ends = ends[[conversations[i].turns[0].role != "text" for i in document[ends].tolist()]]
+    # What may follow the stop token in a run: \n in chatml, whose third item is trained by train_on = "all".
+    after = split("".join(template.assistant[1:] if renderer.train_on == "all" else template.assistant[1:2]), False)
+    tails = [tokenizer.encode(marker[-1].text) for marker in (after, split(template.document_end, False))
+             if marker and not marker[-1].control]
 
-    def _breach(self, documents: Documents, conversations: list[Conversation], place: int, law: str,
-                remedy: str) -> NoReturn:
-        document = int(np.searchsorted(documents.offsets, place, side="right")) - 1
-        where, token = conversations[document], int(documents.ids[place]) if place < len(documents.ids) else None
-        text = "" if token is None or token >= self.tokenizer.vocab_size else f" {self.tokenizer.decode([token])!r}"
-        raise UserError(f"{where.source}:{where.line}: {law}: token {place - documents.offsets[document]} of the "
-                        f"document is {token}{text}; {remedy}")
+    def stopped(end: int, tail: list[int]) -> bool:
+        stop = end - len(tail)
+        return bool(stop >= offsets[document[end]] and is_stop[stop] and loss_mask[stop:end].all()
+                    and ids[stop + 1 : end + 1].tolist() == tail)
 
-    def _split(self, marker: str) -> list[str]:
-        """Control tokens and the text between them."""
-        marker = marker.replace("{bos}", self.tokenizer.bos)
-        marker = marker.replace("{eos}", self.tokenizer.eos) if "{eos}" in marker else marker
-        names = "|".join(map(re.escape, sorted(self.tokenizer.control, key=len, reverse=True)))
-        return [part for part in re.split(f"({names or '(?!)'})", marker) if part]
-
-    def _after_stop(self, marker: str) -> list[int]:
-        *_, last = self._split(marker) or [""]
-        return [] if last in self.tokenizer.control else self.tokenizer.encode(last)
+    unstopped = [end for end in ends[~is_stop[ends]].tolist() if not any(stopped(end, tail) for tail in tails)]
+    yield np.array(unstopped), "a trained answer ends without a trained stop token", remedy
+    yield offsets[:-1][documents.num_loss_tokens == 0], "no trained token in the document", OURS

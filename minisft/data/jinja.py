@@ -6,10 +6,37 @@ A model's own Jinja is recognised if it stands for one of our templates. For the
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from minisft.data.conversation import Turn
 from minisft.data.formats import ROLES
 from minisft.data.templates import Template
+from minisft.data.tokenizer import Tokenizer
+from minisft.errors import UserError
+
+
+def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer, *,
+                    option: str = "data.template") -> Template:
+    """The template called `name`; without a name, the one that the tokenizer's folder says.
+
+    Raises UserError if there is no such template. The user chooses with `option`; the same option with an s names a
+    file of the user's own templates.
+    """
+    choices = f"choose with {option}: {', '.join(known)}; or write your own and name its file in {option}s"
+    if name:
+        if name not in known:
+            raise UserError(f"{option}: no template is called {name!r}; {choices}")
+        return known[name]
+    jinja, folder = tokenizer.chat_template, tokenizer.file.parent
+    if jinja is None:
+        raise UserError(f"{folder}: does not say which chat template the model uses; {choices}")
+    found = recognize(jinja)
+    begins = found is not None and found[0] == "chatml" and begins_with_bos(jinja)
+    if found is None or (begins and not tokenizer.bos_token):
+        raise UserError(f"{folder}: the model's own chat template is none of these, and another one would teach it "
+                        f"other tokens than it knows; {choices}")
+    template = replace(known[found[0]], default_system=found[1])
+    return replace(template, begin=tokenizer.bos_token) if begins else template
 
 
 def recognize(jinja: object) -> tuple[str, str | None] | None:

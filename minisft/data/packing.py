@@ -1,20 +1,21 @@
 """The plan: which document lies in which pack of which step, known before training starts.
 
-    documents, shuffled -> bundles of short ones -> packs of at most seq_len tokens, shuffled -> even steps
+    documents, repeated by weight, shuffled -> bundles of short ones -> packs of at most seq_len tokens, shuffled
+    -> even steps
 
-The packs of an epoch are spread evenly over as few steps as batch.packs allows: of 65, steps of at most 32 get 22, 22
-and 21. A last step of the one pack left over would weigh each of its tokens as much as 32 in the others.
+The packs of an epoch are spread evenly over as few steps as batch.packs allows: 65 packs in steps of at most 32 make
+steps of 22, 22 and 21. A last step of one left-over pack would weigh each of its tokens as much as 32 in the others.
 
-The plan is a pure function of the documents' lengths, the seed and the epoch, so every rank knows, without a word to
-the others, what each step holds and how many tokens it trains on; and the place in a run is one number, the step.
+The plan is a pure function of the documents' lengths, the seed and the epoch. So every rank knows, without
+communication, what each step holds and how many tokens it trains on, and the position in a run is one number, the step.
 
 Packing is best-fit decreasing: the longest document first, each into the fullest pack that still has room (Johnson
-1974). It sees lengths only, so it runs on their histogram, and documents of one length are placed together.
+1974). It needs lengths only, so it runs on their histogram, and documents of one length are placed together.
 
-By itself it makes packs of documents of one length, also within windows of shuffled documents, and a step of few packs
-is then a poor sample. So short documents are first tied, as they come, into bundles, which are packed like long ones.
-Measured over steps of 32 packs of 8192 with documents of a median of 150 tokens: the share of tokens in the shorter
-documents has a standard deviation of 2.2% in an unpacked order, 8.8% with best-fit decreasing alone, 3.6% with bundles.
+By itself it makes packs of documents of one length, and a step of few packs is then a poor sample. So short documents
+are first tied, as they come, into bundles, which are packed like long ones. Measured over steps of 32 packs of 8192
+with documents of a median of 150 tokens: the share of tokens in the shorter documents has a standard deviation of 2.2%
+in an unpacked order, 8.8% with best-fit decreasing alone, 3.6% with bundles.
 """
 
 import threading
@@ -22,35 +23,63 @@ from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from minisft.data.mixing import copies
 from minisft.errors import UserError
 
-VERSION = 3  # of the plan: raise it when the same lengths and seed give other packs, so that no run goes on in another
-WINDOW = 16_384  # documents packed together where packs follow the file, so that a pack's documents are near each other
-BUNDLES = (4, 8, 16)  # a document shorter than capacity / 4 is bundled; the others where those fill too badly
+VERSION = 3  # of the plan: raise it when the same lengths and seed give other packs, so that no run resumes in another
+WINDOW = 16_384  # documents packed together if packs follow the file, so that a pack's documents are near each other
+BUNDLES = (4, 8, 16)  # documents shorter than capacity / 4 are bundled; / 8 or / 16 if those fill packs too badly
 LOOSE = 0.08  # share of all tokens in short documents that stay single, to fill the gaps that bundles leave
 MOST_EPOCHS = 10_000  # that are packed to count a run's steps
-SLACK = 0.0005  # more packs than without bundles that are borne for the better mix
+SLACK = 0.0005  # more packs than without bundles that we accept for the better mix
 
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """The packs of one epoch: pack i holds `documents[offsets[i] : offsets[i + 1]]`."""
+# ---- how often a document comes --------------------------------------------------------------------------------------
 
-    documents: Array  # (n,) int64 document indices
-    offsets: Array  # (packs + 1,) int64
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array:
+    """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document comes in an epoch.
 
-    def pack(self, index: int) -> Array:
-        """(documents in the pack,) their indices"""
-        return self.documents[self.offsets[index] : self.offsets[index + 1]]
+    A weight is a number of passes: with 2.3 every document comes twice, and a sample of 30% once more, drawn anew in
+    each epoch. Each document is in it with exactly that probability, whatever its length, and the tokens are right to
+    within one document, the longest. (Independent draws would have the first property only: of 300 documents with
+    weight 0.1 they take 30 +- 5.)
+    """
+    times = np.floor(weights).astype(np.int64)
+    part = weights - times
+    for share in np.unique(part[part > 0]).tolist():  # once for each weight
+        group = random.permutation(np.flatnonzero(part == share))
+        times[_sample(group[np.argsort(-lengths[group], kind="stable")], share, random)] += 1
+    return times
+
+
+def _sample(documents: Array, share: float, random: np.random.Generator) -> list[int]:
+    """Some of `documents` (n,), each with probability `share`; of the first k always k * `share`, rounded up or down.
+
+    So with the longest first, and lengths l, the tokens are off by the sum of (chosen of first k - k * share) *
+    (l[k] - l[k+1]), which is less than l[0]. The pivotal method (Deville and Tille 1998, "Unequal probability sampling
+    without replacement through a splitting method"): two documents play for the sum of their probabilities. Below 1 the
+    winner gets all of it and the loser nothing; from 1 on the winner is chosen, and the loser keeps the rest.
+    """
+    chosen, held, chance = [], -1, 0.0
+    for document, draw in zip(documents.tolist(), random.random(len(documents)).tolist(), strict=True):
+        chance += share
+        if chance < 1:
+            held = document if draw * chance < share else held
+        else:
+            chance -= 1
+            first = draw * (1 - chance) < 1 - share
+            chosen.append(held if first else document)
+            held = document if first else held
+    return chosen + [held] * (random.random() < chance)
+
+
+# ---- packs -----------------------------------------------------------------------------------------------------------
 
 
 def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
@@ -69,7 +98,7 @@ def _moves(counts: Array, capacity: int) -> Array:
     """(moves, 3) of (first, packs, each): packs `first`, `first` + 1, ... `first` + `packs` - 1 get `each` items more.
 
     The moves take the items longest first; `counts` (capacity + 1,) says how many there are of each length. A pack that
-    took an item and has room for another of that length is the fullest that has, so it goes on until it is full:
+    took an item and has room for another of that length is the fullest that has, so it is filled until it is full:
     7 items of 3, and 2 packs with 10 left -> (first, 2, 3), and one item for other packs.
 
     Room is looked up in one integer whose bit r says that some pack has r tokens left. A length meets each group of
@@ -81,8 +110,7 @@ def _moves(counts: Array, capacity: int) -> Array:
     for length in np.flatnonzero(counts)[::-1].tolist():
         items = int(counts[length])
         while items:
-            fitting = rooms >> length
-            if fitting:
+            if fitting := rooms >> length:
                 room = length + (fitting & -fitting).bit_length() - 1
                 first, packs = with_room[room].pop()
                 if not with_room[room]:
@@ -102,7 +130,7 @@ def _moves(counts: Array, capacity: int) -> Array:
 
 
 def bundles(lengths: Array, size: int) -> Array:
-    """(n,) for each document the first of its bundle; a single one is its own.
+    """(n,) for each document the first of its bundle; a single document is its own.
 
     Documents shorter than `size` lie one after another on a line with a mark every `size` tokens; those that start
     between the same two marks are a bundle, so it is shorter than 2 * `size`. The first LOOSE of them stay single.
@@ -134,12 +162,27 @@ def pack_documents(lengths: Array, capacity: int) -> Array:
     return best_fit_decreasing(lengths, capacity)
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """The packs of one epoch: pack i holds `documents[offsets[i] : offsets[i + 1]]`."""
+
+    documents: Array  # (n,) int64 document indices
+    offsets: Array  # (packs + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def pack(self, index: int) -> Array:
+        """(documents in the pack,) their indices"""
+        return self.documents[self.offsets[index] : self.offsets[index + 1]]
+
+
 def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: bool = True,
                weights: Array | None = None) -> Epoch:
     """Pack all documents with lengths (n,), each 1 to `seq_len` tokens, for one epoch (counted from 0).
 
-    A document of weight 2.3 (`weights` (n,), 1 without them) comes twice, and by a draw once more (mixing.py). Without
-    `shuffle`, packs follow each other as their first documents do, and the documents of one are within a window.
+    `weights` (n,) are passes over each document in an epoch, 1 by default (`copies`). Without `shuffle`, packs follow
+    each other as their first documents do, and the documents of a pack are within a window.
     """
     random = np.random.default_rng((seed, epoch))
     order = np.arange(len(lengths))
@@ -161,9 +204,11 @@ def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: 
     return Epoch(order[by_pack], np.concatenate(([0], np.cumsum(np.bincount(pack), dtype=np.int64))))
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a step lies: `packs` [first, last) of `epoch`."""
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a step lies: in packs [first, last) of `epoch`."""
 
     epoch: int
     first: int
@@ -171,16 +216,16 @@ class Place:
 
 
 class Plan:
-    """All steps of a run over documents with lengths (n,) and `targets` (n,) trained tokens each.
+    """All steps of a run over documents with lengths (n,) and `num_loss_tokens` (n,) trained tokens each.
 
-    A step has `packs_per_step` packs or fewer, in an epoch no two steps differ by more than one, and no step spans two
-    epochs. Epochs are packed when a step of them is asked for, except to count steps that `max_steps` does not. Raises
-    UserError if that would take more than MOST_EPOCHS.
+    A step has `packs_per_step` packs or fewer; within an epoch step sizes differ by at most one, and no step spans two
+    epochs. An epoch is packed when one of its steps is asked for, or to count steps if `max_steps` does not end the run
+    first. Raises UserError if more than MOST_EPOCHS would have to be packed to count them.
     """
 
-    def __init__(self, lengths: Array, targets: Array, *, seq_len: int, packs_per_step: int, epochs: int,
+    def __init__(self, lengths: Array, num_loss_tokens: Array, *, seq_len: int, packs_per_step: int, epochs: int,
                  max_steps: int | None = None, seed: int = 0, shuffle: bool = True, weights: Array | None = None):
-        self.lengths, self.targets, self.weights = lengths, targets, weights
+        self.lengths, self.num_loss_tokens, self.weights = lengths, num_loss_tokens, weights
         self.seq_len, self.packs_per_step = seq_len, packs_per_step
         self.seed, self.shuffle = seed, shuffle
         self._epochs, self._lock = epochs, threading.Lock()
@@ -188,7 +233,7 @@ class Plan:
         self._count(1)
         if not self.steps_per_epoch:
             raise UserError("no document comes in the first epoch: the weights of the sources in data.train are too "
-                            "small")
+                            "small; raise them")
         # Documents of a whole weight come in every epoch, and need at least this many steps.
         sure = lengths if weights is None else lengths * np.floor(weights).astype(np.int64)
         least = -(-int(sure.sum()) // (seq_len * packs_per_step))
@@ -205,12 +250,12 @@ class Plan:
 
     def _count(self, epochs: int, max_steps: int | None = None) -> None:
         """Count the steps of the first `epochs` epochs, or until there are more than `max_steps`."""
-        with self._lock:  # the thread that loads asks, too
+        with self._lock:  # the thread that makes batches asks, too
             while len(self._first_step) <= epochs and (max_steps is None or self._first_step[-1] <= max_steps):
                 packs = len(self.epoch(len(self._first_step) - 1))
                 self._first_step.append(self._first_step[-1] - (-packs // self.packs_per_step))
 
-    # Three: the steps are counted by packing every epoch, and a run of that many need not pack them again.
+    # Three: counting steps packs every epoch, and a run of up to three epochs need not pack them again.
     @lru_cache(maxsize=3)  # noqa: B019 (a plan lives as long as its run)
     def epoch(self, epoch: int) -> Epoch:
         """The packs of epoch `epoch` (from 0)."""
@@ -219,7 +264,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of the first epoch; later ones may differ by a step, since they tie other bundles."""
+        """Steps of the first epoch; later ones may differ by a step, because their bundles differ."""
         return self._first_step[1]
 
     def place(self, step: int) -> Place:
@@ -232,9 +277,8 @@ class Plan:
 
     def documents(self, step: int) -> list[Array]:
         """The document indices of each pack of `step`."""
-        place = self.place(step)
-        epoch = self.epoch(place.epoch)
-        return [epoch.pack(i) for i in range(place.first, place.last)]
+        epoch, first, last = self.place(step)
+        return [self.epoch(epoch).pack(i) for i in range(first, last)]
 
     def fill(self) -> float:
         """Share of the first epoch's packs that is tokens."""

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from minisft.data.chat import Renderer, choose_template
+from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
+from minisft.data.jinja import choose_template
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import SHORT, UserError

@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minisft.config import DataConfig, Source
+from minisft.data.batches import steps
 from minisft.data.dataset import Dataset
-from minisft.data.loader import steps
 from minisft.data.packing import Plan
 from minisft.data.store import open_store
 from minisft.data.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ from minisft.errors import PATH, UserError, printable
 from minisft.evaluation.assistant import Assistant
 from minisft.evaluation.decoding import logits
 from minisft.model.llama import Documents
+from minisft.prepare import read_source
 from minisft.training.loss import batch_loss
 from minisft.training.parallel import World, all_sum
 
@@ -54,7 +56,7 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
     """
     rank, ranks = (world.rank, world.ranks) if world else (0, 1)
     device = world.device if world else next(model.parameters()).device
-    plan = Plan(dataset.lengths, dataset.targets, seq_len=seq_len, packs_per_step=micro_packs * ranks, epochs=1,
+    plan = Plan(dataset.lengths, dataset.num_loss_tokens, seq_len=seq_len, packs_per_step=micro_packs * ranks, epochs=1,
                 shuffle=False)
     total = torch.zeros((), device=device)
     with closing(steps(dataset, plan, rank=rank, ranks=ranks, micro_packs=micro_packs, fixed=fixed,
@@ -62,7 +64,7 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
         for batch in (batch for step in planned for batch in step.micro_batches):
             check()
             total += batch_loss(model, batch, device, 1.0, compiled=fixed)
-    return float(all_sum(total) if world else total) / int(dataset.targets.sum())
+    return float(all_sum(total) if world else total) / int(dataset.num_loss_tokens.sum())
 
 
 def loss_figures(loss: float) -> dict[str, float | None]:
@@ -184,9 +186,10 @@ def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, fo
     """
     model, found = assistant.model, []
     seq_len = min(seq_len, model.config.max_position_embeddings)
+    data = DataConfig(seq_len=seq_len, cache=str(cache))
     for file in files:
-        store = open_store(file, name=file, format=format, renderer=assistant.renderer, cache=Path(cache), quiet=quiet)
-        dataset = Dataset([store], seq_len=seq_len)
+        store = open_store(Source(file, format=format, name=file), data, assistant.renderer, read_source, quiet=quiet)
+        dataset = Dataset([store], data)
         report, vocabulary = dataset.reports[0], model.config.vocab_size
         if report.largest_id >= vocabulary:
             raise UserError(f"{file}: token id {report.largest_id} is past the model's vocabulary of {vocabulary}; "

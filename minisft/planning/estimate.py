@@ -68,7 +68,7 @@ class Work:
         if options.tokens is None and not options.document and not missing:
             plan, train = (prepared := prepare(config)).plan, prepared.train
             documents = plan.epoch(0).documents
-            lengths, targets = train.lengths[documents], train.targets[documents]
+            lengths, targets = train.lengths[documents], train.num_loss_tokens[documents]
             per_epoch, steps = int(lengths.sum()), plan.total_steps
             total = round(per_epoch * steps / plan.steps_per_epoch)
             return cls(seq_len * plan.fill(), targets.sum() / per_epoch, flops(lengths, targets), total, steps, "")

@@ -38,10 +38,10 @@ def figures(prepared: Prepared) -> dict[str, Any]:
     for source, weight, mixed in zip(sources, prepared.weights, _mixed(train, seen), strict=True):
         source |= {"weight": weight, "epoch": mixed}
     step_starts = epoch.offsets[[plan.place(step).first for step in range(plan.steps_per_epoch)]]
-    step_targets = np.add.reduceat(train.targets[epoch.documents], step_starts)[: plan.total_steps]
+    step_targets = np.add.reduceat(train.num_loss_tokens[epoch.documents], step_starts)[: plan.total_steps]
     recompute = config.parallel.activation_checkpointing
     flops = prepared.network and training_flops(prepared.network, train.lengths[epoch.documents],
-                                                train.targets[epoch.documents], recompute=recompute,
+                                                train.num_loss_tokens[epoch.documents], recompute=recompute,
                                                 ranks=targets.ranks(config.lora, prepared.network))
     epoch_tokens = sum(source["epoch"]["tokens"] for source in sources)
     return {
@@ -50,7 +50,7 @@ def figures(prepared: Prepared) -> dict[str, Any]:
         "train": sources[:first], "replay": sources[first:],
         **{kind: [source for name, dataset in prepared.evals.items() for source in _sources(dataset)
                   if (name in general) == (kind == "general")] for kind in ("eval", "general")},
-        "documents": len(train), "tokens": int(train.lengths.sum()), "target_tokens": int(train.targets.sum()),
+        "documents": len(train), "tokens": int(train.lengths.sum()), "target_tokens": int(train.num_loss_tokens.sum()),
         "lengths": histogram(train.lengths, train.too_long, plan.seq_len),
         "epoch_documents": len(epoch.documents), "epoch_tokens": epoch_tokens,
         "epoch_target_tokens": sum(source["epoch"]["target_tokens"] for source in sources),
@@ -106,7 +106,7 @@ def _sources(dataset: Dataset) -> list[dict[str, Any]]:
 def _mixed(train: Dataset, seen: np.ndarray) -> list[dict[str, Any]]:
     """What each source has in an epoch in which document i comes `seen[i]` times."""
     counts = {"documents": seen, "different_documents": seen > 0, "tokens": seen * train.lengths,
-              "target_tokens": seen * train.targets}
+              "target_tokens": seen * train.num_loss_tokens}
     totals = {name: train.per_source(each) for name, each in counts.items()}
     return [{**{name: int(total[i]) for name, total in totals.items()},
              "token_share": float(totals["tokens"][i] / totals["tokens"].sum()),

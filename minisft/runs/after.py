@@ -71,7 +71,7 @@ class AfterStep:
                                 micro_packs=config.batch.micro_packs,
                                 fixed=parallel.is_compiled(config.parallel, run.world.device))
             record = {"kind": "eval", "step": step, "name": name, **loss_figures(loss),
-                      "target_tokens": int(dataset.targets.sum()), "seconds": time.perf_counter() - started}
+                      "target_tokens": int(dataset.num_loss_tokens.sum()), "seconds": time.perf_counter() - started}
             warning = self.forgetting.add(record)
             monitor.write(record)
             above = f" ({record['forgetting']:+.4f} against the base model)" if record.get("forgetting") else ""

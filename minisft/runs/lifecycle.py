@@ -18,7 +18,7 @@ import torch.distributed as dist
 from minisft import config_io
 from minisft.config import Config
 from minisft.config_io import to_toml
-from minisft.data.loader import steps
+from minisft.data.batches import steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
 from minisft.lora import lora
 from minisft.model.flops import peak_flops

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from minisft.config import LoraConfig
 from minisft.data.chat import Renderer
+from minisft.data.jinja import written
 from minisft.errors import UserError, printable
 from minisft.lora import lora, peft
 from minisft.model import weights
@@ -106,7 +107,8 @@ def _partial(folder: Path) -> Path:
 def _tokenizer_files(renderer: Renderer, config: LlamaConfig) -> dict[str, bytes]:
     """The files beside the weights, by name: the tokenizer, the chat template, the tokens that end generation."""
     copied = {key: value for key, value in renderer.tokenizer.settings.items() if COPIED.fullmatch(key)}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **copied, "chat_template": renderer.jinja()}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **copied,
+                "chat_template": written(renderer.template, renderer.fill)}
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(renderer.stop_ids())}
     return {"tokenizer.json": renderer.tokenizer.content, "tokenizer_config.json": _as_json(settings),
             "generation_config.json": _as_json(generation)}

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from minisft.config import Config
+from minisft.data.batches import steps
 from minisft.data.dataset import Dataset
-from minisft.data.loader import steps
 from minisft.data.packing import Plan
 from minisft.training.loss import batch_loss
 from minisft.training.optimizer import AdamW, learning_rate

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.config import OptimConfig
-from minisft.data.loader import MicroBatch
+from minisft.data.batches import MicroBatch
 from minisft.model.llama import Documents, cast, product_dtype
 
 CHUNK = 2**27  # logits at one time: 1,024 tokens with Llama-3's vocabulary, 263 MB in bf16

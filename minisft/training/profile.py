@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 WARMUP, STEPS, SHOWN = 2, 3, 25
@@ -50,9 +50,7 @@ def profiled(steps: Iterable[Item], folder: Path | None) -> Iterator[Item]:
         with profile(activities=activities, schedule=schedule(wait=WARMUP - 1, warmup=1, active=STEPS, repeat=1),
                      on_trace_ready=lambda profiler: _write(profiler, folder)) as profiler:
             for _ in range(WARMUP + STEPS):
-                with record_function("loader"):
-                    step = next(steps, None)
-                if step is None:
+                if (step := next(steps, None)) is None:
                     break
                 yield step
                 profiler.step()

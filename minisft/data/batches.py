@@ -1,0 +1,185 @@
+"""This rank's share of each step, ready for the model.
+
+A micro-batch is a stream: the documents of `micro_packs` packs one after another, without padding, except at its end if
+a compiled network needs one shape.
+
+    tokens      a0 a1 a2 a3 | b0 b1 b2        lengths (4, 3), cu_seqlens 0 4 7
+    positions    0  1  2  3 |  0  1  2
+    loss mask    .  .  x  x |  .  x  x        of the store, per token
+    target_at       1  2    |  4  5           positions whose next token is trained
+    targets         a2 a3   |  b1 b2          those next tokens
+
+Targets are shifted here and nowhere else; the last token of a document predicts nothing. `target_at` is computed on the
+host, so the device never has to count. A thread makes the next steps while the device works on this one, in memory that
+the device reads by itself: neither waits for the other.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisft.data.packing import Plan
+
+if TYPE_CHECKING:
+    from minisft.data.dataset import Dataset
+
+AHEAD = 2  # steps that are made before they are asked for
+
+Array = np.ndarray
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """T tokens in D documents, with N targets."""
+
+    tokens: Tensor  # (T,) int64
+    lengths: tuple[int, ...]  # of the documents, summing to T
+    cu_seqlens: Tensor  # (D + 1,) int32: offset of each document's first token, and T
+    positions: Tensor  # (T,) int64: position of each token in its own document
+    targets: Tensor  # (N,) int64: what the model should say ...
+    target_at: Tensor  # (N,) int64: ... after these positions
+    numbers: Tensor  # (T,) int32: of each token's document (`told_apart`); -1 for padding
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest document."""
+        return max(self.lengths)
+
+    def pinned(self) -> "MicroBatch":
+        """A copy in page-locked memory, which a GPU reads without the host's help."""
+        return self._with(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """A copy on `device`; from pinned memory the host does not wait for it."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items()
+                                   if isinstance(value, Tensor)}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in one optimizer step; the counts are those of all ranks together."""
+
+    index: int  # from 0
+    epoch: int  # from 0
+    micro_batches: list[MicroBatch]
+    tokens: int
+    target_tokens: int
+
+
+def micro_batch(dataset: "Dataset", documents: list[int], *, size: int = 1, longest: int = 1) -> MicroBatch:
+    """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens.
+
+    Padding is documents of zeros at the end, up to `longest` tokens each, so that attention costs no more than for full
+    packs. No other document sees them and they have no targets. Without documents the whole stream is padding: a rank
+    that has no pack left must still take part in every forward and backward pass.
+    """
+    parts = [dataset.document(i % len(dataset.lengths)) for i in documents]
+    padding = range(sum(len(ids) for ids, _ in parts), size, longest)
+    parts += [(np.zeros(length, np.int64),) * 2 for length in (min(longest, size - start) for start in padding)]
+    lengths = [len(ids) for ids, _ in parts]
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    tokens = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
+    trained = np.flatnonzero(np.concatenate([loss_mask for _, loss_mask in parts]))  # never a document's first token
+    numbers = np.array([*documents, *[-1] * len(padding)], dtype=np.int64).astype(np.int32)
+    arrays = (offsets.astype(np.int32), np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths), tokens[trained],
+              trained - 1, np.repeat(numbers, lengths))
+    return MicroBatch(torch.from_numpy(tokens), tuple(lengths), *map(torch.from_numpy, arrays))
+
+
+def told_apart(packs: list[Array], count: int) -> list[Array]:
+    """The packs of a step over a data set of `count` documents, with the second copy of a document numbered as the
+    document + `count`, and so on, so that dropout differs between copies, on any number of ranks."""
+    documents = np.concatenate(packs)
+    order = np.argsort(documents, kind="stable")
+    ordered = documents[order]
+    documents[order] += count * (np.arange(len(ordered)) - np.searchsorted(ordered, ordered))
+    return np.split(documents, np.cumsum([len(pack) for pack in packs])[:-1])
+
+
+def deal(costs: Array, *, ranks: int) -> list[list[int]]:
+    """The packs of a step that each rank computes, most expensive first; `costs` (packs,) int64.
+
+    Ranks wait for each other in every micro-batch, so each rank gets one of the `ranks` most expensive packs, one of
+    the next, and so on; in the last round a rank may go without. Within that limit the sums of the ranks come out even
+    by joining, again and again, the two rounds with the largest spread, the most expensive of one with the cheapest of
+    the other (balanced largest differencing, Yakir 1996, Michiels et al. 2003).
+
+        costs 9 8 | 6 5 | 3 1, 2 ranks -> 9 + 1, 8 + 3 | 6, 5 -> 9 + 6 + 1 and 8 + 5 + 3
+    """
+    order = np.argsort(-costs, kind="stable").tolist()
+    rounds: list[tuple[int, int, list[tuple[int, list[int]]]]] = []  # (-spread, tie-break, (cost, packs) of each rank)
+
+    def push(number: int, hands: list[tuple[int, list[int]]]) -> None:
+        hands.sort(key=lambda hand: -hand[0])
+        heapq.heappush(rounds, (hands[-1][0] - hands[0][0], number, hands))
+
+    for start in range(0, len(order), ranks):
+        hands = [(int(costs[i]), [i]) for i in order[start : start + ranks]]
+        push(start, hands + [(0, [])] * (ranks - len(hands)))
+    while len(rounds) > 1:
+        (_, number, high), (_, _, low) = heapq.heappop(rounds), heapq.heappop(rounds)
+        push(number, [(a + b, x + y) for (a, x), (b, y) in zip(high, reversed(low), strict=True)])
+    return [sorted(packs, key=lambda i: (-costs[i], i)) for _, packs in rounds[0][2]]
+
+
+def steps(dataset: "Dataset", plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
+          fixed: bool = False, device: torch.device | None = None) -> Generator[Step, None, None]:
+    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing.
+
+    With `fixed`, every micro-batch has `micro_packs` full packs of tokens, for a network that is compiled for one
+    shape. If `device` is a GPU they are in pinned memory. Close the generator if you leave it early: it has a thread.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+
+    def make() -> Iterator[Step]:
+        if on_gpu:  # a thread starts on GPU 0, where the other ranks' pinned memory would take up a context each
+            torch.cuda.set_device(device)
+        for index in range(start, plan.total_steps):
+            packs = plan.documents(index)
+            # The cost of attention. The rest of the network costs the same in every pack, as they are all full.
+            dealt = deal(np.array([np.square(plan.lengths[pack]).sum() for pack in packs]), ranks=ranks)
+            numbered = told_apart(packs, len(plan.lengths))
+            batches = []
+            for first in range(0, max(map(len, dealt)), micro_packs):
+                documents = [int(i) for pack in dealt[rank][first : first + micro_packs] for i in numbered[pack]]
+                batch = micro_batch(dataset, documents, size=micro_packs * plan.seq_len if fixed else 1,
+                                    longest=plan.seq_len)
+                batches.append(batch.pinned() if on_gpu else batch)
+            everything = np.concatenate(packs)
+            yield Step(index, plan.place(index).epoch, batches, int(plan.lengths[everything].sum()),
+                       int(plan.num_loss_tokens[everything].sum()))
+
+    return ahead(make(), AHEAD)
+
+
+def ahead(items: Iterator[Item], number: int) -> Generator[Item, None, None]:
+    """The items in their order; a thread makes up to `number` of them before they are asked for.
+
+    What the thread raises is raised here, after the items before it. The thread ends with this generator, also if that
+    is closed early.
+    """
+    thread, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader"), object()
+    coming: deque[Future[Any]] = deque(thread.submit(next, items, end) for _ in range(number))
+    try:
+        while (item := _arrived(coming.popleft())) is not end:
+            coming.append(thread.submit(next, items, end))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def _arrived(item: Future[Any]) -> Any:
+    with torch.profiler.record_function("loader"):  # what the step waits for, in a profile
+        return item.result()
