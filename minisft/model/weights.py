@@ -165,8 +165,8 @@ def _instead(folder: Path) -> str:
         return (f"it holds an adapter; `minisft convert {folder} TARGET --merge` makes one model of it and its base, "
                 "which can be trained")
     if other := sorted(p.name for p in folder.glob("*.gguf")):
-        return (f"it has {printable(other[0])}: GGUF files are for inference and mostly quantised; download the "
-                "safetensors that it was made from")
+        return (f"it has {printable(other[0])}: GGUF files are made for inference, and are mostly quantised; "
+                "download the safetensors that it was made from")
     if other := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
         return (f"it has {printable(', '.join(other[:3]))}: pickles are not read, since they can run code; convert "
                 "them to safetensors (transformers: save_pretrained), or for Meta's files pass model.format = \"meta\"")
