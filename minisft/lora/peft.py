@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisft.config import LoraConfig
 from minisft.errors import UserError, printable
 from minisft.files import read_small
 from minisft.lora.targets import adapted, scale
+from minisft.model.llama import Llama
 from minisft.model.llama_config import MATRICES, LlamaConfig
 from minisft.model.weights import finite
 
@@ -101,9 +102,9 @@ class PeftFolder:
         return found
 
     @torch.no_grad()
-    def merge_into(self, model: nn.Module, config: LlamaConfig) -> None:
+    def merge_into(self, model: Llama) -> None:
         """Add the adapter to the matrices of `model`. Raises UserError if it belongs to another model."""
-        shapes = config.matrices()
+        shapes = model.config.matrices()
         for name, parts in self.tensors.items():
             if name not in shapes:
                 raise UserError(f"{self.path}: the adapter of {printable(name)} is not of a matrix in a layer; {MERGE}")
