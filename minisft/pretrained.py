@@ -15,10 +15,9 @@ def from_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, dev
                     format: str = "hf", base: str | Path | None = None) -> Llama:
     """The model in folder `path`: Hugging Face's (`format="hf"`) or Meta's `consolidated.*.pth` (`"meta"`).
 
-    `path` may be an adapter in PEFT's format: then it is its base model with the adapter merged into it. The base is in
-    folder `base`, or else where the adapter says, in `format`.
-
-    Raises UserError for files that are missing, broken or do not belong together, ValueError for another `format`.
+    If `path` holds an adapter in PEFT's format, it is merged into its base model. The base is in folder `base`, or else
+    where the adapter says, in `format`. Raises UserError for files that are missing, broken or do not belong together,
+    ValueError for another `format`.
     """
     if format not in ("hf", "meta"):
         raise ValueError(f"format is {format!r}; it is \"hf\" or \"meta\"")
@@ -34,7 +33,7 @@ def from_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, dev
     model.to_empty(device=device)
     weights.load(model, source)
     if adapter:
-        adapter.merge_into(model, model.config)
+        adapter.merge_into(model)
     return model.eval()
 
 

@@ -1,1 +1,1 @@
-"""Kernels for a processor: what PyTorch lacks there, or does slowly."""
+"""Kernels for a CPU: what PyTorch lacks there, or does slowly."""

@@ -1,4 +1,4 @@
-"""Kernels for a processor, each with a smaller memory or a better sum than what PyTorch has there.
+"""Kernels for a CPU that use less memory, sum more exactly or run faster than PyTorch's.
 
 Attention by document is made of matrix products. A block of ROWS queries is taken at a time, against the keys up to its
 end: what lies above the diagonal is never computed, except the triangle in the last ROWS columns, and the scores of a
@@ -51,7 +51,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
 def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Queries (T, H, E), keys and values (T, K, E), offsets (N + 1,) -> (T, H, E)."""
     heads, q = k.shape[1], q * q.shape[-1] ** -0.5
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out, = _like(q)
     for document in _documents(cu_seqlens):
         queries, keys, values = (_by_head(x[document], heads) for x in (q, k, v))
         rows = out[document].unflatten(1, (heads, -1))  # (L, K, G, E)
@@ -64,7 +64,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> T
 @torch.library.custom_op("minisft::document_attention_backward", mutates_args=())
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     heads, scale = k.shape[1], q.shape[-1] ** -0.5
-    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    grad_q, grad_k, grad_v = _like(q, k, v)
     q = q * scale
     for document in _documents(cu_seqlens):
         queries, keys, values, grads = (_by_head(x[document], heads) for x in (q, k, v, grad))
@@ -83,17 +83,12 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor)
     return grad_q.mul_(scale), grad_k, grad_v
 
 
-@document_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
 
 
-@_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return grad_q, grad_k, grad_v
-
-
+document_attention.register_fake(lambda q, k, v, offsets: _like(q)[0])
+_backward.register_fake(lambda grad, q, k, v, offsets: _like(q, k, v))
 document_attention.register_autograd(
     lambda ctx, grad: (*_backward(grad, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
@@ -130,8 +125,8 @@ def _weights(queries: Tensor, keys: Tensor) -> Tensor:
 class _Norm(torch.autograd.Function):
     """y = w x r      r = 1 / sqrt(mean(x^2) + eps)      dx = r (w dy - n mean(n w dy)),  n = x r
 
-    PyTorch composes it from single operations on a CPU, each of which keeps an fp32 copy for the backward pass; here
-    only x and r are kept, which for a small model saves a fifth of the memory of all activations.
+    On a CPU PyTorch composes it from operations that each keep an fp32 copy for the backward pass. This keeps only x
+    and r, which saves a small model a fifth of the memory of all activations.
     """
 
     @staticmethod
@@ -157,7 +152,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _Embedding(torch.autograd.Function):
-    """PyTorch adds up what a frequent token of a bf16 table gets in bf16; here in fp32, some columns at a time."""
+    """PyTorch sums the gradient of a bf16 table in bf16; this sums it in fp32, some columns at a time."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisft.model.llama import Block, Documents, Llama, linear, rotations
+from minisft.model.llama import Block, Documents, KeysValues, Llama, linear, rotations
 
 ROWS = 64  # of a slice in fp32
 WIDTHS = (192, 128, 64)  # of a tile in bf16: the widest that fits best
@@ -172,7 +172,7 @@ class CachedDecoder:
         """Logits (B, V) of the token after each prompt, and a cache that holds the prompts."""
         lengths, device = [len(prompt) for prompt in prompts], self.norm.device
         documents = Documents.of_lengths(tuple(lengths), device=device)
-        kept: list[tuple[Tensor, Tensor]] = []  # of each layer
+        kept: KeysValues = []
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         last = documents.cu_seqlens[1:].long() - 1
         found = self.model(tokens, documents, lambda hidden, head: logits(hidden[last], head), kept)

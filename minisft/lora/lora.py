@@ -36,10 +36,10 @@ STORED = {"bf16": torch.bfloat16, "fp32": torch.float32, "nf4": torch.bfloat16} 
 
 
 class Dropout:
-    """The random bits of a micro-batch, which all adapters of a network share.
+    """The random bits of a micro-batch, shared by all adapters of a network.
 
-    They are drawn before the network runs, and stay until it runs again: a backward pass that recomputes blocks comes
-    before the next forward pass.
+    They are drawn before each forward pass and stay until the next, so a backward pass that recomputes blocks must come
+    in between.
     """
 
     def __init__(self, share: float):
@@ -48,7 +48,7 @@ class Dropout:
         self.draws: Tensor | None = None  # (T,) int32; None: nothing is dropped
 
     def draw(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Called by `model` before its forward pass. Nothing is dropped in a pass without gradients."""
+        """Runs before `model`'s forward pass. A pass without gradients drops nothing."""
         documents: Documents = arguments[1]
         self.draws = None
         if model.training and torch.is_grad_enabled():
@@ -56,15 +56,10 @@ class Dropout:
             assert documents.ids is not None, "dropout is drawn by document: Documents.ids must number them"
             self.draws = token_bits(documents.ids, documents.positions, self.key)
 
-    def __call__(self, x: Tensor, channels: Tensor) -> Tensor:
-        """(T, I) with a share of its numbers zero and the others scaled up, by a hash of token and channel."""
-        return x if self.draws is None else dropped(x, self.draws, channels, self.share)
-
 
 def set_step(model: nn.Module, seed: int, step: int) -> None:
     """Tell the adapters which step (from 0) comes next: their dropout differs from step to step."""
-    dropout = next((module.dropout for _, module in adapters(model)), None)
-    if dropout:
+    if dropout := next((module.dropout for _, module in adapters(model)), None):
         dropout.key = key_of(seed, step, "dropout")
 
 
@@ -91,11 +86,9 @@ class FrozenLinear(Linear):
         super().__init__(columns, rows, bias=like.bias is not None, dtype=STORED[lora.base])
         self.requires_grad_(False)
         self.rank, self.dora, self.dropout = rank, lora.dora and rank > 0, dropout
-        self.nf4: NF4 | None = None
-        if lora.base == "nf4":
-            self.nf4 = NF4(rows, columns)
-            packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
-            self.weight = nn.Parameter(packed, requires_grad=False)
+        self.nf4 = NF4(rows, columns) if lora.base == "nf4" else None
+        if self.nf4:
+            self.weight = nn.Parameter(torch.empty(rows, columns // 2, dtype=torch.uint8), requires_grad=False)
         if rank:
             self.scale = targets.scale(lora)
             self.lora_A = nn.Parameter(torch.empty(rank, columns, dtype=trained))
@@ -109,7 +102,9 @@ class FrozenLinear(Linear):
         """(T, I) -> (T, O)."""
         beside: Tensor | int = 0
         if self.rank:  # first: what comes last in a block, recomputation leaves out
-            z = self.dropout(x, self.channels) if self.dropout else x
+            z = x
+            if self.dropout and self.dropout.draws is not None:
+                z = dropped(x, self.dropout.draws, self.channels, self.dropout.share)
             beside = linear(self.scale * linear(z, self.lora_A), self.lora_B)
         y = linear(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4)
         if self.dora:
@@ -186,8 +181,7 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         parts = {"lora_A": module.lora_A, "lora_B": module.lora_B}
         parts |= {"magnitude": module.lora_magnitude} if module.dora else {}
         for part, parameter in parts.items():
-            value = whole(parameter).float()
-            value = module.lengths + value if part == "magnitude" else value
+            value = whole(parameter).float() + (module.lengths if part == "magnitude" else 0)
             yield f"{PREFIX}{name}{PARTS[part]}", value.cpu().contiguous()
 
 

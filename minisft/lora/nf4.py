@@ -1,15 +1,13 @@
 """NF4: weights in 4 bits, as QLoRA keeps its frozen base (Dettmers et al. 2023, "QLoRA", section 3).
 
     matrix     64 numbers | 64 numbers | ...            each divided by the largest magnitude of its block
-    codes      the nearest of 16 quantiles of a normal distribution, two of them a byte, the first in the high half
-    absmax     one number a block, less their mean, in blocks of 256: 8 bits each and an fp32 scale ("double
+    codes      the nearest of 16 quantiles of a normal distribution, two in a byte, the first in the high half
+    absmax     one number a block, less their mean, in groups of 256: 8 bits each and an fp32 scale ("double
                quantisation")
 
-That is 4 + 8/64 + 32/(64 * 256) = 4.127 bits a number. Blocks run along the rows and on into the next, and every value
-is that of bitsandbytes.
-
-Under FSDP the codes are sharded by rows like any matrix. The statistics of a matrix, 3% of it, are on every rank: they
-depend on each other over the whole matrix, and rows of a shard need not end where a block of them does.
+That is 4 + 8/64 + 32/(64 * 256) = 4.127 bits a number. Blocks run along the rows and into the next one; every value
+equals bitsandbytes'. Under FSDP the codes are sharded by rows like any matrix, while the statistics, 3% of a matrix,
+are on every rank: each depends on the whole matrix, and a shard need not end where a block does.
 """
 
 # O rows, I columns of a matrix; T tokens
@@ -32,8 +30,8 @@ CODES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -
 
 
 def dynamic_codes() -> Tensor:
-    """(256,) the 8-bit numbers of an absmax: 7 decades, each with twice the steps of the smaller one before it, of
-    both signs; 0 and 1 (Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning")."""
+    """(256,) the 8-bit numbers of an absmax: 7 decades of both signs, each with twice the steps of the next smaller
+    one; 0 and 1 (Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning")."""
     found = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)
@@ -43,7 +41,7 @@ def dynamic_codes() -> Tensor:
 
 
 class NF4(nn.Module):
-    """The statistics of one packed matrix (O, I). Its bytes (O, I / 2) are a parameter elsewhere, which is sharded."""
+    """The statistics of one packed matrix (O, I), whose bytes (O, I / 2) are a parameter elsewhere."""
 
     absmax: Tensor  # (blocks,) uint8: numbers of `steps`
     mean: Tensor  # ()
@@ -60,15 +58,14 @@ class NF4(nn.Module):
             self.register_buffer(name, empty, persistent=False)
 
     def statistics(self) -> tuple[Tensor, ...]:
-        """What `dequantise` needs beside the bytes."""
+        """Everything that `dequantise` needs besides the bytes."""
         return self.absmax, self.mean, self.scales, self.steps, self.pairs
 
     @torch.no_grad()
     def quantise(self, packed: Tensor, start: int, read: Callable[[int, int], Tensor]) -> None:
-        """Fill `packed` (n, I / 2), rows `start`, ... of the matrix, and the statistics, with what `read` gives of it.
+        """Fill the statistics and `packed` (n, I / 2), rows `start`, ... of the matrix, from `read(start, stop)`.
 
-        `read(start, stop)` -> rows of the matrix. All ranks call it, each reads its own rows and those that share a
-        block with them.
+        All ranks call it; each reads its own rows and those that share a block with them.
         """
         (rows, columns), device = self.shape, packed.device
         first, last = start * columns // BLOCK, -(-(start + len(packed)) * columns // BLOCK)  # blocks of these rows
@@ -83,7 +80,7 @@ class NF4(nn.Module):
         absmax = torch.zeros(len(self.absmax), device=device)
         absmax[first:last] = own
         if dist.is_initialized():
-            dist.all_reduce(absmax, op=dist.ReduceOp.MAX)  # exact, and where two ranks share a block they agree
+            dist.all_reduce(absmax, op=dist.ReduceOp.MAX)  # exact: two ranks that share a block agree
         self.steps.copy_(dynamic_codes())
         self.pairs.copy_(torch.stack((codes.repeat_interleave(16), codes.repeat(16)), dim=1))
         self.mean.copy_(absmax.mean())
@@ -94,7 +91,7 @@ class NF4(nn.Module):
 
 
 def nearest(values: Tensor, codes: Tensor) -> Tensor:
-    """The number (uint8) of the nearest of the ascending `codes`; of two that are as near, the smaller."""
+    """Index (uint8) of the nearest of the ascending `codes`; on a tie, the smaller."""
     return torch.bucketize(values.clamp(-1, 1), (codes[:-1] + codes[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
@@ -106,7 +103,7 @@ def dequantise(packed: Tensor, statistics: tuple[Tensor, ...], dtype: torch.dtyp
 
 
 class _DequantisedLinear(torch.autograd.Function):
-    """`x @ W.T` with W dequantised for the product, again in the backward pass: it is never kept."""
+    """`x @ W.T` with W dequantised for each product, again in the backward pass: it is never kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, *statistics: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Which matrices are adapted, the names of the tensors tell; the settings say the rest. PEFT has many variants of LoRA
-that mean another sum of the same tensors, or another base: a setting that is not understood and not off is refused.
-No pickle (`adapter_model.bin`) is read.
+The names of the tensors tell which matrices are adapted; the settings say the rest. PEFT has many variants of LoRA that
+mean another sum of the same tensors, or another base, so any setting that is unknown and not off is refused. No pickle
+(`adapter_model.bin`) is read.
 """
 
 import json
@@ -12,41 +12,38 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisft.config import LoraConfig
 from minisft.errors import UserError, printable
 from minisft.files import read_small
 from minisft.lora.targets import adapted, scale
-from minisft.model.llama_config import LlamaConfig
+from minisft.model.llama import Llama
+from minisft.model.llama_config import MATRICES, LlamaConfig
 from minisft.model.weights import finite
 
 PREFIX = "base_model.model."
 PARTS = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
-# Settings that change nothing about what the tensors mean, or that are read below.
+# Settings that do not change the meaning of the tensors, or that are read below.
 UNDERSTOOD = {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "init_lora_weights", "target_modules",
               "base_model_name_or_path", "lora_dropout", "inference_mode", "task_type", "auto_mapping", "peft_version",
               "revision", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config", "loftq_config",
               "megatron_core", "qalora_group_size", "runtime_config"}
 PLAIN_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base
-
-
 MERGE = "merge it with peft (merge_and_unload) and use the merged model"
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """True for a folder that holds an adapter and no model."""
     return (Path(path) / "adapter_config.json").is_file() and not any(Path(path).glob("model*.safetensors*"))
 
 
 def settings(lora: LoraConfig, config: LlamaConfig, *, base: str) -> dict[str, Any]:
     """The content of `adapter_config.json`."""
-    has_adapter = adapted(lora, config)
-    leaves: dict[str, list[str]] = {}
-    for name in config.matrices():
-        leaves.setdefault(name.rpartition(".")[2], []).append(name)
-    targets = [target for leaf, names in leaves.items()  # the short name where it says the same
-               for target in ([leaf] if set(names) <= has_adapter.keys() else [n for n in names if n in has_adapter])]
+    targets, has_adapter = [], adapted(lora, config)
+    for leaf in MATRICES:
+        names = [name for name in has_adapter if name.endswith(f".{leaf}")]
+        targets += [leaf] if len(names) == config.num_hidden_layers else names  # short if it means the same
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
             "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora, "use_dora": lora.dora,
             "target_modules": targets, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
@@ -54,7 +51,7 @@ def settings(lora: LoraConfig, config: LlamaConfig, *, base: str) -> dict[str, A
 
 
 class PeftFolder:
-    """An adapter that PEFT or minisft saved. Raises UserError for one that is broken, or means something else."""
+    """An adapter that PEFT or minisft saved. Raises UserError for one that is broken or has another meaning."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -65,7 +62,7 @@ class PeftFolder:
             self.base = Path(str(found["base_model_name_or_path"]))
             rslora, self.dora = bool(found.get("use_rslora")), bool(found.get("use_dora"))
             self.scale = scale(LoraConfig(self.rank, self.alpha, rslora=rslora))
-            if not abs(self.scale) < 1e30:  # also of NaN
+            if not abs(self.scale) < 1e30:  # also false for NaN
                 raise ValueError(f"lora_alpha is {self.alpha}")
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{file}: not the settings of an adapter ({type(error).__name__}: "
@@ -80,12 +77,12 @@ class PeftFolder:
         self.tensors = self._read()
 
     def base_folder(self, given: str | Path | None = None) -> Path:
-        """The folder of the base model: `given`, or where the adapter says. Raises UserError where there is none."""
+        """The folder of the base model: `given`, or else where the adapter says. Raises UserError if it is none."""
         folder = Path(given or self.base)
         if not folder.is_dir():
             raise UserError(f"{self.path}: its base model {printable(repr(str(folder)))} is not a folder here; "
-                            "download it, then "
-                            f"`minisft convert {self.path} TARGET --merge --base FOLDER` makes one model of both")
+                            f"download it, then `minisft convert {self.path} TARGET --merge --base FOLDER` makes one "
+                            "model of both")
         return folder
 
     def _read(self) -> dict[str, dict[str, Tensor]]:
@@ -105,9 +102,9 @@ class PeftFolder:
         return found
 
     @torch.no_grad()
-    def merge_into(self, model: nn.Module, config: LlamaConfig) -> None:
-        """Add the adapter to the matrices of `model`. Raises UserError where it belongs to another model."""
-        shapes = config.matrices()
+    def merge_into(self, model: Llama) -> None:
+        """Add the adapter to the matrices of `model`. Raises UserError if it belongs to another model."""
+        shapes = model.config.matrices()
         for name, parts in self.tensors.items():
             if name not in shapes:
                 raise UserError(f"{self.path}: the adapter of {printable(name)} is not of a matrix in a layer; {MERGE}")

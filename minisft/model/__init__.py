@@ -1,1 +1,1 @@
-"""The network: a self-contained Llama-3. It knows nothing of data, of the loss, or of files other than weights."""
+"""A self-contained Llama-3 and its weights. Nothing here knows the data or the loss."""

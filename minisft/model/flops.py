@@ -1,17 +1,17 @@
-"""The arithmetic of training, counted from the shape of the network: multiplications and additions of matrix products.
+"""FLOPs of training: multiplications and additions of matrix products, from the shape of the network.
 
-A matrix of P numbers costs 2 P for each token of the forward pass and 4 P of the backward pass (once for the gradient
-of its input, once for its own): 6 P a token (Kaplan et al. 2020, section 2.1). Where the backward pass computes
-whole blocks again it is 8 P, but for the last matrix of each: nothing needs its product, so torch stops before it.
-Selective recomputation multiplies one matrix of a block again, a feed-forward one (llama.py).
+A matrix of P numbers costs 2 P per token in the forward pass and 4 P in the backward pass (for the gradient of its
+input, and for its own): 6 P (Kaplan et al. 2020, section 2.1). Full recomputation makes it 8 P, except for the last
+matrix of a block: nothing needs its product, so torch stops before it. Selective recomputation multiplies one matrix
+of a block again, a feed-forward one (llama.py).
 
-A frozen matrix has no gradient of its own: 4 P a token, and 2 P before the first adapter, where nothing asks for that
-of its input. The thin matrices of an adapter cost 6 P like all that is trained. DoRA's lengths are products for each
-micro-batch and not for each token, and are left out.
+A frozen matrix has no gradient of its own: 4 P per token, and 2 P before the first adapter, where the gradient of its
+input is not needed either. The thin matrices of an adapter cost 6 P. DoRA's lengths cost per micro-batch, not per
+token, and are left out.
 
-As this engine computes it, the head works on trained tokens only and never twice, and a token attends to the earlier
-tokens of its own document, so attention grows with the squares of the documents' lengths, not of the packs'. Embedding,
-norms, rotation and softmax are no matrix products and do not count; nor does what flash attention computes twice.
+The head works on trained tokens only, and never twice. A token attends to earlier tokens of its own document, so
+attention grows with the squares of the documents' lengths, not of the packs'. Embedding, norms, rotation and softmax
+are not matrix products and do not count; nor does recomputation inside flash attention.
 """
 
 import tomllib
@@ -39,7 +39,7 @@ def training_flops(config: LlamaConfig, lengths: np.ndarray, targets: np.ndarray
     pairs = int((lengths * (lengths + 1)).sum()) // 2  # of a token and one that it attends to
     scores = 2 * config.num_attention_heads * config.head_dim * pairs  # 2 E for each pair and head; as much for values
     shapes, full = list(config.matrices().items()), ranks is None
-    total, flows = 0, full  # flows: whether what comes in depends on anything that is trained
+    total, flows = 0, full  # flows: the input depends on trained weights
     for start in range(0, len(shapes), len(MATRICES)):
         block = shapes[start : start + len(MATRICES)]
         has = [ranks is None or name in ranks for name, _ in block]  # something to train: q, k, v, o, gate, up, down

@@ -7,8 +7,7 @@ There is no batch dimension: a batch is one stream of documents, and `Documents`
     stream     a0 a1 a2 b0 b1          lengths [3, 2]   cu_seqlens [0, 3, 5]   positions [0, 1, 2, 0, 1]
     attends    a0 | a0 a1 | a0 a1 a2 | b0 | b0 b1
 
-Parameters have Hugging Face's names and layout, so reading and writing a checkpoint renames nothing. The network reads
-no files and knows nothing of adapters, which replace its `Linear` modules from outside (lora/lora.py).
+Parameters have Hugging Face's names and layout. Adapters replace `Linear` modules from outside (lora/lora.py).
 
 From "The Llama 3 Herd of Models" (2024), section 3.2: grouped-query attention (Ainslie et al. 2023), RMSNorm (Zhang and
 Sennrich 2019), SwiGLU (Shazeer 2020), rotary embeddings (Su et al. 2021).
@@ -23,44 +22,23 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, count, pairwise
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minisft.model.llama_config import LlamaConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that recipes and options give them
 VARLEN_WANTS_GQA = torch.__version__ >= "2.12"  # 2.11's varlen_attn shares key/value heads without being told
-Cache = list[tuple[Tensor, Tensor]]  # keys and values (T, K, E) of each layer
+KeysValues = list[tuple[Tensor, Tensor]]  # keys and values (T, K, E) of each layer
 
 
-class Kernels(Protocol):
-    """What cpu/kernels.py has for a processor; on a GPU these are PyTorch's own."""
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-        """Attention by document, on any device, with `offsets` (N + 1,) on the host."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / rms(x) * weight."""
-
-    def embedding(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """Rows of a table, whose gradient is summed in fp32."""
-
-    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which products of `dtype` are computed."""
-
-
-def cpu_kernels() -> Kernels:
-    """The kernels for a processor. Imported here and late: nothing else in the core knows them."""
+def cpu_kernels() -> ModuleType:
+    """cpu/kernels.py: what a processor needs instead of PyTorch's own kernels. Imported here only, when it is used."""
     from minisft.cpu import kernels
 
     return kernels
@@ -84,16 +62,13 @@ class Documents:
         return cls(offsets, offsets.to(device), positions.to(device), max(lengths))
 
 
-# Products. Operands are rounded to the dtype of the activations, sums are fp32, results are rounded once. A lone
-# process keeps fp32 weights and converts each for its product; sharded ones are gathered in bf16 already.
+# Products: operands are rounded to the dtype of the activations, sums are fp32, results are rounded once. A process
+# that runs alone keeps fp32 weights and converts each for its product; sharded ones are gathered in bf16 already.
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`; `x` itself if it is in `dtype` already.
-
-    Not `x.to(dtype)`: when torch 2.11 compiles a custom autograd Function that returns a `to` with nothing to do, the
-    Function's input silently gets no gradient.
-    """
+    """`x` in `dtype`. Not `x.to(dtype)`: when torch 2.11 compiles an autograd Function that returns a `to` with nothing
+    to do, the Function's input silently gets no gradient."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -119,22 +94,22 @@ class _ConvertedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_x = matmul(grad, cast(weight, x.dtype)) if ctx.needs_input_grad[0] else None
-        grad_weight = cast(matmul(grad.T, x), weight.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+        needs_x, needs_weight = ctx.needs_input_grad
+        return (matmul(grad, cast(weight, x.dtype)) if needs_x else None,
+                cast(matmul(grad.T, x), weight.dtype) if needs_weight else None)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """(T, D) and (O, D) -> (T, O): `x @ weight.T` in the dtype of `x`."""
-    as_they_are = x.dtype == weight.dtype == product_dtype(x)
-    return F.linear(x, weight) if as_they_are else _ConvertedLinear.apply(x, weight)
+    if x.dtype == weight.dtype == product_dtype(x):
+        return F.linear(x, weight)
+    return _ConvertedLinear.apply(x, weight)
 
 
 class Linear(nn.Linear):
     """`nn.Linear` that computes in the dtype of its input, whichever dtype its parameters are kept in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, O)."""
         y = linear(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -143,7 +118,6 @@ class Embedding(nn.Embedding):
     """`nn.Embedding` whose gradient is summed in fp32 on every device."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(T,) -> (T, D)."""
         return cpu_kernels().embedding(tokens, self.weight) if self.weight.is_cpu else super().forward(tokens)
 
 
@@ -158,34 +132,30 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, D), in the dtype of `x`."""
         weight = self.weight.to(x.dtype)
-        return (cpu_kernels().rms_norm(x, weight, self.eps) if x.is_cpu else
-                F.rms_norm(x, weight.shape, weight, self.eps))
+        if x.is_cpu:
+            return cpu_kernels().rms_norm(x, weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 # Rotary positions: queries and keys are turned by an angle that grows with their position, so that their dot product
 # depends only on the distance between them. Channel pairs are (i, i + E/2), as in Hugging Face's checkpoints.
 
 
-def inverse_wavelengths(config: LlamaConfig, device: torch.device) -> Tensor:
-    """(E/2,) fp32: radians by which each channel pair turns from one position to the next, theta^(-2i/E) for pair i.
-
-    Llama-3.1 and later stretch the slow pairs, those whose wavelength exceeds what pre-training saw, by `factor`, leave
-    the fast ones alone, and blend in between ("The Llama 3 Herd of Models", section 3.4.2; Meta's `apply_scaling`).
-    """
-    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    radians = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return radians
-    turns = scaling.original_max_position_embeddings * radians / (2 * math.pi)  # full turns in the old context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pair, unchanged; 0: slow pair, stretched
-    return keep * radians + (1 - keep) * radians / scaling.factor
-
-
 def rotations(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions (T,): each (T, 1, E) in fp32, broadcast over the heads."""
-    angles = positions.float()[:, None] * inverse_wavelengths(config, positions.device)
+    """Cosines and sines for positions (T,): each (T, 1, E) in fp32, broadcast over the heads.
+
+    Pair i turns by position * theta^(-2i/E). Llama-3.1 and later stretch the slow pairs, those whose wavelength exceeds
+    what pre-training saw, by `factor`, leave the fast ones alone, and blend in between ("The Llama 3 Herd of Models",
+    section 3.4.2; Meta's `apply_scaling`).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    radians = 1.0 / config.rope_theta**exponents  # (E/2,) from one position to the next
+    if scaling := config.rope_scaling:
+        turns = scaling.original_max_position_embeddings * radians / (2 * math.pi)  # full turns in the old context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pair, unchanged; 0: slow pair, stretched
+        radians = keep * radians + (1 - keep) * radians / scaling.factor
+    angles = positions.float()[:, None] * radians
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos(), angles.sin()
 
@@ -231,7 +201,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents,
-                cache: Cache | None = None) -> Tensor:
+                cache: KeysValues | None = None) -> Tensor:
         """(T, D) -> (T, D). A token attends to itself and the earlier tokens of its own document."""
         q = rotate(self.q_proj(x).unflatten(1, (-1, self.head_dim)), rotation)  # (T, H, E)
         k = rotate(self.k_proj(x).unflatten(1, (-1, self.head_dim)), rotation)  # (T, K, E)
@@ -260,22 +230,22 @@ PRODUCTS = ("aten::mm", "aten::addmm")
 
 
 def selective(shapes: tuple[tuple[int, int], ...]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a block's forward pass and of its recomputation: keep attention and five matrix products.
+    """Contexts for a block's forward pass and its recomputation: keep attention and five matrix products.
 
     Keeping a product of width O and depth I costs 2 O bytes a token and saves 2 I O FLOPs; attention over documents of
     length n costs 2 H E bytes and saves about 2 H E n. For Llama-3-8B, a token and layer:
 
         q 8 KiB, k 2, v 2, o 8, gate 28: 4,096 FLOPs a byte     up 28 KiB: the same, but left out to halve the memory
-        attention 8 KiB: n FLOPs a byte, of a slower kind       down: needed by nobody, so never computed again
+        attention 8 KiB: n FLOPs a byte, of a slower kind       down: not needed, so never computed again
 
     With the block's input (8 KiB) that is 64 KiB, 2.0 MiB over 32 layers; `up` alone is multiplied twice, 27% of the
-    block's products. Norms, rotation and SwiGLU's product are computed again too, which costs no multiplications. So
-    are products of other `shapes` than those of the block's matrices (I, O): thin ones that stand beside them.
+    block's products. All else is recomputed: norms, rotation, SwiGLU, and products of matrices that do not have one of
+    the block's `shapes` (I, O): thin ones beside its own.
     """
-    # q, k, v, o, gate, up, down, in the order of `compute`; counted for each pass, as torch 2.11 asks in both of them.
+    # q, k, v, o, gate, up, down, in the order of `compute`; counted for each pass: torch 2.11 asks in both.
     products = {again: count(1) for again in (False, True)}
 
-    def keep(context: SelectiveCheckpointContext, operation: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operation.name()
         is_product = name in PRODUCTS and tuple(args[-1].shape) in shapes
         kept = name in ATTENTION or (is_product and next(products[context.is_recompute]) <= 5)
@@ -296,21 +266,19 @@ class Block(nn.Module):
         self.shapes = tuple((m.in_features, m.out_features) for m in self.modules() if isinstance(m, Linear))
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents, recompute: str = "none",
-                cache: Cache | None = None) -> Tensor:
-        """(T, D) -> (T, D). `recompute` says what the backward pass computes again instead of finding it kept:
-        "none"; "full", all from the block's input; "selective", what `selective` leaves out."""
+                cache: KeysValues | None = None) -> Tensor:
+        """(T, D) -> (T, D). `recompute` says what the backward pass computes again: "none"; "full", all of it from the
+        block's input; "selective", what `selective` does not keep."""
         if recompute == "none":
             return self.compute(x, rotation, documents, cache)
-        # Within the block, so that sharding and compiling see one forward pass, whichever part is computed again.
-        contexts: dict[str, Any] = {}  # "full" gives none at all: the compiler takes no others
-        if recompute == "selective":
-            contexts["context_fn"] = partial(selective, self.shapes)
+        # Within the block, so that sharding and compiling see one forward pass.
+        context: dict[str, Any] = {"context_fn": partial(selective, self.shapes)} if recompute == "selective" else {}
         return checkpoint(self.compute, x, rotation, documents, use_reentrant=False, preserve_rng_state=False,
-                          **contexts)
+                          **context)
 
     def compute(self, x: Tensor, rotation: tuple[Tensor, Tensor], documents: Documents,
-                cache: Cache | None = None) -> Tensor:
-        """(T, D) -> (T, D), whichever part of it is kept."""
+                cache: KeysValues | None = None) -> Tensor:
+        """(T, D) -> (T, D), with everything kept."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, documents, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -338,13 +306,11 @@ class Head(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama-3 network.
+    """A Llama-3 network that computes in `dtype`, or with None in the dtype its parameters have when they are used.
 
     Its `forward` ends in `readout(hidden (T, D), head weight (V, D))`, supplied by the caller: training computes the
     loss of the trained tokens there, generation the logits of the last ones, and neither pays for (T, V) logits. It is
     called inside `forward` because only there are sharded parameters gathered (training/parallel.py).
-
-    It computes in `dtype`; with None, in the dtype that its parameters have when they are used.
     """
 
     def __init__(self, config: LlamaConfig, *, recompute: str = "none", dtype: torch.dtype | None = None):
@@ -361,11 +327,8 @@ class Llama(nn.Module):
         return [block for block in self.model.layers if isinstance(block, Block)]
 
     def forward(self, tokens: Tensor, documents: Documents, readout: Callable[[Tensor, Tensor], Tensor],
-                cache: Cache | None = None) -> Tensor:
-        """tokens (T,) -> `readout` of the hidden states (T, D) and the head (V, D).
-
-        Every layer appends its keys and values to a `cache`.
-        """
+                cache: KeysValues | None = None) -> Tensor:
+        """tokens (T,) -> `readout` of hidden states (T, D) and head (V, D). Layers append to a `cache`."""
         x = self.model.embed_tokens(tokens)
         x = x.to(self.dtype or x.dtype)
         rotation = rotations(documents.positions, self.config)
@@ -378,10 +341,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """tokens (T,) -> (T, V). `cu_seqlens` (N + 1,) are the documents' offsets; without it the stream is one.
-
-        Raises ValueError for offsets that do not rise from 0 to T.
-        """
+        """tokens (T,) -> (T, V). `cu_seqlens` (N + 1,) are the offsets of the documents; None: there is one. Raises
+        ValueError for offsets that do not rise from 0 to T."""
         ends = [0, len(tokens)] if cu_seqlens is None else cu_seqlens.tolist()
         lengths = tuple(b - a for a, b in pairwise(ends))
         if ends[:1] != [0] or sum(lengths) != len(tokens) or min(lengths, default=0) < 1:

@@ -1,9 +1,9 @@
 """The shape of a Llama, read from and written to Hugging Face's `config.json`.
 
-A network that differs from what the file describes in any way is a wrong network, so every field that changes the
-mathematics is either understood or refused; fields that do not (cache settings, pre-training flags) are ignored.
-Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`; where
-both stand in a file the first wins, as in transformers. What a file leaves out has the value it has in transformers.
+A network that differs in any way from the one that the file describes is wrong, so every field that changes the
+mathematics is either understood or refused; others (cache settings, pre-training flags) are ignored. Both spellings of
+the rotary settings are read: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`; if a file has both the
+first wins, as in transformers. Missing fields have their default in transformers.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _DEEPEST = 2**10  # eight times the deepest one; that many layers are built in a
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3.1's stretching of the rotary wavelengths beyond the context it was pre-trained on (rope.py)."""
+    """Llama-3.1's stretching of the rotary wavelengths beyond the pre-training context (llama.py: rotations)."""
 
     factor: float
     low_freq_factor: float
@@ -32,14 +32,14 @@ class RopeScaling:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _positive(field.name, getattr(self, field.name))
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
-                             f"{self.high_freq_factor}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low >= high:
+            raise ValueError(f"low_freq_factor {low} is not below high_freq_factor {high}")
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of the network, under Hugging Face's names. Raises ValueError for what no network can have."""
+    """Sizes of the network, under Hugging Face's names. Raises ValueError for values that no network can have."""
 
     vocab_size: int
     hidden_size: int
@@ -71,9 +71,9 @@ class LlamaConfig:
         for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", self.eos_token_id)):
             if not all(i is None or (type(i) is int and i >= 0) for i in (ids if isinstance(ids, list) else [ids])):
                 raise ValueError(f"{name} is {_shown(getattr(self, name))}; a token id is needed")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if heads % shared:
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {shared}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
 
@@ -96,9 +96,9 @@ class LlamaConfig:
 
 
 def read_config(path: str | Path) -> LlamaConfig:
-    """The network that `path` (a `config.json`, or the folder that holds one) describes.
+    """The network that `path` describes, a `config.json` or the folder of one.
 
-    Raises UserError for a file that is missing, is not JSON, or describes something that is not this Llama.
+    Raises UserError for a file that is missing, is not JSON, or describes anything but this Llama.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -129,16 +129,12 @@ def _from_dict(raw: dict[str, Any]) -> LlamaConfig:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling or rope_parameters is {_shown(rope)}; an object is needed")
-    defaults = {"num_key_value_heads": heads, "head_dim": hidden // heads, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
-    optional = ("num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
-                "attention_bias", "mlp_bias", "max_position_embeddings", "initializer_range", "bos_token_id",
-                "eos_token_id")
-    given = {name: raw[name] for name in optional if raw.get(name) is not None}
-    if "rope_theta" in rope:
-        given["rope_theta"] = rope["rope_theta"]
-    return LlamaConfig(vocab_size=raw["vocab_size"], hidden_size=hidden, intermediate_size=raw["intermediate_size"],
-                       num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
-                       rope_scaling=_rope_scaling(rope), **(defaults | given))
+    values = {"num_key_value_heads": heads, "head_dim": hidden // heads, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
+    for field in dataclasses.fields(LlamaConfig):
+        if raw.get(field.name) is not None or (field.default is dataclasses.MISSING and field.name not in values):
+            values[field.name] = raw[field.name]  # KeyError: there is no default
+    return LlamaConfig(**{**values, "rope_theta": rope.get("rope_theta", values["rope_theta"]),
+                          "rope_scaling": _rope_scaling(rope)})
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:

@@ -1,11 +1,9 @@
 """Meta's original checkpoints: `params.json` and `consolidated.00.pth`, `consolidated.01.pth`, ...
 
-They differ from Hugging Face's in names, in the rotary layout (pairs of neighbouring rows instead of two halves, so
-the rows of q and k are permuted once here), and in how several files divide a matrix: as tensor-parallel ranks do,
-along the outputs for most and along the inputs for the two projections back to the model's width.
-
-A `.pth` is a pickle: it is read only when asked for, memory-mapped and with `weights_only=True`.
-Layout: Meta's `llama_models/llama3/model.py`.
+They differ from Hugging Face's in names, in the rotary layout (pairs of neighbouring rows instead of two halves, so the
+rows of q and k are permuted once here), and in how several files share a matrix: like tensor-parallel ranks, along the
+outputs for most and along the inputs for the two projections back to the model's width. Layout: Meta's
+`llama_models/llama3/model.py`. A `.pth` is a pickle: it is read only on request, memory-mapped, `weights_only=True`.
 """
 
 import json
@@ -25,13 +23,12 @@ _TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head":
 _BLOCK = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
           "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
           "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
-_SPLIT_INPUTS = ("attention.wo.weight", "feed_forward.w2.weight")
 
 
 class MetaFolder:
     """The tensors of a Meta folder under Hugging Face's names. Raises UserError for files that cannot be read."""
 
-    piece = 0  # a part of a matrix needs all of it
+    piece = 0  # any rows of a matrix need all of it
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -56,22 +53,16 @@ class MetaFolder:
         """Rows [start, stop) of a tensor, in Hugging Face's layout."""
         theirs = self._sources[name]
         parts = [part[theirs] for part in self._parts]
-        whole = parts[0] if self._is_replicated(theirs) else torch.cat(parts, dim=self._split_dim(theirs))
+        whole = parts[0] if parts[0].dim() < 2 else torch.cat(parts, dim=_split_dim(theirs))  # norms are in each
         if theirs.endswith(("attention.wq.weight", "attention.wk.weight")):
             # rows of a head: [x0 y0 x1 y1 ...] -> [x0 x1 ... y0 y1 ...]
             whole = whole.unflatten(0, (-1, self.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         return finite(whole[start:stop], name, self.path)
 
-    def _is_replicated(self, name: str) -> bool:
-        return self._parts[0][name].dim() < 2
-
-    def _split_dim(self, name: str) -> int:
-        return 1 if name.endswith(_SPLIT_INPUTS) else 0
-
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = list(self._parts[0][name].shape)
-        if not self._is_replicated(name):
-            shape[self._split_dim(name)] *= len(self._parts)
+        if len(shape) > 1:
+            shape[_split_dim(name)] *= len(self._parts)
         return tuple(shape)
 
     def _config(self) -> LlamaConfig:
@@ -84,6 +75,10 @@ class MetaFolder:
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{file}: not Meta's parameters of a Llama-3 ({type(error).__name__}: "
                             f"{printable(error, 200)})") from None
+
+
+def _split_dim(name: str) -> int:
+    return 1 if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")) else 0
 
 
 def _load(file: Path) -> dict[str, Tensor]:
@@ -101,7 +96,7 @@ def _load(file: Path) -> dict[str, Tensor]:
             kind += f" on {tensor.device}" if tensor.device.type != "cpu" else ""
         if kind not in ("torch.float32", "torch.bfloat16", "torch.float16"):
             raise UserError(f"{file}: {printable(name)} is stored as {kind}; quantised weights cannot be fine-tuned")
-    # Twice, since the embedding may stand there as the head, too. More is one number that claims to be a matrix.
+    # Twice, since the embedding may be there again as the head. More is one number that claims to be a matrix.
     if (size := sum(tensor.nbytes for tensor in part.values())) > 2 * file.stat().st_size:
         raise UserError(f"{file}: its tensors would take {size / 2**30:,.1f} GiB, more than the file has; it is "
                         "damaged, or was made to fill memory: download the model again")
@@ -121,8 +116,7 @@ def _hf_name(name: str) -> str:
 
 def _config(params: dict[str, Any], *, vocab_size: int, tied: bool) -> LlamaConfig:
     width, heads = params["dim"], params["n_heads"]
-    inner = int(2 * (4 * width) / 3)  # SwiGLU has three matrices where an MLP has two
-    inner = int((params.get("ffn_dim_multiplier") or 1) * inner)
+    inner = int((params.get("ffn_dim_multiplier") or 1) * int(2 * (4 * width) / 3))  # three matrices, an MLP has two
     inner = -(-inner // params["multiple_of"]) * params["multiple_of"]
     scaled = params.get("use_scaled_rope", False)
     # params.json does not say with which tokens a text begins and ends; these are Llama-3's.

@@ -1,13 +1,13 @@
-"""Weights between files and a network, each rank touching only its own rows.
+"""Weights between files and a network; each rank touches only its own rows.
 
-Reading has two halves. `check` compares every name and shape with the network while that is still on the meta device,
-so a wrong folder is refused before anything large is allocated. `load` then copies, for each parameter, the rows that
-this rank holds: FSDP shards along the first dimension, so 8 ranks read an 8B model once between them. A few threads
-read pieces of some megabytes: while one waits for the disk another converts, and nothing else is in memory but the
-model. (A memory-mapped file comes in page by page, each a wait on a network's file system.) Names and layout are
-Hugging Face's on both sides: nothing is renamed or transposed.
+`check` compares every name and shape with the network while that is still on the meta device, so a wrong folder is
+refused before anything large is allocated. `load` then copies, for each parameter, the rows that this rank holds: FSDP
+shards along the first dimension, so 8 ranks read an 8B model once between them. A few threads read pieces of some
+megabytes: while one waits for the disk another converts, and memory holds nothing but the model. (A memory-mapped file
+comes in page by page, and each page is a wait on a network file system.) Names and layout are Hugging Face's on both
+sides: nothing is renamed or transposed.
 
-No pickle is read here; `.bin` and `.pt` files are refused. Meta's `consolidated.*.pth` are in meta.py.
+No pickle is read here; `.bin` and `.pt` files are refused. Meta's `consolidated.*.pth` are read by meta.py.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class WeightSource(Protocol):
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
-    piece: int  # bytes that are read at once, by each of several threads; 0: whole tensors, one by one
+    piece: int  # bytes that each of several threads reads at once; 0: whole tensors, one by one
 
     @property
     def config(self) -> LlamaConfig:
@@ -65,32 +65,34 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[Path, int, torch.dtype]] = {}  # file, offset of the first byte, dtype
         listed = _index(self.path)
-        for file in sorted(set(listed.values())) if listed else ["model.safetensors"]:
-            if (self.path / file).exists():
-                regular_file(self.path / file)
+        for file in sorted({self.path / name for name in listed.values()} or {self.path / "model.safetensors"}):
+            if file.exists():
+                regular_file(file)
             try:
-                opened = safe_open(self.path / file, framework="pt")  # checks the header, that of untrusted files too
-                offsets = _offsets(self.path / file)
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if listed and listed.get(name) != file:
-                        continue
-                    part = opened.get_slice(name)
-                    if part.get_dtype() not in FLOATS:
-                        raise UserError(f"{self.path / file}: {printable(name)} is stored as {part.get_dtype()}; "
-                                        f"quantised weights cannot be fine-tuned, only {', '.join(FLOATS)}")
-                    self.shapes[name] = tuple(part.get_shape())
-                    self._places[name] = self.path / file, offsets[name], FLOATS[part.get_dtype()]
-            except (SafetensorError, OSError) as error:  # the library's own message does not name the file
-                raise UserError(f"{self.path / file}: not a readable safetensors file "
-                                f"({printable(error, 200)}); download or export it again") from None
+                safe_open(file, framework="pt")  # checks the header, that of untrusted files too
+                with open(file, "rb") as opened:
+                    size = int.from_bytes(opened.read(8), "little")
+                    header = json.loads(opened.read(size))
+            except (SafetensorError, OSError) as error:  # the library's message does not name the file
+                raise UserError(f"{file}: not a readable safetensors file ({printable(error, 200)}); download or "
+                                "export it again") from None
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                if listed and listed.get(name) != file.name:
+                    continue
+                if entry["dtype"] not in FLOATS:
+                    raise UserError(f"{file}: {printable(name)} is stored as {entry['dtype']}; quantised weights "
+                                    f"cannot be fine-tuned, only {', '.join(FLOATS)}")
+                self.shapes[name] = tuple(entry["shape"])
+                self._places[name] = file, 8 + size + entry["data_offsets"][0], FLOATS[entry["dtype"]]
         lost = [f"{printable(repr(name))} (in {file})" for name, file in listed.items() if name not in self.shapes]
         if lost:
             raise UserError(f"{self.path}: the index lists tensors that its files lack: {_first_ten(lost)}")
 
     @cached_property
     def config(self) -> LlamaConfig:
-        """What config.json describes. If it ties the head to the embedding and the file has a head unlike that, the
-        network is untied, as transformers 5 has it (4 drops the head); an equal one is redundant."""
+        """The network of config.json, except that a head which differs from the embedding unties the two, as in
+        transformers 5 (4 drops the head)."""
         config = read_config(self.path)
         return replace(config, tie_word_embeddings=config.tie_word_embeddings and not self._has_own_head())
 
@@ -119,8 +121,8 @@ class SafetensorsFolder:
 
 
 def finite(rows: Tensor, name: str, file: Path) -> Tensor:
-    """`rows` of a tensor, as they are. Raises NumericsError if a number in them is not finite."""
-    # The sum is twenty times as fast; it cannot be finite where a number is not, though it may overflow in fp16.
+    """`rows` of a tensor, unchanged. Raises NumericsError if a number in them is not finite."""
+    # The sum is twenty times as fast, and is never finite if a number is not; in fp16 it may overflow by itself.
     if not rows.sum().isfinite() and not rows.isfinite().all():
         raise NumericsError(f"{file}: {printable(name, 120)} has numbers that are not finite (NaN or infinity), so "
                             "nothing could be learned; download the model again, or take an earlier checkpoint of its "
@@ -128,16 +130,8 @@ def finite(rows: Tensor, name: str, file: Path) -> Tensor:
     return rows
 
 
-def _offsets(file: Path) -> dict[str, int]:
-    """Tensor name -> offset of its first byte, of a file whose header is valid."""
-    with open(file, "rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-
-
 def _index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, or nothing where the folder holds a single file."""
+    """Tensor name -> file name; empty if the folder holds a single file."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; model.path is a Hugging "
                         "Face model folder, with safetensors")
@@ -153,9 +147,8 @@ def _index(folder: Path) -> dict[str, str]:
         raise UserError(f"{file}: not a readable index ({type(error).__name__}: {printable(error, 200)})") from None
     present = set(os.listdir(folder))
     for name in names:
-        inside = isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
-        # A link may lead elsewhere on purpose (download caches do), but not by a name in a file from the network.
-        if not inside:
+        # A link may lead elsewhere on purpose (download caches do); a name in a file from the network may not.
+        if not (isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")):
             raise UserError(f"{file}: {printable(repr(name))} is not the name of a safetensors file in this folder; "
                             "refused")
         if name not in present:
@@ -167,12 +160,12 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without safetensors has, and what to do with that."""
+    """What a folder holds instead of safetensors, and what to do about it."""
     if (folder / "adapter_config.json").exists():
         return (f"it holds an adapter; `minisft convert {folder} TARGET --merge` makes one model of it and its base, "
                 "which can be trained")
     if other := sorted(p.name for p in folder.glob("*.gguf")):
-        return (f"it has {printable(other[0])}: GGUF files are made for inference, and are quantised as a rule; "
+        return (f"it has {printable(other[0])}: GGUF files are made for inference, and are mostly quantised; "
                 "download the safetensors that it was made from")
     if other := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
         return (f"it has {printable(', '.join(other[:3]))}: pickles are not read, since they can run code; convert "
@@ -180,38 +173,37 @@ def _instead(folder: Path) -> str:
     return "download the model again"
 
 
-def check(model: nn.Module, checkpoint: WeightSource) -> None:
-    """Raise UserError where the tensors of `checkpoint` are not exactly the parameters of `model` (first ten named)."""
+def check(model: nn.Module, source: WeightSource) -> None:
+    """Raise UserError unless the tensors of `source` are exactly the parameters of `model` (first ten differences).
+
+    Old files may carry a rotary table that follows from the config, tied models their one matrix again as a head.
+    """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    problems = [f"{name}: missing" for name in wanted if name not in checkpoint.shapes]
+    problems = [f"{name}: missing" for name in wanted if name not in source.shapes]
     problems += [f"{name}: the file has {list(shape)}, config.json asks for {list(wanted[name])}"
-                 for name, shape in checkpoint.shapes.items() if name in wanted and shape != wanted[name]]
-    problems += [f"{printable(name)}: not part of the model that config.json describes"
-                 for name in checkpoint.shapes if name not in wanted and not _is_redundant(name, checkpoint)]
+                 for name, shape in source.shapes.items() if name in wanted and shape != wanted[name]]
+    problems += [f"{printable(name)}: not part of the model that config.json describes" for name in source.shapes
+                 if name not in wanted and not name.endswith("rotary_emb.inv_freq")
+                 and not (name == "lm_head.weight" and source.config.tie_word_embeddings)]
     if problems:
-        raise UserError(f"{checkpoint.path}: weights and config.json disagree: {_first_ten(problems)}")
+        raise UserError(f"{source.path}: weights and config.json disagree: {_first_ten(problems)}")
 
 
-def fingerprint(checkpoint: WeightSource) -> str:
-    """A digest of every tensor's name, shape and first row: cheap, and another for any model that was trained on."""
+def fingerprint(source: WeightSource) -> str:
+    """A digest of every tensor's name, shape and first row: cheap, and training changes it."""
     digest = hashlib.sha256()
-    for name, shape in sorted(checkpoint.shapes.items()):
-        row = checkpoint.read(name, 0, 1).float().numpy() if checkpoint.piece else b""  # there a row costs the whole
+    for name, shape in sorted(source.shapes.items()):
+        row = source.read(name, 0, 1).float().numpy() if source.piece else b""  # there a row costs the whole tensor
         digest.update(f"{name} {shape}".encode() + bytes(row))
     return digest.hexdigest()
 
 
 def check_memory(model: nn.Module) -> None:
-    """Raise UserError where the parameters of `model` (on the meta device) are more than this machine's memory."""
+    """Raise UserError if the parameters of `model` (on the meta device) are larger than this machine's memory."""
     needed = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
     if needed > (has := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30):
         raise UserError(f"the weights need {needed:,.1f} GiB and this machine has {has:,.1f} GiB of memory; take a "
                         "smaller model, or a machine with more")
-
-
-def _is_redundant(name: str, checkpoint: WeightSource) -> bool:
-    """Old files carry a table that follows from the config; tied models may repeat their one matrix as a head."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and checkpoint.config.tie_word_embeddings)
 
 
 def _first_ten(items: list[str]) -> str:
@@ -219,20 +211,21 @@ def _first_ten(items: list[str]) -> str:
 
 
 @torch.no_grad()
-def load(model: nn.Module, checkpoint: WeightSource, *, left_out: Collection[str] = ()) -> None:
-    """Copy this rank's rows of every parameter not `left_out` from `checkpoint`, converting to its dtype."""
+def load(model: nn.Module, source: WeightSource, *, left_out: Collection[str] = ()) -> None:
+    """Copy this rank's rows of every parameter not `left_out` from `source`, converting to its dtype."""
     pieces = []
-    for name, parameter in ((name, p) for name, p in model.named_parameters() if name not in left_out):
-        local, start = local_rows(parameter)
-        each = max(checkpoint.piece // (2 * max(local[:1].numel(), 1)), 1) if checkpoint.piece else max(len(local), 1)
-        pieces += [(local[i : i + each], name, start + i) for i in range(0, len(local), each)]
+    for name, parameter in model.named_parameters():
+        if name not in left_out:
+            local, start = local_rows(parameter)
+            rows = max(source.piece // (2 * max(local[:1].numel(), 1)) if source.piece else len(local), 1)
+            pieces += [(local[i : i + rows], name, start + i) for i in range(0, len(local), rows)]
 
     @torch.no_grad()  # holds for a thread
     def fill(rows: Tensor, name: str, start: int) -> None:
-        read = checkpoint.read(name, start, start + len(rows))
-        rows.copy_(read.to(rows.device))  # in the file's dtype: half the way of fp32, which the device makes of it
+        read = source.read(name, start, start + len(rows))
+        rows.copy_(read.to(rows.device))  # sent in the file's dtype, half of fp32's bytes; the device converts
 
-    with ThreadPoolExecutor(THREADS if checkpoint.piece else 1) as pool:
+    with ThreadPoolExecutor(THREADS if source.piece else 1) as pool:
         for _ in pool.map(fill, *zip(*pieces, strict=True)):  # raises what a thread raised
             pass
 
@@ -270,27 +263,21 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
 
     All ranks call it, since a sharded parameter is gathered by all; the first one writes. Memory: one shard.
     """
-    folder = Path(folder)
-    width = torch.empty(0, dtype=dtype).element_size()
+    folder, tensors_of = Path(folder), _tensors(model)
     shards: list[list[str]] = [[]]
-    free = shard_bytes
-    tensors_of = _tensors(model)
-    sizes = {name: numbers * width for name, (numbers, _) in tensors_of.items()}
+    sizes = {name: numbers * dtype.itemsize for name, (numbers, _) in tensors_of.items()}
     for name, size in sizes.items():
-        if size > free and shards[-1]:
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
             shards.append([])
-            free = shard_bytes
         shards[-1].append(name)
-        free -= size
-    many = len(shards) > 1
-    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
-             for i in range(1, len(shards) + 1)]
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     writes = not dist.is_initialized() or dist.get_rank() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         described = config.to_dict(dtype=str(dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(described, indent=2))
-        if many:
+        if len(shards) > 1:
             weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -298,23 +285,24 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
         tensors = {}
         for name in names:
             gathered = tensors_of[name][1]()  # by all ranks
-            if writes:  # converted on the device: half of the way to the host
+            if writes:  # converted on the device, so half of fp32's bytes go to the host
                 tensors[name] = gathered.to(dtype).to("cpu").contiguous()
         if writes:
             write(tensors, folder / file)
 
 
 def write(tensors: dict[str, Tensor], file: Path) -> None:
-    """A safetensors file, readable as the umask says. Raises OSError where it cannot be written."""
+    """Write a safetensors file that others may read if the umask says so. Raises OSError if it cannot be written."""
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, mostly: the library has no OSError and names no file
         raise OSError(f"{file}: cannot be written ({error})") from None
-    os.chmod(file, 0o666 & ~_umask())  # safetensors creates files that only their owner can read
+    os.umask(mask := os.umask(0))
+    os.chmod(file, 0o666 & ~mask)  # safetensors creates files that only their owner can read
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[int, Callable[[], Tensor]]]:
-    """Hugging Face's name -> how many numbers, and what gathers them. A matrix with an adapter is a merged one."""
+    """Hugging Face's name -> how many numbers, and what gathers them; of a matrix with an adapter, the merged one."""
     found: dict[str, tuple[int, Callable[[], Tensor]]] = {}
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(prefix, recurse=False):
@@ -327,11 +315,5 @@ def _tensors(model: nn.Module) -> dict[str, tuple[int, Callable[[], Tensor]]]:
 
 @torch.no_grad()
 def whole(parameter: Tensor) -> Tensor:
-    """All rows of a parameter, gathered where it is sharded: all ranks call it."""
+    """All rows of a parameter, gathered from the ranks if it is sharded: all call it."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
