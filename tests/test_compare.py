@@ -291,7 +291,8 @@ def test_command_from_answers_to_win_rates(tmp_path, capsys):
     (["a.jsonl", "b.jsonl", "--questions", "mt-en", "--out", "p.html"], "a.jsonl: there is no such file"),
     (["--ratings", "nowhere.json", "--key", "no.json"], "no.json: there is no such file"),
     (["--ratings", "nowhere.json", "--key", "."], ".: there is no such file"),
-    (["a", "b", "--questions", "mt-en", "--out", "no/p.html"], "--out no/p.html: folder no does not exist; create"),
+    (["a", "b", "--questions", "mt-en", "--out", "no/p.html"], "--out no/p.html: folder no does not exist; "
+                                                               "create it first"),
     (["a", "b", "--questions", "mt-en", "--out", "b"], "--out b: this command reads that file and would "
                                                        "overwrite it; name another file"),
     (["--judge", "empty.jsonl", "--json", "empty.jsonl"], "--json empty.jsonl: this command reads that file "

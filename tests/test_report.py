@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -448,10 +450,13 @@ def test_a_long_run_is_a_light_page_with_its_peaks():
     assert len(drawing.lines([drawing.Panel("", [drawing.Curve("", x, y)])])) < 100_000
 
 
-def test_a_figure_alone_is_a_whole_svg():
+def test_a_figure_as_a_file_is_a_whole_svg(write_run, tmp_path):
+    """What benchmarks/figures.py writes for the documents."""
     import xml.etree.ElementTree as ElementTree
-    curve = drawing.Curve("a < b & c", np.arange(3.0), np.arange(3.0), 1)
-    root = ElementTree.fromstring(drawing.standalone(drawing.lines([drawing.Panel("t", [curve])])))
+    script = Path(__file__).parents[1] / "benchmarks" / "figures.py"
+    subprocess.run([sys.executable, script, write_run("a < b & c"), "--out", tmp_path], check=True,
+                   env={**os.environ, "PYTHONPATH": str(script.parents[1])}, stdout=subprocess.DEVNULL)
+    root = ElementTree.parse(tmp_path / "a < b & c-loss.svg").getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     style = root.find("{http://www.w3.org/2000/svg}style").text
     assert all(f"{variable}:" in style for variable in ("--page", "--ink", "--c1"))

@@ -113,14 +113,14 @@ def _duration(seconds: float) -> str:
 
 def _step_panel(title: str, runs: Runs, name: str, *, smooth: bool = True, extra: Sequence[Curve] = (),
                 **options: Any) -> list[Panel]:
-    """Figure `name` of each step, pale, and its running mean; no panel if no run has the figure."""
+    """Figure `name` of each step, pale, and its running mean (not without `smooth`); no panel if no run has it."""
     if not any(_finite(run, name).size for run in runs):
         return []
     curves = list(extra)
     for i, run in enumerate(runs):
         raw, mean = ("each step", "running mean") if len(runs) == 1 else ("", run.name)
         x, y = run.steps, run.column(name)
-        curves += [Curve(raw, x, y, i, "raw"), Curve(mean, x, running_mean(y, window(len(y)) if smooth else 1), i)]
+        curves += [Curve(raw, x, y, i, "raw"), Curve(mean, x, running_mean(y, window(len(y))) if smooth else y, i)]
     return [Panel(title, curves, **options)]
 
 
@@ -184,8 +184,8 @@ def _throughput(runs: Runs) -> str:
         figures = [*_drawn(panels, "Look for slow steps at regular intervals (checkpoints, which the next step pays "
                            "for) and for a speed that falls."),
                    (shares({run.name: time_shares(run) for run in timed}),
-                    "Where the time went. A normal step takes the median time; what slower steps took beyond it is "
-                    "waiting: warm-up, checkpoints, a disk or a neighbour.")]
+                    "Where the time went. The pace is the median step; what slower steps took beyond it is waiting: "
+                    "warm-up, checkpoints, a disk or a neighbour.")]
         if packed := {run.name: parts for run in timed if (parts := token_shares(run))}:
             figures.append((shares(packed), "Where the room in the packs went. Context is read but not trained; empty "
                             "room only makes the steps less even, since nothing is padded unless layers are compiled."))
