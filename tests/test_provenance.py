@@ -121,15 +121,15 @@ def test_random_weights_have_no_base(base, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{", "training.json: not a readable JSON file"), ("[1]", "training.json: expected a JSON object, found list"),
-    ('{"minisft": "0.1.0", "steps": 3}', "training.json: not as minisft writes it (KeyError: 'data')"),
-    ("[" * 100_000, "training.json: not a readable JSON file"), ("\udcff", "training.json: not a readable JSON file")])
+    ("{", "not readable (JSONDecodeError: "), ("[1]", "not readable (TypeError: expected a JSON object, found list);"),
+    ('{"minisft": "0.1.0", "steps": 3}', "not readable (KeyError: 'data'); the new model's training.json will hold"),
+    ("[" * 100_000, "not readable (RecursionError: "), ("\udcff", "not readable (UnicodeDecodeError: ")])
 def test_a_broken_record_of_the_base_is_refused_before_the_run(base, tmp_path, capsys, content, message):
     for file in base.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "training.json").write_text(content, encoding="utf-8", errors="surrogateescape")
     assert main(options(tmp_path, tmp_path)) == 2
-    assert message in capsys.readouterr().err
+    assert f"training.json: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
