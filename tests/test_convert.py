@@ -1,4 +1,4 @@
-"""`minisft convert`: every way from one folder to another, against transformers, and what it refuses."""
+"""`minisft convert`: every conversion, checked against transformers, and everything that it refuses."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`minisft prepare` as a person meets it: its output, its files, and one clear line for everything that is wrong."""
+"""`minisft prepare` as a user sees it: its output, its files, and one clear line for every mistake."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def here(tmp_path, monkeypatch, tiny):
 
 
 def refused(capsys, *argv, code=2):
-    """What the command says on its way out, in which no traceback may stand and after which no half store may lie."""
+    """The error that the command prints: no traceback, and no half-written store is left."""
     assert main(["prepare", "r.toml", *argv]) == code
     out, err = capsys.readouterr()
     assert out == ""

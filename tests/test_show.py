@@ -1,4 +1,4 @@
-"""`minisft show`: what is shown is what the model sees, nothing can pass for a mark, and nothing leaves the page."""
+"""`minisft show` shows what the model sees; nothing can pass for a mark, and nothing leaves the page."""
 
 import contextlib
 import html.parser
@@ -76,7 +76,7 @@ def tokenizer(folder):
 
 
 def unmarked(text):
-    """What a reader gets back who knows only the legend."""
+    """The text that a reader who knows only the legend recovers."""
     text = re.sub("⟨U\\+([0-9A-F]+)⟩", lambda number: chr(int(number[1], 16)) if chr(int(number[1], 16)) not in OURS
                   else f"<{number[1]}>", re.sub("[⟦⟧]", "", text))
     text = re.sub("⟨(<[^⟩]*>)⟩", r"\1", text).replace("↵\n", "\n").replace("⇥\t", "\t").replace("␣", " ")
@@ -258,7 +258,7 @@ def test_random_is_a_function_of_its_seed(prepared):
     ({"pack": 0, "source": "chats"}, "--source chats: a pack holds documents of all sources; leave out"),
     ({"pack": 0, "longest": True}, "--longest and --pack or --step: each of them chooses documents; give only one"),
 ])
-def test_what_there_is_not(prepared, wish, message):
+def test_choices_that_do_not_exist(prepared, wish, message):
     with pytest.raises(UserError) as refusal:
         choose(prepared, **wish)
     assert str(refusal.value).startswith(message)
@@ -304,7 +304,7 @@ def on_a_terminal(**environment):
     return said
 
 
-def test_colour_only_where_it_is_wanted(prepared):
+def test_colour_only_if_it_is_wanted(prepared):
     [view] = choose(prepared, index=7)
     plain, coloured = (as_text([view], color=color) + "\n" for color in (False, True))
     assert on_a_terminal(TERM="xterm", NO_COLOR="") == coloured != plain

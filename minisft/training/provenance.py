@@ -74,7 +74,7 @@ def model_name(folder: Path) -> str:
 
 
 def environment() -> Record:
-    """What a run runs on, so that figures can be compared. The devices are this host's; `ranks` are of all hosts."""
+    """Machine and versions, so that figures can be compared. Devices are this host's; `ranks` counts all hosts'."""
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
     packages = {name: metadata.version(name) for name in ("tokenizers", "safetensors", "numpy")}
     return {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv),
