@@ -675,7 +675,7 @@ def outputs(bench: Bench) -> Iterator[Row]:
         for file in (next(room.glob(pattern)) for pattern in patterns):
             link.unlink(missing_ok=True)
             link.symlink_to(file)
-            for output_name, said in ((file.relative_to(room), "is a file that this command reads, and would be wri"),
+            for output_name, said in ((file.relative_to(room), "this command reads that file and would overwrite it"),
                                       (link, "is a link; name the file that it leads to")):
                 before = contents(room)
                 code, output = bench.call(*line.split(), output_name, folder=room)

@@ -10,8 +10,8 @@
     minisft report RUN ...   a page of a run's curves, throughput, data and answers; several runs compared
     minisft convert A B      a model in another form: an adapter merged, Meta's files as Hugging Face's
 
-`minisft COMMAND --help` has the options of each. Every key of a recipe is an option of the first three as well, such as
---data.train a.jsonl; `python train.py --help` lists them all. Training itself is `torchrun train.py`.
+`minisft COMMAND --help` lists its options. The first three also take every key of a recipe, such as --data.train
+a.jsonl; `python train.py --help` lists the keys. Training itself is `torchrun train.py`.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from minisft.streams import secure
 
 OF_RECIPES = (prepare_command, show_command, plan_command)
 COMMANDS = (*OF_RECIPES, chat_command, eval_command, answer_command, compare_command, report_command, convert_command)
-LONGEST = 20_000  # characters of a message
+MAX_MESSAGE = 20_000  # characters of a message
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command and its options; also what tools that write shell completions ask for (README)."""
+    """Every command with its options; tools that write shell completions call it too (README)."""
     whole = argparse.ArgumentParser(prog="minisft", description=__doc__, allow_abbrev=False,
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     secure("stderr")
-    options, rest = parser().parse_known_args(argv)  # what is left over are keys of a recipe
+    options, rest = parser().parse_known_args(argv)  # the rest are keys of a recipe
     code = 0
     try:
         if any(options.run is command.run for command in OF_RECIPES):
@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except (UserError, NumericsError, OSError) as error:
-        print(*(printable(line, LONGEST) for line in f"error: {error}".split("\n")), sep="\n", file=sys.stderr)
+        print(*(printable(line, MAX_MESSAGE) for line in f"error: {error}".split("\n")), sep="\n", file=sys.stderr)
         code = exit_code(error)
     return code or _flushed()
 
 
 def _flushed() -> int:
-    """Flush stdout; returns the exit code. Python would complain once more when it closes what cannot be flushed."""
+    """Flush stdout; returns the exit code. If that fails, Python must not try again when it closes the stream."""
     try:
         sys.stdout.flush()
         return 0

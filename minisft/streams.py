@@ -1,6 +1,6 @@
 """Standard output and error whose reader may be gone: a closed terminal, `| head`, `>&-`, a full disk.
 
-What cannot be printed is no reason to stop training.
+Training does not stop because a line cannot be printed.
 """
 
 import os
@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 
-class Lasting:
+class LossyStream:
     """A text stream that drops what it cannot write."""
 
     def __init__(self, stream: Any):
@@ -19,22 +19,23 @@ class Lasting:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write `text` if anyone can receive it."""
+        """Write `text`, or drop it."""
         with suppress(OSError, ValueError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, if anyone can receive what is left."""
+        """Flush, or drop what is left."""
         with suppress(OSError, ValueError):
             self.stream.flush()
 
 
-def secure(*lasting: str) -> None:
-    """Make the standard streams safe to print to; those in `lasting` ("stdout", "stderr") drop what they cannot write.
+def secure(*lossy: str) -> None:
+    """Make the standard streams safe to print to; those named in `lossy` ("stdout", "stderr") drop what they cannot
+    write.
 
-    A stream that is closed leads to /dev/null: the next file opened would get its number otherwise, and libraries that
-    print to number 2 would print into a run's log. Characters that an encoding lacks are printed as \\u0000.
+    A closed stream is opened on /dev/null: otherwise the next file would get its number, and libraries that print to
+    number 2 would print into a run's log. Characters that an encoding lacks are printed as \\u0000.
     """
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -45,4 +46,4 @@ def secure(*lasting: str) -> None:
             stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115 (stays open)
         if number and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, Lasting(stream) if name in lasting and not isinstance(stream, Lasting) else stream)
+        setattr(sys, name, LossyStream(stream) if name in lossy and not isinstance(stream, LossyStream) else stream)

@@ -187,10 +187,10 @@ def test_command_answers_and_then_only_counts(tmp_path, capsys):
     (["--questions", "nothing.jsonl"], "nothing.jsonl: no such file"),
     (["--questions", "mt-en", "--colour"], "unknown argument --colour; `minisft answer --help` lists the options"),
     (["--questions", "mt-en"], "nowhere: no such folder; name a Hugging Face folder, such as runs/my/final"),
-    (["--questions", "mt-en", "--json", "a.jsonl"], "--json a.jsonl: is named twice, and one would overwrite the "
-                                                    "other; name another file"),
-    (["--questions", "./a.jsonl"], "--out a.jsonl: is a file that this command reads, and would be written over; name "
-                                   "another file"),
+    (["--questions", "mt-en", "--json", "a.jsonl"], "--json a.jsonl: named twice, and one output would "
+                                                    "overwrite the other; name another file"),
+    (["--questions", "./a.jsonl"], "--out a.jsonl: this command reads that file and would overwrite it; "
+                                   "name another file"),
     (["--questions", "mt-en", "--json", "."], "--json .: is a folder; name a file"),
 ])
 def test_bad_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, options, message):

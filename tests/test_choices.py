@@ -238,7 +238,7 @@ def test_the_command(base, tmp_path, capsys):
     (["--choices", SKY, "--shots", "9"], f"{SKY}:1: --shots 9, but there are 3 other questions about 'night sky'; ask "
                                          "for fewer, or name files that have them with --shots-from"),
     (["--choices", SKY, "--shot", "9"], "unknown argument --shot; `minisft eval --help` lists the options"),
-    (["--choices", SKY, "--json", "none/a.json"], "--json none/a.json: there is no folder none; make it first"),
+    (["--choices", SKY, "--json", "none/a.json"], "--json none/a.json: folder none does not exist; create it first"),
     (["--choices", SKY, "--json", str(HERE)], f"--json {HERE}: is a folder; name a file"),
     (["--choices", SKY, "--chat", "--template", "jinja"], "--template: no template is called 'jinja'; choose with "
      "--template: llama3, llama3.1, chatml, alpaca, text; or write your own and name its file in --templates"),
@@ -253,8 +253,8 @@ def test_figures_do_not_overwrite_the_questions(base, tmp_path, capsys):
     copy = tmp_path / "sky.csv"
     copy.write_bytes(Path(SKY).read_bytes())
     assert main(["eval", str(base), "--choices", str(copy), "--json", str(copy)]) == 2
-    assert capsys.readouterr().err == (f"error: --json {copy}: is a file that this command reads, and would be written "
-                                       "over; name another file\n")
+    assert capsys.readouterr().err == (f"error: --json {copy}: this command reads that file and would overwrite it; "
+                                       "name another file\n")
     assert copy.read_bytes() == Path(SKY).read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""`minisft convert`: every way from one folder to another, against transformers, and what it refuses."""
+"""`minisft convert`: every conversion, checked against transformers, and everything that it refuses."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_targets_at_odd_places(base, tmp_path, monkeypatch, capsys, target):
     printed = capsys.readouterr().err
     if target in ("/", "."):
         assert code == 2
-        why = "/here: is a link, or the current folder or one around it" if target == "." else "/: exists and"
+        why = "/here: is a link, the current folder, or a folder around it" if target == "." else "/: exists and"
         assert why in printed
     else:
         assert (code, printed) == (0, "")
@@ -116,7 +116,7 @@ def test_metas_files_become_hugging_faces(tmp_path):
     ("base", ["--merge"], "holds no adapter (it has no adapter_config.json); leave out --merge"),
     ("both", ["--merge"], "holds a model beside its adapter (model.safetensors); leave out --merge, or move one"),
     ("stray", [], "holds an adapter; add --merge"),
-    ("adapter", [], "holds an adapter; add --merge"), ("base", ["--base", "x"], "goes with --merge"),
+    ("adapter", [], "holds an adapter; add --merge"), ("base", ["--base", "x"], "so it needs --merge"),
     ("base", ["--optim.lr", "1"], "unknown argument --optim.lr"), ("nowhere", [], "nowhere: no such folder"),
 ])
 def test_what_cannot_be_is_one_line_and_exit_2(base, tmp_path, adapter, capsys, source, options, message):
@@ -150,7 +150,7 @@ def test_a_target_that_is_here_or_a_link_is_refused(base, tmp_path, monkeypatch,
     if target == "link":
         (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     assert main(["convert", str(base), target]) == 2
-    assert "is a link, or the current folder or one around it; name a new folder" in capsys.readouterr().err
+    assert "is a link, the current folder, or a folder around it; name a new folder" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir() if file.name != "link"] == []
 
 

@@ -107,7 +107,7 @@ CODE = {"auto_map": {"AutoTokenizer": ["evil--tok.Evil", None]}, "custom_pipelin
 
 
 @pytest.mark.parametrize("kind", ["TokenizersBackend", "EvilTokenizer", "LlamaTokenizer", "GPT2Tokenizer", 3, None])
-def test_of_a_foreign_base_only_tokens_and_sizes_go_along(base, tmp_path, kind):
+def test_only_tokens_and_sizes_of_a_foreign_base_are_copied(base, tmp_path, kind):
     """No name of code, no class that transformers 4 lacks or that changes the pieces: ids as they were trained."""
     transformers = pytest.importorskip("transformers")
     settings = {**CODE, "tokenizer_class": kind, "extra_special_tokens": {"image_token": "<|python_tag|>"}}
@@ -142,7 +142,7 @@ def test_half_of_a_surrogate_pair_in_the_base_s_files_is_carried_over(base, tmp_
 
 
 def test_the_exported_tokenizer_is_the_one_trained_with(base, tmp_path, monkeypatch):
-    """Whatever happens to the base's folder meanwhile."""
+    """Changes to the base's folder during the run do not matter."""
     other, steps = other_base(base, tmp_path), lifecycle.run_steps
 
     def meanwhile(*given, **named):
@@ -166,7 +166,7 @@ def tried(base, final, **record):
         "target_tokens": 0, "seconds": 0, "data": {}, "losses": {}, "recipe": "", **record})
 
 
-def test_whether_a_model_can_be_written_is_known_before_training(base, tmp_path):
+def test_a_model_that_cannot_be_written_is_refused_before_training(base, tmp_path):
     final = tmp_path / "run" / "final"
     tried(base, final)
     assert not (tmp_path / "run").exists()
@@ -208,7 +208,7 @@ needs_llama_cpp = pytest.mark.skipif(not LLAMA_CPP, reason="MINISFT_LLAMA_CPP na
 @needs_llama_cpp
 @pytest.mark.skipif(not SMOLLM2, reason="MINISFT_SMOLLM2 names the model's folder")
 def test_llama_cpp_answers_the_same(tmp_path):
-    """The same prompt tokens by the template in the file, and the same greedy text."""
+    """It gets the same prompt tokens from the template in the file, and generates the same greedy text."""
     llama_cpp = pytest.importorskip("llama_cpp")
     train(SMOLLM2, tmp_path, train__max_steps=2, batch__packs=1, data__template="chatml", optim__lr=1e-4)
     final = tmp_path / "run" / "final"

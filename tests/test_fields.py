@@ -306,17 +306,17 @@ LEFT_OUT = ("left out, images changes the meaning and is not read (--data.ignore
 def test_prepare_show_and_a_run_say_what_nothing_reads(recipe, capsys):
     assert main(["prepare", recipe, "--json", "report.json"]) == 0
     printed = capsys.readouterr().out
-    assert f"\nbeware   {BEWARE}\n" in printed
+    assert f"\nwarning  {BEWARE}\n" in printed
     assert LEFT_OUT in printed
     report = json.loads(Path("report.json").read_text())
     assert report["train"][0]["unread"] == report["eval"][0]["unread"] == {"topic": 2, "id": 1}
     assert report["beware"][0] == BEWARE
     for options in ([], ["--html", "page.html"]):
         assert main(["show", recipe, *options]) == 0
-        assert f"beware {BEWARE}\n" in capsys.readouterr().out
+        assert f"warning: {BEWARE}\n" in capsys.readouterr().out
     assert train([recipe]) == 0
     started = capsys.readouterr().out
-    assert f"\nbeware   {BEWARE}\n" in started
+    assert f"\nwarning  {BEWARE}\n" in started
     assert LEFT_OUT in started
 
 

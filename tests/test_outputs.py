@@ -67,7 +67,7 @@ def test_nothing_that_is_read_is_written_over(command, form, room, monkeypatch, 
         assert main(command.format(output).split()) == 2, (command, file)
         told = capsys.readouterr()
         assert "is a link; name the file that it leads to" in told.err if form == "link" else (
-            f"{output}: is a file that this command reads, and would be written over; name another file" in told.err)
+            f"{output}: this command reads that file and would overwrite it; name another file" in told.err)
         assert told.out == ""
         assert contents(room) == before
 
@@ -80,7 +80,7 @@ def test_neither_devices_nor_folders_are_written_over(command, room, monkeypatch
     for output, message in (("/dev/null", "is a device, a pipe or a socket; name a regular file"),
                             (tmp_path / "pipe", "is a device, a pipe or a socket; name a regular file"),
                             (tmp_path / "nowhere", "is a link; name the file that it leads to"),
-                            ("model", "is a folder; name a file"), ("no/x", "there is no folder no; make it first")):
+                            ("model", "is a folder; name a file"), ("no/x", "folder no does not exist; create it")):
         assert main(command.format(output).split()) == 2
         assert f"{output}: {message}" in capsys.readouterr().err
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
@@ -110,14 +110,14 @@ def test_a_report_stays_in_the_runs_folder(room, monkeypatch, capsys):
 def test_two_outputs_are_two_files(room, monkeypatch, capsys):
     monkeypatch.chdir(room)
     assert main(["prepare", "recipe.toml", "--dump", "x", "--json", "./x"]) == 2
-    assert "error: --json x: is named twice, and one would overwrite the other" in capsys.readouterr().err
+    assert "error: --json x: named twice, and one output would overwrite the other" in capsys.readouterr().err
 
 
 def test_what_beside_a_page_would_be_written_over_is_named(room, monkeypatch, capsys):
     monkeypatch.chdir(room)
     shutil.copy("one.jsonl", "page.key.json")
     assert main(["compare", "page.key.json", "two.jsonl", "--questions", "questions.jsonl", "--out", "page"]) == 2
-    assert "--out, its key: page.key.json: is a file that this command reads" in capsys.readouterr().err
+    assert "--out, its key: page.key.json: this command reads that file" in capsys.readouterr().err
 
 
 def test_a_page_replaces_no_link_and_no_device(tmp_path):

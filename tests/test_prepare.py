@@ -1,4 +1,4 @@
-"""`minisft prepare` as a person meets it: its output, its files, and one clear line for everything that is wrong."""
+"""`minisft prepare` as a user sees it: its output, its files, and one clear line for every mistake."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def here(tmp_path, monkeypatch, tiny):
 
 
 def refused(capsys, *argv, code=2):
-    """What the command says on its way out, in which no traceback may stand and after which no half store may lie."""
+    """The error that the command prints: no traceback, and no half-written store is left."""
     assert main(["prepare", "r.toml", *argv]) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -85,17 +85,17 @@ def test_the_command_reports_dumps_and_writes_json(here):
                              f"{per_word:.2f}"]
     assert rest[-6] == (f"packs    {report['packs']} of 512 tokens, {report['packing_efficiency']:.2%} full, "
                         "template llama3")
-    assert rest[-5].startswith(f"steps    {report['steps_per_epoch']} an epoch, {report['total_steps']} in all, of 2 "
-                               f"packs; {targets / report['steps_per_epoch']:,.0f} trained tokens each (")
+    assert rest[-5].startswith(f"steps    {report['steps_per_epoch']} per epoch, {report['total_steps']} in total, of "
+                               f"2 packs; {targets / report['steps_per_epoch']:,.0f} trained tokens each (")
     assert rest[-4].startswith("compute  about ")
-    assert rest[-3].startswith("checks   held: one beginning-of-text token a document where ")
+    assert rest[-3].startswith("checks   passed: one beginning-of-text token per document if ")
 
 
 @pytest.mark.parametrize(("warmup", "warned"), [(10, False), (11, True)])
 def test_a_warmup_that_never_ends_is_said(here, capsys, warmup, warned):
     assert main(["prepare", "r.toml", "--train.max_steps", "11", "--train.epochs", "20", "--optim.warmup_steps",
                  str(warmup)]) == 0
-    assert ("beware   optim.warmup_steps = 11 is not less than the steps in all" in capsys.readouterr().out) == warned
+    assert ("warning  optim.warmup_steps = 11 is not less than the total" in capsys.readouterr().out) == warned
 
 
 def test_a_user_error_leaves_the_program_with_2_and_one_message(here):
@@ -289,7 +289,7 @@ def test_the_compute_is_estimated_where_the_network_is_known(here, capsys):
     Path("model/config.json").unlink()
     assert main(["prepare", "r.toml", "--json", "j.json"]) == 0
     assert json.loads(Path("j.json").read_text())["flops"] is None
-    assert "compute  not estimated, for want of a config.json" in capsys.readouterr().out
+    assert "compute  not estimated: there is no config.json" in capsys.readouterr().out
 
 
 def test_a_tokenizer_of_another_model_is_found_out(here, capsys):
@@ -384,7 +384,7 @@ def test_a_damaged_tokenizer(here, capsys):
 
 
 @pytest.mark.parametrize("option", ["--dump", "--json"])
-@pytest.mark.parametrize(("path", "reason"), [("no/such/folder", "there is no folder no/such; make it first"),
+@pytest.mark.parametrize(("path", "reason"), [("no/such/folder", "folder no/such does not exist; create it first"),
                                               (".", "is a folder; name a file")])
 def test_a_file_that_cannot_be_written_is_said_before_any_work(here, capsys, option, path, reason):
     assert refused(capsys, option, path) == f"error: {option} {path}: {reason}\n"

@@ -1,4 +1,4 @@
-"""A model's folder tells where it came from, through all its rounds, and its card has the run's real figures."""
+"""A model's folder says where it came from, through all rounds, and its card has the run's real figures."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def record_of(folder):
 
 @pytest.fixture(scope="module")
 def rounds(base, tmp_path_factory):
-    """Two rounds on different halves of the conversations, by the shipped recipes; an export on the way."""
+    """Two rounds on different halves of the conversations, by the shipped recipes; and an intermediate export."""
     folder = tmp_path_factory.mktemp("rounds")
     lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines(keepends=True)
     for name, part in (("first", lines[:8]), ("second", lines[8:16]), ("held", lines[16:20])):
@@ -54,7 +54,7 @@ def test_the_chain_of_rounds(rounds, base):
     assert "training" not in first["base"]
 
 
-def test_what_the_record_says(rounds):
+def test_the_content_of_the_record(rounds):
     record, run = record_of(rounds / "round-1/final"), rounds / "round-1"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in lines if r["kind"] == "train"]
@@ -76,7 +76,7 @@ def test_what_the_record_says(rounds):
     assert record["losses"].keys() == {"held", "text|1"}
 
 
-def test_an_export_on_the_way_tells_of_its_own_step(rounds):
+def test_an_intermediate_export_records_its_own_step(rounds):
     record = record_of(rounds / "round-2/exports/step-000001")
     assert (record["steps"], record["total_steps"]) == (1, 2)
     assert "# round-2-step-000001\n" in (rounds / "round-2/exports/step-000001/README.md").read_text()
@@ -121,15 +121,15 @@ def test_random_weights_have_no_base(base, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{", "training.json: not a readable JSON file"), ("[1]", "training.json: expected a JSON object, found list"),
-    ('{"minisft": "0.1.0", "steps": 3}', "training.json: not as minisft writes it (KeyError: 'data')"),
-    ("[" * 100_000, "training.json: not a readable JSON file"), ("\udcff", "training.json: not a readable JSON file")])
+    ("{", "not readable (JSONDecodeError: "), ("[1]", "not readable (TypeError: expected a JSON object, found list);"),
+    ('{"minisft": "0.1.0", "steps": 3}', "not readable (KeyError: 'data'); the new model's training.json will hold"),
+    ("[" * 100_000, "not readable (RecursionError: "), ("\udcff", "not readable (UnicodeDecodeError: ")])
 def test_a_broken_record_of_the_base_is_refused_before_the_run(base, tmp_path, capsys, content, message):
     for file in base.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "training.json").write_text(content, encoding="utf-8", errors="surrogateescape")
     assert main(options(tmp_path, tmp_path)) == 2
-    assert message in capsys.readouterr().err
+    assert f"training.json: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -140,7 +140,7 @@ HOSTILE = ("\n# Heading\n", "<script>alert(1)</script>", "[link](http://evil.exa
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_foreign_name_is_only_itself_in_the_card(rounds, tmp_path, name):
-    """Wherever one stands, the card has the elements that it has with a plain name; a shell sees a word."""
+    """The card has the same elements as with a plain name, wherever the name stands; a shell sees one word."""
     markdown = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
 
     def card(name):
@@ -175,7 +175,7 @@ def test_a_record_of_another_program_is_kept_and_not_read(base, tmp_path):
 
 
 def test_the_commit_is_git_s(tmp_path):
-    """Of a checkout; with -dirty where a file differs; none for a package in another project's repository."""
+    """The checkout's; with -dirty if a file differs; empty for a package inside another project's repository."""
     def git(*arguments):
         return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
                               capture_output=True, text=True, check=True).stdout.strip()
@@ -196,7 +196,7 @@ def test_names_of_models(folder, name):
     assert model_name(Path(folder)) == name
 
 
-def test_what_a_run_begins_with(base):
+def test_the_base_in_the_start_record(base):
     assert start_record("")["base"] is None
     assert start_record(str(base))["base"]["name"] == base.name
 

@@ -1,12 +1,14 @@
-"""The page of a run: every figure is there, every number is the log's, nothing of the run's can act on the page."""
+"""The page of a run has every figure, its numbers are the log's, and nothing from the run can act on it."""
 
 import fcntl
 import json
 import math
 import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,7 +163,7 @@ def test_the_numbers_are_the_logs(write_run, undrawn):
     assert page.row("gpus") == ["2 × H9"]
 
 
-def test_where_time_and_room_went(write_run):
+def test_shares_of_time_and_room(write_run):
     [run] = read_runs([write_run()])
     assert run_report.time_shares(run) == pytest.approx({"steps at their pace": 20 / 30, "steps beyond it": 4 / 30,
                                               "held-out losses": 6 / 30})
@@ -189,7 +191,7 @@ def test_the_page_runs_nothing_and_loads_nothing(write_run):
     assert page.row("command") == [HOSTILE]
     assert page.row("step 40") == [HOSTILE]
     assert f"loss on {HOSTILE}"[:39] + "…" in page.labels
-    assert "_$b_{$" in page.labels, "not a formula, and not left out for its underscore"
+    assert "_$b_{$" in page.labels, "not a formula, and not hidden because of its underscore"
     names = [value for name, value in page.attributes if name == "id"]
     assert len(names) == len(set(names)) > 0
     used = set(re.findall(r"url\(#(\w+)\)", text)) | {v[1:] for n, v in page.attributes if n.endswith("href")}
@@ -197,7 +199,7 @@ def test_the_page_runs_nothing_and_loads_nothing(write_run):
 
 
 def test_colours_are_the_pages(write_run):
-    """No colour is fixed: every one is a variable that both the light and the dark style set."""
+    """Every colour is a variable that both the light and the dark style set."""
     folder = write_run()
     report(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
@@ -235,7 +237,7 @@ def test_several_runs_are_overlaid(write_run, tmp_path):
     [], list(steps(1)), list(steps(3, skipped=(1, 2, 3))), evaluations()[:1], samples()[:1],
     [{"kind": "train", "step": 1}], [{"kind": "train", "step": 1, "loss": "x", "seconds": None, "lr": True}],
     [{"kind": "other", "step": 1}]])
-def test_runs_that_have_hardly_begun(write_run, records):
+def test_runs_that_have_barely_begun(write_run, records):
     folder = write_run(records=records, status={"state": "running", "error": ""})
     assert report(folder).row("state")[0].startswith("dead; last written 2")  # nobody holds its lock
     with open(folder / ".lock", "w") as lock:
@@ -248,7 +250,7 @@ def test_runs_that_have_hardly_begun(write_run, records):
 
 
 def test_a_run_that_is_being_written(write_run, undrawn):
-    """The last line is half there, and steps that were taken again replace what they were."""
+    """The last line is cut off, and a repeated step replaces the earlier one."""
     folder = write_run(records=[*steps(10), {**next(steps(1)), "step": 9, "loss": 7.0}], data=None, environment=None,
                        status={"state": "running"})
     with open(folder / "metrics.jsonl", "a") as log:
@@ -260,7 +262,7 @@ def test_a_run_that_is_being_written(write_run, undrawn):
     assert page.row("training loss") == [f"3.0000 → {np.mean(losses):.4f} (mean of the last 10 steps)"]
 
 
-def test_what_is_no_run_is_refused(write_run, tmp_path, capsys):
+def test_a_folder_without_a_run_is_refused(write_run, tmp_path, capsys):
     assert failing(capsys, tmp_path / "none") == (
         f"error: {tmp_path / 'none'}: no such folder; name the folder of a run (run.dir)")
     assert "not a run folder (no status.json, metrics.jsonl or config.toml)" in failing(capsys, tmp_path)
@@ -312,13 +314,13 @@ def test_a_broken_record_is_one_line(write_run, capsys, line):
 
 
 def places(value, path=()):
-    """Of everything within `value`."""
+    """The paths of everything within `value`."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield (*path, key)
         yield from places(inner, (*path, key))
 
 
-def test_whatever_stands_in_data_json_there_is_a_page_or_one_line(write_run, undrawn):
+def test_any_data_json_gives_a_page_or_one_line(write_run, undrawn):
     run = write_run(records=[*steps(3)])
     small = {**DATA, "lengths": DATA["lengths"][:1], "pack_fill": [0, 7]}
     missing, pages = object(), 0
@@ -342,7 +344,7 @@ def test_whatever_stands_in_data_json_there_is_a_page_or_one_line(write_run, und
 
 @pytest.mark.parametrize("change", [{"lengths": [], "train": [], "pack_fill": []},
                                     {"pack_fill": [0] * 20, "epoch_tokens": 0, "packs": 0, "seq_len": 0}])
-def test_data_of_nothing_are_drawn(write_run, change):
+def test_empty_data_is_drawn(write_run, change):
     assert "Data" in report(write_run(records=list(steps(2)), data={**DATA, **change})).headings
 
 
@@ -374,7 +376,7 @@ def test_tensorboard(write_run, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["loss", "lr", "grad_norm", "tokens", "target_tokens", "seconds", "tokens_per_second",
                                   "memory_gib", "mfu"])
 @pytest.mark.filterwarnings("error")
-def test_a_figure_that_is_none_is_a_gap(name, value):
+def test_a_figure_that_is_not_a_number_is_a_gap(name, value):
     records = [{**record, **({name: value} if record["step"] == 2 else {})} for record in steps(4)]
     evals = [{"step": 1, name: value}, {"step": 2, name: 1.0}]
     run = LoggedRun("r", {}, "", DATA, {}, {}, records, {"h": evals}, [], "", 0.0)
@@ -390,7 +392,7 @@ def test_a_figure_that_is_none_is_a_gap(name, value):
 
 @pytest.mark.parametrize("value", ["Infinity", "NaN", "1e308", "9223372036854775807", "-1e400"])
 @pytest.mark.parametrize("field", ["step", "sources"])
-def test_a_record_whose_step_is_none_is_refused(write_run, capsys, value, field):
+def test_a_record_without_a_valid_step_is_refused(write_run, capsys, value, field):
     run = write_run()
     record = {"kind": "train", "step": 1, **({"step": "@"} if field == "step" else {"sources": {"a": "@"}})}
     (run / "metrics.jsonl").write_text(json.dumps(record).replace('"@"', value) + "\n")
@@ -415,7 +417,7 @@ def test_tensorboard_takes_only_names_that_are_text(write_run, tmp_path, capsys,
         f"{repr(name)[1:-1]}/run: TensorBoard does not accept this name; choose another folder")
 
 
-def test_numbers_that_are_none_are_no_scalars(write_run, tmp_path, capsys):
+def test_infinite_numbers_are_not_scalars(write_run, tmp_path, capsys):
     pytest.importorskip("tensorboard")
     records = [{"kind": "train", "step": 1, "loss": 10**400, "lr": 1.0, "seconds": math.inf}]
     assert main(["report", str(write_run(records=records)), "--tensorboard", str(tmp_path / "events")]) == 0
@@ -448,10 +450,13 @@ def test_a_long_run_is_a_light_page_with_its_peaks():
     assert len(drawing.lines([drawing.Panel("", [drawing.Curve("", x, y)])])) < 100_000
 
 
-def test_a_figure_alone_is_a_whole_svg():
+def test_a_figure_as_a_file_is_a_whole_svg(write_run, tmp_path):
+    """benchmarks/figures.py draws them for the documents."""
     import xml.etree.ElementTree as ElementTree
-    curve = drawing.Curve("a < b & c", np.arange(3.0), np.arange(3.0), 1)
-    root = ElementTree.fromstring(drawing.standalone(drawing.lines([drawing.Panel("t", [curve])])))
+    script = Path(__file__).parents[1] / "benchmarks" / "figures.py"
+    subprocess.run([sys.executable, script, write_run("a < b & c"), "--out", tmp_path], check=True,
+                   env={**os.environ, "PYTHONPATH": str(script.parents[1])}, stdout=subprocess.DEVNULL)
+    root = ElementTree.parse(tmp_path / "a < b & c-loss.svg").getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     style = root.find("{http://www.w3.org/2000/svg}style").text
     assert all(f"{variable}:" in style for variable in ("--page", "--ink", "--c1"))

@@ -1,4 +1,4 @@
-"""`minisft show`: what is shown is what the model sees, nothing can pass for a mark, and nothing leaves the page."""
+"""`minisft show` shows what the model sees; nothing can pass for a mark, and nothing leaves the page."""
 
 import contextlib
 import html.parser
@@ -25,7 +25,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.prepare import prepare
 from minisft.reports import page as pages
-from minisft.reports import show_html, token_view
+from minisft.reports import token_view
 from minisft.reports.spans import OURS, spans, whole_characters
 from minisft.reports.token_view import as_text, choose
 
@@ -76,7 +76,7 @@ def tokenizer(folder):
 
 
 def unmarked(text):
-    """What a reader gets back who knows only the legend."""
+    """The text that a reader who knows only the legend recovers."""
     text = re.sub("⟨U\\+([0-9A-F]+)⟩", lambda number: chr(int(number[1], 16)) if chr(int(number[1], 16)) not in OURS
                   else f"<{number[1]}>", re.sub("[⟦⟧]", "", text))
     text = re.sub("⟨(<[^⟩]*>)⟩", r"\1", text).replace("↵\n", "\n").replace("⇥\t", "\t").replace("␣", " ")
@@ -250,16 +250,15 @@ def test_random_is_a_function_of_its_seed(prepared):
     ({"index": -1}, "--index -1: the documents are 0 to 36"),
     ({"index": 3, "source": "attacks"}, "--index 3: the documents of attacks are 32 to 36"),
     ({"index": 5, "source": "held"}, "--index 5: the documents of held are 0 to 4"),
-    ({"source": "chat"}, "--source chat: there is no such source; the sources are chats, attacks, held"),
+    ({"source": "chat"}, "--source chat: no such source; the sources are chats, attacks, held"),
     ({"pack": -1}, "--pack -1: the packs of the first epoch are 0 to "),
     ({"pack": 2, "step": 1}, "--pack 2: the packs of step 1 are 0 to 1"),
     ({"step": 0}, "--step 0: the steps of the run are 1 to "),
     ({"step": 999}, "--step 999: the steps of the run are 1 to "),
-    ({"random": -2}, "--random -2: the seed is a whole number from 0"),
     ({"pack": 0, "source": "chats"}, "--source chats: a pack holds documents of all sources; leave out"),
-    ({"pack": 0, "longest": True}, "--longest and --pack or --step: each of them chooses documents; give one"),
+    ({"pack": 0, "longest": True}, "--longest and --pack or --step: each of them chooses documents; give only one"),
 ])
-def test_what_there_is_not(prepared, wish, message):
+def test_choices_that_do_not_exist(prepared, wish, message):
     with pytest.raises(UserError) as refusal:
         choose(prepared, **wish)
     assert str(refusal.value).startswith(message)
@@ -305,7 +304,7 @@ def on_a_terminal(**environment):
     return said
 
 
-def test_colour_only_where_it_is_wanted(prepared):
+def test_colour_only_if_it_is_wanted(prepared):
     [view] = choose(prepared, index=7)
     plain, coloured = (as_text([view], color=color) + "\n" for color in (False, True))
     assert on_a_terminal(TERM="xterm", NO_COLOR="") == coloured != plain
@@ -393,7 +392,7 @@ class Page(html.parser.HTMLParser):
 def packed(prepared):
     """All packs of the first step, and their page."""
     views = choose(prepared, step=1)
-    return views, Page(show_html.page(views))
+    return views, Page(token_view.as_page(views))
 
 
 def test_the_page_holds_every_document_with_its_mask_and_ids(prepared, packed):
@@ -411,7 +410,7 @@ def test_the_page_holds_every_document_with_its_mask_and_ids(prepared, packed):
 
 def test_the_page_runs_nothing_and_loads_nothing(prepared):
     views = choose(prepared, pack=0) + [view for i in range(32, 37) for view in choose(prepared, index=i)]
-    text = show_html.page(views)
+    text = token_view.as_page(views)
     page = Page(text)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in re.sub('</?span[^>]*>', "", text)
     tags = set(re.findall(r"<(\w+)", text))
@@ -429,7 +428,7 @@ def test_names_of_files_are_escaped_too(here):
     name = """<img src=x onerror="alert(1)">&amp;'"""
     Path(f"{name}.jsonl").write_text(conversation("Hi", "Hello!"))
     prepared = prepare(config_io.load(["r.toml", "--data.train", f"{name}.jsonl"]), quiet=True)
-    text = show_html.page(choose(prepared, source=name))
+    text = token_view.as_page(choose(prepared, source=name))
     page = Page(text)
     assert "<img" not in text
     assert page.headings[0].startswith(f"document 0 · {name}.jsonl:1 · ")
@@ -438,7 +437,7 @@ def test_names_of_files_are_escaped_too(here):
 
 def test_the_attention_is_to_scale(prepared):
     [view] = choose(prepared, pack=0)
-    page = Page(show_html.page([view]))
+    page = Page(token_view.as_page([view]))
     kinds, points = page.values("class", "polygon"), [
         [tuple(map(int, corner.split(","))) for corner in text.split()] for text in page.values("points", "polygon")]
     blocks = [corners for kind, corners in zip(kinds, points, strict=True) if kind == "block"]
@@ -459,9 +458,9 @@ def test_a_full_pack_of_8192_tokens_is_a_light_page(here):
     options = ["r.toml", "--data.train", "many.jsonl", "--data.seq_len", "8192"]
     prepared = prepare(config_io.load(options), quiet=True)
     views = [choose(prepared, pack=i)[0] for i in range(len(prepared.plan.epoch(0)))]
-    view = max(views, key=lambda view: view.tokens)
-    assert view.tokens > 8000
-    assert len(show_html.page([view]).encode()) < 1_000_000
+    view = max(views, key=lambda view: len(view.trained))
+    assert len(view.trained) > 8000
+    assert len(token_view.as_page([view]).encode()) < 1_000_000
 
 
 def test_the_page_is_written_whole_or_not_at_all(here, prepared, monkeypatch, tmp_path, capsys):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from minisft.errors import PATH, UserError, printable
 
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-              "generation_config.json")
+COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+          "generation_config.json")
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The options of `minisft convert`."""
+    """Add `minisft convert` and its options."""
     command = commands.add_parser(
         "convert", help="a model in another form: an adapter merged, Meta's files as Hugging Face's, another precision",
         usage="minisft convert SOURCE TARGET [--merge] [--base FOLDER] [--format hf|meta] [--dtype bf16|fp32]",
@@ -21,7 +21,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.add_argument("source", type=Path)
     command.add_argument("target", type=Path)
     command.add_argument("--merge", action="store_true", help="SOURCE is an adapter: add it to its base model")
-    command.add_argument("--base", type=Path, metavar="FOLDER", help="the base model (where the adapter says)")
+    command.add_argument("--base", type=Path, metavar="FOLDER", help="the base model (the one that the adapter names)")
     command.add_argument("--format", choices=("hf", "meta"), default="hf",
                          help="layout of the model that is read (hf); meta: consolidated.*.pth")
     command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision of TARGET (bf16)")
@@ -29,27 +29,25 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(options: argparse.Namespace) -> None:
-    """SOURCE as TARGET, which appears in one rename when it is complete."""
-    from minisft.lora.peft import PeftFolder, is_adapter  # imported late: torch takes seconds
-    from minisft.model.llama import DTYPES
-    from minisft.pretrained import from_pretrained, save_pretrained
+    """Write SOURCE as TARGET, which appears in one rename when it is complete."""
+    from minisft.model.peft import PeftFolder, is_adapter
+    from minisft.model.precision import DTYPES
     from minisft.training.provenance import FILE
 
-    source, target = options.source, options.target.resolve()
-    refuse_what_cannot_be(options, target, adapter=is_adapter(source))
+    source, target, dtype = options.source, options.target.resolve(), DTYPES[options.dtype]
+    _check(options, target, adapter=is_adapter(source))
     partial = target.with_name(target.name + ".tmp")
     if partial.exists():
-        raise UserError(f"{partial}: is in the way, left by a conversion that was killed; delete it")
-    dtype = DTYPES[options.dtype]
+        raise UserError(f"{partial}: was left by a conversion that was killed; delete it")
     model = from_pretrained(source, dtype=dtype, format=options.format, base=options.base)
-    homes = [source, *([PeftFolder(source).base_folder(options.base)] if options.merge else [])]
+    folders = [source, *([PeftFolder(source).base_folder(options.base)] if options.merge else [])]
+    # The record is only SOURCE's own: a base's record is not its adapter's.
+    files = [*([folder / name for folder in folders] for name in COPIED), [source / FILE]]
     try:
         save_pretrained(model, partial, dtype=dtype)
-        copied = [next(file for home in homes if (file := home / name).is_file()) for name in COMPANIONS
-                  if any((home / name).is_file() for home in homes)]
-        copied += [source / FILE] if (source / FILE).is_file() else []  # a base's record is not its adapter's
-        for file in copied:
-            shutil.copyfile(file, partial / file.name)
+        for candidates in files:
+            for file in filter(Path.is_file, candidates[::-1]):  # the first folder's file replaces the base's
+                shutil.copyfile(file, partial / file.name)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -59,8 +57,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"{printable(target, PATH)}: {numbers:,} parameters in {options.dtype}{lacks}")
 
 
-def refuse_what_cannot_be(options: argparse.Namespace, target: Path, *, adapter: bool) -> None:
-    """Raise UserError where the options do not go with the SOURCE, an `adapter` or a model, or with TARGET."""
+def _check(options: argparse.Namespace, target: Path, *, adapter: bool) -> None:
+    """Raise UserError if the options do not suit SOURCE, an `adapter` or a model, or TARGET cannot be written."""
     source = options.source
     if adapter and not options.merge:
         raise UserError(f"{source}: holds an adapter; add --merge")
@@ -71,8 +69,8 @@ def refuse_what_cannot_be(options: argparse.Namespace, target: Path, *, adapter:
             if (source / "adapter_config.json").exists() else
             "holds no adapter (it has no adapter_config.json); leave out --merge"))
     if options.base and not options.merge:
-        raise UserError("--base: names the base model of an adapter, which goes with --merge")
+        raise UserError("--base: names the base model of an adapter, so it needs --merge")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an empty folder; choose another target")
     if options.target.is_symlink() or target in (here := Path.cwd(), *here.parents):
-        raise UserError(f"{target}: is a link, or the current folder or one around it; name a new folder")
+        raise UserError(f"{target}: is a link, the current folder, or a folder around it; name a new folder")

@@ -4,24 +4,21 @@ import argparse
 from pathlib import Path
 
 from minisft import config_io
-from minisft.commands import RECIPE_HELP
+from minisft.commands import add_recipe_command
 from minisft.commands.options import count, positive, price, share
 from minisft.planning import UTILISATION
 from minisft.reports.page import check_outputs, write_json
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The options of `minisft plan`."""
-    command = commands.add_parser(
-        "plan", help="memory, time and cost of a run on given GPUs, before it is paid for",
-        usage="minisft plan RECIPE [--section.key value ...] [options]", epilog=RECIPE_HELP,
-        allow_abbrev=False)
+    """Add `minisft plan` and its options."""
+    command = add_recipe_command(commands, "plan", "memory, time and cost of a run, before you pay for it")
     command.add_argument("--gpus", type=positive, default=8, metavar="N", help="GPUs, over all hosts (8)")
     command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of GPU, as in gpus.toml (h100)")
     command.add_argument("--hours-price", type=price, metavar="USD", help="price of one GPU for an hour")
-    command.add_argument("--tokens", type=count, metavar="N", help="tokens in an epoch, such as 50M, instead of "
-                         "counting the data")
-    command.add_argument("--document-length", type=count, metavar="N", help="with --tokens: tokens in a document "
+    command.add_argument("--tokens", type=count, metavar="N", help="tokens of the data, such as 50M, instead of "
+                         "reading it")
+    command.add_argument("--document-length", type=count, metavar="N", help="with --tokens: tokens of a document "
                          "(data.seq_len)")
     command.add_argument("--utilisation", type=share, default=UTILISATION, metavar="SHARE",
                          help=f"share of peak FLOPs to assume, recomputation included ({UTILISATION})")
@@ -30,8 +27,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
-    """The plan of a recipe; no weights are read."""
-    from minisft.planning import estimate  # imported late, as is all that needs torch or NumPy
+    """Print the plan of a recipe."""
+    from minisft.planning import estimate  # imported late, like everything that needs torch or NumPy
     from minisft.planning.hardware import find_gpu
     from minisft.prepare import inputs
 

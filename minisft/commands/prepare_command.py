@@ -8,30 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft import config_io
-from minisft.commands import RECIPE_HELP
+from minisft.commands import add_recipe_command
 from minisft.reports.page import check_outputs, write, write_json
 
 if TYPE_CHECKING:
-    from minisft.prepare import Prepared
+    from minisft.data.dataset import Dataset
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The options of `minisft prepare`."""
-    command = commands.add_parser("prepare", help="read, render and pack the data of a recipe, and report; no training",
-                                  usage="minisft prepare RECIPE [--section.key value ...] [--dump FILE] [--json FILE] "
-                                        "[--verify]",
-                                  epilog=RECIPE_HELP, allow_abbrev=False)
+    """Add `minisft prepare` and its options."""
+    command = add_recipe_command(commands, "prepare", "read, render and pack the data of a recipe, and report",
+                                 "[--dump FILE] [--json FILE] [--verify]")
     command.add_argument("--dump", type=Path, metavar="FILE",
-                         help="write each document's token ids and mask, one JSON a line")
+                         help="write each document's token ids and mask, one JSON object per line")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
     command.add_argument("--verify", action="store_true",
-                         help="hold all that is stored against its digests, and make again what is damaged")
+                         help="check everything in the cache against its digests, and rebuild what is damaged")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
-    """The data of a recipe, as training would see them."""
-    from minisft.prepare import inputs, prepare  # imported late, as is all that needs NumPy
+    """Prepare the data as training would, and print the report."""
+    from minisft.prepare import inputs, prepare  # imported late, like everything that needs NumPy
     from minisft.reports.data_report import describe, figures
 
     config = config_io.load(recipe)
@@ -39,10 +37,10 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
     prepared = prepare(config, verify=options.verify)
     found = figures(prepared)
     if options.dump:
-        write(options.dump, dump(prepared))
+        write(options.dump, _dump(prepared.train))
     if options.json:
         write_json(options.json, found)
-    encoding = sys.stdout.encoding or "utf-8"  # one that has no bars shows question marks
+    encoding = sys.stdout.encoding or "utf-8"  # one without bars shows question marks
     print(describe(found).encode(encoding, "replace").decode(encoding))
     if options.verify:
         stores = {store.key: store for data in (prepared.train, *prepared.evals.values()) for store in data.stores}
@@ -50,10 +48,8 @@ def run(options: argparse.Namespace, recipe: list[str]) -> None:
         print(f"verified {documents:,} documents of {files}: as they were written")
 
 
-def dump(prepared: "Prepared") -> Iterator[str]:
-    """One JSON a training document: where it came from, its token ids, and 1 where a token is trained."""
-    for i in range(len(prepared.train)):
-        source, line = prepared.train.origin(i)
-        ids, trained = prepared.train.document(i)
-        document = {"source": source, "line": line, "ids": ids.tolist(), "trained": trained.tolist()}
-        yield json.dumps(document) + "\n"
+def _dump(dataset: "Dataset") -> Iterator[str]:
+    """One JSON object per document: its source, its token ids, and 1 for each trained token."""
+    for i in range(len(dataset)):
+        (source, line), (ids, trained) = dataset.origin(i), dataset.document(i)
+        yield json.dumps({"source": source, "line": line, "ids": ids.tolist(), "trained": trained.tolist()}) + "\n"

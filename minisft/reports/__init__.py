@@ -1,1 +1,1 @@
-"""What a person looks at: the data, a document, a run. Figures come in, text and pages go out."""
+"""Reports for people: on the data, a document, a run. Figures come in, text and pages go out."""

@@ -2,8 +2,8 @@
 
     Prepared -> figures (a dict of plain numbers: --json) -> lines of text, aligned, for 80 to 120 columns
 
-All that is printed is among the figures, under plain names. Counts of tokens are of the documents kept; what an epoch
-holds is said of the first one, since where a part of a source is drawn, the draw is another in each epoch.
+Everything printed is among the figures. Counts of tokens are of the documents kept. Figures of an epoch are the first
+one's: if part of a source is drawn, every epoch draws another part.
 """
 
 import shutil
@@ -19,31 +19,30 @@ from minisft.lora import targets
 from minisft.model.flops import training_flops
 from minisft.prepare import Prepared
 
-CHECKS = ("one beginning-of-text token a document where the template has one",
-          "trained answers end in a trained stop token", "no control token from content",
-          "something trained in every document", "token ids in the vocabulary")
-FEW_NAMES = 12  # fields listed by name
+CHECKS = ("one beginning-of-text token per document if the template has one",
+          "every trained answer ends in a trained stop token", "no control token comes from content",
+          "every document has a trained token", "every token id is in the vocabulary")
+MAX_NAMES = 12  # fields listed by name
 BAR, EIGHTHS = 36, " ▏▎▍▌▋▊▉"
 
-# ---- the figures -----------------------------------------------------------------------------------------------------
+Figures = dict[str, Any]
 
 
-def figures(prepared: Prepared) -> dict[str, Any]:
+def figures(prepared: Prepared) -> Figures:
     """Every figure of the report. Lists of sources are in the order of the configuration."""
     config, train, plan = prepared.config, prepared.train, prepared.plan
     general = {source.name for source in config.data.general}
     epoch = plan.epoch(0)
-    seen = np.bincount(epoch.documents, minlength=len(train))
+    lengths, loss_tokens = train.lengths[epoch.documents], train.num_loss_tokens[epoch.documents]
     sources, first = _sources(train), len(config.data.train)
-    for source, weight, mixed in zip(sources, prepared.weights, _mixed(train, seen), strict=True):
-        source |= {"weight": weight, "epoch": mixed}
+    mixed = _mixed(train, np.bincount(epoch.documents, minlength=len(train)))
+    for source, weight, each in zip(sources, prepared.weights, mixed, strict=True):
+        source |= {"weight": weight, "epoch": each}
     step_starts = epoch.offsets[[plan.place(step).first for step in range(plan.steps_per_epoch)]]
-    step_targets = np.add.reduceat(train.num_loss_tokens[epoch.documents], step_starts)[: plan.total_steps]
+    step_targets = np.add.reduceat(loss_tokens, step_starts)[: plan.total_steps]
     recompute = config.parallel.activation_checkpointing
-    flops = prepared.network and training_flops(prepared.network, train.lengths[epoch.documents],
-                                                train.num_loss_tokens[epoch.documents], recompute=recompute,
+    flops = prepared.network and training_flops(prepared.network, lengths, loss_tokens, recompute=recompute,
                                                 ranks=targets.ranks(config.lora, prepared.network))
-    epoch_tokens = sum(source["epoch"]["tokens"] for source in sources)
     return {
         "template": prepared.renderer.template.name, "seq_len": plan.seq_len, "overlong": config.data.overlong,
         "dedup": config.data.dedup, "eval_fraction": config.data.eval_fraction,
@@ -51,12 +50,12 @@ def figures(prepared: Prepared) -> dict[str, Any]:
         **{kind: [source for name, dataset in prepared.evals.items() for source in _sources(dataset)
                   if (name in general) == (kind == "general")] for kind in ("eval", "general")},
         "documents": len(train), "tokens": int(train.lengths.sum()), "target_tokens": int(train.num_loss_tokens.sum()),
-        "lengths": histogram(train.lengths, train.too_long, plan.seq_len),
-        "epoch_documents": len(epoch.documents), "epoch_tokens": epoch_tokens,
-        "epoch_target_tokens": sum(source["epoch"]["target_tokens"] for source in sources),
+        "lengths": _length_buckets(train.lengths, train.too_long, plan.seq_len),
+        "epoch_documents": len(epoch.documents), "epoch_tokens": int(lengths.sum()),
+        "epoch_target_tokens": int(loss_tokens.sum()),
         "replay_ratio": config.data.replay_ratio if sources[first:] else 0.0,
-        "replay_share": sum(source["epoch"]["tokens"] for source in sources[first:]) / epoch_tokens,
-        "pack_fill": pack_fill(train.lengths[epoch.documents], epoch.offsets, plan.seq_len),
+        "replay_share": sum(source["epoch"]["tokens"] for source in sources[first:]) / int(lengths.sum()),
+        "pack_fill": pack_fill(lengths, epoch.offsets, plan.seq_len),
         "packs": len(epoch), "packs_per_step": plan.packs_per_step, "packing_efficiency": plan.fill(),
         "steps_per_epoch": plan.steps_per_epoch, "total_steps": plan.total_steps,
         "warmup_steps": config.optim.warmup_steps,
@@ -68,22 +67,22 @@ def figures(prepared: Prepared) -> dict[str, Any]:
 
 
 def unread_fields(prepared: Prepared) -> list[str]:
-    """For each file that has fields which nothing reads: their names, and how many records have them."""
+    """For each file with fields that nothing reads: their names, and how many records have them."""
     lines = []
     for report in [report for dataset in (prepared.train, *prepared.evals.values()) for report in dataset.reports]:
         names = sorted(report.unread.items(), key=lambda item: (-item[1], item[0]))
-        named = ", ".join(f"{name} ({count:,})" for name, count in names[:FEW_NAMES])
-        more = f" and {len(names) - FEW_NAMES} more" if len(names) > FEW_NAMES else ""
+        named = ", ".join(f"{name} ({count:,})" for name, count in names[:MAX_NAMES])
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         lines += [f"{report.name} has fields that nothing reads: {named}{more}"] if names else []
     return lines
 
 
 def _warnings(prepared: Prepared) -> list[str]:
-    """What is allowed, and seldom meant."""
+    """Settings that are allowed, but seldom meant."""
     config, plan, network, found = prepared.config, prepared.plan, prepared.network, []
     if config.optim.warmup_steps >= plan.total_steps > 1:
-        found.append(f"optim.warmup_steps = {config.optim.warmup_steps:,} is not less than the steps in all: the rate "
-                     "has no time to fall, or even to reach optim.lr; set it to a tenth of the steps")
+        found.append(f"optim.warmup_steps = {config.optim.warmup_steps:,} is not less than the total number of steps: "
+                     "the learning rate has no time to fall, or even to reach optim.lr; set it to a tenth of the steps")
     if (most := config.train.max_steps) and most > plan.total_steps:
         found.append(f"train.max_steps = {most:,} is not reached: the run ends after {plan.total_steps:,} steps, with "
                      f"train.epochs = {config.train.epochs}")
@@ -92,29 +91,29 @@ def _warnings(prepared: Prepared) -> list[str]:
                      f"are trained on up to {-(-most // plan.steps_per_epoch)} times")
     longest = max(int(dataset.lengths.max(initial=0)) for dataset in (prepared.train, *prepared.evals.values()))
     if network and longest > network.max_position_embeddings:
-        found.append(f"the longest document has {longest:,} tokens, and max_position_embeddings of the model is "
-                     f"{network.max_position_embeddings:,}: it has not learned places beyond; lower data.seq_len to it")
+        found.append(f"the longest document has {longest:,} tokens, but the model's max_position_embeddings is "
+                     f"{network.max_position_embeddings:,}: it has not learned positions beyond; lower data.seq_len to "
+                     "that")
     return found
 
 
-def _sources(dataset: Dataset) -> list[dict[str, Any]]:
+def _sources(dataset: Dataset) -> list[Figures]:
     return [{**asdict(report), "target_share": report.target_tokens / max(report.tokens, 1),
              "tokens_per_word": report.content_tokens / report.words if report.words else None}
             for report in dataset.reports]
 
 
-def _mixed(train: Dataset, seen: np.ndarray) -> list[dict[str, Any]]:
-    """What each source has in an epoch in which document i comes `seen[i]` times."""
+def _mixed(train: Dataset, seen: np.ndarray) -> list[Figures]:
+    """Each source's part of an epoch in which document i comes `seen[i]` times."""
     counts = {"documents": seen, "different_documents": seen > 0, "tokens": seen * train.lengths,
               "target_tokens": seen * train.num_loss_tokens}
     totals = {name: train.per_source(each) for name, each in counts.items()}
-    return [{**{name: int(total[i]) for name, total in totals.items()},
-             "token_share": float(totals["tokens"][i] / totals["tokens"].sum()),
-             "target_share": float(totals["target_tokens"][i] / totals["target_tokens"].sum())}
-            for i in range(len(train.stores))]
+    totals |= {f"{kind}_share": totals[f"{kind}{plural}"] / totals[f"{kind}{plural}"].sum()
+               for kind, plural in (("token", "s"), ("target", "_tokens"))}
+    return [{name: total[i].item() for name, total in totals.items()} for i in range(len(train.stores))]
 
 
-def histogram(lengths: np.ndarray, too_long: np.ndarray, seq_len: int) -> list[dict[str, Any]]:
+def _length_buckets(lengths: np.ndarray, too_long: np.ndarray, seq_len: int) -> list[Figures]:
     """Documents by their length, in buckets that end at the powers of two and at `seq_len`."""
     last = max(seq_len, int(too_long.max(initial=0)))
     edges = sorted({seq_len, *(2**i for i in range((last - 1).bit_length() + 1))})
@@ -129,14 +128,11 @@ def pack_fill(lengths: np.ndarray, offsets: np.ndarray, seq_len: int) -> list[in
     return np.bincount(-(-tokens * 20 // seq_len) - 1, minlength=20).tolist()
 
 
-# ---- the text --------------------------------------------------------------------------------------------------------
-
-
-def describe(found: dict[str, Any], *, short: bool = False) -> str:
-    """The report of `figures` for a person; `short` leaves out the mixture and the lengths."""
+def describe(found: Figures, *, short: bool = False) -> str:
+    """The report of `figures` for a person; `short` omits the mixture and the lengths."""
     columns = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
-    lines = _table(_source_rows(found), columns)
     mixed = [*found["train"], *found["replay"]]
+    lines = _table(_source_rows(found), columns)
     if not short and (len(mixed) > 1 or mixed[0]["weight"] != 1):
         lines += ["", *_table(_mixture_rows(mixed, found), columns)]
     if not short:
@@ -147,7 +143,7 @@ def describe(found: dict[str, Any], *, short: bool = False) -> str:
     return "\n".join(printable(line, PATH) for line in lines)
 
 
-def _source_rows(found: dict[str, Any]) -> list[list[str] | str]:
+def _source_rows(found: Figures) -> list[list[str] | str]:
     """The table's rows, and notes between them."""
     rows: list[list[str] | str] = [["source", "read", "kept", "turns", "tokens", "trained", "share", "longest",
                                     "median", "tok/word"]]
@@ -163,33 +159,30 @@ def _source_rows(found: dict[str, Any]) -> list[list[str] | str]:
     return rows
 
 
-def _notes(source: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What a person should know about a source besides its counts."""
-    notes = [f"{'left out, ' * (reason != 'held out')}{reason}: {count:,} (first: {source['examples'][reason]})"
+def _notes(source: Figures, found: Figures) -> list[str]:
+    """Facts about a source that its counts do not show."""
+    first = source["examples"]
+    notes = [f"{'left out, ' * (reason != 'held out')}{reason}: {count:,} (first: {first[reason]})"
              for reason, count in source["skipped"].items()]
-    notes += [f"changed, {note}: {count:,} (first: {source['examples'][note]})"
-              for note, count in source["changed"].items()]
-    for name, what, reasons in (("duplicates", "exact duplicates", ("exact", "near")),
-                                ("near_duplicates", "near-exact duplicates", ("near",))):
-        if source[name] and found["dedup"] not in reasons:
-            notes.append(f"{what}: {source[name]:,} (kept; data.dedup = {reasons[0]} leaves them out)")
-    if source["truncated"]:
-        notes.append(f"cut to {found['seq_len']:,} tokens: {source['truncated']:,}")
-    if source["lost_target_tokens"]:
-        notes.append(f"trained tokens lost to the length limit: {source['lost_target_tokens']:,}")
-    if source["also_trained"]:
-        notes.append(f"also in the training data, exactly or nearly: {source['also_trained']:,}")
-    return notes
+    notes += [f"changed, {note}: {count:,} (first: {first[note]})" for note, count in source["changed"].items()]
+    for key, text, removed_by in (("duplicates", "exact duplicates", ("exact", "near")),
+                                  ("near_duplicates", "near-exact duplicates", ("near",))):
+        if source[key] and found["dedup"] not in removed_by:
+            notes.append(f"{text}: {source[key]:,} (kept; data.dedup = {removed_by[0]} leaves them out)")
+    counts = {f"cut to {found['seq_len']:,} tokens": "truncated",
+              "trained tokens lost to the length limit": "lost_target_tokens",
+              "also in the training data, exactly or nearly": "also_trained"}
+    return [*notes, *(f"{text}: {source[key]:,}" for text, key in counts.items() if source[key])]
 
 
-def _mixture_rows(mixed: list[dict[str, Any]], found: dict[str, Any]) -> list[list[str] | str]:
+def _mixture_rows(mixed: list[Figures], found: Figures) -> list[list[str] | str]:
     rows: list[list[str] | str] = [["in epoch 1", "weight", "documents", "tokens", "share", "trained", "share"]]
     for source in mixed:
-        epoch, weight = source["epoch"], f"{source['weight']:.4g}"
+        epoch, kept, weight = source["epoch"], source["kept"], f"{source['weight']:.4g}"
         rows.append([source["name"], weight, _count(epoch["documents"]), _count(epoch["tokens"]),
                      f"{epoch['token_share']:.1%}", _count(epoch["target_tokens"]), f"{epoch['target_share']:.1%}"])
         times, part = divmod(source["weight"], 1)
-        kept, drawn = source["kept"], epoch["documents"] - int(times) * source["kept"]
+        drawn = epoch["documents"] - int(times) * kept
         if times == 0:
             rows.append(f"    weight {weight}: {drawn:,} of {kept:,} documents in epoch 1, drawn anew each epoch")
         elif source["weight"] != 1:
@@ -202,38 +195,34 @@ def _mixture_rows(mixed: list[dict[str, Any]], found: dict[str, Any]) -> list[li
     return rows
 
 
-def _length_lines(found: dict[str, Any]) -> list[str]:
+def _length_lines(found: Figures) -> list[str]:
     """A bar for each bucket of lengths, and a line at seq_len."""
     buckets = found["lengths"]
-    while len(buckets) > 1 and not buckets[0]["kept"] + buckets[0]["too_long"]:
-        buckets = buckets[1:]
-    most = max(bucket["kept"] + bucket["too_long"] for bucket in buckets)
+    counts = [bucket["kept"] + bucket["too_long"] for bucket in buckets]
+    first = next((i for i, count in enumerate(counts) if count), len(buckets) - 1)
     fate = "cut" if found["overlong"] == "truncate" else "left out"
-    lines = ["documents by their tokens"]
-    for bucket in buckets:
-        over = bucket["from"] > found["seq_len"]
-        count = bucket["too_long" if over else "kept"]
-        eighths = -(-count * BAR * 8 // most)
+    lines = ["documents by length in tokens"]
+    for bucket, count in zip(buckets[first:], counts[first:], strict=True):
+        eighths = -(-count * BAR * 8 // max(counts))
         bar = "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
-        lines.append(f"{bucket['from']:>9,} - {bucket['to']:<9,}{count:>10,}  {bar}{f'  {fate}' * over}".rstrip())
+        note = f"  {fate}" * (bucket["from"] > found["seq_len"])
+        lines.append(f"{bucket['from']:>9,} - {bucket['to']:<9,}{count:>10,}  {bar}{note}".rstrip())
         if bucket["to"] == found["seq_len"]:
             lines.append(f"{'-' * 12} data.seq_len = {found['seq_len']:,} {'-' * BAR}"[: 33 + BAR])
     return lines
 
 
-def _plan_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _plan_lines(found: Figures) -> list[tuple[str, str]]:
     step = found["target_tokens_per_step"]
-    if found["flops"] is None:
-        compute = "not estimated, for want of a config.json"
-    else:
-        how = "without" if found["recompute"] == "none" else f"with {found['recompute']}"
-        compute = f"about {found['flops']:.3g} FLOPs in matrix products, {how} recomputation"
+    recompute = "without" if found["recompute"] == "none" else f"with {found['recompute']}"
+    compute = "not estimated: there is no config.json" if found["flops"] is None else (
+        f"about {found['flops']:.3g} FLOPs in matrix products, {recompute} recomputation")
     return [("packs", f"{found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
                       f"template {found['template']}"),
-            ("steps", f"{found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all, of "
+            ("steps", f"{found['steps_per_epoch']:,} per epoch, {found['total_steps']:,} in total, of "
                       f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} "
-                      f"to {step['most']:,})"), *(("beware", text) for text in found["beware"]),
-            ("compute", compute), ("checks", f"held: {', '.join(found['checks'])}")]
+                      f"to {step['most']:,})"), *(("warning", text) for text in found["beware"]),
+            ("compute", compute), ("checks", f"passed: {', '.join(found['checks'])}")]
 
 
 def _count(number: int) -> str:
@@ -241,16 +230,15 @@ def _count(number: int) -> str:
 
 
 def _table(rows: list[list[str] | str], columns: int) -> list[str]:
-    """Rows in aligned columns, the first to the left and cut where the line would be too long; notes as they are."""
+    """Rows in aligned columns, the first to the left and cut if the line would be too long; notes as they are."""
     widths = [max(map(len, cells)) for cells in zip(*(row for row in rows if not isinstance(row, str)), strict=True)]
     gap = 2 if sum(widths) + 2 * len(widths) <= columns else 1
     widths[0] = min(widths[0], max(8, columns - sum(widths[1:]) - gap * len(widths[1:])))
     lines = []
     for row in rows:
-        if isinstance(row, str):
-            lines.append(row)
-            continue
-        name = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 1] + "…"
-        cells = [f"{cell:>{gap + width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append(f"{name:<{widths[0]}}" + "".join(cells))
+        if not isinstance(row, str):
+            name = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 1] + "…"
+            row = f"{name:<{widths[0]}}" + "".join(f"{cell:>{gap + width}}" for cell, width in
+                                                   zip(row[1:], widths[1:], strict=True))
+        lines.append(row)
     return lines

@@ -20,7 +20,6 @@ from zlib import crc32
 import numpy as np
 
 from minisft.errors import UserError, printable
-from minisft.reports import page
 
 try:
     from matplotlib import rc_context
@@ -171,13 +170,6 @@ def shares(rows: dict[str, dict[str, float]]) -> str:
     ax.grid(axis="y", visible=False)
     figure.legend(loc="outside upper left", ncols=4)
     return _svg(figure)
-
-
-def standalone(svg: str) -> str:
-    """A figure as a file of its own, with its colours and a background."""
-    head, _, rest = svg.partition(">")
-    return (f'{head} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-            f"\n<style>{page.COLOURS}{STYLE}svg {{ background: var(--page) }}</style>{rest}\n")
 
 
 def _svg(figure: Figure) -> str:

@@ -60,7 +60,7 @@ def misfit(value: Any, shape: Any, where: str = "") -> str:
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a run wrote. A missing file is empty here; records are in the order of their steps."""
+    """The files of a run. A missing file is empty here; records are in the order of their steps."""
 
     name: str
     config: Record

@@ -9,7 +9,7 @@ shows what there is: a section with nothing to show is left out. Everything from
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
@@ -42,7 +42,7 @@ summary { cursor: pointer; color: var(--faint) }
 LAST = 10  # steps whose mean is the final loss
 
 Runs = Sequence[LoggedRun]
-Figure = tuple[str, str]  # SVG and caption
+Drawn = tuple[str, str]  # SVG and caption
 
 
 def page(runs: Runs) -> str:
@@ -54,55 +54,37 @@ def page(runs: Runs) -> str:
 
 
 def _summary(runs: Runs) -> str:
-    rows: dict[str, Iterable[str]] = {
-        "state": map(_state, runs), "model": map(_model, runs),
-        "data": (_safe(", ".join(run.sources())) for run in runs), "steps": map(_steps, runs),
-        "tokens": (f"{run.total('tokens'):,.0f}, {run.total('target_tokens'):,.0f} of them trained" for run in runs),
-        "training loss": map(_training_loss, runs),
-        **{f"loss on {name}": [_ends(column(run.evals.get(name, []), "loss")) for run in runs]
-           for name in _held_out(runs)},
-        "time in steps": (_duration(run.total("seconds")) for run in runs), "speed": map(_speed, runs),
-        "memory": (f"at most {max(memory):.2f} GiB" if (memory := _finite(run, "memory_gib")).size else ""
-                   for run in runs)}
-    return _table(runs, {name: list(cells) for name, cells in rows.items()})
+    facts = [_facts(run, _held_out(runs)) for run in runs]
+    return _table(runs, {name: [each[name] for each in facts] for name in facts[0]})
 
 
-def _state(run: LoggedRun) -> str:
+def _facts(run: LoggedRun, held_out: list[str]) -> dict[str, str]:
+    """The run in a few lines of HTML, by name; "" for what it does not tell."""
     state, error = str(run.status.get("state", "unknown")), " ".join(str(run.status.get("error") or "").split())
     kind = {"failed": "failed", "dead": "failed", "done": "done"}.get(state, "")
-    text = f'<span class="{kind}">{_safe(state)}</span>'
-    if state in ("running", "dead"):
-        text += f"; last written {datetime.fromtimestamp(run.written, UTC):%Y-%m-%d %H:%M} UTC"
-    return text + (f": {_safe(error)}" if error else "")
-
-
-def _model(run: LoggedRun) -> str:
+    written = f"; last written {datetime.fromtimestamp(run.written, UTC):%Y-%m-%d %H:%M} UTC"
     model, rank = run.config.get("model", {}), run.config.get("lora", {}).get("rank", 0)
     base = model.get("path") or f"{model.get('config', 'unknown')}, random weights"
-    return _safe(f"{base}, LoRA of rank {rank}" if rank else base)
-
-
-def _steps(run: LoggedRun) -> str:
     last, planned = int(run.steps[-1]) if run.train else 0, run.data.get("total_steps")
     skipped = f', <span class="failed">{run.skipped.sum():,} skipped</span>' if run.skipped.any() else ""
-    return f"{last:,}" + (f" of {planned:,}" if planned else "") + skipped
-
-
-def _training_loss(run: LoggedRun) -> str:
-    losses = _finite(run, "loss")
-    return (f"{losses[0]:.4f} → {losses[-LAST:].mean():.4f} (mean of the last {min(LAST, len(losses))} steps)"
-            if losses.size else "none yet")
-
-
-def _ends(losses: np.ndarray) -> str:
-    return " → ".join(f"{loss:.4f}" for loss in (*losses[:1], *losses[1:][-1:]))
-
-
-def _speed(run: LoggedRun) -> str:
-    seconds, mfu = run.total("seconds"), _finite(run, "mfu")
-    return "" if not seconds else (
-        f"{run.total('tokens') / seconds:,.0f} tokens/s, {run.total('target_tokens') / seconds:,.0f} of them trained"
-        + (f"; MFU {np.median(mfu):.1%}" if mfu.size else ""))
+    seconds, tokens, trained = map(run.total, ("seconds", "tokens", "target_tokens"))
+    losses, mfu, memory = (_finite(run, name) for name in ("loss", "mfu", "memory_gib"))
+    evals = {name: column(run.evals.get(name, []), "loss") for name in held_out}
+    return {
+        "state": f'<span class="{kind}">{_safe(state)}</span>' + written * (state in ("running", "dead"))
+        + (f": {_safe(error)}" if error else ""),
+        "model": _safe(f"{base}, LoRA of rank {rank}" if rank else base),
+        "data": _safe(", ".join(run.sources())),
+        "steps": f"{last:,}" + (f" of {planned:,}" if planned else "") + skipped,
+        "tokens": f"{tokens:,.0f}, {trained:,.0f} of them trained",
+        "training loss": f"{losses[0]:.4f} → {losses[-LAST:].mean():.4f} (mean of the last {min(LAST, len(losses))} "
+        "steps)" if losses.size else "none yet",
+        **{f"loss on {name}": " → ".join(f"{loss:.4f}" for loss in (*values[:1], *values[1:][-1:]))
+           for name, values in evals.items()},
+        "time in steps": _duration(seconds),
+        "speed": f"{tokens / seconds:,.0f} tokens/s, {trained / seconds:,.0f} of them trained"
+        + (f"; MFU {np.median(mfu):.1%}" if mfu.size else "") if seconds else "",
+        "memory": f"at most {memory.max():.2f} GiB" if memory.size else ""}
 
 
 def _duration(seconds: float) -> str:
@@ -113,14 +95,14 @@ def _duration(seconds: float) -> str:
 
 def _step_panel(title: str, runs: Runs, name: str, *, smooth: bool = True, extra: Sequence[Curve] = (),
                 **options: Any) -> list[Panel]:
-    """Figure `name` of each step, pale, and its running mean; no panel if no run has the figure."""
+    """Figure `name` of each step, pale, and its running mean (not without `smooth`); no panel if no run has it."""
     if not any(_finite(run, name).size for run in runs):
         return []
     curves = list(extra)
     for i, run in enumerate(runs):
         raw, mean = ("each step", "running mean") if len(runs) == 1 else ("", run.name)
         x, y = run.steps, run.column(name)
-        curves += [Curve(raw, x, y, i, "raw"), Curve(mean, x, running_mean(y, window(len(y)) if smooth else 1), i)]
+        curves += [Curve(raw, x, y, i, "raw"), Curve(mean, x, running_mean(y, window(len(y))) if smooth else y, i)]
     return [Panel(title, curves, **options)]
 
 
@@ -176,7 +158,7 @@ def _optimisation(runs: Runs) -> str:
 
 
 def _throughput(runs: Runs) -> str:
-    figures: list[Figure] = []
+    figures: list[Drawn] = []
     if timed := [run for run in runs if run.total("seconds")]:
         panels = [*_step_panel("tokens per second", timed, "tokens_per_second"),
                   *_step_panel("seconds per step", timed, "seconds", log=True),
@@ -184,8 +166,8 @@ def _throughput(runs: Runs) -> str:
         figures = [*_drawn(panels, "Look for slow steps at regular intervals (checkpoints, which the next step pays "
                            "for) and for a speed that falls."),
                    (shares({run.name: time_shares(run) for run in timed}),
-                    "Where the time went. A normal step takes the median time; what slower steps took beyond it is "
-                    "waiting: warm-up, checkpoints, a disk or a neighbour.")]
+                    "Where the time went. The pace is the median step; what slower steps took beyond it is waiting: "
+                    "warm-up, checkpoints, a disk or a neighbour.")]
         if packed := {run.name: parts for run in timed if (parts := token_shares(run))}:
             figures.append((shares(packed), "Where the room in the packs went. Context is read but not trained; empty "
                             "room only makes the steps less even, since nothing is padded unless layers are compiled."))
@@ -228,7 +210,7 @@ def _data(runs: Runs) -> str:
     return f"<h2>Data</h2>\n{''.join(parts)}" if parts else ""
 
 
-def _by_length(data: dict[str, Any]) -> list[Figure]:
+def _by_length(data: dict[str, Any]) -> list[Drawn]:
     buckets = data["lengths"]
     full = [i for i, bucket in enumerate(buckets) if bucket["kept"] + bucket["too_long"]]
     if not full:
@@ -241,7 +223,7 @@ def _by_length(data: dict[str, Any]) -> list[Figure]:
              f"Look for documents longer than data.seq_len = {data['seq_len']:,}.")]
 
 
-def _by_fill(data: dict[str, Any]) -> list[Figure]:
+def _by_fill(data: dict[str, Any]) -> list[Drawn]:
     fill = data.get("pack_fill", [])
     first = next((i for i, packs in enumerate(fill) if packs), len(fill))
     labels = [f"≤{100 * (i + 1) // len(fill)}%" for i in range(first, len(fill))]
@@ -250,7 +232,7 @@ def _by_fill(data: dict[str, Any]) -> list[Figure]:
              "the left: documents that fit together badly.")] if labels else []
 
 
-def _first_epoch(data: dict[str, Any]) -> list[Figure]:
+def _first_epoch(data: dict[str, Any]) -> list[Drawn]:
     """Each source's share, if there are several."""
     sources = [*data["train"], *data["replay"]]
     kinds = {"documents": "documents", "tokens": "tokens", "trained tokens": "target_tokens"}
@@ -260,7 +242,7 @@ def _first_epoch(data: dict[str, Any]) -> list[Figure]:
              "loss weighs, that is not what you meant.")] if len(sources) > 1 else []
 
 
-def _sources_over_steps(run: LoggedRun) -> list[Figure]:
+def _sources_over_steps(run: LoggedRun) -> list[Drawn]:
     names = list(dict.fromkeys(name for record in run.train for name in record.get("sources", {})))
     counts = np.array([[record.get("sources", {}).get(name, 0) for name in names] for record in run.train], float)
     parts = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)  # (steps, sources)
@@ -333,15 +315,15 @@ def _details(title: str, text: str) -> str:
     return f"<details><summary>{_safe(title)}</summary><pre>{escape(text)}</pre></details>\n" if text else ""
 
 
-def _drawn(panels: list[Panel], caption: str) -> list[Figure]:
+def _drawn(panels: list[Panel], caption: str) -> list[Drawn]:
     return [(lines(panels), caption)] if panels else []
 
 
-def _figures(figures: Sequence[Figure]) -> str:
+def _figures(figures: Sequence[Drawn]) -> str:
     return "".join(f"<figure>{svg}\n<figcaption>{escape(caption)}</figcaption></figure>\n" for svg, caption in figures)
 
 
-def _section(title: str, figures: Sequence[Figure]) -> str:
+def _section(title: str, figures: Sequence[Drawn]) -> str:
     return f"<h2>{title}</h2>\n{_figures(figures)}" if figures else ""
 
 

@@ -2,13 +2,12 @@
 
     Hi<|eot_id|> typed by a user, the control token, ESC     ->     Hi<|eot_id|>⟨<|eot_id|>⟩⟨U+001B⟩
 
-What stands in ⟨ ⟩ is never content: a control token, or a character that cannot be seen or steers a terminal or the
-direction of writing, by its number. A text that contains one of our own signs gets it shown by number too, so nothing
-in the data can pass for a mark, and the text can be had back from what is shown.
+Nothing between ⟨ and ⟩ is content: it is a control token, or the number of a character that cannot be seen, or that
+steers a terminal or the direction of writing. Our own signs in a text are shown by number too, so nothing in the data
+can pass for a mark, and the text can be recovered from what is shown.
 
-Tokens are not characters: ş may be two tokens and an emoji four. Text is decoded in the smallest runs of tokens that
-hold whole characters. A mask that cuts through a character, which no renderer should make, shows as U+FFFD on both
-sides.
+Tokens are not characters: ş may be two tokens and an emoji four. We decode the smallest runs of tokens that hold whole
+characters. A mask that cuts through a character, which no renderer should make, shows as U+FFFD on both sides.
 """
 
 import unicodedata
@@ -23,7 +22,7 @@ from minisft.data.tokenizer import Tokenizer
 OURS = "⟦⟧⟨⟩↵⇥␣"
 LEGEND = "⟨⟩ control tokens and characters that cannot be seen, ↵ newline, ⇥ tab, ␣ space at an edge"
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")  # Unicode categories that cannot be seen, or move what can
-JOINERS = "\u200c\u200d"  # hidden as well, but emoji and some scripts fall apart without them
+VISIBLE = " \u200c\u200d"  # of those: a space, and joiners without which emoji and some scripts fall apart
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,11 @@ class Span:
 
     trained: bool
     control: bool
-    tokens: list[tuple[list[int], str]]  # the smallest runs of whole characters: ids, and what is shown for them
+    tokens: list[tuple[list[int], str]]  # the smallest runs of whole characters: ids, and the text shown for them
 
     @property
     def text(self) -> str:
-        """What is shown for all tokens."""
+        """The text shown for all tokens."""
         return "".join(shown for _, shown in self.tokens)
 
 
@@ -52,12 +51,12 @@ def spans(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> list[Sp
 
 
 def whole_characters(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], str]]:
-    """The smallest runs of `ids` that hold whole characters, with their text; joined, it is the text of `ids`."""
+    """The smallest runs of `ids` that hold whole characters, each with its text."""
     run: list[int] = []
     for token, after in zip_longest(ids, ids[1:]):
         run.append(token)
         text = tokenizer.decode(run)
-        # U+FFFD is a character in pieces, or one of the data: then the next token does not change it.
+        # U+FFFD is part of a character, or one in the data: then the next token does not change it.
         whole = not text.endswith("\ufffd") or after is None
         if whole or tokenizer.decode([*run, after]) == text + tokenizer.decode([after]):
             yield run, text
@@ -74,7 +73,5 @@ def visible(parts: Sequence[str]) -> list[str]:
 
 
 def _character(c: str) -> str:
-    if c in "\n\t":
-        return {"\n": "↵\n", "\t": "⇥\t"}[c]
-    hidden = unicodedata.category(c) in HIDDEN and c != " " and c not in JOINERS
-    return f"⟨U+{ord(c):04X}⟩" if hidden or c in OURS else c
+    hidden = c in OURS or (unicodedata.category(c) in HIDDEN and c not in VISIBLE)
+    return {"\n": "↵\n", "\t": "⇥\t"}.get(c, f"⟨U+{ord(c):04X}⟩" if hidden else c)

@@ -1,4 +1,4 @@
-"""Documents as the model sees them: every token, and which of them are trained.
+"""Documents as the model sees them: every token, and whether it is trained; on a terminal or as a page.
 
     ⟨── document 17 · chats.jsonl:18 · 26 tokens, 6 trained (23.1%) ──⟩
     ⟨<|begin_of_text|>⟩⟨<|start_header_id|>⟩user⟨<|end_header_id|>⟩↵
@@ -7,30 +7,59 @@
     ↵
     ⟦It ends a turn.⟨<|eot_id|>⟩⟧
 
-On a terminal trained tokens are green; without colour they stand between ⟦ and ⟧. What stands in ⟨ ⟩ is never content
+On a terminal trained tokens are green; without colour they stand between ⟦ and ⟧. Nothing between ⟨ and ⟩ is content
 (spans.py), so no conversation can fake a control token, a heading or the end of an answer.
+
+The page begins each pack with its attention, to scale: a row is a token, its columns are the tokens that it sees.
+
+    a .  .  .  .
+    a a  .  .  .      documents a and b: causal triangles along the diagonal, and nothing between them
+    .  .  b  .  .
+    .  .  b  b  .     a row that predicts a trained token has the colour of training
+    .  .  b  b  b
+
+Everything from the data is escaped.
 """
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from html import escape
+from itertools import count, groupby
 
 import numpy as np
 
 from minisft.data.dataset import Dataset
 from minisft.errors import UserError
 from minisft.prepare import Prepared
+from minisft.reports.page import render
 from minisft.reports.spans import LEGEND, Span, spans, visible
 
-FEW = 3  # documents shown where nobody said which
+FEW = 3  # documents shown by default
 TRAINED, CONTROL, HEADING = "32", "2", "1"  # green, dim, bold
+STYLE = """
+:root { --block: #b9c3d1; --trained: #2e9e5b; --mark: #cdeed9 }
+@media (prefers-color-scheme: dark) { :root { --block: #4a5565; --trained: #3fba70; --mark: #17492c } }
+h1 { font-size: 1.2rem } h2 { font-size: .9rem; position: sticky; top: 0; margin: 0; padding: .4rem 0;
+  background: var(--page); border-bottom: 1px solid var(--line) }
+h2:target { border-bottom-color: var(--trained); color: var(--trained) }
+figure { margin: 1rem 0 } figure svg { width: 100%; max-width: 32rem; border: 1px solid var(--line) }
+.share { display: block; width: 100%; height: .7rem }
+.room { fill: var(--line) } .block { fill: var(--block) } .target { fill: var(--trained) }
+a:hover .block { fill: var(--faint) }
+pre { margin: .5rem 0 2rem; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
+  font: .9rem/1.6 ui-monospace, monospace }
+mark { background: var(--mark); color: inherit; border-radius: 2px } .control { color: var(--faint) }
+[data-id]:hover { outline: 1px solid var(--trained) }
+[data-id]:hover::after { content: "token " attr(data-id); position: fixed; left: 0; bottom: 0; padding: .3rem .8rem;
+  background: var(--ink); color: var(--page) }
+"""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document as it is shown."""
+    """A document to show."""
 
     index: int  # in its data set
     origin: str  # file:line
@@ -39,8 +68,8 @@ class Document:
 
     @property
     def heading(self) -> str:
-        """Which document, where it comes from, its tokens."""
-        return f"document {self.index} · {self.origin} · {counts(len(self.trained), int(self.trained.sum()))}"
+        """Its number, origin and tokens."""
+        return f"document {self.index} · {self.origin} · {_counts(self.trained)}"
 
 
 @dataclass(frozen=True)
@@ -49,31 +78,23 @@ class View:
 
     title: str
     documents: list[Document]
-    room: int = 0  # tokens of a full pack; 0 where it is none
+    room: int = 0  # tokens of a full pack; 0 if it is not a pack
 
     @property
-    def tokens(self) -> int:
-        """Of all documents."""
-        return sum(len(document.trained) for document in self.documents)
-
-    @property
-    def target_tokens(self) -> int:
-        """Trained tokens of all documents."""
-        return sum(int(document.trained.sum()) for document in self.documents)
+    def trained(self) -> np.ndarray:
+        """(T,) the masks of all documents, one after another."""
+        return np.concatenate([document.trained for document in self.documents])
 
     @property
     def heading(self) -> str:
-        """What is shown, its tokens, and how full the pack is."""
-        heading = f"{self.title} · {counts(self.tokens, self.target_tokens)}"
-        if not self.room:
-            return heading
-        count = len(self.documents)
-        return f"{heading} · {count:,} document{'s' * (count != 1)}, {self.tokens / self.room:.1%} full"
+        """Its title and tokens, and how full the pack is."""
+        heading, number = f"{self.title} · {_counts(self.trained)}", len(self.documents)
+        return heading if not self.room else (f"{heading} · {number:,} document{'s' * (number != 1)}, "
+                                              f"{len(self.trained) / self.room:.1%} full")
 
 
-def counts(tokens: int, trained: int) -> str:
-    """Tokens and trained tokens in words."""
-    return f"{tokens:,} tokens, {trained:,} trained ({trained / max(tokens, 1):.1%})"
+def _counts(trained: np.ndarray) -> str:
+    return f"{len(trained):,} tokens, {trained.sum():,} trained ({trained.mean():.1%})"
 
 
 # Which documents
@@ -81,18 +102,18 @@ def counts(tokens: int, trained: int) -> str:
 def choose(prepared: Prepared, *, source: str | None = None, index: int | None = None, longest: bool = False,
            random: int | None = None, pack: int | None = None, step: int | None = None,
            whole: bool = False) -> list[View]:
-    """The documents asked for; without a wish the first few of the first pack, or all of it where `whole`.
+    """The documents asked for; by default the first few of the first pack, or all of it with `whole`.
 
-    Documents and packs count from 0, steps from 1 as in metrics.jsonl. Raises UserError for what there is not.
+    Documents and packs count from 0, steps from 1 as in metrics.jsonl. Raises UserError for what does not exist.
     """
     wishes = {"--index": index is not None, "--longest": longest, "--random": random is not None,
               "--pack or --step": pack is not None or step is not None}
-    wished = [name for name in wishes if wishes[name]]
+    wished = [name for name, given in wishes.items() if given]
     if len(wished) > 1:
-        raise UserError(f"{' and '.join(wished)}: each of them chooses documents; give one")
-    if source is not None and wishes["--pack or --step"]:
-        raise UserError(f"--source {source}: a pack holds documents of all sources; leave out --source")
+        raise UserError(f"{' and '.join(wished)}: each of them chooses documents; give only one")
     if wishes["--pack or --step"]:
+        if source is not None:
+            raise UserError(f"--source {source}: a pack holds documents of all sources; leave out --source")
         return _packs(prepared, pack, step)
     if source is None and not wished:
         [view] = _packs(prepared, 0, None)
@@ -101,48 +122,44 @@ def choose(prepared: Prepared, *, source: str | None = None, index: int | None =
     dataset, documents, of = _of_source(prepared, source)
     if index is not None:
         _within("--index", index, documents, f"documents{of}")
-        return [_view(prepared, dataset, [index], "one document")]
-    if longest:
-        found = documents[np.argmax(dataset.lengths[documents])]
-        return [_view(prepared, dataset, [found], f"the longest document{of}")]
-    if random is None:
-        return [_view(prepared, dataset, documents[:FEW], f"the first documents{of}")]
-    if random < 0:
-        raise UserError(f"--random {random}: the seed is a whole number from 0")
-    drawn = np.random.default_rng(random).choice(documents, min(FEW, len(documents)), replace=False)
-    return [_view(prepared, dataset, drawn, f"documents{of} drawn with seed {random}")]
+        chosen, title = np.array([index]), "one document"
+    elif longest:
+        chosen, title = documents[[np.argmax(dataset.lengths[documents])]], f"the longest document{of}"
+    elif random is not None:
+        chosen = np.random.default_rng(random).choice(documents, min(FEW, len(documents)), replace=False)
+        title = f"documents{of} drawn with seed {random}"
+    else:
+        chosen, title = documents[:FEW], f"the first documents{of}"
+    return [_view(prepared, dataset, chosen, title)]
 
 
 def _packs(prepared: Prepared, pack: int | None, step: int | None) -> list[View]:
     """Pack `pack`, or all packs, of step `step`, or of the first epoch."""
     plan = prepared.plan
+    contents: Callable[[int], np.ndarray] = plan.epoch(0).pack
     if step is None:
-        epoch = plan.epoch(0)
-        of, count = "the first epoch", len(epoch)
-        contents: Callable[[int], np.ndarray] = epoch.pack
+        of, number = "the first epoch", len(plan.epoch(0))
     else:
         _within("--step", step, range(1, plan.total_steps + 1), "steps of the run")
         packs = plan.documents(step - 1)
-        of, count, contents = f"step {step}", len(packs), packs.__getitem__
+        of, number, contents = f"step {step}", len(packs), packs.__getitem__
     if pack is not None:
-        _within("--pack", pack, range(count), f"packs of {of}")
+        _within("--pack", pack, range(number), f"packs of {of}")
     return [_view(prepared, prepared.train, contents(i), f"pack {i} of {of}", room=plan.seq_len)
-            for i in (range(count) if pack is None else [pack])]
+            for i in (range(number) if pack is None else [pack])]
 
 
 def _of_source(prepared: Prepared, source: str | None) -> tuple[Dataset, np.ndarray, str]:
-    """-> a data set, its documents of `source` (without one: all training documents), words for messages."""
+    """-> a data set, its documents from `source` (None: all training documents), words for messages."""
     dataset, names = prepared.train, [report.name for report in prepared.train.reports]
     if source is None:
         return dataset, np.arange(len(dataset)), ""
-    if source in names:
-        documents = np.flatnonzero(dataset.store_of == names.index(source))
-    elif source in prepared.evals:
+    if source not in (*names, *prepared.evals):
+        raise UserError(f"--source {source}: no such source; the sources are "
+                        f"{', '.join(dict.fromkeys([*names, *prepared.evals]))}")
+    if source not in names:
         dataset = prepared.evals[source]
-        documents = np.arange(len(dataset))
-    else:
-        there = ", ".join(dict.fromkeys([*names, *prepared.evals]))
-        raise UserError(f"--source {source}: there is no such source; the sources are {there}")
+    documents = np.flatnonzero(dataset.store_of == (names.index(source) if source in names else 0))
     if not len(documents):
         raise UserError(f"--source {source}: none of its documents is left; minisft prepare says why")
     return dataset, documents, f" of {source}"
@@ -153,7 +170,7 @@ def _within(option: str, value: int, choices: range | np.ndarray, what: str) -> 
         raise UserError(f"{option} {value}: the {what} are {choices[0]} to {choices[-1]}")
 
 
-def _view(prepared: Prepared, dataset: Dataset, chosen: np.ndarray | list[int], title: str, *, room: int = 0) -> View:
+def _view(prepared: Prepared, dataset: Dataset, chosen: np.ndarray, title: str, *, room: int = 0) -> View:
     documents = []
     for i in map(int, chosen):
         ids, trained = dataset.document(i)
@@ -165,7 +182,7 @@ def _view(prepared: Prepared, dataset: Dataset, chosen: np.ndarray | list[int], 
 # On the terminal
 
 def print_views(views: list[View], *, ids: bool = False) -> None:
-    """Print to standard output, in colour where that is a terminal and nothing speaks against it."""
+    """Print to standard output, in colour if it is a terminal that shows colours and NO_COLOR is not set."""
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     text = as_text(views, color=color, ids=ids)
     encoding = sys.stdout.encoding
@@ -174,16 +191,13 @@ def print_views(views: list[View], *, ids: bool = False) -> None:
 
 def as_text(views: list[View], *, color: bool, ids: bool = False) -> str:
     """The views as text: continuous, or with `ids` one line for each run of tokens that holds whole characters."""
-    def heading(text: str) -> str:
-        return _paint(f"⟨── {text} ──⟩", HEADING, color)
-
     lines = []
     for view in views:
-        lines += [heading(view.heading), ""]
+        lines += [_paint(f"⟨── {view.heading} ──⟩", HEADING, color), ""]
         for document in view.documents:
-            lines += [heading(document.heading), _listed(document, color) if ids else _flowing(document, color), ""]
-    trained = _trained("trained tokens", color)
-    return "\n".join([*lines, f"{trained}, {LEGEND}"])
+            lines += [_paint(f"⟨── {document.heading} ──⟩", HEADING, color),
+                      _listed(document, color) if ids else _flowing(document, color), ""]
+    return "\n".join([*lines, f"{_trained('trained tokens', color)}, {LEGEND}"])
 
 
 def _flowing(document: Document, color: bool) -> str:
@@ -212,5 +226,53 @@ def _trained(text: str, color: bool) -> str:
 
 
 def _paint(text: str, code: str, color: bool) -> str:
-    """Each line by itself: pagers forget a colour at the end of a line."""
+    """Each line separately: pagers forget a colour at the end of a line."""
     return "\n".join(f"\x1b[{code}m{line}\x1b[0m" for line in text.split("\n")) if color else text
+
+
+# On a page
+
+def as_page(views: list[View]) -> str:
+    """The views as HTML."""
+    numbers = count()
+    sections = "".join(_section(view, numbers) for view in views)
+    legend = f"<p><mark>trained tokens</mark>, {LEGEND}; token ids under the pointer</p>\n"
+    return render(f"minisft show: {views[0].title}", STYLE, sections + legend)
+
+
+def _section(view: View, numbers: Iterator[int]) -> str:
+    """A view; its documents take the next `numbers` on the page, where one document may stand twice."""
+    tokens, start, triangles, texts = len(view.trained), 0, "", ""
+    size = max(tokens, view.room)
+    for document, number in zip(view.documents, numbers, strict=False):
+        triangles += f'<a href="#d{number}"><title>{escape(document.heading)}</title>{_triangle(document, start)}</a>'
+        texts += (f'<h2 id="d{number}">{escape(document.heading)}</h2>\n'
+                  f'<pre>{"".join(map(_span, document.spans))}</pre>\n')
+        start += len(document.trained)
+    bars = "".join(f'<rect class="{kind}" width="{width}" height="1"/>' for kind, width in
+                   (("room", size), ("block", tokens), ("target", int(view.trained.sum()))))
+    return (f"<section><h1>{escape(view.heading)}</h1>\n"
+            '<svg class="share" role="img" aria-label="share of trained tokens" preserveAspectRatio="none" '
+            f'viewBox="0 0 {size} 1">{bars}</svg>\n'
+            f'<figure><svg role="img" aria-label="attention of the pack" viewBox="0 0 {size} {size}">{triangles}</svg>'
+            "\n<figcaption>Attention: a row is a token, its columns are the tokens that it sees. A triangle is a "
+            "document and leads to its text; rows that predict a trained token have the colour of training."
+            "</figcaption></figure>\n"
+            f"{texts}</section>\n")
+
+
+def _triangle(document: Document, start: int) -> str:
+    """The causal attention of a document from column `start`; x are the columns and y the rows, downward."""
+    stop = start + len(document.trained)
+    # Token t is predicted in row t - 1. mask 0 0 1 1 0 1 -> edges at 2 4 5 6 -> rows [1, 3) and [4, 5)
+    edges = np.flatnonzero(np.diff(document.trained.astype(np.int8), prepend=0, append=0)) - 1 + start
+    rows = (f'<polygon class="target" points="{start},{top} {top},{top} {below},{below} {start},{below}"/>'
+            for top, below in edges.reshape(-1, 2).tolist())
+    return f'<polygon class="block" points="{start},{start} {start},{stop} {stop},{stop}"/>{"".join(rows)}'
+
+
+def _span(span: Span) -> str:
+    kind = ' class="control"' if span.control else ""
+    tokens = "".join(f'<span{kind} data-id="{" ".join(map(str, ids))}">{escape(text)}</span>'
+                     for ids, text in span.tokens)
+    return f"<mark>{tokens}</mark>" if span.trained else tokens

@@ -62,8 +62,7 @@ def model_card(name: str, record: dict[str, Any]) -> str:
         f"---\n\n# {title}\n\n{_summary(record)}\n",
         *(["## Earlier rounds, the last one first\n", *earlier, ""] if len(earlier) > 1 else []),
         *_section("Data", "file|use|documents|tokens|trained tokens|passes per epoch|sha256 begins", data),
-        *_section("Held-out losses\n\nIn nats per token; forgetting is the rise of the loss on general text "
-                  "over the base's.",
+        *_section("Held-out losses\n\nIn nats per token; forgetting is how far the loss rose above the base model's.",
                   "held-out data|tokens|loss before|loss after|at step|perplexity before|perplexity after|forgetting",
                   losses),
         *_section("Settings", "key|value", settings),

@@ -74,7 +74,7 @@ def model_name(folder: Path) -> str:
 
 
 def environment() -> Record:
-    """What a run runs on, so that figures can be compared. The devices are this host's; `ranks` are of all hosts."""
+    """Machine and versions, so that figures can be compared. Devices are this host's; `ranks` counts all hosts'."""
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
     packages = {name: metadata.version(name) for name in ("tokenizers", "safetensors", "numpy")}
     return {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv),
@@ -112,20 +112,15 @@ def _losses(log: list[Record]) -> dict[str, Record]:
 def _base(folder: Path) -> Record:
     found: Record = {"name": model_name(folder), "path": str(folder)}
     for key, name in (("config", "config.json"), ("config", "params.json"), ("training", FILE)):
-        file, content = folder / name, None
+        file = folder / name
         if key in found or not file.exists():
             continue
         try:
-            content = json.loads(read_small(file))
-            problem = "" if isinstance(content, dict) else f"expected a JSON object, found {type(content).__name__}"
-        except (ValueError, RecursionError) as error:
-            problem = f"not a readable JSON file ({printable(error, 200)})"
-        if problem:
-            raise UserError(f"{file}: {problem}; the new model's {FILE} keeps its content: repair it, or remove it")
-        found[key] = content
-    try:
-        rounds(found)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / FILE}: not as minisft writes it ({type(error).__name__}: {printable(error, 200)}); "
-                        "repair it, or remove it") from None
+            found[key] = json.loads(read_small(file))
+            if not isinstance(found[key], dict):
+                raise TypeError(f"expected a JSON object, found {type(found[key]).__name__}")
+            rounds(found)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file}: not readable ({type(error).__name__}: {printable(error, 200)}); the new model's "
+                            f"{FILE} will hold its content: repair it, or remove it") from None
     return found
