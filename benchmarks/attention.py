@@ -1,18 +1,18 @@
-"""Attention by document against one call with a dense mask, and what it costs as documents grow.
+"""Attention by document against one call with a dense mask, and its cost as documents grow.
 
     python benchmarks/attention.py FILE TOKENIZER [--tokens 8192] [--rounds 5] [--precision bf16 fp32]
 
-FILE holds conversations in a format that minisft reads, TOKENIZER is a folder with a tokenizer.json. Forward and
-backward pass of one layer's attention, without the projections around it, with the heads of SmolLM2-135M and of
-Llama-3-8B, by turns in one process, the median of the rounds:
+FILE holds conversations in a format that minisft reads, TOKENIZER is a folder with a tokenizer.json. The benchmark runs
+the forward and backward pass of one layer's attention, without its projections, with the heads of SmolLM2-135M and of
+Llama-3-8B. All ways take turns in one process; times are medians of the rounds:
 
     packed from FILE     the middle one, by cost, of minisft's own packs: its documents' real lengths
       minisft            minisft.model.llama.attend
       dense mask         one scaled_dot_product_attention over the stream; the mask lets a token see the earlier ones of
-                         its own document. The mask is ready: a step needs it once for all layers
-      causal, no mask    one call that lets documents see each other: wrong, and the least one call for all could take
-    documents of one     the same number of tokens in documents of 512, 1024, ... tokens, minisft's way; the cost of a
-    length               token is one part that is the same for all, and one that grows with the length
+                         its own document. Making the mask is not timed: a step needs it once for all layers
+      causal, no mask    one call that lets documents see each other: wrong, but a lower bound for any single call
+    documents of one     the same number of tokens in documents of 512, 1024, ... tokens, with minisft; the cost of a
+    length               token has a constant part and a part that grows with the length
 
 `GFLOP/s` counts the products that isolated documents need: 12 H E for each pair of a token and one that it sees.
 """
@@ -53,7 +53,7 @@ Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def packed_lengths(options: argparse.Namespace) -> tuple[int, ...]:
-    """The documents' lengths in the pack that stands in the middle when all packs are sorted by cost."""
+    """Return the documents' lengths in the median pack by cost."""
     with tempfile.TemporaryDirectory() as cache:
         renderer = Renderer(load_templates()[options.template], Tokenizer(options.tokenizer))
         source = Source(str(options.file), format="auto", name="bench")
@@ -74,7 +74,7 @@ def by_document(lengths: tuple[int, ...]) -> Way:
 
 
 def one_call(mask: Tensor | None) -> Way:
-    """One call for the whole stream; without a mask it is causal over all of it."""
+    """Make one call for the whole stream; without a mask it is causal over all of it."""
     def way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -83,13 +83,13 @@ def one_call(mask: Tensor | None) -> Way:
 
 
 def dense_mask(lengths: tuple[int, ...]) -> Tensor:
-    """(1, 1, T, T) whether a token sees another."""
+    """(1, 1, T, T): True if a token sees another."""
     document = torch.repeat_interleave(torch.tensor(lengths))
     return (document[:, None] == document).tril()[None, None]
 
 
 def race(ways: dict[str, Way], tokens: int, heads: str, precision: str, rounds: int) -> dict[str, tuple[float, Tensor]]:
-    """Median seconds of forward and backward pass and the output, after one round that is not counted."""
+    """Return median seconds of forward and backward pass, and the output, after one warm-up round."""
     torch.manual_seed(0)
     queries, shared, width = HEADS[heads]
     q, k, v = (torch.randn(tokens, n, width).to(DTYPES[precision]).requires_grad_() for n in (queries, shared, shared))
@@ -107,20 +107,20 @@ def race(ways: dict[str, Way], tokens: int, heads: str, precision: str, rounds: 
 
 
 def products(lengths: tuple[int, ...], heads: str) -> int:
-    """FLOPs of forward and backward pass: two products of 2 E for each pair and head, and twice as much backwards."""
+    """Count the FLOPs: two products of 2 E for each pair and head, and twice as many in the backward pass."""
     queries, _, width = HEADS[heads]
     return 12 * queries * width * sum(n * (n + 1) // 2 for n in lengths)
 
 
 def packed(lengths: tuple[int, ...], heads: str, precision: str, rounds: int) -> None:
-    """The table of the packed stream."""
+    """Print the table of the packed stream."""
     ways = {"minisft": by_document(lengths), "dense mask": one_call(dense_mask(lengths)),
             "causal, no mask": one_call(None)}
     found = race(ways, sum(lengths), heads, precision, rounds)
     base, out = found["minisft"]
     distance = (out.float() - found["dense mask"][1].float()).abs().max().item()
     if distance > TOLERANCE[precision]:
-        sys.exit(f"error: minisft and the dense mask differ by {distance:.1e}: they do not compute the same")
+        sys.exit(f"error: minisft and the dense mask differ by {distance:.1e}: they compute different things")
     print(f"\n{heads}, {precision}, packed: {sum(lengths):,} tokens in {len(lengths)} documents; minisft and the dense "
           f"mask differ by at most {distance:.0e}")
     for name, (seconds, _) in found.items():
@@ -129,7 +129,7 @@ def packed(lengths: tuple[int, ...], heads: str, precision: str, rounds: int) ->
 
 
 def by_length(tokens: int, heads: str, precision: str, rounds: int) -> None:
-    """The table of documents of one length."""
+    """Print the table of documents of one length."""
     lengths = {n: (n,) * (tokens // n) for n in (2**i for i in range(9, tokens.bit_length())) if n <= tokens}
     if not lengths:
         return
@@ -144,7 +144,7 @@ def by_length(tokens: int, heads: str, precision: str, rounds: int) -> None:
 
 
 def main() -> None:
-    """Print both tables for each kind of heads and precision."""
+    """Print both tables for each model's heads and each precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("tokenizer", type=Path)

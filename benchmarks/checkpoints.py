@@ -1,10 +1,10 @@
-"""How long a save and a resume take, against torch.save and torch.load of the same tensors.
+"""Seconds that a save and a resume take, against torch.save and torch.load of the same tensors.
 
     python benchmarks/checkpoints.py MODEL [--rounds N]
 
 MODEL is a Hugging Face folder. The state is what a run saves: fp32 weights and both moments of AdamW, 12 bytes a
-parameter. `stall` is what the training step waits for; `durable` is until everything is on the disk, with fsync on both
-sides. minisft also computes sha256 digests when it saves, and holds them against the files when it resumes.
+parameter. `stall` is how long the training step waits; `durable` is until everything is on the disk, with fsync on both
+sides. minisft also computes sha256 digests when it saves, and checks them when it resumes.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Multiple choice beside lm-evaluation-harness: the same model and questions, log-likelihood by log-likelihood.
+"""Multiple choice against lm-evaluation-harness: the same model and questions, compared by log-likelihood.
 
     python benchmarks/choices.py MODEL FILE... [--style letter|text] [--shots K] [--limit N] [--chat] [--json FILE]
 
-lm-evaluation-harness runs its own tasks, with its own prompts: mmlu_* and turkishmmlu_* for `letter`, arc_easy for
-`text`; only their data are replaced by what Python's csv and json read from each FILE: MMLU's CSV with a first row of
-names, TurkishMMLU's JSON, or with `--style text` ARC's JSON lines. Where questions serve as each other's shots, both
-take the first others of the file. Both compute in fp32, lm-evaluation-harness with one request a batch. With `--chat`
-its description is in a system turn, where minisft's is in the first user turn, so `--chat` takes files without one:
-TurkishMMLU's, or any as `text`.
+lm-evaluation-harness runs its own tasks with its own prompts: mmlu_* and turkishmmlu_* for `letter`, arc_easy for
+`text`. Only their data are replaced, by what Python's csv and json read from each FILE: MMLU's CSV with a header row,
+TurkishMMLU's JSON, or with `--style text` ARC's JSON lines. If questions serve as each other's shots, both take the
+first other questions of the file. Both compute in fp32, lm-evaluation-harness with one request a batch. With `--chat`
+the harness puts its description into a system turn and minisft into the first user turn, so `--chat` takes files
+without a description: TurkishMMLU's, or any as `text`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LETTERS = "ABCDE"
 
 
 def task(manager: object, file: Path, style: str, folder: Path) -> dict:
-    """lm-evaluation-harness's task for `file`, whose questions are written anew in the fields that it reads."""
+    """Return lm-evaluation-harness's task for `file`, with the questions rewritten to the fields that it reads."""
     if file.suffix == ".csv":
         with open(file, newline="", encoding="utf-8") as text:
             rows = list(csv.DictReader(text))
@@ -62,7 +62,7 @@ def task(manager: object, file: Path, style: str, folder: Path) -> dict:
 
 
 def harness(model: object, manager: object, file: Path, options: argparse.Namespace) -> list[dict]:
-    """Of each question: its log-likelihoods, and whether each score found the answer."""
+    """Return each question's log-likelihoods, and True for each score that finds the answer."""
     from lm_eval.evaluator import simple_evaluate
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""What it costs to be two: one process with two threads against two processes with one thread each.
+"""The cost of a second process: one with two threads against two with one thread each.
 
     python benchmarks/communication.py MODEL DATA TEMPLATE [--packs N] [--seq-len N] [--steps N] [--rounds N]
 
-Both train the same batches with train.py, in as many cores and with as many tokens a forward pass; the two share the
-model and talk over gloo, in the memory of one machine. They take turns; the rate is that of the steps after the first.
-What is lost is not all talk: a process more runs Python, and each waits for the slower one, while threads that share a
-matrix product wait for each other inside it. The last line says how much of two ranks' steps passes in collectives and
-in waiting for them, from a run with --profile.
+Both train the same batches with train.py, on as many cores and with as many tokens a forward pass; the two processes
+share the model and communicate over gloo, in the memory of one machine. They take turns; the rate is that of the steps
+after the first. Not all of the loss is communication: a second process runs Python too, and each waits for the slower
+one, while threads that share a matrix product wait for each other inside it. The last line says how much of the two
+ranks' time passes in collectives and in waiting for them, from a run with --profile.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(options: argparse.Namespace, folder: Path, ranks: int, threads: int, *more: str) -> float:
-    """Tokens a second of a run, without its first step."""
+    """Return the tokens a second of a run, without its first step."""
     recipe = folder / "empty.toml"
     recipe.write_text("")
     settings = {"model.path": options.model, "data.train": options.data, "data.template": options.template,
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, folder: Path, ranks: int, threads: int, *mo
 
 
 def main() -> None:
-    """Run by turns, print rates and the overhead."""
+    """Run both in turn, and print their rates and the overhead."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
@@ -72,7 +72,7 @@ def main() -> None:
         options.steps = 5
         run(options, folder, 2, 1, "--run.dir", str(folder / "profiled"), "--profile")
         table = (folder / "profiled/profile/table.txt").read_text()
-        print("of two ranks' steps:", "; ".join(" ".join(found) for found in re.findall(
+        print("of two ranks' time:", "; ".join(" ".join(found) for found in re.findall(
             r"([\d.]+%)  (communication|sharding|Python, dispatch, waiting)", table)))
 
 

@@ -1,4 +1,4 @@
-"""What the data cost: tokenising against the tokenizer alone and against TRL, memory, packing, balance of the ranks.
+"""The cost of data: tokenising against the tokenizer alone and against TRL, memory, packing, balance of the ranks.
 
     python benchmarks/data.py tokenise FILE TOKENIZER [--conversations N] [--join N] [--rounds N]
     python benchmarks/data.py trl      FILE TOKENIZER [--conversations N] [--join N] [--rounds N]
@@ -7,12 +7,12 @@
     python benchmarks/data.py balance  FILE TOKENIZER [--conversations N] [--seq-len N] [--ranks N] [--packs N]
 
 FILE is a JSON array of ShareGPT conversations, TOKENIZER a folder with a tokenizer.json. The conversations are repeated
-with one word in ten misspelt, so that the tokenizer's cache of words does not flatter; `--join` puts several into one,
-for longer ones. All that is compared runs on all cores, by turns in one process, and the median of the rounds is told,
-with the CPU time beside the time of the clock: on a machine that others use, only the first is steady.
+with one word in ten misspelt, so that the tokenizer's word cache does not flatter the figures; `--join` merges several
+into a longer one. Everything compared runs on all cores, in turn in one process. Times are medians of the rounds, wall
+time and CPU time: on a machine that others use, only the CPU time is steady.
 
-Packing takes lengths only: those of FILE, each times exp(N(0, 0.1)), and those of a model of long conversations,
-lognormal with a median of 1,000 tokens and sigma 1.1; what is over --seq-len is left out.
+Packing needs only lengths: those of FILE, each times exp(N(0, 0.1)), and those of a model of long conversations,
+lognormal with a median of 1,000 tokens and sigma 1.1; lengths over --seq-len are left out.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from minisft.prepare import read_source
 
 
 def varied(conversations: list[dict], count: int, join: int, misspelt: float = 0.1) -> Iterator[dict]:
-    """`count` conversations, each of `join` of the given ones after another, with misspelt words from the start."""
+    """Yield `count` conversations, each of `join` of the given ones in a row, with misspelt words."""
     rng = random.Random(0)
 
     def misspell(word: re.Match) -> str:
@@ -64,17 +64,17 @@ def varied(conversations: list[dict], count: int, join: int, misspelt: float = 0
 
 
 def load(file: Path) -> list[dict]:
-    """The conversations of FILE; UserError where it is not what `varied` and `trl` can take."""
+    """Read the conversations of FILE. Raises UserError if `varied` and `trl` cannot use them."""
     try:
         conversations = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError as error:  # broken JSON, or no UTF-8
-        raise UserError(f"{file}: is no JSON array ({error}); this benchmark reads ShareGPT's .json only") from None
+    except ValueError as error:  # broken JSON or UTF-8
+        raise UserError(f"{file}: not a JSON array ({error}); this benchmark reads only ShareGPT's .json") from None
     try:
         roles = {turn["from"] for record in conversations for turn in record["conversations"] if turn["value"] + ""}
     except (TypeError, KeyError):
-        raise UserError(f"{file}: is not ShareGPT's form, [{{\"conversations\": [{{\"from\", \"value\"}}, ...]}}, "
+        raise UserError(f"{file}: not in ShareGPT's form, [{{\"conversations\": [{{\"from\", \"value\"}}, ...]}}, "
                         "...]") from None
     if not roles or roles - {"human", "gpt"}:
         raise UserError(f"{file}: turns must be from \"human\" and \"gpt\"; found {', '.join(sorted(roles)) or 'none'}")
@@ -82,7 +82,7 @@ def load(file: Path) -> list[dict]:
 
 
 def write(options: argparse.Namespace, folder: Path) -> Path:
-    """The JSON lines of a run: at most 20,000 different ones, each again with a number of its own."""
+    """Write a run's JSON lines: at most 20,000 different ones, repeated with a number of their own."""
     file = folder / "data.jsonl"
     conversations = load(options.file)
     records = [json.dumps(record, ensure_ascii=False)
@@ -102,14 +102,14 @@ def store_of(file: Path, renderer: Renderer, cache: Path) -> Store:
 
 
 def clocked(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the clock and of all cores."""
+    """Return wall seconds and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def tokenise(options: argparse.Namespace, folder: Path) -> None:
-    """The store from the file, beside the ways to have the tokenizer alone do the same."""
+    """Compare making the store from the file with ways to have the tokenizer alone do the same."""
     file = write(options, folder)
     renderer = Renderer(load_templates()["llama3"], Tokenizer(options.tokenizer))
     backend = tokenizers.Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
@@ -148,13 +148,13 @@ def tokenise(options: argparse.Namespace, folder: Path) -> None:
         wall, cpu = (median(column) for column in zip(*times, strict=True))
         ratio = median(time[0] / base[0] for time, base in zip(times, seconds[first], strict=True))
         print(f"{name:<38}{wall:7.2f} s{cpu:7.2f} CPU s  {report.tokens / wall / 1e6:5.2f} M tokens/s  "
-              f"{report.tokens / cpu / 1e6:5.2f} M tokens/CPU s  clock x{ratio:.2f} of the first")
+              f"{report.tokens / cpu / 1e6:5.2f} M tokens/CPU s  wall x{ratio:.2f} of the first")
 
 
 def trl(options: argparse.Namespace, folder: Path) -> None:
-    """`SFTTrainer._prepare_dataset` alone, without a model: tokenise, mask, pack; then the same with the store.
+    """Time `SFTTrainer._prepare_dataset` alone, without a model (tokenise, mask, pack), and then the store.
 
-    One round more than asked for, and the first, in which TRL imports and compiles its template, does not count.
+    One extra round comes first and does not count: in it TRL imports and compiles its template.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -163,7 +163,7 @@ def trl(options: argparse.Namespace, folder: Path) -> None:
         from trl import SFTConfig, SFTTrainer
         from trl.chat_template_utils import llama3_training_chat_template
     except ImportError as error:
-        raise UserError(f"{error}: pip install -e '.[bench]' first; it brings TRL") from None
+        raise UserError(f"{error}: run pip install -e '.[bench]' first, which installs TRL") from None
 
     file = write(options, folder)
     for library in ("datasets", "trl", "transformers"):
@@ -192,7 +192,7 @@ def trl(options: argparse.Namespace, folder: Path) -> None:
     for (name, seconds), count in zip(times.items(), tokens, strict=True):
         print(f"{name:<10}{median(seconds):8.2f} s{count:12,} tokens{count / median(seconds) / 1e6:8.3f} M tokens/s")
     print(f"minisft is {median(times['TRL']) / median(times['minisft']):.1f} times as fast "
-          f"(TRL with {os.cpu_count()} processes, packing included; minisft's from the file, without packing)")
+          f"(TRL with {os.cpu_count()} processes and packing; minisft from the file, without packing)")
 
 
 MEMORY = """
@@ -223,8 +223,8 @@ print(f"{what}: {len(store):,} documents, {store.report.tokens:,} tokens in {sec
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
-    """The store of many conversations, made and opened again, each in a process of its own."""
-    Renderer(load_templates()["llama3"], Tokenizer(options.tokenizer))  # what is wrong with it shows here, in one line
+    """Make and reopen the store of many conversations, each in its own process."""
+    Renderer(load_templates()["llama3"], Tokenizer(options.tokenizer))  # fails here, in one line, if it is broken
     file = write(options, folder)
     print(f"{file.stat().st_size / 1e6:,.0f} MB of JSON lines")
     for what in ("make", "open"):
@@ -235,7 +235,7 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
 
 
 def lengths_of(options: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
-    """(n,) tokens of each document, by where the lengths are from."""
+    """Return (n,) tokens of each document, by the source of the lengths."""
     renderer = Renderer(load_templates()["llama3"], Tokenizer(options.tokenizer))
     store = store_of(options.file, renderer, folder)
     rng, count, found = np.random.default_rng(0), options.conversations, np.diff(store.offsets)
@@ -246,7 +246,7 @@ def lengths_of(options: argparse.Namespace, folder: Path) -> dict[str, np.ndarra
 
 
 def packing(options: argparse.Namespace, folder: Path) -> None:
-    """The plan of a run: time, fill, memory."""
+    """Print time, fill and memory of a run's plan."""
     for name, lengths in lengths_of(options, folder).items():
         plans: list[Plan] = []
         wall, cpu = clocked(lambda lengths=lengths, plans=plans: plans.append(Plan(
@@ -257,9 +257,9 @@ def packing(options: argparse.Namespace, folder: Path) -> None:
 
 
 def balance(options: argparse.Namespace, folder: Path) -> None:
-    """What ranks differ by, with the packs of a step dealt in turn and dealt by their cost (documents' length squared).
+    """Compare how uneven ranks are when packs are dealt in turn and by cost (documents' length squared).
 
-    `wait`: in each round all ranks wait for the dearest micro-batch; the sum of these over the mean rank's sum.
+    `wait`: in each round all ranks wait for the most expensive micro-batch; the sum of these over the mean rank's sum.
     """
     ranks = options.ranks
     for name, lengths in lengths_of(options, folder).items():
@@ -267,9 +267,9 @@ def balance(options: argparse.Namespace, folder: Path) -> None:
         rows: dict[str, list] = {"dealt in turn": [], "dealt by cost": []}
         epoch, size = plan.epoch(0), ranks * options.packs
         if len(epoch) < size:
-            raise UserError(f"{name}: makes no full step of {ranks} x {options.packs} packs of {options.seq_len:,} "
-                            "tokens; raise --conversations, or lower --packs, --ranks or --seq-len")
-        for first in range(0, min(300 * size, len(epoch) // size * size), size):  # full steps: a plan's may be smaller
+            raise UserError(f"{name}: does not make a full step of {ranks} x {options.packs} packs of "
+                            f"{options.seq_len:,} tokens; raise --conversations, or lower --packs, --ranks, --seq-len")
+        for first in range(0, min(300 * size, len(epoch) // size * size), size):  # full steps; a plan has smaller ones
             costs = np.array([np.square(lengths[epoch.pack(i)]).sum() for i in range(first, first + size)])
             in_turn = [list(range(rank, len(costs), ranks)) for rank in range(ranks)]
             for way, hands in zip(rows, (in_turn, deal(costs, ranks=ranks)), strict=True):
@@ -291,12 +291,12 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--conversations", type=int, default=20_000)
-    parser.add_argument("--join", type=int, default=1, help="conversations put into one (1)")
+    parser.add_argument("--join", type=int, default=1, help="conversations merged into one (1)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--packs", type=int, default=4, help="packs a rank has in a step (4)")
+    parser.add_argument("--packs", type=int, default=4, help="packs of a rank in a step (4)")
     options = parser.parse_args()
     for name in ("conversations", "join", "rounds", "seq_len", "epochs", "ranks", "packs"):
         if getattr(options, name) < 1:

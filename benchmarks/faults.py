@@ -2,12 +2,11 @@
 
     python benchmarks/faults.py [--only WORD ...] [--kills N]
 
-Each fault is a real one: processes are killed, stopped and signalled, disks fill up, bits are flipped. `survived` are
-the runs that went on to their end, or, where going on would be wrong, stopped with the exit code and the words that a
-person needs. `lost steps` is the most work that had to be done again. `bit-identical` counts the runs whose log and
-final weights are those of a run that nothing happened to. What was not as promised goes to stderr. The model is that of
-the tests; it takes about ten minutes on two cores. Disks are small file systems in memory, which needs root; those rows
-are left out without it.
+Every fault is real: processes are killed, stopped and signalled, disks fill up, bits are flipped. `survived` counts the
+runs that finished, or that rightly stopped with the exit code and the message a person needs. `lost steps` is the most
+work that had to be repeated. `bit-identical` counts the runs whose log and final weights equal those of an undisturbed
+run. Anything unexpected goes to stderr. The model is that of the tests; all rows take about ten minutes on two cores.
+Disks are small file systems in memory, which need root; without root those rows are left out.
 """
 
 import argparse
@@ -60,7 +59,7 @@ CONVERSATIONS = TESTS / "oracles/conversations.jsonl"
 
 @dataclass
 class Row:
-    """What became of one kind of fault."""
+    """The results of one kind of fault."""
 
     fault: str
     injected: int = 0
@@ -70,7 +69,7 @@ class Row:
     identical: int = 0
 
     def count(self, what: object, as_promised: object, output: object = "") -> None:
-        """Count one fault, `what`; one that did not end `as_promised` is told to stderr."""
+        """Count one fault, `what`; report it on stderr if it did not end `as_promised`."""
         self.injected += 1
         self.survived += bool(as_promised)
         if not as_promised:
@@ -83,7 +82,7 @@ class Row:
 
 
 class Bench:
-    """A folder with the base model, and runs in it: alone (a forked process) or under torchrun."""
+    """A folder with the base model and runs, each alone (a forked process) or under torchrun."""
 
     def __init__(self, folder: Path, *, kills: int):
         self.folder, self.kills, self.random = folder, kills, random.Random(0)
@@ -98,12 +97,12 @@ class Bench:
         return self.folder / f"run-{self._number}"
 
     def start(self, folder: Path, **overrides) -> int:
-        """The process of a run in `folder`; what it prints goes to `folder`/printed."""
+        """Start a run in `folder`, which prints to `folder`/printed; returns its process."""
         argv = options(self.base, folder, **{**SETTINGS, **overrides})
         return self.fork(folder, lambda: train(argv))
 
     def fork(self, folder: Path, work: Callable[[], int]) -> int:
-        """The process of `work`; one that hangs is ended after `patience`, and 4 GiB are all that it gets."""
+        """Start `work` in a process with at most `patience` seconds and 4 GiB; returns the process."""
         folder.mkdir(parents=True, exist_ok=True)
         child = os.fork()  # torch is loaded already, and has not computed anything in this process
         if child:
@@ -123,17 +122,17 @@ class Bench:
         os._exit(code)
 
     def ended(self, folder: Path, child: int) -> tuple[int, str]:
-        """Exit code and output of a process when it ends."""
+        """Wait for a process; returns its exit code and output."""
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return code, (folder / "printed").read_text(errors="replace")
 
     def run(self, folder: Path, **overrides) -> tuple[int, str]:
-        """Exit code and output of a run that nothing happens to."""
+        """Run undisturbed; returns exit code and output."""
         return self.ended(folder, self.start(folder, **overrides))
 
     def call(self, *argv: object, folder: Path, plant: Callable[[], object] = lambda: None,
              main: Callable[[list[str]], int] = command) -> tuple[int, str]:
-        """Exit code and output of a command in `folder`, after `plant` in its process."""
+        """Run a command in `folder`, after `plant` in its process; returns exit code and output."""
         def work() -> int:
             os.chdir(folder)
             plant()
@@ -142,7 +141,7 @@ class Bench:
         return self.ended(folder, self.fork(folder, work))
 
     def stopped(self, steps: int) -> Path:
-        """A run that has `steps` behind it and may go on; a copy, for the caller to damage."""
+        """Return a run that stopped after `steps` and can resume: a copy that the caller may damage."""
         if steps not in self._stopped:
             self._stopped[steps] = folder = self.new()
             assert self.run(folder, train__max_steps=steps)[0] == 0
@@ -156,7 +155,7 @@ class Bench:
                       **{**SETTINGS, **overrides})
 
     def whole(self, ranks: int = 1, steps: int = STEPS) -> tuple:
-        """Log and final weights of the run that nothing happens to."""
+        """Return the log and the final weights of the undisturbed run."""
         if (ranks, steps) not in self._whole:
             folder = self.new()
             if ranks == 1:
@@ -181,7 +180,7 @@ class Bench:
 
     def finished(self, row: Row, folder: Path, output: str, *, before: int | None = None, ranks: int = 1,
                  steps: int = STEPS, code: int = 0) -> None:
-        """Count a run that went on to its end; `before`: the steps it had done when the fault came."""
+        """Count a run that finished; `before`: the steps it had done when the fault came."""
         if before is not None:
             row.count(folder.name, code == 0 and (folder / "run/final").exists(), output)
         went_on = re.findall(r"after step (\d+)", output)
@@ -234,7 +233,7 @@ def killed_in_a_save(bench: Bench) -> Row:
 
 
 def asked_to_stop(bench: Bench) -> Row:
-    row = Row("SIGTERM, SIGINT, SIGUSR1: saves, exit 75, goes on")
+    row = Row("SIGTERM, SIGINT, SIGUSR1: saves, exit 75, resumes")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) * 2:
         folder = bench.new()
         child = bench.start(folder)
@@ -250,7 +249,7 @@ def asked_to_stop(bench: Bench) -> Row:
 
 
 def one_of_two(bench: Bench) -> Iterator[Row]:
-    """Faults of one rank of two under torchrun, which starts both again."""
+    """Break one rank of two under torchrun, which starts both again."""
     plants = {"die": "a rank of two killed, restarted by torchrun",
               "raise": "a rank of two fails with a bug, restarted",
               "hang": "a rank of two hangs, ended by parallel.timeout, restarted"}
@@ -262,7 +261,7 @@ def one_of_two(bench: Bench) -> Iterator[Row]:
             output = process.communicate()[0]
             bench.finished(row, folder, output, before=at - 1, ranks=2, code=process.returncode)
         yield row
-    row = Row("SIGTERM to a rank of two or to torchrun: exit 75, goes on")
+    row = Row("SIGTERM to a rank of two or to torchrun: 75, resumes")
     for target in (0, 1, "torchrun"):
         folder = bench.new()
         process = bench.torchrun(folder)
@@ -302,7 +301,7 @@ def one_of_two(bench: Bench) -> Iterator[Row]:
 
 
 def damaged(bench: Bench) -> Iterator[Row]:
-    """Faults of the files of the newest checkpoint: the one before it is taken."""
+    """Damage files of the newest checkpoint: the run resumes from the one before."""
     stopped = bench.new()
     child = bench.start(stopped)
     bench.wait(stopped, 12)
@@ -327,7 +326,7 @@ def damaged(bench: Bench) -> Iterator[Row]:
 
 
 def refused(bench: Bench) -> Iterator[Row]:
-    """What must not be done is refused in words, and nothing is touched."""
+    """Ask for what must not be done: it is refused with a reason, and nothing changes."""
     row = Row("other data, length, seed, batch or mask on resume: exit 2")
     stopped = bench.new()
     child = bench.start(stopped)
@@ -386,8 +385,8 @@ def small_disk(folder: Path, size: int, *extra: str) -> Iterator[None]:
 
 
 def disks(bench: Bench) -> Iterator[Row]:
-    """Disks that are full or cannot be written."""
-    row, checkpoint = Row("a full disk at a save: exit 4, goes on when there is room"), 12 * 127_000
+    """Use disks that are full or read-only."""
+    row, checkpoint = Row("a full disk at a save: exit 4, resumes when there is room"), 12 * 127_000
     for _ in range(3):
         folder = bench.new()
         with small_disk(folder / "run", 8 * checkpoint):
@@ -415,7 +414,7 @@ def disks(bench: Bench) -> Iterator[Row]:
 
 
 def hosts(bench: Bench) -> Row:
-    """The tests of two hosts, as they stand."""
+    """Run the tests of two hosts."""
     row, command = Row("one of two hosts cut off or dead (tests/test_two_hosts.py)"), [sys.executable, "-m", "pytest"]
     output = subprocess.run([*command, "-m", "slow", TESTS / "test_two_hosts.py", "-k", "cut_off or dead"], text=True,
                             capture_output=True, cwd=TESTS.parent).stdout
@@ -425,7 +424,7 @@ def hosts(bench: Bench) -> Row:
 
 
 def stores(bench: Bench) -> Iterator[Row]:
-    """The tokenised data are not as they were written: made again from their file."""
+    """Damage the tokenised data: they are rebuilt from their file."""
     made, steps = bench.new(), 3
     assert bench.run(made, train__max_steps=steps)[0] == 0
     shutil.rmtree(made / "run")
@@ -503,7 +502,7 @@ def not_finite(bench: Bench) -> Row:
 
 
 def settings(bench: Bench) -> Row:
-    row = Row("a setting changed on resume: said and recorded by step")
+    row = Row("a setting changed on resume: reported, recorded by step")
     for key, was, now in (
             ("optim.lr", 1e-3, 1e-4), ("optim.weight_decay", 0.0, 0.1), ("optim.clip_norm", 1.0, 0.5),
             ("optim.schedule", "constant", "cosine"), ("optim.label_smoothing", 0.0, 0.1), ("optim.z_loss", 0.0, 1e-4),
@@ -519,8 +518,8 @@ def settings(bench: Bench) -> Row:
 
 
 def logs(bench: Bench) -> Iterator[Row]:
-    """The files beside the checkpoints, of a run that goes on: cut, foreign, not text."""
-    row, steps = Row("a log cut short: said; the weights are the same"), 9
+    """Damage the files beside the checkpoints of a run that resumes: cut off, foreign, not text."""
+    row, steps = Row("a log cut short: reported; the weights are the same"), 9
     for left in (0, 1, 3, 5, 0.5, 0.7):
         folder = bench.stopped(6)
         file = folder / "run/metrics.jsonl"
@@ -551,7 +550,7 @@ def logs(bench: Bench) -> Iterator[Row]:
         row.count(line[:40], code == 2 and f"{file}:4: not a metrics record (" in output
                   and "Traceback" not in output and file.read_bytes() == before, output)
     yield row
-    row = Row("config.toml, data.json, ... of a run not text: it goes on")
+    row = Row("config.toml, data.json, ... are not text: the run resumes")
     for name in ("config.toml", "data.json", "environment.json", "status.json"):
         for content in (b"\xff\xfe", b"", b"\0" * 4096):
             folder = bench.stopped(6)
@@ -562,7 +561,7 @@ def logs(bench: Bench) -> Iterator[Row]:
 
 
 def exports(bench: Bench) -> Row:
-    """What keeps a model from being written comes after the check at the start; the same command then only exports."""
+    """Make the export fail after the check at the start; the same command then only exports."""
     row, steps = Row("an export that fails: exit 4, again without training"), 8
 
     def trained_again(*_):
@@ -592,15 +591,15 @@ def exports(bench: Bench) -> Row:
 
 
 def broken_pipe() -> int:
-    """The end for writing of a pipe whose reader is dead."""
+    """Return the write end of a pipe whose reader is gone."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
 
 
 def streams_of_output(bench: Bench) -> Iterator[Row]:
-    """Whoever reads the output is gone, or cannot take it."""
-    row, steps = Row("output closed, full or without a reader: the run goes on"), 3
+    """Remove the reader of the output, or fill its disk."""
+    row, steps = Row("output closed, full or without a reader: the run continues"), 3
 
     def redirected(*numbers: int, to: Callable[[], int]) -> None:
         for number in numbers:
@@ -637,7 +636,7 @@ def streams_of_output(bench: Bench) -> Iterator[Row]:
             row.count((verb[0], expected), code == expected and "Traceback" not in output
                       and output.count("error: ") == (expected != 0), output)
     yield row
-    row = Row("a terminal that closes (SIGHUP): saves, exit 75, goes on")
+    row = Row("a terminal that closes (SIGHUP): saves, exit 75, resumes")
     for _ in range(3):
         folder = bench.new()
         argv = options(bench.base, folder, **SETTINGS)
@@ -653,14 +652,14 @@ def streams_of_output(bench: Bench) -> Iterator[Row]:
 
 
 def contents(room: Path) -> dict:
-    """Digests of the files of a folder, but for what is printed there."""
+    """Return digests of the files of a folder, except of printed output."""
     return {file: hashlib.sha256(file.read_bytes()).digest() for file in room.rglob("*")
             if file.is_file() and not file.is_symlink() and file.name not in ("printed", ".lock")}
 
 
 def outputs(bench: Bench) -> Iterator[Row]:
-    """Outputs that would write over what is read, or over no file."""
-    row, room = Row("an output named onto an input: exit 2, all files as before"), bench.new()
+    """Name outputs that would overwrite an input, or that are not files."""
+    row, room = Row("an output path is an input: exit 2, no file changes"), bench.new()
     code, output = bench.ended(room, bench.fork(room, lambda: int(room_of_files(bench.base, room) is None)))
     assert code == 0, output
     of_recipes = ("data.jsonl", "general.jsonl", "recipe.toml", "model/config.json", "model/tokenizer.json",
@@ -685,7 +684,7 @@ def outputs(bench: Bench) -> Iterator[Row]:
         code, output = bench.call("convert", "model", target, folder=room)
         row.count(("convert", target), code == 2 and "error: " in output and contents(room) == before, output)
     yield row
-    row = Row("an output named onto a device, a pipe or a folder: exit 2")
+    row = Row("an output path is a device, a pipe or a folder: exit 2")
     os.mkfifo(room / "pipe")
     for line in commands:
         for name, said in (("/dev/null", "is a device"), ("pipe", "is a device, a pipe"), ("model", "is a folder")):
@@ -695,7 +694,7 @@ def outputs(bench: Bench) -> Iterator[Row]:
 
 
 def no_files(bench: Bench) -> Iterator[Row]:
-    """What is named is no file, or has no end."""
+    """Name inputs that are not files, or that have no end."""
     row = Row("pipes, devices, endless files as input: exit 2 in 20 seconds")
 
     def endless(place: Path) -> None:
@@ -748,7 +747,7 @@ def no_files(bench: Bench) -> Iterator[Row]:
 
 
 def fields_of_records(bench: Bench) -> Iterator[Row]:
-    """One record of three has one field more; `minisft prepare --json` tells what became of it."""
+    """Give one of three records an extra field; `minisft prepare --json` reports the result."""
     talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     folder = bench.new()
 
@@ -770,7 +769,7 @@ def fields_of_records(bench: Bench) -> Iterator[Row]:
         reason = "marked as not trained" if name in ("weight", "train") else name
         row.count(name, code == 0 and report["documents"] == 2 and reason in output, output)
     yield row
-    row = Row("a field that nobody knows: counted by name, and harmless")
+    row = Row("an unknown field: counted by name, and harmless")
     for name in ("topic", "source", "lang", "\x1b[2J", "a\nb", "`x`", "<b>", "y" * 5000):
         code, output, report = prepared({**talk, name: 1})
         shown = name if name.isidentifier() and len(name) < 60 else ascii(name)[1:7]
@@ -788,7 +787,7 @@ def fields_of_records(bench: Bench) -> Iterator[Row]:
 
 
 def names_of_others(bench: Bench) -> Row:
-    row = Row("keys as other programs name them: exit 2 with ours")
+    row = Row("other programs' names of keys: exit 2 with ours")
     known = """
         learning_rate optim.lr, num_train_epochs train.epochs, max_seq_length data.seq_len, bf16 train.precision,
         per_device_train_batch_size batch.micro_packs, gradient_accumulation_steps batch.packs, lora_r lora.rank,
@@ -809,7 +808,7 @@ def names_of_others(bench: Bench) -> Row:
 
 
 def variables(bench: Bench) -> Row:
-    row = Row("variables of torchrun that are none: exit 2, named")
+    row = Row("invalid environment variables of torchrun: exit 2, named")
     whole = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
     for name, value in (("RANK", "abc"), ("RANK", "-1"), ("RANK", ""), ("RANK", "1"), ("RANK", "٣"), ("RANK", "1e3"),
                         ("WORLD_SIZE", "two"), ("WORLD_SIZE", None), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x"),
@@ -832,8 +831,8 @@ def main() -> None:
     """Run the matrix and print the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD",
-                        help=f"the parts with such a word in their names: {', '.join(p.__name__ for p in PARTS)}")
-    parser.add_argument("--kills", type=int, default=30, help="kills of the soak")
+                        help=f"parts with one of these words in their names: {', '.join(p.__name__ for p in PARTS)}")
+    parser.add_argument("--kills", type=int, default=30, help="kills in the soak")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     print(f"{'fault':<58}{'injected':>9}{'survived':>10}{'lost steps':>12}{'bit-identical':>15}", flush=True)

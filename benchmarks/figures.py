@@ -1,8 +1,8 @@
-"""The documents' figures, drawn from the logs of real runs.
+"""Draw the documents' figures from the logs of real runs.
 
     torchrun train.py && python benchmarks/figures.py runs/demo
 
-Writes docs/images/RUN-loss.svg, and RUN-forgetting.svg where the log says how much is forgotten.
+Writes docs/images/RUN-loss.svg, and RUN-forgetting.svg if the log records forgetting.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def standalone(svg: str) -> str:
 
 
 def main() -> int:
-    """One file a figure; returns the exit code."""
+    """Write one file for each figure; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), metavar="FOLDER")

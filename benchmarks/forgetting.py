@@ -1,13 +1,13 @@
-"""What fine-tuning forgets, and what helps: the same conversations learnt with replay, LoRA, or a lower rate.
+"""What fine-tuning forgets, and what helps: the same conversations with replay, LoRA, or a lower learning rate.
 
     python benchmarks/forgetting.py MODEL CONVERSATIONS... --text FILE [--steps 100] [--lr 2e-4] [--only NAME,...]
 
-MODEL is a Hugging Face folder, CONVERSATIONS files in any format that minisft reads (here: another language than the
-model's), --text JSON lines with general text in "text". A part of the conversations is held out by data.eval_fraction;
-of the text, every tenth different line (at most --held) is held out as data.general, and the others are what replay
-draws from. Each run is train.py in a fresh process, with the same seed, packs of --seq-len tokens (longer documents are
-cut), a cosine schedule with a tenth of the steps as warm-up. Runs with replay take as many steps more as their replay
-takes room, so that all learn from about as many tokens of the conversations. LoRA trains at --lora-lr.
+MODEL is a Hugging Face folder, CONVERSATIONS files in any format that minisft reads (here in another language than the
+model's), --text JSON lines with general text in "text". data.eval_fraction holds out a part of the conversations; every
+tenth distinct line of the text (at most --held) is held out as data.general, and replay draws from the others. Each run
+is train.py in a fresh process, with the same seed, packs of --seq-len tokens (longer documents are truncated), and a
+cosine schedule with a tenth of the steps as warm-up. Runs with replay take as many more steps as replay takes room, so
+all runs see about as many tokens of the conversations. LoRA trains at --lora-lr.
 
 The figures are those of `training.json` in each run's folder: losses in nats a token before and after, and forgetting,
 the rise on general text.
@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from minisft.config_io import KEYS
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-EVERY = 10  # of the different lines of the text, one is held out
+EVERY = 10  # of so many distinct lines of the text, one is held out
 COLUMNS = ("steps", "rate", "conversations before", "after", "general text before", "after", "forgetting", "minutes")
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, object]]:
-    """Name -> settings of each run, beside those that all share."""
+    """Return name -> settings of each run, beyond those that all share."""
     found: dict[str, dict[str, object]] = {"no replay": {}}
     for ratio in (0.05, 0.2):
         found[f"replay {ratio:.0%}"] = {"data.replay": "replay", "data.replay_ratio": ratio,
@@ -45,7 +45,7 @@ def variants(arguments: argparse.Namespace) -> dict[str, dict[str, object]]:
 
 
 def split(text: Path, held: int) -> tuple[list[str], list[str]]:
-    """The different lines of `text`: (held out, for replay), none in both."""
+    """Split the distinct lines of `text`: (held out, for replay)."""
     lines = list(dict.fromkeys(line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()))
     held_out = lines[::EVERY][:held]
     taken = set(held_out)
@@ -53,7 +53,7 @@ def split(text: Path, held: int) -> tuple[list[str], list[str]]:
 
 
 def measure(name: str, settings: dict[str, object], arguments: argparse.Namespace, folder: Path) -> dict:
-    """One run in a fresh process; what its record says."""
+    """Run in a fresh process; returns the run's record."""
     run = folder / name.replace(" ", "-").replace("%", "")
     (folder / "recipe.toml").write_text("")
     given = {"model.path": arguments.model, "data.train": ",".join(arguments.data),
@@ -72,7 +72,7 @@ def measure(name: str, settings: dict[str, object], arguments: argparse.Namespac
     if done.returncode:
         raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stdout}")
     record = json.loads((run / "final" / "training.json").read_text(encoding="utf-8"))
-    shutil.rmtree(run / "final")  # the weights of every run would be a lot
+    shutil.rmtree(run / "final")  # the weights of all runs would fill the disk
     held = [found for source, found in record["losses"].items() if source != "general"]
     tokens = sum(found["target_tokens"] for found in held)
     conversations = [sum(found[when] * found["target_tokens"] for found in held) / tokens for when in
@@ -86,7 +86,7 @@ def measure(name: str, settings: dict[str, object], arguments: argparse.Namespac
 
 
 def row(name: str, found: dict) -> str:
-    """A line of the Markdown table."""
+    """Return a line of the Markdown table."""
     losses = [f"{loss:.3f}" for loss in (*found["conversations"], *found["general"])]
     return (f"| {name} | {found['steps']} | {found['rate']:g} | {' | '.join(losses)} | {found['forgetting']:+.3f} | "
             f"{found['seconds'] / 60:.1f} |")
@@ -105,14 +105,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--lora-lr", type=float, default=1e-3)
     parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--share", type=float, default=0.06, help="of the conversations that is held out")
-    parser.add_argument("--held", type=int, default=24, help="general texts that are held out")
-    parser.add_argument("--only", default="", help="names of runs with commas between them")
+    parser.add_argument("--share", type=float, default=0.06, help="share of the conversations to hold out")
+    parser.add_argument("--held", type=int, default=24, help="general texts to hold out")
+    parser.add_argument("--only", default="", help="names of runs, separated by commas")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     runs = variants(arguments)
     if unknown := {name for name in arguments.only.split(",") if name} - runs.keys():
-        parser.error(f"--only: no run is called {', '.join(sorted(unknown))}; choose from {', '.join(runs)}")
+        parser.error(f"--only: unknown run {', '.join(sorted(unknown))}; choose from {', '.join(runs)}")
     held_out, replay = split(arguments.text, arguments.held)
     print(f"general text: {len(held_out)} documents held out, {len(replay)} to replay", file=sys.stderr)
     for cells in (("run", *COLUMNS), ["---"] * (len(COLUMNS) + 1)):

@@ -1,14 +1,14 @@
-"""Tokens a second of one text, and how near they come to what the memory allows; minisft and transformers by turns.
+"""Tokens a second of one text, and how close they come to the memory's limit; minisft and transformers in turn.
 
     python benchmarks/generation.py MODEL [--threads 1] [--prompt 64] [--tokens 64] [--rounds 3]
 
-A new token needs every weight once, so the memory's bandwidth over the bytes of the weights is the most there can be.
-The bandwidth is that of `max` over half a gigabyte, with the same number of threads, measured before each system in
-each round; `of limit` compares a system with the bandwidth of its own round, and is the median over the rounds. The
-embedding of an untied model, of which a token reads one row, does not count.
+A new token reads every weight once, so bandwidth divided by the bytes of the weights is the upper limit. The bandwidth
+is that of `max` over half a gigabyte, with the same number of threads, measured before each system in each round; `of
+limit` compares a system with the bandwidth of its own round, and is the median over the rounds. The embedding of an
+untied model does not count, because a token reads one row of it.
 
-Time is that of `--tokens` tokens less that of one, so that the prompt is not in it. With one thread it is CPU time, in
-which other programs on the same core do not show, for all systems and the bandwidth alike; otherwise the clock's.
+The time is that of `--tokens` tokens minus that of one, which excludes the prompt. With one thread it is CPU time, for
+all systems and for the bandwidth, because other programs on the core do not affect it; otherwise it is wall time.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def minisft(folder: str, dtype: torch.dtype) -> tuple[Callable[[list[int], int],
 
 
 def transformers(folder: str, dtype: torch.dtype) -> tuple[Callable[[list[int], int], list[int]], int]:
-    """The same for transformers' `generate`."""
+    """Return the same as `minisft` for transformers' `generate`."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()

@@ -3,16 +3,16 @@
     python benchmarks/gpu.py [--budget SECONDS] [--rows NAME...] [--gpus N] [--tokenizer FOLDER] [--data FILE]
                              [--out FILE] [--check]
 
-A row is a process of its own under a limit; a row that fails or takes too long says so, and the next one starts. What
-it measures is appended to FILE (gpu.jsonl) as it comes, with the card, the driver, the versions and the commit, so an
-interrupted measurement keeps what it has, and started again goes on with the rows that are missing. A table is printed
-last. `--check` runs every row on a CPU with toy sizes, to see that its code works; figures from it mean nothing.
+Each row is a process with a time limit; if it fails or takes too long, the output says so, and the next row starts. Its
+figures are appended to FILE (gpu.jsonl) as they come, with the card, the driver, the versions and the commit. So an
+interrupted measurement keeps what it has, and a new start measures only the missing rows. A table is printed at the
+end. `--check` runs every row on a CPU with toy sizes, to test the code; its figures mean nothing.
 
 Weights are random and nothing is downloaded: speed does not depend on what a model knows. Documents have 500 tokens,
 half of them trained, unless a row says otherwise. TOKENIZER (a Llama-3 folder) and DATA (conversations) are for the
-rows that run train.py and other trainers; without them a small tokenizer and conversations are made. `of peak` is the
-FLOPs a step needs (minisft/model/flops.py: attention within documents, the head on trained tokens, nothing for what is
-computed again) over what an 8192^3 product reaches in the row `ceilings`.
+rows that run train.py and other trainers; without them the benchmark makes a small tokenizer and conversations. `of
+peak` is the FLOPs a step needs (minisft/model/flops.py: attention within documents, the head on trained tokens, no
+recomputation) divided by what an 8192^3 product reaches in the row `ceilings`.
 """
 
 import argparse
@@ -41,12 +41,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train.py sets it
 
-Figures = Iterator[tuple[str, float | str, str]]  # what is measured, how much, the unit
+Figures = Iterator[tuple[str, float | str, str]]  # what is measured, its value, the unit
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row is given."""
+    """The arguments of a row."""
 
     check: bool  # toy sizes, on a CPU
     gpus: int
@@ -55,7 +55,7 @@ class Setting:
     folder: Path  # the row's own
 
     def size(self, real: int, toy: int) -> int:
-        """`real`, or `toy` in a check."""
+        """Return `real`, or `toy` in a check."""
         return toy if self.check else real
 
     @property
@@ -63,7 +63,7 @@ class Setting:
         return "cpu" if self.check else "cuda"
 
     def config(self, preset: str) -> Any:
-        """The shape of a network."""
+        """Return the shape of a network."""
         from minisft.model.llama_config import PRESETS
 
         config = PRESETS[preset]
@@ -71,11 +71,11 @@ class Setting:
                        num_attention_heads=4, num_key_value_heads=2, head_dim=16) if self.check else config
 
 
-# ------------------------------------------------------------------------------------------------------- what rows use
+# ------------------------------------------------------------------------------------------------------------ helpers
 
 
 def timed(work: Callable[[], Any], *, on: str, rounds: int = 5, warmup: int = 2) -> float:
-    """Seconds of one call, the median of several."""
+    """Return the seconds of one call, the median of several."""
     found = []
     for i in range(warmup + rounds):
         wait(on)
@@ -88,7 +88,7 @@ def timed(work: Callable[[], Any], *, on: str, rounds: int = 5, warmup: int = 2)
 
 
 def wait(on: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished."""
     import torch
 
     if on == "cuda":
@@ -96,7 +96,7 @@ def wait(on: str) -> None:
 
 
 def peak_gib(on: str) -> float:
-    """The most that was allocated since this was asked before."""
+    """Return the most memory allocated since the last call of this function."""
     import torch
 
     if on != "cuda":
@@ -107,12 +107,12 @@ def peak_gib(on: str) -> float:
 
 
 def lengths_of(tokens: int, each: int) -> tuple[int, ...]:
-    """Documents of `each` tokens, the last one shorter."""
+    """Return the lengths of documents of `each` tokens, the last one shorter."""
     return (each,) * (tokens // each) + ((tokens % each,) if tokens % each else ())
 
 
 def stream(tokens: int, each: int, vocabulary: int, *, seed: int = 0, trained: float = 0.5) -> Any:
-    """A micro-batch of random tokens; the second part of each document is trained."""
+    """Make a micro-batch of random tokens; the second part of each document is trained."""
     import numpy as np
 
     from minisft.data.batches import micro_batch
@@ -124,7 +124,7 @@ def stream(tokens: int, each: int, vocabulary: int, *, seed: int = 0, trained: f
 
 
 def near(found: Any, expected: Any) -> float:
-    """The relative error of a tensor, in the Euclidean norm."""
+    """Return the relative error of a tensor in the Euclidean norm."""
     found, expected = found.double().cpu(), expected.double().cpu()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
@@ -140,7 +140,7 @@ def documents_of(lengths: tuple[int, ...], on: str) -> Any:
 
 
 def ceilings(s: Setting) -> Figures:
-    """What the card reaches, and the attention kernel against fp32."""
+    """Measure what the card can reach, and the attention kernel against fp32."""
     import torch
     import torch.nn.functional as F
 
@@ -190,7 +190,7 @@ def ceilings(s: Setting) -> Figures:
 
 
 def tests(s: Setting) -> Figures:
-    """Of tests/test_gpu.py, what a GPU computes against the CPU; `python -m pytest -m gpu` has whole runs, too."""
+    """Run tests/test_gpu.py's comparisons of a GPU with the CPU; `python -m pytest -m gpu` has whole runs too."""
     chosen = ["-k", "attention and float32 and 1-64" if s.check else "attention or loss or moments"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "tests/test_gpu.py",
                *chosen]
@@ -202,7 +202,7 @@ def tests(s: Setting) -> Figures:
 
 
 def gradients(s: Setting) -> Figures:
-    """Compiled layers against the same layers run as they are: every parameter's gradient."""
+    """Compare compiled layers with eager ones: every parameter's gradient."""
     import torch
 
     from minisft.model.llama_config import PRESETS
@@ -222,7 +222,7 @@ def gradients(s: Setting) -> Figures:
 
 
 def gradients_of(config: Any, s: Setting, *, compiled: bool, recompute: str, rank: int) -> dict[str, Any]:
-    """Every trained parameter's gradient after one micro-batch."""
+    """Return every trained parameter's gradient after one micro-batch."""
     model, _, world = network(config, s, compiled=compiled, recompute=recompute, rank=rank)
     step(model, None, world, [stream(512, 100, config.vocab_size)], compiled=compiled)
     return {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
@@ -230,7 +230,7 @@ def gradients_of(config: Any, s: Setting, *, compiled: bool, recompute: str, ran
 
 def network(config: Any, s: Setting, *, compiled: bool, recompute: str = "none", rank: int = 0, sharded: bool = False,
             parameters: str = "fp32", moments: str = "fp32", in_backward: bool = False, base: str = "bf16") -> Any:
-    """A network with random weights and its optimizer, as a run builds them. `sharded`: FSDP also for one rank."""
+    """Build a random network and its optimizer as a run does. `sharded`: with FSDP even for one rank."""
     import torch
     import torch.distributed as dist
 
@@ -285,7 +285,7 @@ def step(model: Any, optimizer: Any, world: Any, batches: list[Any], *, compiled
 
 def steps(s: Setting, what: str, preset: str, *, tokens: int, count: int, batches: int = 1, recompute: str = "none",
           compiled: bool = True, each: int = 500, trained: float = 0.5, rank: int = 0, **options: Any) -> Figures:
-    """Speed and memory of some steps of a network."""
+    """Measure speed and memory of some steps of a network."""
     import numpy as np
     import torch
 
@@ -294,7 +294,7 @@ def steps(s: Setting, what: str, preset: str, *, tokens: int, count: int, batche
     from minisft.model.flops import training_flops
     from minisft.planning.memory import Bytes, StepMemory
 
-    # The model before this one is held by a cycle: its layers, and what compiled them.
+    # A cycle (its layers, and the compiler's objects) keeps the model before this one alive.
     gc.collect()
     config, on = s.config(preset), s.device
     tokens, each = s.size(tokens, 128), s.size(each, 40)
@@ -329,7 +329,7 @@ def steps(s: Setting, what: str, preset: str, *, tokens: int, count: int, batche
 
 
 def sync(s: Setting) -> Figures:
-    """A whole step while any wait for the device raises."""
+    """Run a whole step while any wait for the device raises."""
     import torch
 
     config = replace(s.config("llama-3.2-1b"), num_hidden_layers=2)
@@ -350,7 +350,7 @@ def sync(s: Setting) -> Figures:
 
 
 def block(s: Setting) -> Figures:
-    """One block of Llama-3-8B, forward and backward: times 32 it is most of a step."""
+    """Measure one block of Llama-3-8B, forward and backward: 32 of them are most of a step."""
     import torch
 
     from minisft.model.llama import Block, rotations
@@ -391,7 +391,7 @@ def block(s: Setting) -> Figures:
 
 
 def head(s: Setting) -> Figures:
-    """The loss of 8,192 trained tokens at Llama-3-8B's head, and its gradients."""
+    """Measure the loss of 8,192 trained tokens at Llama-3-8B's head, and its gradients."""
     import torch
     import torch.nn.functional as F
 
@@ -448,7 +448,7 @@ def head(s: Setting) -> Figures:
 
 
 def optimizer(s: Setting) -> Figures:
-    """An update of 10^9 numbers."""
+    """Measure an update of 10^9 numbers."""
     import torch
 
     from minisft.config import OptimConfig
@@ -478,7 +478,7 @@ def optimizer(s: Setting) -> Figures:
 
 
 def fsdp(s: Setting) -> Figures:
-    """Llama-3.2-1B on one GPU: fp32 weights converted as they are used, against FSDP2 with one rank."""
+    """Measure Llama-3.2-1B on one GPU: fp32 weights converted as they are used, against FSDP2 with one rank."""
     for sharded in (False, True):
         import torch
 
@@ -489,7 +489,7 @@ def fsdp(s: Setting) -> Figures:
 
 
 def lora8b(s: Setting) -> Figures:
-    """Llama-3-8B, adapters of rank 16, two packs of 4,096 tokens; NeMo Automodel's published 12,473 tokens/s."""
+    """Measure Llama-3-8B, adapters of rank 16, two packs of 4,096 tokens; NeMo Automodel published 12,473 tokens/s."""
     import torch
 
     for recompute in ("none", "selective"):
@@ -504,7 +504,7 @@ def lora8b(s: Setting) -> Figures:
 
 
 def full8b(s: Setting) -> Figures:
-    """Llama-3-8B, all parameters, on one card: bf16 parameters and moments, updated in the backward pass."""
+    """Measure Llama-3-8B, all parameters, on one card: bf16 parameters and moments, updated in the backward pass."""
     yield from steps(s, "8B full, bf16, in backward, selective", "llama-3-8b", tokens=8192, count=3,
                      recompute="selective", parameters="bf16", moments="bf16", in_backward=True)
 
@@ -513,7 +513,7 @@ def full8b(s: Setting) -> Figures:
 
 
 def recipe(s: Setting, shape: str, **keys: Any) -> list[str]:
-    """The command line of train.py for random weights of the shape in file or preset `shape`."""
+    """Return train.py's command line for random weights of the shape in file or preset `shape`."""
     (s.folder / "empty.toml").touch()
     settings = {"model.init": "random", "model.config": shape, "model.tokenizer": s.tokenizer, "data.train": s.data,
                 "data.template": "llama3", "data.overlong": "truncate", "data.cache": str(s.folder / "cache"),
@@ -524,14 +524,14 @@ def recipe(s: Setting, shape: str, **keys: Any) -> list[str]:
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    """The training records of a run."""
+    """Return the training records of a run."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return [record for record in map(json.loads, lines) if record["kind"] == "train"]
 
 
 def shape(s: Setting, preset: str, **change: Any) -> str:
-    """A config.json with the shape of `preset`."""
+    """Write a config.json with the shape of `preset`."""
     file = s.folder / f"{preset}.json"
     config = s.config(preset)
     words = json.loads((Path(s.tokenizer) / "tokenizer.json").read_text())
@@ -542,20 +542,20 @@ def shape(s: Setting, preset: str, **change: Any) -> str:
 
 
 def run(command: list[str], s: Setting) -> None:
-    """A program that has to succeed."""
+    """Run a program that must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=s.folder, env=environment(s))
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip()[-2000:])
 
 
 def environment(s: Setting) -> dict[str, str]:
-    """That of a program: without the GPU in a check."""
+    """Return a program's environment; in a check it hides the GPU."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if s.check else {}
     return {**os.environ, **hidden, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 def train1b(s: Setting) -> Figures:
-    """train.py itself, Llama-3.2-1B's shape: data, loader, log and all; a profile of three steps."""
+    """Measure train.py itself with Llama-3.2-1B's shape: data, loader, log and all; profile three steps."""
     folder = s.folder / "run"
     run(recipe(s, shape(s, "llama-3.2-1b"), **{
         "data.seq_len": s.size(8192, 256), "batch.packs": 2, "train.max_steps": s.size(20, 6),
@@ -570,7 +570,7 @@ def train1b(s: Setting) -> Figures:
 
 
 def resume(s: Setting) -> Figures:
-    """kill -9 and the same command again; with train.deterministic the same bits."""
+    """Kill a run with -9 and start it again; with train.deterministic it gives the same bits."""
     small = shape(s, "llama-3.2-1b", **({} if s.check else {"num_hidden_layers": 4, "hidden_size": 1024,
                                                            "intermediate_size": 4096, "num_attention_heads": 16}))
     for deterministic in ("true", "false"):
@@ -597,7 +597,7 @@ def resume(s: Setting) -> Figures:
 
 
 def peers(s: Setting, *, seq_len: int) -> Figures:
-    """Llama-3.2-1B, the same packs for all: minisft, TRL with its attention kernels, plain transformers."""
+    """Compare minisft, TRL with its attention kernels, and plain transformers on Llama-3.2-1B and the same packs."""
     import torch
 
     from minisft.model.llama import Llama
@@ -634,7 +634,7 @@ def peers(s: Setting, *, seq_len: int) -> Figures:
 
 
 def many(s: Setting) -> Figures:
-    """train.py with Llama-3-8B on all GPUs: what docs/performance.md computes. Only with several."""
+    """Run train.py with Llama-3-8B on all GPUs, if there are several: docs/performance.md has the computed figures."""
     if s.gpus < 2 and not s.check:
         yield "8B on several GPUs", "one GPU only", ""
         return
@@ -659,7 +659,7 @@ def many(s: Setting) -> Figures:
         yield f"8B on {s.gpus} GPUs, {name}: share of the data sheet's peak", median(r.get("mfu", 0) for r in late), ""
 
 
-ROWS: dict[str, tuple[Callable[[Setting], Figures], int]] = {  # and the seconds a row may take
+ROWS: dict[str, tuple[Callable[[Setting], Figures], int]] = {  # with each row's limit in seconds
     "ceilings": (ceilings, 40), "gradients": (gradients, 120), "sync": (sync, 120), "block": (block, 120),
     "lora8b": (lora8b, 120), "peers8192": (partial(peers, seq_len=8192), 180), "train1b": (train1b, 120),
     "head": (head, 100), "optimizer": (optimizer, 60), "fsdp": (fsdp, 120), "full8b": (full8b, 120),
@@ -672,14 +672,14 @@ ROWS: dict[str, tuple[Callable[[Setting], Figures], int]] = {  # and the seconds
 
 
 def arguments() -> argparse.Namespace:
-    """The options."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=540, help="seconds for all rows together (540)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME",
-                        help=f"which, in this order ({' '.join(ROWS)})")
+                        help=f"rows, in this order ({' '.join(ROWS)})")
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="Llama-3's; without one a small one is made")
-    parser.add_argument("--data", default="", metavar="FILE", help="conversations; without them some are made")
+    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="Llama-3's (a small one that is made)")
+    parser.add_argument("--data", default="", metavar="FILE", help="conversations (random ones that are made)")
     parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), metavar="FILE")
     parser.add_argument("--check", action="store_true", help="every row on a CPU, with toy sizes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -688,7 +688,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the rows that are not in the file yet, and print the table; 1 where one of them failed."""
+    """Run the rows that are not in the file yet, and print the table; returns 1 if one of them failed."""
     options = arguments()
     if options.row:
         return one_row(options)
@@ -713,7 +713,7 @@ def main() -> int:
 
 
 def attempt(name: str, command: list[str], *, limit: float, out: Path) -> None:
-    """Run a row, and append what it prints to `out`, each figure as it comes."""
+    """Run a row, and append each figure to `out` as it comes."""
     started, errors = time.monotonic(), tempfile.TemporaryFile("w+")  # noqa: SIM115
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
     timer = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGKILL))
@@ -734,15 +734,15 @@ def attempt(name: str, command: list[str], *, limit: float, out: Path) -> None:
 
 
 def one_row(options: argparse.Namespace) -> int:
-    """What the process of a row does: a line of JSON for each figure."""
+    """Run a row in this process: print a line of JSON for each figure."""
     if options.check:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
-    if options.check:  # graphs are made and run as they are: the CPU's compiler would take minutes
+    if options.check:  # make graphs but run them eagerly, because compiling for a CPU would take minutes
         torch.compile = partial(torch.compile, backend="aot_eager")
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print is no figure
+    os.dup2(2, 1)  # keep the output of libraries away from the figures
     facts = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
              "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
              "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -752,11 +752,11 @@ def one_row(options: argparse.Namespace) -> int:
     for figure, value, unit in ROWS[options.row][0](setting):
         print(json.dumps({"figure": figure, "value": value, "unit": unit}), file=out, flush=True)
     out.flush()
-    os._exit(0)  # a process group of one rank has nothing to say to anybody
+    os._exit(0)  # skip the shutdown of a process group with one rank
 
 
 def output(*command: str) -> str:
-    """What a program prints, or nothing where it is not there."""
+    """Return what a program prints, or nothing if it is not installed."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
     except OSError:
@@ -764,12 +764,12 @@ def output(*command: str) -> str:
 
 
 def records(file: Path) -> list[dict[str, Any]]:
-    """What was measured so far."""
+    """Read what was measured so far."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Every figure, as Markdown."""
+    """Format all figures as Markdown."""
     lines = ["| row | figure | |", "|---|---|---|"]
     for record in found:
         if "figure" in record:
@@ -783,7 +783,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def made(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
-    """The folder of a tokenizer and a file of conversations: those that were given, or some that are made here."""
+    """Return the tokenizer's folder and the file of conversations, from the options or made here."""
     rng = random.Random(0)
     words = ["".join(rng.choice("abcdefghijklmnoprstuvyz") for _ in range(rng.randint(2, 9))) for _ in range(3000)]
 

@@ -2,16 +2,16 @@
 
     python benchmarks/loading.py FOLDER [--gib N] [--rounds N] [--ranks N ...] [--keep]
 
-Into FOLDER goes a model of Llama-3-8B's tensors, random numbers in bf16, in files of about 1 GiB, with as many layers
-as --gib leaves room for (3 or more; the whole model is 15). It is read by the way of a training run: built on the meta
-device, sharded, then `weights.load` into fp32 (load). Against that stands read() of the same bytes in blocks of 16 MiB,
-each rank its part of every file: into one buffer (read), and after each block as many zeros as fp32 numbers into memory
-that was never used before, as any way of loading must (fresh).
+The benchmark writes a model of Llama-3-8B's tensors into FOLDER: random numbers in bf16, in files of about 1 GiB, with
+as many layers as --gib leaves room for (3 or more; the whole model is 15). It reads them as a training run does: built
+on the meta device, sharded, then `weights.load` into fp32 (load). It compares this with read() of the same bytes in
+blocks of 16 MiB, each rank its part of every file: into one buffer (read); and also writing as many fp32 zeros into
+fresh memory after each block, which any loader must do (fresh).
 
-They take turns, each time in new processes, with the files out of the page cache (cold) and in it (warm). Times are
-from the first rank's start to the last one's end, without the start of Python. `RSS` is the most that a rank had in
-memory, less what it had before and its own part of the model; it counts pages of the cache that are mapped. `anonymous`
-is the same without those: what a rank really needs besides the model.
+The ways take turns, each time in new processes, with the files out of the page cache (cold) and in it (warm). Times are
+from the first rank's start to the last one's end, without starting Python. `RSS` is the most memory that a rank had,
+minus what it had before and its own part of the model; it includes mapped pages of the cache. `anonymous` excludes
+those: it is what a rank really needs beyond the model.
 """
 
 import argparse
@@ -39,7 +39,7 @@ WAYS = ("read", "fresh", "load")
 
 
 def write(folder: Path, gib: float) -> None:
-    """A Hugging Face folder of about `gib` GiB."""
+    """Write a Hugging Face folder of about `gib` GiB."""
     preset = PRESETS["llama-3-8b"]
     shapes = {}
     for layers in range(1, preset.num_hidden_layers + 1):
@@ -69,7 +69,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def cool(folder: Path) -> None:
-    """Put the files out of the page cache, as far as nobody else holds them."""
+    """Drop the files from the page cache, unless another process holds them."""
     for file in files(folder):
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -77,7 +77,7 @@ def cool(folder: Path) -> None:
 
 
 def read_plainly(folder: Path, rank: int, ranks: int, *, fresh: bool = False) -> None:
-    """This rank's part of every file; `fresh`: with twice its size of memory, used for the first time."""
+    """Read this rank's part of every file; `fresh` also writes twice its size into new memory."""
     buffer, kept = memoryview(bytearray(BLOCK)), []
     for file in files(folder):
         size = file.stat().st_size
@@ -92,7 +92,7 @@ def read_plainly(folder: Path, rank: int, ranks: int, *, fresh: bool = False) ->
 
 
 class Memory(threading.Thread):
-    """Follows this process's memory: the most of RSS and of its anonymous part, in bytes above the start."""
+    """Follows this process's memory: the peaks of RSS and of its anonymous part, in bytes above the start."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -116,7 +116,7 @@ class Memory(threading.Thread):
 
 
 def worker(folder: Path, way: str) -> None:
-    """One rank of one measurement; the first prints it."""
+    """Run one rank of one measurement; the first rank prints it."""
     world = parallel.start()
     model = parallel.build_model(read_config(folder), world) if way == "load" else None
     memory = Memory()
@@ -137,7 +137,7 @@ def worker(folder: Path, way: str) -> None:
 
 
 def measure(folder: Path, way: str, ranks: int, *, cold: bool) -> list[float]:
-    """Seconds, and bytes of RSS and anonymous memory besides the model."""
+    """Return seconds, and bytes of RSS and of anonymous memory beyond the model."""
     if cold:
         cool(folder)
     else:
@@ -150,7 +150,7 @@ def measure(folder: Path, way: str, ranks: int, *, cold: bool) -> list[float]:
 
 
 def report(title: str, rows: dict[str, list], size: int) -> None:
-    """One line a way."""
+    """Print one line for each way."""
     rates = {way: sorted(size / seconds / 1e9 for seconds, *_ in row) for way, row in rows.items()}
     for way, rate in rates.items():
         line = f"{title}: {way:<6}{median(rate):6.2f} ({rate[0]:.2f}, {rate[-1]:.2f})"
@@ -161,19 +161,19 @@ def report(title: str, rows: dict[str, list], size: int) -> None:
 
 
 def main() -> None:
-    """Make the files, measure by turns, print the medians."""
+    """Make the files, measure all ways in turn, print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gib", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--keep", action="store_true", help="leave the files where they are, and use what is there")
+    parser.add_argument("--keep", action="store_true", help="keep the files, and use existing ones")
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return worker(options.folder, options.worker)
     if options.folder.exists() and not options.keep:
-        parser.error(f"{options.folder} exists; name a folder that does not, or give --keep to use what is in it")
+        parser.error(f"{options.folder} exists; name a new folder, or use its files with --keep")
     if not options.folder.exists():
         write(options.folder, options.gib)
     size = sum(file.stat().st_size for file in files(options.folder))

@@ -1,11 +1,11 @@
-"""Adapters against full fine-tuning: how much is trained, memory, and speed, on the same packs by turns.
+"""Adapters against full fine-tuning: trained parameters, memory and speed, on the same packs in turn.
 
     python benchmarks/lora.py MODEL DATA... [--steps 6] [--rounds 2] [--seq-len 1024] [--only NAME,...] [--json FILE]
 
-MODEL is a Hugging Face folder, DATA conversations. Every turn is a run of its own in a fresh process with the same
-seed and packs (one a step), bf16 arithmetic; the variants take turns, `rounds` times over. Speed is that of the median
-step without the first; memory is the most that a process needed from the second step to the last: on a CPU its
-anonymous memory, on a GPU what was allocated. `state` is what stays: weights, gradients and moments.
+MODEL is a Hugging Face folder, DATA conversations. Every turn is a run in a fresh process with the same seed and packs
+(one a step) and bf16 arithmetic; the variants take turns for `rounds` rounds. Speed is that of the median step without
+the first. Memory is the most that a process needed from the second step to the last: anonymous memory on a CPU,
+allocated memory on a GPU. `state` is what persists: weights, gradients and moments.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path, turn: int) -
 
 
 def main() -> None:
-    """Let the variants take turns, and print the table of their medians."""
+    """Run the variants in turn, and print the table of their medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", nargs="+")

@@ -3,20 +3,19 @@
     python benchmarks/loss.py [--vocabulary 128256] [--width 4096] [--tokens 4096] [--growth N...] [--rounds 3]
 
     plain      F.cross_entropy of all logits in fp32: `hidden @ weight.T` at once
-    torch      torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions(), its own choice of chunks
-    torch-512  the same told to take 512 tokens at a time and acc_policy="accurate": on a CPU several times faster than
-               what it chooses itself
-    trl        the function behind SFTTrainer's default loss, with the outputs that SFTTrainer asks it for (entropy and
-               whether the target was the likeliest, for its log), on trained tokens only, as it does with a GPU
+    torch      torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions(), which chooses the chunks
+    torch-512  the same with 512 tokens at a time and acc_policy="accurate": on a CPU several times faster than its own
+               choice
+    trl        the function behind SFTTrainer's default loss, with the outputs that SFTTrainer logs (entropy, and if the
+               target was the likeliest), on trained tokens only, as it does with a GPU
     minisft    minisft.training.loss.linear_cross_entropy
 
-Each evaluation is a process of its own, the ways by turns, on the same random hidden states (N, D) and weights (V, D)
-in the precision that is measured, and ends with both gradients in that precision. Time is the median over the rounds,
-`of peak` the 6 N D V FLOPs that are needed over what a large square product reached in the same process. Memory is the
-most that was resident beyond what was there before; the gradients themselves, which every way must hand over, are
-counted and named in the header. `error` is the largest distance from the first way, relative: of the loss, and of rows
-of both gradients projected onto random directions. A way that would not fit in the free memory is left out: it would
-take other programs with it.
+Each evaluation runs in its own process, the ways in turn, on the same random hidden states (N, D) and weights (V, D) in
+the measured precision, and ends with both gradients in that precision. Time is the median over the rounds; `of peak` is
+the 6 N D V FLOPs needed, divided by the speed of a large square product in the same process. Memory is the peak beyond
+the inputs; it includes the gradients, which every way must return, and the header says how large they are. `error` is
+the largest relative distance from the first way: of the loss, and of rows of both gradients projected onto random
+directions. A way that would not fit into free memory is left out, because it would take other programs down with it.
 """
 
 import argparse
@@ -65,14 +64,14 @@ def minisft(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -
 
 
 def resident(field: str) -> float:
-    """GiB that this process has resident now (VmRSS) or had at most (VmHWM)."""
+    """Return the GiB that this process has resident now (VmRSS) or had at most (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 2**20
 
 
 def evaluate(way: str, tokens: int, width: int, vocabulary: int, precision: str, threads: int) -> dict:
-    """One evaluation in this process: {seconds, gib, peak, figures to compare}."""
-    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this goes before others' programs
+    """Evaluate once in this process: {seconds, gib, peak, figures to compare}."""
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, kill this and no other program
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     dtype = DTYPES[precision]
@@ -88,17 +87,17 @@ def evaluate(way: str, tokens: int, width: int, vocabulary: int, precision: str,
     peak = 2 * SQUARE**3 / (time.perf_counter() - started)
     del square
 
-    # Logits of unit variance and gradients of every word, as in a real head. Drawn in the precision: no fp32 copy.
+    # Logits of unit variance and gradients for every token id, as in a real head. Drawn in place: no fp32 copy.
     hidden = torch.randn(tokens, width, dtype=dtype).requires_grad_()
     weight = torch.empty(vocabulary, width, dtype=dtype).normal_(std=width**-0.5).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,))
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM to what is resident now
     before, started = resident("VmRSS"), time.perf_counter()
     loss = work(hidden, weight, targets)
     loss.backward()
     seconds = time.perf_counter() - started
     gib = resident("VmHWM") - before
-    # Ten rows against random directions: any wrong gradient shows, and nothing large is computed.
+    # Ten rows projected onto random directions show any wrong gradient without computing anything large.
     directions = torch.randn(width, 4)
     words = torch.cat((targets[:5], torch.arange(5)))
     return {"seconds": seconds, "gib": gib, "peak": peak, "loss": loss.item(),
@@ -107,10 +106,10 @@ def evaluate(way: str, tokens: int, width: int, vocabulary: int, precision: str,
 
 
 def shortage(way: str, tokens: int, options: argparse.Namespace, precision: str) -> str:
-    """Why this evaluation does not fit in the memory that is free now; empty where it does."""
+    """Return why this evaluation does not fit into free memory; empty if it does."""
     size, weight = DTYPES[precision].itemsize, options.vocabulary * options.width
     logits = 4 * tokens * options.vocabulary  # fp32
-    # Beside weight and gradient. plain: logits, their logarithms and the gradients of both; elsewhere an fp32 gradient,
+    # Beyond weight and gradient. plain: logits, their logarithms and the gradients of both; others: an fp32 gradient,
     # and TRL's six copies of a tile of 4,096 tokens and 32,768 words.
     working = {"plain": 4 * logits, "trl": 4 * weight + 6 * 4 * 4096 * 32768}.get(way, 8 * weight + 2**30)
     needed = (2 * size * weight + working) / 2**30
@@ -120,7 +119,7 @@ def shortage(way: str, tokens: int, options: argparse.Namespace, precision: str)
 
 
 def in_process(way: str, tokens: int, options: argparse.Namespace, precision: str) -> dict | str:
-    """`evaluate` in a process of its own, or why it failed."""
+    """Run `evaluate` in its own process; returns its figures, or why it failed."""
     if short := shortage(way, tokens, options, precision):
         return short
     command = [sys.executable, __file__, "--evaluate", way, str(tokens), precision, "--width", str(options.width),
@@ -135,7 +134,7 @@ def in_process(way: str, tokens: int, options: argparse.Namespace, precision: st
 
 
 def error(result: dict, truth: dict) -> float:
-    """The largest relative distance of loss and gradients."""
+    """Return the largest relative distance of loss and gradients."""
     distances = [abs(result["loss"] - truth["loss"]) / abs(truth["loss"])]
     for name in ("hidden", "weight"):
         ours, theirs = torch.tensor(result[name]), torch.tensor(truth[name])
@@ -144,7 +143,7 @@ def error(result: dict, truth: dict) -> float:
 
 
 def measure(tokens: int, rounds: int, precision: str, options: argparse.Namespace) -> None:
-    """All ways by turns, and a line each."""
+    """Run all ways in turn, and print a line for each."""
     gradients = (tokens + options.vocabulary) * options.width * DTYPES[precision].itemsize / 2**30
     print(f"\n{tokens:,} tokens, {precision}: the gradients are {gradients:.2f} GiB", flush=True)
     results: dict[str, list] = {way: [] for way in options.ways}
@@ -155,7 +154,7 @@ def measure(tokens: int, rounds: int, precision: str, options: argparse.Namespac
     truth = next((row[0] for row in results.values() if isinstance(row[0], dict)), None)
     for way, row in results.items():
         if isinstance(row[-1], str):
-            print(f"{way:<10}no figure: {row[-1]}")
+            print(f"{way:<10}not measured: {row[-1]}")
             continue
         seconds = median(result["seconds"] for result in row)
         share = median(6 * tokens * options.width * options.vocabulary / result["seconds"] / result["peak"]

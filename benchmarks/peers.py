@@ -1,27 +1,28 @@
-"""One system in one process: it trains the documents it is given, a step whenever it is told to.
+"""One system in one process: it trains the documents it is given, one step each time it is told to.
 
-throughput.py starts `python benchmarks/peers.py SYSTEM JOB` with the Python that has the system, writes "step" on its
-standard input and reads {seconds, cpu_seconds, loss, peak_gib} from its standard output. JOB is a JSON file: the model,
-the precision, and the documents of every step, tokenised: [step][pack][document] of {"ids", "trained"}.
+throughput.py starts `python benchmarks/peers.py SYSTEM JOB` with the Python that has the system installed, writes
+"step" to its standard input and reads {seconds, cpu_seconds, loss, peak_gib} from its standard output. JOB is a JSON
+file: the model, the precision, and the documents of every step, tokenised: [step][pack][document] of {"ids",
+"trained"}.
 
-Each system is set up as its own trainer or recipe does it, in the fastest way that trains the same tokens, each within
-its own document, on the GPU where there is one: AdamW (fused) at a constant rate on fp32 parameters, gradients clipped
-to norm 1 where the system clips, all activations kept, as many packs in one forward pass as the job says. A step's
-seconds go from making the batch to the updated parameters.
+Each system is set up as its own trainer or recipe does it, in the fastest way that trains the same tokens with isolated
+documents, on the GPU if there is one: AdamW (fused) at a constant learning rate on fp32 parameters, gradients clipped
+to norm 1 if the system clips, all activations kept, as many packs in one forward pass as the job says. A step's seconds
+go from making the batch to the updated parameters.
 
     minisft              runs/lifecycle.py's steps
     minisft-bf16-weights the same with optim.parameters and optim.moments in bf16
     trl                  SFTTrainer with bfd packing and its default loss, `sdpa`; bf16 is autocast
-    trl-compile          the same with torch_compile=True
-    trl-bf16-weights     the same as trl with the parameters in bf16 as well: small updates are lost
-    trl-liger            the same as trl with use_liger_kernel=True; a GPU only, if liger_kernel is installed
-    trl-flash            the same as trl with flash_attention_2; a GPU only, if flash_attn is installed
+    trl-compile          trl with torch_compile=True
+    trl-bf16-weights     trl with the parameters in bf16 as well: small updates are lost
+    trl-liger            trl with use_liger_kernel=True; only on a GPU, if liger_kernel is installed
+    trl-flash            trl with flash_attention_2; only on a GPU, if flash_attn is installed
     transformers         a plain loop around LlamaForCausalLM: `sdpa`, positions that restart, its own loss; bf16 is
                          autocast
     torchtune            the parts of recipes/full_finetune_single_device.py; bf16 means parameters in bf16 as well
-    torchtune-compile    the same with `compile: True`
+    torchtune-compile    torchtune with `compile: True`
     litgpt               the steps of litgpt/finetune/full.py, all documents of a step padded to the longest
-    litgpt-single        the same with its default micro-batch of one document: no padding, and a mean of means as loss
+    litgpt-single        litgpt with its default micro-batch of one document: no padding, and a mean of means as loss
 """
 
 import argparse
@@ -40,13 +41,13 @@ IGNORED = -100
 
 
 class Turn:
-    """When the driver lets this process work, and what it hears afterwards."""
+    """Waits until the driver lets this process work, and reports each step to it."""
 
     def __init__(self, out):
         self.out, self.started = out, (0.0, 0.0)
 
     def begin(self) -> None:
-        """Wait for the word; ends the process where there is none to come."""
+        """Wait for the driver's word; ends the process if the driver is gone."""
         if sys.stdin.readline().strip() != "step":
             raise SystemExit(0)
         finish()
@@ -61,7 +62,7 @@ class Turn:
 
 
 def device():
-    """The GPU where there is one."""
+    """Return the GPU, or the CPU without one."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,8 +77,10 @@ def finish() -> None:
 
 
 def peak_gib() -> float:
-    """The most memory that was allocated on the GPU; without one, that this process had resident (ru_maxrss would
-    start from that of the process that called it)."""
+    """Return the peak of memory allocated on the GPU, or without one of this process's resident memory.
+
+    Not ru_maxrss, which starts from the parent's.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -87,12 +90,12 @@ def peak_gib() -> float:
 
 
 def in_micro_batches(packs: list, job: SimpleNamespace) -> list[list]:
-    """The packs of a step, as many together as go through the network at once."""
+    """Group the packs of a step into those that go through the network together."""
     return [packs[i : i + job.micro_packs] for i in range(0, len(packs), job.micro_packs)]
 
 
 def labels(document: dict) -> list[int]:
-    """The ids that are trained, unshifted; elsewhere IGNORED."""
+    """Return the trained ids, unshifted, and IGNORED elsewhere."""
     return [i if trained else IGNORED for i, trained in zip(document["ids"], document["trained"], strict=True)]
 
 
@@ -143,7 +146,7 @@ def minisft(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: 
 
 def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str = "float32", liger: bool = False,
         attention: str = "sdpa") -> None:
-    """SFTTrainer, whose rows are the packs of the job, as its own packer would hand them over."""
+    """Run SFTTrainer on the packs of the job, in the form that its own packer produces."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     import datasets
     import transformers
@@ -158,7 +161,7 @@ def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str 
             return loss
 
     class Waits(transformers.TrainerCallback):
-        """A step goes on from the end of the one before: collating the batch is part of it."""
+        """A step starts when the one before ends, so collating the batch is part of it."""
 
         def on_train_begin(self, *_, **__):
             turn.begin()
@@ -188,7 +191,7 @@ def trl(job: SimpleNamespace, turn: Turn, *, compiled: bool = False, dtype: str 
 
 
 def transformers(job: SimpleNamespace, turn: Turn) -> None:
-    """LlamaForCausalLM as it is: packs as rows, documents told by positions that restart, all logits at once."""
+    """Run LlamaForCausalLM: packs as rows, documents marked by positions that restart, all logits at once."""
     os.environ.update(HF_HUB_OFFLINE="1")
     import torch
     from transformers import LlamaForCausalLM
@@ -218,7 +221,7 @@ def transformers(job: SimpleNamespace, turn: Turn) -> None:
 
 
 def torchtune(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> None:
-    """Its Llama-3.2 builder (tied) or Llama-3's, checkpointer, packed data set, chunked loss; fused AdamW."""
+    """Run its Llama-3.2 (tied) or Llama-3 builder, checkpointer, packed data set and chunked loss; fused AdamW."""
     import torch
     from torchtune import training
     from torchtune.data import padded_collate_packed
@@ -268,7 +271,7 @@ def torchtune(job: SimpleNamespace, turn: Turn, *, compiled: bool = False) -> No
 
 
 def litgpt(job: SimpleNamespace, turn: Turn, *, micro_batch: int = 0) -> None:
-    """Its GPT (the head is never tied), its collation and chunked loss, under Lightning's Fabric; it does not clip."""
+    """Run its GPT (the head is never tied), collation and chunked loss under Lightning's Fabric; it does not clip."""
     import lightning
     import torch
     from litgpt import GPT, Config
@@ -317,11 +320,11 @@ def litgpt(job: SimpleNamespace, turn: Turn, *, micro_batch: int = 0) -> None:
 
 
 def llama_shape(job: SimpleNamespace) -> dict:
-    """config.json, for the systems that take a shape instead of a folder."""
+    """Read config.json for the systems that take a shape instead of a folder."""
     shape = json.loads((Path(job.model) / "config.json").read_text())
     rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
     if rope.get("rope_type", "default") != "default":
-        raise SystemExit("error: this benchmark builds this system's network without a stretched rotation; "
+        raise SystemExit("error: this benchmark builds this system's network without rope scaling, and "
                          f"{job.model}/config.json asks for {rope['rope_type']!r}")
     theta = shape.get("rope_theta") or rope["rope_theta"]
     return {"head_dim": shape["hidden_size"] // shape["num_attention_heads"], **shape, "rope_theta": theta}
@@ -345,12 +348,12 @@ SYSTEMS = {
 
 
 def main() -> None:
-    """Run a system's steps; whatever libraries print goes to the standard error."""
+    """Run a system's steps; output of libraries goes to standard error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("job", type=Path)
     options = parser.parse_args()
-    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this goes before others' programs
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, kill this and no other program
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = SimpleNamespace(**json.loads(options.job.read_text()))

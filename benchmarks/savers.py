@@ -2,15 +2,14 @@
 
     python benchmarks/savers.py MODEL DATA... [--steps 200] [--lr 2e-5] [--seq-len 256] [--only NAME,...] [--json FILE]
 
-MODEL is a Hugging Face folder, DATA conversations; 5% of them are held out. Every variant is a run of its own in a
-fresh process with the same seed and the same packs (one a step), bf16 arithmetic, no clipping (which updates in the
-backward pass exclude), a cosine schedule with a tenth of the steps as warm-up.
+MODEL is a Hugging Face folder, DATA conversations; 5% of them are held out. Every variant is a run in a fresh process
+with the same seed and the same packs (one a step), bf16 arithmetic, no clipping (which updates in the backward pass
+exclude), and a cosine schedule with a tenth of the steps as warm-up.
 
 `peak` is the most anonymous memory of the process from the second step to the last; parameters, gradients and moments
-are the bytes of the tensors themselves, the gradients at the moment when most of them are held. On a CPU, offloaded
-moments are in the same memory as before. `CPU s` is the processor time of a step, which other work on the machine does
-not touch. `nearest` is no choice of minisft: bf16 parameters rounded to the nearest, to
-see what stochastic rounding is for.
+are the bytes of the tensors themselves, gradients at their maximum. On a CPU, offloaded moments occupy the same memory
+as before. `CPU s` is the CPU time of a step, which other work on the machine does not affect. `nearest` is not an
+option of minisft: bf16 parameters rounded to nearest show what stochastic rounding is for.
 """
 
 import argparse
@@ -64,7 +63,7 @@ class Measured:
         if number == 1:
             for hook in self._hooks:  # counting takes time
                 hook.remove()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         super().begin(lr, number)
 
     def step(self):

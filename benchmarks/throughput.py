@@ -3,19 +3,19 @@
     python benchmarks/throughput.py MODEL FILE... [--systems NAME...] [--precision bf16 fp32] [--python NAME=PATH...]
 
 MODEL is a Hugging Face folder of a Llama, FILE conversations in any format that minisft reads. minisft renders,
-tokenises and packs them; every system gets these very documents, step by step, and where it packs, the same packs
-(peers.py says how each is set up). The losses tell whether all train the same: the first one before any update, the
-last one after the same updates. A loss that differs is marked with *: that row is no comparison.
+tokenises and packs them; every system gets exactly these documents, step by step, and if it packs, the same packs
+(peers.py says how each is set up). The losses show if all train the same: the first one before any update, the last one
+after the same updates. A loss that differs is marked with *: that row is not a fair comparison.
 
-The systems run by turns, each turn a process of its own and alone, A B C A B C, on the same documents, so what else the
-machine does falls on all alike; medians are over the steps of all turns but each turn's first. `step` is the time over
-that of the first system, `CPU s` its seconds of all cores: the steadier figure on a machine that others use. `start`
-is from the start of the process to the end of its first step. `peak GiB` is the most memory allocated
-on the GPU, or without one the most resident memory, libraries included. `of peak` is the FLOPs that training these
-documents needs (attention within documents, the head on trained tokens), per second, over what a large square matrix
-product reached before that turn in that precision. Tokens per second count real tokens, no padding. A peer that lives
-in another environment is named with its Python, as in --python litgpt=PATH: pip install -e '.[bench]' brings TRL and
-torchtune, '.[bench-litgpt]' wants its own.
+The systems take turns (A B C A B C), each turn alone in its own process and on the same documents, so other load on the
+machine affects all alike. Medians are over the steps of all turns, without each turn's first. `step` is the time
+divided by that of the first system; `CPU s` is the CPU time of all cores, the steadier figure on a machine that others
+use. `start` is from the start of the process to the end of its first step. `peak GiB` is the most memory allocated on
+the GPU, or without one the most resident memory, libraries included. `of peak` is the FLOPs a second that training
+these documents needs (attention within documents, the head on trained tokens), divided by what a large square product
+in that precision reached just before the turn. Tokens per second count real tokens, no padding. If a system lives in
+another environment, name its Python, as in --python litgpt=PATH: pip install -e '.[bench]' installs TRL and torchtune;
+'.[bench-litgpt]' needs its own environment.
 """
 
 import argparse
@@ -55,7 +55,7 @@ TOLERANCE = {"bf16": 0.02, "fp32": 0.0005}  # by which losses of the same traini
 
 @dataclass
 class Work:
-    """The documents of each step, and what they cost."""
+    """The documents of each step, and their cost."""
 
     steps: list[list[list[dict]]]  # [step][pack][document] of {"ids", "trained"}
     tokens: list[int]
@@ -65,7 +65,7 @@ class Work:
 
 @dataclass
 class Record:
-    """What a system did in all its turns."""
+    """The figures of a system in all its turns."""
 
     name: str
     start_seconds: list[float] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Record:
 
 
 def documents(config: Config, network: LlamaConfig, count: int) -> Work:
-    """The first `count` full steps of minisft's plan for the data of `config`."""
+    """Return the first `count` full steps of minisft's plan for the data of `config`."""
     prepared = prepare(config, quiet=True)
     work = Work([], [], [], [])
     for step in steps(prepared.train, prepared.plan, micro_packs=1):
@@ -98,13 +98,12 @@ def documents(config: Config, network: LlamaConfig, count: int) -> Work:
         work.flops.append(training_flops(network, lengths, targets))
     if len(work.steps) < count:
         raise UserError(f"{config.data.train[0].path}: makes {len(work.steps)} full steps of {config.batch.packs} "
-                        f"packs of {config.data.seq_len} tokens, and --steps asks for {count}; lower it, or --packs")
+                        f"packs of {config.data.seq_len} tokens, and --steps needs {count}; lower it, or --packs")
     return work
 
 
 def matmul_peak(dtype: torch.dtype, square: int) -> float:
-    """FLOPs per second of the better of some large square products: ten in a row on a GPU, where it works alone; one on
-    a CPU, with the threads of this process."""
+    """Return the FLOPs a second of the fastest of three large square products (on a GPU, of ten in a row)."""
     on, each = (torch.device("cuda"), 10) if torch.cuda.is_available() else (torch.device("cpu"), 1)
     a, b = torch.randn(2, square, square, device=on).to(dtype)
     seconds = []
@@ -122,7 +121,7 @@ def matmul_peak(dtype: torch.dtype, square: int) -> float:
 
 
 def turn(record: Record, options: argparse.Namespace, job: Path, folder: Path) -> None:
-    """Start a system, and have it do its steps; a process that dies or is too slow ends the system's part."""
+    """Start a system and let it do its steps; if its process dies or is too slow, the system is out."""
     name, log = record.name, folder / f"{record.name}.log"
     python = options.python.get(name, options.python.get(name.split("-")[0], sys.executable))
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads),
@@ -143,8 +142,8 @@ def turn(record: Record, options: argparse.Namespace, job: Path, folder: Path) -
 
 
 def one_step(process: subprocess.Popen, log: Path, limit: float) -> dict:
-    """Have a system do one step. ChildProcessError, with the reason, where it died or took over `limit` seconds."""
-    with contextlib.suppress(BrokenPipeError):  # it is dead; reading says so
+    """Let a system do one step. Raises ChildProcessError with the reason if it dies or takes over `limit` seconds."""
+    with contextlib.suppress(BrokenPipeError):  # it is dead, which the read below reports
         process.stdin.write(b"step\n")
         process.stdin.flush()
     if not select.select([process.stdout], [], [], limit)[0]:
@@ -157,7 +156,7 @@ def one_step(process: subprocess.Popen, log: Path, limit: float) -> dict:
 
 
 def race(file: str, precision: str, options: argparse.Namespace, folder: Path) -> None:
-    """All systems on one file in one precision, and their table."""
+    """Run all systems on one file in one precision, and print their table."""
     recipe = folder / "run.toml"
     recipe.touch()
     arguments = [str(recipe), "--model.path", str(options.model), "--data.train", file, "--data.seq_len",
@@ -192,7 +191,7 @@ def race(file: str, precision: str, options: argparse.Namespace, folder: Path) -
 
 def table(records: list[Record], work: Work, peaks: list[float], precision: str,
           options: argparse.Namespace) -> list[dict]:
-    """Print one row a system, and return them; the first that ran is what the others are compared with."""
+    """Print and return one row for each system; the first that ran is the baseline."""
     rows = []
     print(f"peak of a {options.square} x {options.square} product: {median(peaks) / 1e9:,.0f} GFLOP/s "
           f"({min(peaks) / 1e9:,.0f} to {max(peaks) / 1e9:,.0f})")
@@ -226,14 +225,14 @@ def table(records: list[Record], work: Work, peaks: list[float], precision: str,
 
 
 def versions(python: str) -> str:
-    """What is installed beside that Python, of what matters here."""
+    """Return the versions of the relevant packages of that Python."""
     code = ("import importlib.metadata as m\nfor p in ('torch', 'transformers', 'trl', 'torchtune', 'torchao', "
             "'litgpt', 'lightning'):\n try: print(p, m.version(p), end='  ')\n except m.PackageNotFoundError: pass")
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("files", nargs="+", metavar="FILE")
@@ -241,19 +240,19 @@ def arguments() -> argparse.Namespace:
                         help=", ".join(SYSTEMS))
     parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=("bf16", "fp32"))
     parser.add_argument("--python", nargs="+", action="extend", default=[], metavar="NAME=PATH",
-                        help="the Python that has trl, torchtune or litgpt; without it, this one")
+                        help="the Python that has trl, torchtune or litgpt (this one)")
     parser.add_argument("--template", default="chatml")
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--packs", type=int, default=2, help="packs of a step (2)")
+    parser.add_argument("--packs", type=int, default=2, help="packs in a step (2)")
     parser.add_argument("--micro-packs", type=int, default=1, help="packs in one forward pass, of every system (1)")
-    parser.add_argument("--turns", type=int, default=3, help="processes of each system, by turns (3)")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn, after one that is not (2)")
+    parser.add_argument("--turns", type=int, default=3, help="processes of each system, in turn (3)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn, after one warm-up step (2)")
     parser.add_argument("--lr", type=float, default=2e-5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every system (all cores)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every system (all cores)")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a step has failed (600)")
     parser.add_argument("--square", type=int, default=8192 if torch.cuda.is_available() else 4096,
                         help="rows of the product whose speed counts as the peak (8192 on a GPU, 4096 on a CPU)")
-    parser.add_argument("--json", type=Path, help="append the figures of each table to this file, a line a system")
+    parser.add_argument("--json", type=Path, help="append the tables' figures to this file, one line for each system")
     options = parser.parse_args()
     try:
         options.python = dict(pair.split("=", 1) for pair in options.python)
@@ -261,7 +260,7 @@ def arguments() -> argparse.Namespace:
         parser.error("--python takes NAME=PATH, such as trl=/path/to/python")
     for path in options.python.values():
         if not os.access(path, os.X_OK):
-            parser.error(f"--python: {path} is no program")
+            parser.error(f"--python: {path} is not a program")
     for name in ("seq_len", "packs", "micro_packs", "turns", "steps", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -271,7 +270,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Print the machine and a table for each file and precision."""
+    """Print the machine, and a table for each file and precision."""
     options = arguments()
     print(f"python {shlex.join(sys.argv)}\n{platform.platform()}, {os.cpu_count()} cores, {options.threads} threads, "
           f"load {os.getloadavg()[0]:.1f}")

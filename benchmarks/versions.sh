@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole fast suite on every version of torch that minisft is tested with, each in an environment of its own.
+# Run the fast suite on every torch version that minisft is tested with, each in its own environment.
 #
 #     bash benchmarks/versions.sh [VERSION...]
 #
-# The environments are made in the current directory (venv-2.11.0, several GB each) and kept, so it may be run again.
+# The environments are made in the current directory (venv-2.11.0, several GB each) and kept for the next run.
 set -uo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 for version in "${@:-2.11.0 2.13.0 2.14.1}"; do

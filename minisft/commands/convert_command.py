@@ -30,8 +30,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """Write SOURCE as TARGET, which appears in one rename when it is complete."""
-    from minisft.model.peft import PeftFolder, is_adapter
-    from minisft.model.precision import DTYPES
+    from minisft.lora.peft import PeftFolder, is_adapter  # imported late: torch takes seconds
+    from minisft.model.llama import DTYPES
+    from minisft.pretrained import from_pretrained, save_pretrained
     from minisft.training.provenance import FILE
 
     source, target, dtype = options.source, options.target.resolve(), DTYPES[options.dtype]
