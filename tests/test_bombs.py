@@ -1,4 +1,4 @@
-"""Small files that want much time or memory: work is in proportion to the bytes, or a limit stops it with a word."""
+"""Small files that demand much time or memory: work is linear in the bytes, or a limit stops it with a message."""
 
 import gzip
 import json
@@ -209,7 +209,7 @@ def test_a_sparse_file_is_refused_before_it_is_read(tmp_path, model):
 # What the tokenizer cannot take
 
 class Panic(BaseException):
-    """As the library's, which is no Exception."""
+    """Like the library's, which is not an Exception."""
 
 
 class GivesUp:

@@ -1,4 +1,4 @@
-"""No field of a record passes in silence: it is read, it leaves the record out, or it is counted by name.
+"""No field of a record is dropped silently: it is read, it leaves the record out, or it is counted by name.
 
 The oracle for the counts is a Counter over the raw records, written in the test.
 """
@@ -148,7 +148,7 @@ def test_every_weight_means_the_same_in_a_turn_and_of_a_record(one, key):
 
 def test_a_question_that_is_marked_as_trained_is_noted(one):
     found, _ = one({"messages": [{**TALK[0], "train": True}, TALK[1]]})
-    assert found.notes == ("a turn that is no answer is marked as trained; only data.train_on = all trains it",)
+    assert found.notes == ("a turn that is not an answer is marked as trained; only data.train_on = all trains on it",)
     assert one({"messages": [{**TALK[0], "train": False}, TALK[1]]})[0].notes == ()
 
 
@@ -258,6 +258,7 @@ PLAIN = b'{"text": "a"}\n{"text": "b"}\n'
     (POINTER, "a.txt", r"Git LFS pointer, .*git lfs pull"),
     (b"PAR1\x15", "a.jsonl", r"this is Parquet \(remedy: pandas\.read_parquet\("),
     (b"PAR1\x15", "a.parquet", r"this is Parquet \(remedy: pandas\.read_parquet\("),
+    (b"PAR1\x15", "it's.parquet", r"""remedy: pandas\.read_parquet\("[^']+/it's\.parquet"\)\.to_json\("""),
     (b"PK\x03\x04", "a.json", r"this is a zip archive \(remedy: unzip "),
     (b"\x28\xb5\x2f\xfd", "a.jsonl.zst", r"this is compressed with zstd \(remedy: zstd -d "),
     (gzip.compress(gzip.compress(PLAIN, mtime=0), mtime=0), "a.jsonl.gz", r"this is gzip inside gzip"),

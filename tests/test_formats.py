@@ -1,4 +1,4 @@
-"""Readers: every file gives exactly the conversations it holds, a counted reason for each it cannot, or a UserError.
+"""Readers: a file gives exactly the conversations it holds, a counted reason for each record left out, or a UserError.
 
 The oracles are json.load for the array reader, a recursive walk for OASST's trees, and fixtures written out by hand.
 """
@@ -54,7 +54,7 @@ def turns(conversation):
 
 
 def drain(path, **options):
-    """What came out before the end or the error, and the error's text or None."""
+    """The results before the end or the error, and the error's text or None."""
     found = []
     try:
         for result in read(path, **options):
@@ -331,7 +331,7 @@ def test_the_configuration_offers_the_formats_that_there_are():
 
 
 def test_unknown_options_are_never_read_as_known_ones(write):
-    with pytest.raises(AssertionError, match="alpacca"):
+    with pytest.raises(UserError, match=r"unknown format 'alpacca' \(choices: auto, alpaca, dolly, sharegpt, oasst,"):
         read(write([PAIR]), format="alpacca")
     with pytest.raises(AssertionError, match="worst"):
         read(write([PAIR]), oasst="worst")

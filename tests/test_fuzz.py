@@ -1,8 +1,7 @@
-"""Whatever a file holds, reading and rendering it ends in conversations, counted reasons or a UserError; and whatever
-is rendered, its control tokens come from the template, its text is the conversation's, and nothing is trained but what
-an assistant says in the record.
+"""Reading and rendering any file ends in conversations, counted reasons or a UserError. Rendered control tokens come
+from the template, the text is the conversation's, and nothing is trained on except an assistant's words in the record.
 
-Three oracles, none of which knows the renderer: `segments` writes a conversation out by hand, with its mask; `said`
+Three oracles, independent of the renderer: `segments` writes a conversation out by hand, with its mask; `said`
 looks for an assistant's words in the raw JSON; the tokenizer's decoder gives the text back.
 """
 
@@ -207,7 +206,7 @@ def hold(renderer, results, raw):
 
 
 def read_all(path, **options):
-    """What came out before the end or the error; any other exception than UserError is a failure of the test."""
+    """The results before the end or the error; any exception except UserError fails the test."""
     results = []
     with suppress(UserError):
         for found in read(path, **options):

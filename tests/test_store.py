@@ -110,6 +110,9 @@ def test_what_is_left_out_is_counted_with_its_first_place(opened, tmp_path):
 # Found again
 
 def test_the_second_opening_does_not_tokenise(opened, monkeypatch):
+    def again(*args, **options):
+        yield pytest.fail("the file was read again")
+
     first = opened()
     def again(*args):
         pytest.fail("the file was read again")

@@ -1,6 +1,6 @@
 """Tools: calls are trained, definitions and results are not, and the ids are those of Llama-3.1's own template.
 
-Oracles: texts written out by hand; transformers on the Jinja that is written for other programs; and, where TRL is
+Oracles: texts written out by hand; transformers on the Jinja that is written for other programs; and, if TRL is
 installed (the [bench] extra), transformers on the Llama-3.1 Jinja that comes with it.
 """
 
@@ -198,6 +198,7 @@ def sharegpt(*turns, **fields):
 H, G, O = ("human", "a"), ("gpt", "b"), ("observation", "1")  # noqa: E741
 F = ("function_call", '{"name": "f", "arguments": {}}')
 DEEP = "[" * 10**5 + "]" * 10**5
+FUNCTIONS = json.loads('{"function": ' * 600 + "1" + "}" * 600)
 
 
 @pytest.mark.parametrize(("record", "reason"), [
@@ -221,7 +222,8 @@ DEEP = "[" * 10**5 + "]" * 10**5
         r'{"name": "\ud800", "arguments": {}}', '{"name": "f", "arguments": {"a": ' + DEEP + "}}",
         '{"function": {"function": 1}}', "1" * 5000)),
     *((sharegpt(H, G, tools=tools), "bad tools") for tools in (
-        "none", 3, "3", {"name": "f"}, ["f"], r'[{"name": "\ud800"}]', DEEP, '[{"a": ' + DEEP + "}]", '[{"a": NaN}]')),
+        "none", 3, "3", {"name": "f"}, ["f"], r'[{"name": "\ud800"}]', DEEP, '[{"a": ' + DEEP + "}]", [FUNCTIONS],
+        '[{"a": NaN}]')),
     (sharegpt(H, G, builtin_tools="brave_search"), "bad tools"),
     (sharegpt(H, G, builtin_tools=[1]), "bad tools"),
     ({"messages": [ASK, {**CALL, "content": 7}]}, "answer is not text"),

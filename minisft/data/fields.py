@@ -65,8 +65,8 @@ class Fields:
 
         Raises Skip for a field that changes the meaning.
         """
-        if self.ignored:
-            self.drop_ignored(item)
+        for name in self.ignored:
+            item.pop(name, None)
         if item.keys() <= known:  # most often
             return
         for name, value in item.items():
@@ -80,11 +80,6 @@ class Fields:
                            "without it)", value)
             else:
                 self._names.add(where + shown(name))
-
-    def drop_ignored(self, item: dict[str, Any]) -> None:
-        """Remove the ignored fields from `item`."""
-        for name in self.ignored:
-            item.pop(name, None)
 
     def end_record(self) -> None:
         """Count what was noted; a name counts once a record."""

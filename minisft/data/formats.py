@@ -55,7 +55,8 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
     `ignore` names fields to treat as absent; `unread` is filled with the fields that nothing reads: name -> records.
     Raises UserError at once for a file of another kind, and while iterating for its content.
     """
-    assert format in ("auto", *FORMATS), format
+    if format not in ("auto", *FORMATS):
+        raise UserError(f"data.format: unknown format {format!r} (choices: auto, {', '.join(FORMATS)})")
     assert oasst in ("all", "best"), oasst
     source, name = str(path), str(path).lower().removesuffix(".gz")
     is_text = name.endswith(".txt")
@@ -74,7 +75,8 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
                 if isinstance(record, BadRecord):
                     yield Skipped(record.reason, record.detail, source, line)
                     continue
-                fields.drop_ignored(record)
+                for name in fields.ignored:  # before the format is known
+                    record.pop(name, None)
                 if format == "auto":
                     format = _detect(record, f"{source}:{line}")
                 try:
@@ -217,7 +219,8 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
                 calls = [found for name in ("tool_calls", "function_call")
                          if (found := parsed(item.get(name), "bad tool call"))]
             elif role != "call" and trained and not all(is_empty(item[name]) for name in WEIGHTS & item.keys()):
-                fields.notes.add("a turn that is no answer is marked as trained; only data.train_on = all trains it")
+                fields.notes.add("a turn that is not an answer is marked as trained; only data.train_on = all trains on "
+                                 "it")
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             texts = [part.get("text", part.get("value")) for part in content]
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else content

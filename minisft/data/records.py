@@ -124,12 +124,9 @@ def records(file: File, source: str, skip_bad: bool) -> Iterator[tuple[int, dict
 def _skip_blanks(file: File) -> int:
     """Skip blanks, a buffer at a time; the number of lines that end in them."""
     lines = 0
-    while chunk := file.peek(1):
-        blank = len(chunk) - len(chunk.lstrip(BLANK))
+    while blank := len(chunk := file.peek(1)) - len(chunk.lstrip(BLANK)):
         lines += chunk.count(b"\n", 0, blank)
         file.read(blank)
-        if blank < len(chunk):
-            break
     return lines
 
 

@@ -18,8 +18,8 @@ from minisft.files import read_small
 
 TOOLS = ("call", "result", "tools_user")  # these belong together,
 BUILTIN = ("builtin_system", "builtin_call", "builtin_stop")  # and so do these
-PLACEHOLDERS = {"context": ("{content}", "{context}"), **dict.fromkeys(("call", "builtin_call"),
-                                                                       ("{name}", "{arguments}"))}
+CALL = ("{name}", "{arguments}")
+PLACEHOLDERS = {"context": ("{content}", "{context}"), "call": CALL, "builtin_call": CALL}
 
 
 @dataclass(frozen=True)
