@@ -278,6 +278,20 @@ def test_words_and_tokens_of_the_contents_are_counted_without_the_template(opene
     assert store.report.content_tokens == sum(len(renderer.tokenizer.encode(text)) for text in texts)
 
 
+@pytest.mark.parametrize("template", ["llama3", "llama3.1", "alpaca", "text"])
+def test_system_turns_and_tools_do_not_add_the_templates_words(opened, folder, template):
+    """Where texts of the template and of the conversation meet in one piece, only the conversation's count."""
+    renderer = Renderer(TEMPLATES[template], Tokenizer(folder))
+    turns = [turn for conversation in read(CONVERSATIONS) for turn in conversation.turns]
+    assert any(turn.role == "system" for turn in turns)
+    assert opened(renderer=renderer).report.words == sum(len(turn.content.split()) for turn in turns)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with_tools = json.dumps({**json.loads(qa()), "tools": [tool]})
+    if template == "llama3.1":
+        report = opened([with_tools], renderer=renderer).report
+        assert report.words == len(f"Hi Hello! {json.dumps(tool, indent=4)}".split())
+
+
 # Interrupted, raced, refused
 
 CHILD = """
