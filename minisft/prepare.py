@@ -131,6 +131,15 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
     return prepared
 
 
+def _network(config: Config) -> LlamaConfig | None:
+    is_random = config.model.init == "random"
+    if is_random and config.model.config in PRESETS:
+        return PRESETS[config.model.config]
+    path = Path(config.model.config if is_random else config.model.path)
+    file = path / "config.json" if path.is_dir() else path
+    return read_config(file) if file.is_file() else None
+
+
 def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
     """Raises UserError if a token id is beyond the model's vocabulary."""
     for dataset in (prepared.train, *prepared.evals.values()):
@@ -176,12 +185,3 @@ def _weights(config: Config, train: Dataset) -> Array:
         raise UserError(f"data.train: an epoch has {documents:,.0f} documents by the weights of its sources, more than "
                         f"{MOST:,}; lower the largest weight")
     return weights
-
-
-def _network(config: Config) -> LlamaConfig | None:
-    is_random = config.model.init == "random"
-    if is_random and config.model.config in PRESETS:
-        return PRESETS[config.model.config]
-    path = Path(config.model.config if is_random else config.model.path)
-    file = path / "config.json" if path.is_dir() else path
-    return read_config(file) if file.is_file() else None

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.data.packing import LOOSE, WINDOW, Plan, best_fit_decreasing, bundles, pack_documents, pack_epoch
+from minisft.data.packing import LOOSE, WINDOW, Plan, best_fit_decreasing, bundles, pack_documents
 from minisft.errors import UserError
 
 
@@ -42,6 +42,11 @@ KINDS = pytest.mark.parametrize(("median", "sigma"), [(55, 0.4), (150, 0.85), (1
 def plan_of(lengths, **settings):
     lengths = np.asarray(lengths)
     return Plan(lengths, lengths // 2, **{"seq_len": 64, "packs_per_step": 3, "epochs": 2, **settings})
+
+
+def pack_epoch(lengths, *, epoch, **settings):
+    """One epoch alone, for the laws of its packs."""
+    return Plan(lengths, lengths, packs_per_step=1, epochs=1, **settings).epoch(epoch)
 
 
 @given(st.integers(1, 40), st.data())

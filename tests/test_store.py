@@ -297,6 +297,20 @@ def test_a_content_that_reads_like_a_control_token_at_both_ends_is_counted_whole
         len(renderer.tokenizer.encode(text)) for text in ("<|eot_id|> or <|eot_id|>", "Yes."))
 
 
+@pytest.mark.parametrize("template", ["llama3", "llama3.1", "alpaca", "text"])
+def test_system_turns_and_tools_do_not_add_the_templates_words(opened, folder, template):
+    """Where texts of the template and of the conversation meet in one piece, only the conversation's count."""
+    renderer = Renderer(TEMPLATES[template], Tokenizer(folder))
+    turns = [turn for conversation in read(CONVERSATIONS) for turn in conversation.turns]
+    assert any(turn.role == "system" for turn in turns)
+    assert opened(renderer=renderer).report.words == sum(len(turn.content.split()) for turn in turns)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with_tools = json.dumps({**json.loads(qa()), "tools": [tool]})
+    if template == "llama3.1":
+        report = opened([with_tools], renderer=renderer).report
+        assert report.words == len(f"Hi Hello! {json.dumps(tool, indent=4)}".split())
+
+
 # Interrupted, raced, refused
 
 CHILD = """

@@ -10,8 +10,7 @@ a compiled network needs one shape.
     targets         a2 a3   |  b1 b2          those next tokens
 
 Targets are shifted here and nowhere else; the last token of a document predicts nothing. `target_at` is computed on the
-host, so the device never has to count. A thread makes the next steps while the device works on this one, in memory that
-the device reads by itself: neither waits for the other.
+host, so the device never has to count. A thread makes the next steps while the device works on this one.
 """
 
 import heapq
@@ -19,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,13 +26,19 @@ from torch import Tensor
 
 from minisft.data.packing import Plan
 
-if TYPE_CHECKING:
-    from minisft.data.dataset import Dataset
-
 AHEAD = 2  # steps that are made before they are asked for
 
 Array = np.ndarray
 Item = TypeVar("Item")
+
+
+class TokenDocuments(Protocol):
+    """Tokenised documents, as dataset.py holds them."""
+
+    lengths: Array  # of each document, in tokens
+
+    def document(self, index: int) -> tuple[Array, Array]:
+        """Token ids (L,) and loss mask (L,) of a document."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,12 @@ class Step:
     target_tokens: int
 
 
-def micro_batch(dataset: "Dataset", documents: list[int], *, size: int = 1, longest: int = 1) -> MicroBatch:
+def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1, longest: int = 1) -> MicroBatch:
     """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens.
 
-    Padding is documents of zeros at the end, up to `longest` tokens each, so that attention costs no more than for full
-    packs. No other document sees them and they have no targets. Without documents the whole stream is padding: a rank
-    that has no pack left must still take part in every forward and backward pass.
+    Padding is documents of zeros without targets, each of at most `longest` tokens, so that attention costs no more
+    than for full packs. Without documents all is padding: a rank that has no pack left must still take part in every
+    forward and backward pass.
     """
     parts = [dataset.document(i % len(dataset.lengths)) for i in documents]
     padding = range(sum(len(ids) for ids, _ in parts), size, longest)
@@ -112,9 +117,8 @@ def deal(costs: Array, *, ranks: int) -> list[list[int]]:
     """The packs of a step that each rank computes, most expensive first; `costs` (packs,) int64.
 
     Ranks wait for each other in every micro-batch, so each rank gets one of the `ranks` most expensive packs, one of
-    the next, and so on; in the last round a rank may go without. Within that limit the sums of the ranks come out even
-    by joining, again and again, the two rounds with the largest spread, the most expensive of one with the cheapest of
-    the other (balanced largest differencing, Yakir 1996, Michiels et al. 2003).
+    the next, and so on. To even out the sums, the two of these rounds with the largest spread are joined, the most
+    expensive of one with the cheapest of the other, until one is left (balanced largest differencing, Yakir 1996).
 
         costs 9 8 | 6 5 | 3 1, 2 ranks -> 9 + 1, 8 + 3 | 6, 5 -> 9 + 6 + 1 and 8 + 5 + 3
     """
@@ -134,7 +138,7 @@ def deal(costs: Array, *, ranks: int) -> list[list[int]]:
     return [sorted(packs, key=lambda i: (-costs[i], i)) for _, packs in rounds[0][2]]
 
 
-def steps(dataset: "Dataset", plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
+def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
           fixed: bool = False, device: torch.device | None = None) -> Generator[Step, None, None]:
     """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing.
 

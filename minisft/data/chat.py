@@ -16,9 +16,8 @@ whole and then searched for its answers, which is how masks drift in other progr
 
 Tool calls are answers and are trained on; tool definitions and tool results are not.
 
-Many conversations are encoded at once, and each distinct piece only once: half of the pieces are the template's own,
-such as `user`. `render` is pure Python and may run in a thread, one batch ahead of `encode`, which spends its time in
-the tokenizer's own threads.
+`encode` takes many conversations and tokenises each distinct piece once: half of them are the template's own, such as
+`user`. `pieces` may run in a thread, one batch ahead of `encode`, which spends its time in the tokenizer's own threads.
 """
 
 import json
@@ -119,8 +118,8 @@ class Renderer:
         return Skipped(reason, reprlib.repr(names)[:200], found.source, found.line)
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
-        """The rendered conversation, which must be `renderable`. Between two control tokens there is one piece of text,
-        except that answers stand apart and that a piece has one mask."""
+        """The rendered conversation, which must be `renderable`. Neighbouring texts are one piece, except answers and
+        where the mask changes."""
         assert self.renderable(conversation) is conversation, "the template does not know this conversation's tools"
         return _merged(self._rendered(conversation))
 

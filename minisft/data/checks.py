@@ -1,8 +1,7 @@
 """The laws of a tokenised document, checked on the tokens themselves before they are stored.
 
-The renderer sets masks and control tokens with care, but a user's own template can still begin twice, and we would
-train on a fault in the renderer without noticing. So every document is checked once more, from its ids and its mask
-alone and from what the template says:
+A user's own template can begin twice, and we would train on a fault in the renderer without noticing. So every document
+is checked once more, from its ids and its mask alone and from what the template says:
 
     known ids            every id is in the tokenizer's vocabulary
     nothing smuggled     the control tokens are those of the template: none came from a conversation's text
@@ -10,7 +9,7 @@ alone and from what the template says:
     trained stop         a trained answer ends in a stop token, which is trained too
     something to learn   at least one token is trained
 
-A breach ends the run, because its cause is the template or the program, and many documents would have it.
+A breach ends the run: its cause is the template or the program, so many documents would have it.
 """
 
 from collections.abc import Iterator

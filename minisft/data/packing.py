@@ -1,21 +1,17 @@
 """The plan: which document lies in which pack of which step, known before training starts.
 
-    documents, repeated by weight, shuffled -> bundles of short ones -> packs of at most seq_len tokens, shuffled
-    -> even steps
-
-The packs of an epoch are spread evenly over as few steps as batch.packs allows: 65 packs in steps of at most 32 make
-steps of 22, 22 and 21. A last step of one left-over pack would weigh each of its tokens as much as 32 in the others.
+    documents, shuffled -> bundles of short ones -> packs of at most seq_len tokens, shuffled -> even steps
 
 The plan is a pure function of the documents' lengths, the seed and the epoch. So every rank knows, without
 communication, what each step holds and how many tokens it trains on, and the position in a run is one number, the step.
+The packs of an epoch are spread evenly over as few steps as batch.packs allows: of 65 packs, steps of at most 32 get
+22, 22 and 21. A last step of one left-over pack would weigh each of its tokens as much as 32 in the others.
 
 Packing is best-fit decreasing: the longest document first, each into the fullest pack that still has room (Johnson
-1974). It needs lengths only, so it runs on their histogram, and documents of one length are placed together.
-
-By itself it makes packs of documents of one length, and a step of few packs is then a poor sample. So short documents
-are first tied, as they come, into bundles, which are packed like long ones. Measured over steps of 32 packs of 8192
-with documents of a median of 150 tokens: the share of tokens in the shorter documents has a standard deviation of 2.2%
-in an unpacked order, 8.8% with best-fit decreasing alone, 3.6% with bundles.
+1974). By itself it makes packs of documents of one length, and a step of few packs is then a poor sample. So short
+documents are first tied, as they come, into bundles, which are packed like long ones. Measured over steps of 32 packs
+of 8192 with documents of a median of 150 tokens: the share of tokens in the shorter documents has a standard deviation
+of 2.2% in an unpacked order, 8.8% with best-fit decreasing alone, 3.6% with bundles.
 """
 
 import threading
@@ -39,16 +35,12 @@ SLACK = 0.0005  # more packs than without bundles that we accept for the better 
 Array = np.ndarray
 
 
-# ---- how often a document comes --------------------------------------------------------------------------------------
-
-
 def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array:
     """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document comes in an epoch.
 
-    A weight is a number of passes: with 2.3 every document comes twice, and a sample of 30% once more, drawn anew in
-    each epoch. Each document is in it with exactly that probability, whatever its length, and the tokens are right to
-    within one document, the longest. (Independent draws would have the first property only: of 300 documents with
-    weight 0.1 they take 30 +- 5.)
+    With weight 2.3 every document comes twice, and a sample of 30% once more, drawn anew in each epoch. Each document
+    is in it with exactly that probability, whatever its length, and the tokens are right to within one document, the
+    longest; independent draws would miss by much more.
     """
     times = np.floor(weights).astype(np.int64)
     part = weights - times
@@ -60,11 +52,11 @@ def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array
 
 def _sample(documents: Array, share: float, random: np.random.Generator) -> list[int]:
     """Some of `documents` (n,), each with probability `share`; of the first k always k * `share`, rounded up or down.
+    So if the longest come first, the tokens are off by less than the longest document.
 
-    So with the longest first, and lengths l, the tokens are off by the sum of (chosen of first k - k * share) *
-    (l[k] - l[k+1]), which is less than l[0]. The pivotal method (Deville and Tille 1998, "Unequal probability sampling
-    without replacement through a splitting method"): two documents play for the sum of their probabilities. Below 1 the
-    winner gets all of it and the loser nothing; from 1 on the winner is chosen, and the loser keeps the rest.
+    The pivotal method (Deville and Tille 1998, "Unequal probability sampling without replacement through a splitting
+    method"): two documents play for the sum of their probabilities. Below 1 the winner gets all of it and the loser
+    nothing; from 1 on the winner is chosen, and the loser keeps the rest.
     """
     chosen, held, chance = [], -1, 0.0
     for document, draw in zip(documents.tolist(), random.random(len(documents)).tolist(), strict=True):
@@ -77,9 +69,6 @@ def _sample(documents: Array, share: float, random: np.random.Generator) -> list
             chosen.append(held if first else document)
             held = document if first else held
     return chosen + [held] * (random.random() < chance)
-
-
-# ---- packs -----------------------------------------------------------------------------------------------------------
 
 
 def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
@@ -97,8 +86,8 @@ def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
 def _moves(counts: Array, capacity: int) -> Array:
     """(moves, 3) of (first, packs, each): packs `first`, `first` + 1, ... `first` + `packs` - 1 get `each` items more.
 
-    The moves take the items longest first; `counts` (capacity + 1,) says how many there are of each length. A pack that
-    took an item and has room for another of that length is the fullest that has, so it is filled until it is full:
+    `counts` (capacity + 1,) says how many items there are of each length. A pack that took an item and has room for
+    another of that length is the fullest one that has, so it takes items of that length until it is full:
     7 items of 3, and 2 packs with 10 left -> (first, 2, 3), and one item for other packs.
 
     Room is looked up in one integer whose bit r says that some pack has r tokens left. A length meets each group of
@@ -177,36 +166,6 @@ class Epoch:
         return self.documents[self.offsets[index] : self.offsets[index + 1]]
 
 
-def pack_epoch(lengths: Array, *, seq_len: int, seed: int, epoch: int, shuffle: bool = True,
-               weights: Array | None = None) -> Epoch:
-    """Pack all documents with lengths (n,), each 1 to `seq_len` tokens, for one epoch (counted from 0).
-
-    `weights` (n,) are passes over each document in an epoch, 1 by default (`copies`). Without `shuffle`, packs follow
-    each other as their first documents do, and the documents of a pack are within a window.
-    """
-    random = np.random.default_rng((seed, epoch))
-    order = np.arange(len(lengths))
-    if weights is not None:
-        order = np.repeat(order, copies(weights, lengths, random))
-    if shuffle:
-        order = random.permutation(order)
-        pack = pack_documents(lengths[order], seq_len)
-        pack = random.permutation(pack.max(initial=-1) + 1)[pack]
-    else:
-        pack, packs = np.zeros(len(order), dtype=np.int64), 0
-        for start in range(0, len(order), WINDOW):
-            window = pack_documents(lengths[order[start : start + WINDOW]], seq_len)
-            pack[start : start + WINDOW] = packs + window
-            packs += int(window.max()) + 1
-        _, first = np.unique(pack, return_index=True)
-        pack = np.argsort(np.argsort(first))[pack]
-    by_pack = np.argsort(pack, kind="stable")
-    return Epoch(order[by_pack], np.concatenate(([0], np.cumsum(np.bincount(pack), dtype=np.int64))))
-
-
-# ---- steps -----------------------------------------------------------------------------------------------------------
-
-
 class Place(NamedTuple):
     """Where a step lies: in packs [first, last) of `epoch`."""
 
@@ -216,11 +175,12 @@ class Place(NamedTuple):
 
 
 class Plan:
-    """All steps of a run over documents with lengths (n,) and `num_loss_tokens` (n,) trained tokens each.
+    """All steps of a run over documents with lengths (n,), each 1 to `seq_len`, and `num_loss_tokens` (n,) each.
+    `weights` (n,) are passes over each document in an epoch, 1 by default.
 
-    A step has `packs_per_step` packs or fewer; within an epoch step sizes differ by at most one, and no step spans two
-    epochs. An epoch is packed when one of its steps is asked for, or to count steps if `max_steps` does not end the run
-    first. Raises UserError if more than MOST_EPOCHS would have to be packed to count them.
+    A step has `packs_per_step` packs or fewer, sizes within an epoch differ by at most one, and no step spans two
+    epochs. Epochs are packed when a step of them is asked for, or if needed to count the steps. Raises UserError if
+    that would take more than MOST_EPOCHS.
     """
 
     def __init__(self, lengths: Array, num_loss_tokens: Array, *, seq_len: int, packs_per_step: int, epochs: int,
@@ -258,9 +218,25 @@ class Plan:
     # Three: counting steps packs every epoch, and a run of up to three epochs need not pack them again.
     @lru_cache(maxsize=3)  # noqa: B019 (a plan lives as long as its run)
     def epoch(self, epoch: int) -> Epoch:
-        """The packs of epoch `epoch` (from 0)."""
-        return pack_epoch(self.lengths, seq_len=self.seq_len, seed=self.seed, epoch=epoch, shuffle=self.shuffle,
-                          weights=self.weights)
+        """The packs of epoch `epoch` (from 0). Without `shuffle`, packs follow each other as their first documents do,
+        and the documents of a pack are within a window."""
+        random, order = np.random.default_rng((self.seed, epoch)), np.arange(len(self.lengths))
+        if self.weights is not None:
+            order = np.repeat(order, copies(self.weights, self.lengths, random))
+        if self.shuffle:
+            order = random.permutation(order)
+            pack = pack_documents(self.lengths[order], self.seq_len)
+            pack = random.permutation(pack.max(initial=-1) + 1)[pack]
+        else:
+            pack, packs = np.zeros(len(order), dtype=np.int64), 0
+            for start in range(0, len(order), WINDOW):
+                window = pack_documents(self.lengths[order[start : start + WINDOW]], self.seq_len)
+                pack[start : start + WINDOW] = packs + window
+                packs += int(window.max()) + 1
+            _, first = np.unique(pack, return_index=True)
+            pack = np.argsort(np.argsort(first))[pack]
+        by_pack = np.argsort(pack, kind="stable")
+        return Epoch(order[by_pack], np.concatenate(([0], np.cumsum(np.bincount(pack), dtype=np.int64))))
 
     @property
     def steps_per_epoch(self) -> int:

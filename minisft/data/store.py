@@ -13,16 +13,15 @@
                                 the digests of the index (.npy) and of report.json itself
 
 The key is a hash of everything that the tokens depend on: the file's bytes, how it is read, the tokenizer, the
-template, which tokens are trained, the version of the renderer. A folder gets its name in one rename, after its bytes
-are on the disk, so a folder that exists is complete; if several processes want it, one makes it and the others wait.
-`seq_len` is not part of the key: a run decides what is too long when it opens the data (dataset.py).
+template, which tokens are trained, the version of the renderer. `seq_len` is not part of it: a run decides what is too
+long (dataset.py). A folder gets its name in one rename, after its bytes are on the disk, so a folder that exists is
+complete; if several processes want it, one makes it and the others wait.
 
 Disks lose bits. So we compare the index with its digests when we open it, and each document with its hash whenever we
-read it: no run trains on other tokens than were written. Opening also reads some of the documents, or all of them
-(`minisft prepare --verify`). A damaged store is set aside, with a message, and made again from its file.
+read it: no run trains on other tokens than were written. A damaged store is set aside and made again from its file.
 
-One thread reads and renders the file while the batch before is tokenised, and the tokenizer brings its own threads.
-Batches are bounded by characters, so memory does not grow with the file, except for 56 bytes a document.
+One thread reads and renders the file while the batch before is tokenised. Batches are bounded by characters, so memory
+does not grow with the file, except for 56 bytes a document.
 """
 
 import errno
@@ -55,8 +54,7 @@ from minisft.files import regular_file
 if TYPE_CHECKING:
     from minisft.config import DataConfig, Source
 
-    # Checks at once what can be checked without reading the whole file, and reads it when iterated; counts in the dict
-    # the records that have a field which nothing reads.
+    # Rejects a file of another kind at once, reads it when iterated, and counts in the dict the fields nobody reads.
     Reader = Callable[[Source, DataConfig, dict[str, int]], Iterator[Conversation | Skipped]]
 
 LAYOUT = 6  # of these files: raise it when they change, so that old folders are not opened
@@ -180,7 +178,11 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
         try:
             bar = tqdm(conversations, desc=f"tokenise {source.name}", unit=" conversations", disable=quiet or None)
             _write(partial, iter(bar), renderer, report, data.max_bad)
-            _seal(partial, report, key)
+            files = {file.name: _described(file) for file in sorted(partial.iterdir())}
+            signed = _signed(asdict(report), files, key)
+            (partial / "report.json").write_text(json.dumps(signed, ensure_ascii=False), encoding="utf-8")
+            for written in (*partial.iterdir(), partial):
+                _sync(written)
             if _file_state(path) != state:  # or its tokens would be found under the key of what it was before
                 raise UserError(f"{path}: changed while it was read; start again when it is complete")
             os.rename(partial, folder)
@@ -192,15 +194,12 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
 
 
 def _opened(folder: Path, sample: int | None) -> Store | None:
-    """The store in `folder`; None if there is no store, or only a damaged one, about which we print a message."""
+    """The store in `folder`, if there is an intact one. Prints what is wrong with a damaged one."""
     try:
         return Store(folder, sample) if folder.exists() else None
     except DamagedError as error:
         print(error, file=sys.stderr)
         return None
-
-
-# ---- making a store --------------------------------------------------------------------------------------------------
 
 
 Rendered = tuple[Conversation | Skipped, list[Piece], int]  # with its pieces and near_duplicate_hash
@@ -311,15 +310,6 @@ def _hash(tokens: Any, loss_mask: Any) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _seal(folder: Path, report: Report, key: str) -> None:
-    """Write the report and the digests of the other files, and wait until all of it is on the disk."""
-    files = {file.name: _described(file) for file in sorted(folder.iterdir())}
-    signed = _signed(asdict(report), files, key)
-    (folder / "report.json").write_text(json.dumps(signed, ensure_ascii=False), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
-
-
 def _signed(report: dict[str, Any], files: dict[str, Any], key: str) -> dict[str, Any]:
     content = json.dumps([report, files, key])
     return {"report": report, "files": files, "sha256": hashlib.sha256(content.encode()).hexdigest()}
@@ -336,12 +326,8 @@ def _sync(path: Path) -> None:
     os.close(descriptor)
 
 
-# ---- the digest of a file --------------------------------------------------------------------------------------------
-
-
 def _file_state(path: str) -> list[int]:
-    """What changes when the file does: device, inode, size, and the times of the last change of its content (mtime) and
-    of anything (ctime, which no program can set back). Raises UserError if there is no such file."""
+    """What changes when the file does; no program can set ctime back. Raises UserError if there is no such file."""
     found = regular_file(path)
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

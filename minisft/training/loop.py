@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.config import Config
-from minisft.data.batches import steps
-from minisft.data.dataset import Dataset
+from minisft.data.batches import TokenDocuments, steps
 from minisft.data.packing import Plan
 from minisft.training.loss import batch_loss
 from minisft.training.optimizer import AdamW, learning_rate
@@ -38,7 +37,7 @@ class StepResult:
     grad_norm: Tensor  # () before clipping; if it is not finite, the step changed nothing
 
 
-def training_steps(model: nn.Module, optimizer: AdamW, dataset: Dataset, plan: Plan, config: Config, world: World, *,
+def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, plan: Plan, config: Config, world: World, *,
                    start: int = 0) -> Generator[StepResult, None, None]:
     """Train `model` on the steps of `plan` from `start` (from 0) on, yielding after each. All ranks run it together."""
     compiled = is_compiled(config.parallel, world.device)
