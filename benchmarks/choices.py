@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from minisft.evaluation import choices
-from minisft.evaluation.assistant import Assistant
+from minisft.evals import choices
+from minisft.generate.assistant import Assistant
 
 LETTERS = "ABCDE"
 

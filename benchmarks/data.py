@@ -38,12 +38,12 @@ from minisft.config import DataConfig, Source
 from minisft.data.batches import deal
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation
-from minisft.data.formats import read
 from minisft.data.packing import Plan
 from minisft.data.store import BATCH, Store, open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.formats.parse import read
 from minisft.prepare import read_source
 
 

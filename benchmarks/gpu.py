@@ -235,7 +235,7 @@ def network(config: Any, s: Setting, *, compiled: bool, recompute: str = "none",
     import torch.distributed as dist
 
     from minisft.config import Config, LoraConfig, OptimConfig, ParallelConfig
-    from minisft.lora import lora
+    from minisft.lora import adapters as lora
     from minisft.model.llama import DTYPES
     from minisft.runs.assemble import open_optimizer
     from minisft.training import parallel

@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 
-from minisft.commands import (
+from minisft.cli import (
     answer_command,
     chat_command,
     compare_command,

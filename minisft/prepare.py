@@ -13,14 +13,14 @@ from minisft.config import Config, DataConfig, LoraConfig, Source, heldout_name
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.dataset import Dataset
-from minisft.data.formats import read
-from minisft.data.jinja import choose_template
 from minisft.data.packing import Plan
 from minisft.data.store import Store, open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.files import regular_file
+from minisft.formats.jinja import choose_template
+from minisft.formats.parse import read
 from minisft.lora import targets
 from minisft.model.flops import training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config

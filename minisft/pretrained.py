@@ -6,9 +6,9 @@ import torch
 
 from minisft.errors import UserError
 from minisft.lora.peft import PeftFolder, is_adapter
+from minisft.meta import MetaFolder
 from minisft.model import weights
 from minisft.model.llama import Llama
-from minisft.model.meta import MetaFolder
 
 
 def from_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from minisft.data.batches import ahead, deal, micro_batch, steps
 from minisft.data.packing import Plan
-from minisft.lora.lora import token_bits
+from minisft.lora.adapters import token_bits
 
 
 class Documents:

@@ -13,15 +13,14 @@ import pytest
 from oracles.tiny_llama import write_tiny_llama
 from small_data import store_of
 
-from minisft.data import formats
-from minisft.data import records as reader
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Skipped
-from minisft.data.formats import read
-from minisft.data.jinja import choose_template, recognize
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer, TokenizerError
 from minisft.errors import UserError
+from minisft.formats import records as reader
+from minisft.formats.jinja import choose_template, recognize
+from minisft.formats.parse import read
 from minisft.reports.run_report import _text
 
 
@@ -143,13 +142,13 @@ def test_a_record_cannot_repeat_itself_without_end(tmp_path, record):
     else:
         raise AssertionError("never stopped")
     assert conversations > 20
-    assert characters <= formats.MAX_CHARACTERS + 70_000
+    assert characters <= parse.MAX_CHARACTERS + 70_000
     assert time.process_time() - start < 10
 
 
 def test_one_long_conversation_is_no_repetition(tmp_path):
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"prompt": "a" * (formats.MAX_CHARACTERS + 1), "completion": "b"}))
+    file.write_text(json.dumps({"prompt": "a" * (parse.MAX_CHARACTERS + 1), "completion": "b"}))
     assert [type(found) for found in read(file)] == [Conversation]
 
 

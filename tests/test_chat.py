@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerFast
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Skipped, Turn
-from minisft.data.formats import ROLES, read
-from minisft.data.jinja import choose_template, recognize, written
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.formats.jinja import choose_template, recognize, written
+from minisft.formats.parse import ROLES, read
 
 ORACLES = Path(__file__).parent / "oracles"
 TEMPLATES = load_templates()

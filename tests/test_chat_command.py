@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.__main__ import main
-from minisft.commands import chat_command
+from minisft.cli import chat_command
 from minisft.data.conversation import Turn
 from minisft.data.tokenizer import Tokenizer
-from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.sampling import Sampling
+from minisft.generate.assistant import Assistant
+from minisft.generate.sampling import Sampling
 
 OPTIONS = ["--template", "llama3", "--precision", "fp32", "--max-new-tokens", "12"]
 

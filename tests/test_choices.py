@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from minisft.__main__ import main
 from minisft.errors import UserError
-from minisft.evaluation import choices
-from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.choices import ChoicePrompt, encode, figures, load, log_likelihoods
-from minisft.evaluation.questions import ChoiceQuestion, read
-from minisft.evaluation.rates import wilson
+from minisft.evals import choices
+from minisft.evals.choices import ChoicePrompt, encode, figures, load, log_likelihoods
+from minisft.evals.questions import ChoiceQuestion, read
+from minisft.evals.rates import wilson
+from minisft.generate.assistant import Assistant
 
 transformers = pytest.importorskip("transformers")
 

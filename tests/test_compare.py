@@ -13,9 +13,9 @@ import pytest
 
 from minisft.__main__ import main
 from minisft.errors import UserError
-from minisft.evaluation.answers import Answers
-from minisft.evaluation.comparison import blind_page, describe, read_judgments, read_ratings, win_rates
-from minisft.evaluation.prompts import Prompt
+from minisft.evals.answers import Answers
+from minisft.evals.comparison import blind_page, describe, read_judgments, read_ratings, win_rates
+from minisft.evals.prompts import Prompt
 
 NASTY = "</script><script>alert(1)</script><!-- {{POLICY}} {{DATA}} & \u2028 <b>bold</b> \"'"
 
@@ -153,7 +153,7 @@ def test_ratings_become_a_win_rate(tmp_path):
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (5, 5), (3, 9), (40, 20), (0, 7)])
 def test_the_sign_test_is_scipys(wins, losses):
-    from minisft.evaluation.rates import sign_test
+    from minisft.evals.rates import sign_test
 
     stats = pytest.importorskip("scipy.stats")
     assert sign_test(wins, losses) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1)

@@ -15,7 +15,7 @@ from test_cuda_paths import TINY
 from minisft.config import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from minisft.data.batches import micro_batch
 from minisft.errors import UserError
-from minisft.lora import lora
+from minisft.lora import adapters as lora
 from minisft.model import weights
 from minisft.runs import assemble
 from minisft.training import parallel

@@ -23,11 +23,11 @@ from minisft.data.conversation import Turn
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
-from minisft.evaluation.assistant import Assistant
+from minisft.export import hf_folder
+from minisft.generate.assistant import Assistant
 from minisft.model import weights
 from minisft.model.llama_config import read_config
 from minisft.runs import lifecycle
-from minisft.training import export
 
 LLAMA_CPP = os.environ.get("MINISFT_LLAMA_CPP", "")
 SMOLLM2, DATA = os.environ.get("MINISFT_SMOLLM2", ""), os.environ.get("MINISFT_DATA", "")
@@ -43,7 +43,7 @@ def final(request, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in shards":
-            patch.setattr(export.weights, "save", partial(weights.save, shard_bytes=100_000))
+            patch.setattr(hf_folder.weights, "save", partial(weights.save, shard_bytes=100_000))
         train(base, folder, train__max_steps=1, batch__packs=1, train__precision="bf16")
     return folder / "run" / "final"
 
@@ -161,7 +161,7 @@ def test_the_exported_tokenizer_is_the_one_trained_with(base, tmp_path, monkeypa
 
 def tried(base, final, **record):
     tokenizer = Tokenizer(base)
-    export.try_export(read_config(base), Renderer(load_templates()["llama3"], tokenizer), final, record={
+    hf_folder.try_export(read_config(base), Renderer(load_templates()["llama3"], tokenizer), final, record={
         "base": None, "minisft": "0", "commit": "", "torch": "2", "ranks": 1, "steps": 0, "total_steps": 1, "tokens": 0,
         "target_tokens": 0, "seconds": 0, "data": {}, "losses": {}, "recipe": "", **record})
 
@@ -250,6 +250,6 @@ def test_a_folder_of_something_else_is_not_deleted(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final/mine").touch()
     with pytest.raises(OSError, match="final: holds something other than a model; move it elsewhere"), \
-            export.atomic_dir(tmp_path / "final", is_main=True):
+            hf_folder.atomic_dir(tmp_path / "final", is_main=True):
         pytest.fail("it would be replaced")
     assert (tmp_path / "final/mine").exists()

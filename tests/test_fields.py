@@ -11,9 +11,9 @@ import pytest
 
 from minisft.__main__ import main
 from minisft.data.conversation import Conversation, Skipped, Turn
-from minisft.data.fields import MAX_NAMES, OTHERS
-from minisft.data.formats import read
 from minisft.errors import UserError
+from minisft.formats.fields import MAX_NAMES, OTHERS
+from minisft.formats.parse import read
 from minisft.runs.lifecycle import main as train
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft.config import LoraConfig
-from minisft.lora.lora import adapt
+from minisft.lora.adapters import adapt
 from minisft.lora.targets import ranks
 from minisft.model import llama
 from minisft.model.flops import peak_flops, training_flops

@@ -14,9 +14,9 @@ from small_runs import HERE, log, options, train, wait_for_savers
 from minisft import config_io
 from minisft.__main__ import main as command
 from minisft.errors import UserError
-from minisft.evaluation import heldout
-from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.heldout import Forgetting, file_losses, loss_figures
+from minisft.evals import heldout
+from minisft.evals.heldout import Forgetting, file_losses, loss_figures
+from minisft.generate.assistant import Assistant
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained
 from minisft.reports.data_report import describe, figures

@@ -14,11 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minisft import config
-from minisft.data import formats
-from minisft.data import records as reader
 from minisft.data.conversation import Conversation, Skipped, Turn
-from minisft.data.formats import FORMATS, read
 from minisft.errors import UserError
+from minisft.formats import records as reader
+from minisft.formats.parse import FORMATS, read
 
 U, A, S = "user", "assistant", "system"
 TURKISH = "Borsada düşüş ne anlama gelir? İĞŞğış 📉"
@@ -327,7 +326,7 @@ def test_no_format_or_more_than_one_is_an_error_that_lists_the_fields(write):
 
 
 def test_the_configuration_offers_the_formats_that_there_are():
-    assert ("auto", *formats.FORMATS) == config.FORMATS
+    assert ("auto", *parse.FORMATS) == config.FORMATS
 
 
 def test_unknown_options_are_never_read_as_known_ones(write):
@@ -558,7 +557,7 @@ def check(path, **options):
             assert all(turn.content.strip() for turn in found.turns)
 
 
-KEYS = sorted({field for groups in formats.FIELDS.values() for group in groups for field in group})
+KEYS = sorted({field for groups in parse.FIELDS.values() for group in groups for field in group})
 INNER = st.sampled_from(["role", "content", "from", "value", "text", "type", "weight", "replies", "rank", "output"])
 NAMES = st.sampled_from([U, A, S, "human", "gpt", "text", "prompter", "tool", " ", "Merhaba"])
 LIKELY = st.recursive(
@@ -576,7 +575,7 @@ LIKELY = st.recursive(
 @fuzz
 def test_any_json_value_as_a_record(write, record, format, oasst):
     if isinstance(record, dict):
-        record = {**dict.fromkeys(formats.FIELDS[format][0]), **record}
+        record = {**dict.fromkeys(parse.FIELDS[format][0]), **record}
     path = write(json.dumps(record))
     check(path, format=format, skip_bad=True, oasst=oasst)
     check(path)

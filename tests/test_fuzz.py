@@ -20,10 +20,10 @@ from small_data import documents_of
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Skipped
-from minisft.data.formats import FORMATS, read
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.formats.parse import FORMATS, read
 
 CONTROL = ("<|begin_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>", "<|im_end|>", "<|im_start|>",
            "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|end_of_text|>")

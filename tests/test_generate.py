@@ -9,11 +9,11 @@ import torch
 from oracles.tiny_llama import CONFIG, write_tiny_llama
 
 from minisft.errors import UserError
-from minisft.evaluation import decoding
-from minisft.evaluation import generate as module
-from minisft.evaluation.decoding import CachedDecoder, Product
-from minisft.evaluation.generate import generate, stream
-from minisft.evaluation.sampling import Sampling
+from minisft.generate import decoding
+from minisft.generate import generate as module
+from minisft.generate.decoding import CachedDecoder, Product
+from minisft.generate.sampling import Sampling
+from minisft.generate.text import generate, stream
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
 from minisft.pretrained import from_pretrained

@@ -6,7 +6,7 @@ from small_runs import train
 from test_cuda_paths import TINY
 
 from minisft.config import OptimConfig
-from minisft.evaluation.decoding import logits
+from minisft.generate.decoding import logits
 from minisft.lean.adamw import LeanAdamW
 from minisft.model.llama import Documents, Llama, attend
 from minisft.training.loss import linear_cross_entropy

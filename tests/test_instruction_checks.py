@@ -6,10 +6,10 @@ import random
 import pytest
 
 from minisft.errors import UserError
-from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.instruction_checks import CHECKS, parameters, sentences
-from minisft.evaluation.instructions import figures, load
-from minisft.evaluation.language import detect, languages, lower
+from minisft.evals.instruction_checks import CHECKS, parameters, sentences
+from minisft.evals.instructions import figures, load
+from minisft.evals.language import detect, languages, lower
+from minisft.generate.assistant import Assistant
 
 SENTENCES = ("The cat sat on the mat.", "Why not?", "It was cold!", "We saw Rome, Paris and Bonn.", "I have a plan.",
              "She asked me to wait for Dr. Smith.", "A good idea costs 3.5 euros.", "NASA and the UN AGREE.")

@@ -7,9 +7,9 @@ import pytest
 from minisft.__main__ import main
 from minisft.data.conversation import Turn
 from minisft.errors import UserError
-from minisft.evaluation.instruction_checks import CHECKS
-from minisft.evaluation.instructions import InstructionPrompt, check, describe, figures, load, loosely, strictly
-from minisft.evaluation.language import detect
+from minisft.evals.instruction_checks import CHECKS
+from minisft.evals.instructions import InstructionPrompt, check, describe, figures, load, loosely, strictly
+from minisft.evals.language import detect
 
 NO_COMMA = {"key": 1, "prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 TWO = {"key": 2, "prompt": "Söyle.", "language": "tr",

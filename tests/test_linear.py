@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from minisft.config_io import nearest
 from minisft.errors import printable
-from minisft.evaluation import questions, signals
-from minisft.evaluation.instruction_checks import CHECKS, sentences
-from minisft.evaluation.language import detect
+from minisft.evals import questions, signals
+from minisft.evals.instruction_checks import CHECKS, sentences
+from minisft.evals.language import detect
 from minisft.reports import run_report
 
 UNITS = ("a", ".", "a.", ".a", "e.g. ", "Mr. ", " ", "\n", " \n", "[", "[]", "<<", "<<a", "*", "*a", "* \n", "**a",

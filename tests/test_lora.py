@@ -12,8 +12,8 @@ from test_resume import SMALL, run_until_death
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minisft.config import LoraConfig
-from minisft.evaluation.assistant import Assistant
-from minisft.lora import lora
+from minisft.generate.assistant import Assistant
+from minisft.lora import adapters as lora
 from minisft.lora.peft import PeftFolder
 from minisft.model.llama import Documents, Llama
 from minisft.model.llama_config import read_config

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minisft.config import Config, LoraConfig, ParallelConfig
 from minisft.cpu import kernels
-from minisft.lora.lora import adapt
+from minisft.lora.adapters import adapt
 from minisft.model.flops import Sizes
 from minisft.model.llama import Documents, Llama
 from minisft.model.llama_config import PRESETS, LlamaConfig

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minisft.errors import NumericsError, UserError
-from minisft.model.meta import MetaFolder, _config
+from minisft.meta import MetaFolder, _config
 from minisft.pretrained import from_pretrained, save_pretrained
 
 VOCAB = 64

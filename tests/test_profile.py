@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from minisft import config_io
-from minisft.training.profile import AROUND, KINDS, OTHER, profiled, table
+from minisft.runs.profile import AROUND, KINDS, OTHER, profiled, table
 
 
 def shares(text):
@@ -115,7 +115,7 @@ def test_files_of_a_run(base, tmp_path):
 
 def test_off_by_default(base, tmp_path, monkeypatch):
     """By default the profiler is not even created, and the steps are those of the loader."""
-    monkeypatch.setattr("minisft.training.profile.profile", None)
+    monkeypatch.setattr("minisft.runs.profile.profile", None)
     train(base, tmp_path, train__max_steps=2)
     assert not (tmp_path / "run/profile").exists()
     asked = [config_io.load([*options(base, tmp_path), *more]).run.profile for more in ([], ["--profile"])]

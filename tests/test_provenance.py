@@ -12,9 +12,9 @@ import torch
 from small_runs import HERE, log, options, train
 
 import minisft
+from minisft.export.card import model_card
+from minisft.export.provenance import commit, model_name, start_record
 from minisft.runs.lifecycle import main
-from minisft.training.card import model_card
-from minisft.training.provenance import commit, model_name, start_record
 
 CONVERSATIONS = HERE / "oracles" / "conversations.jsonl"
 

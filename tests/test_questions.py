@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minisft.errors import UserError
-from minisft.evaluation.questions import ChoiceQuestion, read, subject_of
+from minisft.evals.questions import ChoiceQuestion, read, subject_of
 
 HERE = Path(__file__).parent / "oracles" / "questions"
 MMLU, TURKISH, ARC = (HERE / name for name in ("night_sky_test.csv", "TurkishMMLU_Kitchen.json", "tools_train.jsonl"))

@@ -11,10 +11,10 @@ from small_runs import HERE, log, options, train
 from minisft import __version__, config_io
 from minisft.__main__ import main as command
 from minisft.errors import UserError
+from minisft.export import provenance as on
 from minisft.pretrained import from_pretrained
 from minisft.reports.data_report import pack_fill
 from minisft.runs.lifecycle import main
-from minisft.training import provenance as on
 
 DOCUMENTS = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))["documents"]
 LINES = (HERE / "oracles" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()

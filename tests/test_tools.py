@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Conversation, Skipped, Turn
-from minisft.data.formats import read
-from minisft.data.jinja import written
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.formats.jinja import written
+from minisft.formats.parse import read
 
 TEMPLATES = load_templates()
 BOS = "<|begin_of_text|>"

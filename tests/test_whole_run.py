@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import HERE, final_weights, launch, log, options, train, wait_for_savers, wait_for_step
 
 from minisft.__main__ import main as command
-from minisft.evaluation import heldout
+from minisft.evals import heldout
 from minisft.pretrained import from_pretrained
 from minisft.runs import after, lifecycle, metrics
 from minisft.runs.lifecycle import main
@@ -395,7 +395,7 @@ def test_interrupted_commands_say_one_word(monkeypatch, capsys, verb):
     def interrupted(options, *rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"minisft.commands.{verb}_command.run", interrupted)
+    monkeypatch.setattr(f"minisft.cli.{verb}_command.run", interrupted)
     assert command([verb, "x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minisft.data.conversation import Turn
 from minisft.demo.world import exact_match
-from minisft.evaluation.assistant import Assistant
+from minisft.generate.assistant import Assistant
 
 QUESTIONS, ASKED = Path("runs/demo-world/heldout-questions.jsonl"), 50
 ENGLISH = ("What", "Which", "Name", "On")

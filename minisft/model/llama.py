@@ -7,7 +7,7 @@ There is no batch dimension: a batch is one stream of documents, and `Documents`
     stream     a0 a1 a2 b0 b1          lengths [3, 2]   cu_seqlens [0, 3, 5]   positions [0, 1, 2, 0, 1]
     attends    a0 | a0 a1 | a0 a1 a2 | b0 | b0 b1
 
-Parameters have Hugging Face's names and layout. Adapters replace `Linear` modules from outside (lora/lora.py).
+Parameters have Hugging Face's names and layout. Adapters replace `Linear` modules from outside (lora/adapters.py).
 
 From "The Llama 3 Herd of Models" (2024), section 3.2: grouped-query attention (Ainslie et al. 2023), RMSNorm (Zhang and
 Sennrich 2019), SwiGLU (Shazeer 2020), rotary embeddings (Su et al. 2021).

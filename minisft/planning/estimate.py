@@ -17,9 +17,9 @@ import numpy as np
 from minisft.config import Config
 from minisft.errors import PATH, UserError, printable
 from minisft.lora import targets
+from minisft.meta import MetaFolder
 from minisft.model.flops import Sizes, training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
-from minisft.model.meta import MetaFolder
 from minisft.planning import UTILISATION
 from minisft.planning.hardware import REACHED, Gpu, Traffic
 from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, StepMemory

@@ -23,13 +23,14 @@ from minisft.errors import NumericsError, UserError
 from minisft.lean.adamw import LeanAdamW
 from minisft.model import weights
 from minisft.model.flops import Sizes
-from minisft.lora import lora, targets
+from minisft.lora import adapters, targets
 from minisft.model.llama import DTYPES, Llama
-from minisft.evaluation.heldout import heldout_questions
+from minisft.evals.heldout import heldout_questions
 from minisft.model.llama_config import LlamaConfig, read_config
-from minisft.model.meta import MetaFolder
+from minisft.meta import MetaFolder
 from minisft.prepare import Prepared, adapters_of, check_vocabulary
-from minisft.training import parallel, provenance
+from minisft.training import parallel
+from minisft.export import provenance
 from minisft.training.checkpoint import SavedState, check_room, saved_checkpoints
 from minisft.training.optimizer import AdamW
 from minisft.training.parallel import World
@@ -127,8 +128,8 @@ def open_base(config: Config, prepared: Prepared) -> Base:
         with torch.device("meta"):
             weights.check_memory(Llama(network).to(DTYPES[config.optim.parameters]))
     if checkpoint:
-        if adapters := adapters_of(config):
-            targets.check(adapters, network)
+        if lora := adapters_of(config):
+            targets.check(lora, network)
         with torch.device("meta"):
             weights.check(Llama(network), checkpoint)
     check_vocabulary(prepared, network)
@@ -139,9 +140,9 @@ def open_base(config: Config, prepared: Prepared) -> Base:
 
 def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Run:
     """The model, allocated but not filled yet, and its optimizer. Raises OSError if the disk has no room."""
-    adapters = adapters_of(config)
+    lora = adapters_of(config)
     model = parallel.build_model(base.network, world, config, adapt=partial(
-        lora.adapt, lora=adapters, trained=DTYPES[config.optim.parameters]) if adapters else None)
+        adapters.adapt, lora=lora, trained=DTYPES[config.optim.parameters]) if lora else None)
     if world.is_main:
         check_room(Path(config.run.dir), room_needed(config, model, prepared.plan.total_steps), "the run needs")
     return Run(config, prepared, world, base, model, open_optimizer(model, config, world))
@@ -160,16 +161,16 @@ def open_optimizer(model: Llama, config: Config, world: World) -> AdamW:
 def fill(run: Run, saved: SavedState | None) -> None:
     """Fill the model with the weights of the checkpoint to resume from, of the base model, or random ones. Raises
     NumericsError if any weight is not finite."""
-    seed, adapters, checkpoint = run.config.train.seed, adapters_of(run.config), run.base.checkpoint
-    if adapters and checkpoint:  # on resume too: a checkpoint does not hold the frozen weights
-        lora.load(run.model, checkpoint, seed=seed)
+    seed, lora, checkpoint = run.config.train.seed, adapters_of(run.config), run.base.checkpoint
+    if lora and checkpoint:  # on resume too: a checkpoint does not hold the frozen weights
+        adapters.load(run.model, checkpoint, seed=seed)
         if run.world.is_main:
-            print(lora.described(run.model, adapters), flush=True)
+            print(adapters.described(run.model, lora), flush=True)
     if saved:
         saved.restore(run.optimizer, run.world)
     elif not checkpoint:
         weights.initialize(run.model, std=run.base.network.initializer_range, seed=seed)
-    elif not adapters:
+    elif not lora:
         weights.load(run.model, checkpoint)
     origin = str(saved.folder) if saved else run.config.model.path or "the random model"
     check_finite({**dict(run.model.named_parameters()), **dict(run.model.named_buffers())}, run.world,

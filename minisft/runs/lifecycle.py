@@ -20,7 +20,7 @@ from minisft.config import Config
 from minisft.config_io import to_toml
 from minisft.data.batches import steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
-from minisft.lora import lora
+from minisft.lora import adapters
 from minisft.model.flops import peak_flops
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
@@ -33,11 +33,11 @@ from minisft.runs.preemption import Preemption, Stopped
 from minisft.runs.run_dir import RunDir, read_log
 from minisft.training import parallel
 from minisft.training.checkpoint import SavedState, Saver, saved_checkpoints, set_aside
-from minisft.training.export import try_export
-from minisft.training.provenance import environment
+from minisft.export.hf_folder import try_export
+from minisft.export.provenance import environment
 from minisft.training.loop import StepResult, training_steps
 from minisft.training.loss import batch_loss
-from minisft.training.profile import profiled
+from minisft.runs.profile import profiled
 from minisft.versions import warn_if_untested
 
 
@@ -142,7 +142,7 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
         with suppress(Stopped):
             after.step(start, done=after.done(start) if start else frozenset())
             watch(config.parallel.timeout)
-            lora.set_step(run.model, config.train.seed, start)
+            adapters.set_step(run.model, config.train.seed, start)
             for result in profiled(taken, run.folder / "profile" if config.run.profile and world.is_main else None):
                 number = result.step
                 monitor.step(record_of(run, result, seconds=monitor.lap()), result.loss, result.grad_norm)
@@ -151,7 +151,7 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
                     save(run, saver, monitor, number)
                 after.step(number)
                 watch(config.parallel.timeout)
-                lora.set_step(run.model, config.train.seed, number)
+                adapters.set_step(run.model, config.train.seed, number)
                 if number < total:
                     preemption.check(world.device)
             complete = number == total

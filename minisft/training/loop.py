@@ -37,8 +37,8 @@ class StepResult:
     grad_norm: Tensor  # () before clipping; if it is not finite, the step changed nothing
 
 
-def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, plan: Plan, config: Config, world: World, *,
-                   start: int = 0) -> Generator[StepResult, None, None]:
+def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, plan: Plan, config: Config,
+                   world: World, *, start: int = 0) -> Generator[StepResult, None, None]:
     """Train `model` on the steps of `plan` from `start` (from 0) on, yielding after each. All ranks run it together."""
     compiled = is_compiled(config.parallel, world.device)
     with closing(steps(dataset, plan, start=start, rank=world.rank, ranks=world.ranks, device=world.device,

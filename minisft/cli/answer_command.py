@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft.commands.options import add_model_options, load, positive
+from minisft.cli.options import add_model_options, load, positive
 from minisft.errors import PATH, printable
 from minisft.reports.page import check_outputs, write_json
 
 if TYPE_CHECKING:
-    from minisft.evaluation.answers import Answers
-    from minisft.evaluation.assistant import Assistant
-    from minisft.evaluation.prompts import Prompt
+    from minisft.evals.answers import Answers
+    from minisft.evals.prompts import Prompt
+    from minisft.generate.assistant import Assistant
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,7 +41,7 @@ def add_answer_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Answer, then describe the answers."""
-    from minisft.evaluation import prompts, signals
+    from minisft.evals import prompts, signals
 
     check_outputs({"--out": options.out, "--json": options.json},
                   (prompts.prompt_file(options.questions), options.model, options.templates), appended=("--out",))
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
 def answer(model: str, prompts: "list[Prompt]", file: Path, options: argparse.Namespace, *, model_id: str = "",
            always_load: bool = False) -> "tuple[Answers, Assistant | None]":
     """A model folder's answers, after adding to `file` what it lacks; and the model, if it was loaded for that."""
-    from minisft.evaluation import answers
+    from minisft.evals import answers
 
     model_id, assistant = model_id or answers.model_name(model), None
     with answers.locked(file):

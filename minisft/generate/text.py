@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from minisft.errors import UserError
-from minisft.evaluation.decoding import CachedDecoder
-from minisft.evaluation.sampling import GREEDY, Sampling, choose, penalized
+from minisft.generate.decoding import CachedDecoder
+from minisft.generate.sampling import GREEDY, Sampling, choose, penalized
 from minisft.model.llama import Llama
 
 CACHE_BYTES = 2**30  # of keys and values; more prompts than fit wait for the next batch

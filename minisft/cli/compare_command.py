@@ -4,8 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from minisft.commands.answer_command import add_answer_options, answer
-from minisft.commands.options import natural
+from minisft.cli.answer_command import add_answer_options, answer
+from minisft.cli.options import natural
 from minisft.errors import PATH, UserError, printable
 from minisft.reports.page import check_outputs, write, write_json
 
@@ -33,8 +33,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """Do one of three: make a page, read ratings, read a judge's verdicts."""
-    from minisft.evaluation import comparison
-    from minisft.evaluation.prompts import prompt_file
+    from minisft.evals import comparison
+    from minisft.evals.prompts import prompt_file
 
     # Answers of model folders, and the key, are kept beside the page.
     beside = {name: options.out and options.out.parent / f"{options.out.name}.{name}"
@@ -62,9 +62,9 @@ def run(options: argparse.Namespace) -> None:
 
 def make_page(options: argparse.Namespace, beside: dict[str, Path]) -> None:
     """Write the answers of both models, the page and its key."""
-    from minisft.evaluation.answers import read_answers
-    from minisft.evaluation.comparison import blind_page
-    from minisft.evaluation.prompts import load_prompts
+    from minisft.evals.answers import read_answers
+    from minisft.evals.comparison import blind_page
+    from minisft.evals.prompts import load_prompts
 
     if len(options.models) != 2 or not options.questions or not options.out:
         raise UserError("a page needs two models, --questions FILE and --out PAGE.html")

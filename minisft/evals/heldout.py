@@ -33,8 +33,8 @@ from minisft.data.packing import Plan
 from minisft.data.store import open_store
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import PATH, UserError, printable
-from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.decoding import logits
+from minisft.generate.assistant import Assistant
+from minisft.generate.decoding import logits
 from minisft.model.llama import Documents
 from minisft.prepare import read_source
 from minisft.training.loss import batch_loss

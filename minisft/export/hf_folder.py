@@ -25,14 +25,14 @@ import torch.distributed as dist
 
 from minisft.config import LoraConfig
 from minisft.data.chat import Renderer
-from minisft.data.jinja import written
 from minisft.errors import UserError, printable
-from minisft.lora import lora, peft
+from minisft.export.card import model_card
+from minisft.export.provenance import FILE, Record, model_name
+from minisft.formats.jinja import written
+from minisft.lora import adapters, peft
 from minisft.model import weights
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
-from minisft.training.card import model_card
-from minisft.training.provenance import FILE, Record, model_name
 
 COPIED = re.compile(r"(bos|eos|unk|sep|pad|cls|mask)_token|(additional|extra)_special_tokens|add_(bos|eos)_token|"
                     r"added_tokens_decoder|model_max_length|model_input_names|(padding|truncation)_side|"
@@ -54,7 +54,7 @@ def export_adapter(model: Llama, settings: LoraConfig, renderer: Renderer, folde
     With the base it is the model of `export` in a hundredth of the bytes, except for a base in NF4: `export` merges the
     adapter into the dequantised base, beside which it was trained; loading it onto the base in bf16 differs slightly.
     """
-    tensors = dict(lora.tensors(model))
+    tensors = dict(adapters.tensors(model))
     with atomic_dir(folder, is_main=is_main) as partial:
         if is_main:
             weights.write(tensors, partial / "adapter_model.safetensors")

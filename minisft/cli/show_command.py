@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from minisft import config_io
-from minisft.commands import add_recipe_command
-from minisft.commands.options import natural, whole
+from minisft.cli import add_recipe_command
+from minisft.cli.options import natural, whole
 from minisft.errors import PATH, printable
 from minisft.reports.page import check_outputs, write
 

@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from minisft.data.conversation import Skip
-from minisft.data.fields import Fields, listed, parsed
+from minisft.formats.fields import Fields, listed, parsed
 
 MAX_DEPTH = 63  # deeper nesting could overflow Python's stack when it is written, which is recursive
 CALL = frozenset(("id", "type", "index", "function"))

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.data.records import BOM
 from minisft.errors import SHORT, UserError
-from minisft.evaluation.prompts import json_lines
+from minisft.evals.prompts import json_lines
+from minisft.formats.records import BOM
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

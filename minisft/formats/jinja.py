@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from minisft.data.conversation import Turn
-from minisft.data.formats import ROLES
 from minisft.data.templates import Template
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
+from minisft.formats.parse import ROLES
 
 
 def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer, *,

@@ -15,11 +15,11 @@ from statistics import mean, median
 from typing import Any
 
 from minisft.data.conversation import Turn
-from minisft.evaluation.answers import in_batches
-from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.language import lower
-from minisft.evaluation.prompts import json_lines, prompt_file
-from minisft.evaluation.rates import percent, rate
+from minisft.evals.answers import in_batches
+from minisft.evals.language import lower
+from minisft.evals.prompts import json_lines, prompt_file
+from minisft.evals.rates import percent, rate
+from minisft.generate.assistant import Assistant
 
 OPENINGS = re.compile(r"""\W*(?:
     (?:what\s+a|that's\s+a|that\s+is\s+a|this\s+is\s+a)\s+

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from minisft import config_io
-from minisft.commands import add_recipe_command
-from minisft.commands.options import count, positive, price, share
+from minisft.cli import add_recipe_command
+from minisft.cli.options import count, positive, price, share
 from minisft.planning import UTILISATION
 from minisft.reports.page import check_outputs, write_json
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from minisft.data.conversation import Turn
 from minisft.errors import PATH, SHORT, UserError, printable
-from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.prompts import Prompt, json_lines, texts
+from minisft.evals.prompts import Prompt, json_lines, texts
+from minisft.generate.assistant import Assistant
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import Any
 
 from minisft.data.conversation import Turn
 from minisft.errors import PATH, UserError, printable
-from minisft.evaluation.answers import in_batches
-from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.instruction_checks import CHECKS, parameters
-from minisft.evaluation.language import check_language
-from minisft.evaluation.prompts import json_lines, prompt_file
-from minisft.evaluation.rates import percent, rate
+from minisft.evals.answers import in_batches
+from minisft.evals.instruction_checks import CHECKS, parameters
+from minisft.evals.language import check_language
+from minisft.evals.prompts import json_lines, prompt_file
+from minisft.evals.rates import percent, rate
+from minisft.generate.assistant import Assistant
 
 
 @dataclass(frozen=True)

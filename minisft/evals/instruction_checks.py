@@ -17,7 +17,7 @@ from operator import eq, ge, lt
 from typing import Any
 
 from minisft.errors import SHORT, UserError, printable
-from minisft.evaluation.language import check_language, detect, lower
+from minisft.evals.language import check_language, detect, lower
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {"less than": lt, "at least": ge, "exactly": eq}  # "exactly" is ours
 # A full stop after one of these, or after a single capital letter, ends no sentence even if a capital follows.

@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from minisft.data.conversation import Turn
 from minisft.errors import PATH, UserError, printable
-from minisft.evaluation.assistant import Assistant
-from minisft.evaluation.decoding import logits
-from minisft.evaluation.questions import LETTERS, ChoiceQuestion, read
-from minisft.evaluation.rates import wilson
+from minisft.evals.questions import LETTERS, ChoiceQuestion, read
+from minisft.evals.rates import wilson
+from minisft.generate.assistant import Assistant
+from minisft.generate.decoding import logits
 from minisft.model.llama import Documents
 
 STYLES = ("letter", "text")

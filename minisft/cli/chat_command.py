@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from minisft.commands.options import add_model_options, load, natural
+from minisft.cli.options import add_model_options, load, natural
 from minisft.data.conversation import Turn
 from minisft.errors import EXIT_INTERRUPTED, PATH, UserError, printable
 
@@ -62,7 +62,7 @@ class Chat:
 
     def __init__(self, options: argparse.Namespace):
         from minisft.cpu.kernels import CPU_MATMULS_IN_BF16
-        from minisft.evaluation.sampling import Sampling  # imported late: `minisft --help` should not wait for torch
+        from minisft.generate.sampling import Sampling  # imported late: `minisft --help` should not wait for torch
 
         self.max_new_tokens, self.system = options.max_new_tokens, options.system
         self.turns: list[Turn] = []  # of user and assistant

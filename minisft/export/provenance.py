@@ -28,8 +28,8 @@ import torch
 
 import minisft
 from minisft.errors import UserError, printable
+from minisft.export.card import rounds
 from minisft.files import read_small
-from minisft.training.card import rounds
 from minisft.training.parallel import launched_rank
 
 FILE = "training.json"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from minisft.errors import printable
 
 if TYPE_CHECKING:
-    from minisft.evaluation.assistant import Assistant
+    from minisft.generate.assistant import Assistant
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 MOST = 10**15  # of anything; what is counted in memory or loops has a lower bound of its own
@@ -63,7 +63,7 @@ def load(path: str, options: argparse.Namespace, *, template: str = "", bf16_on_
     """The model in a folder, on the GPU if there is one. `template` is the default of --template."""
     import torch
 
-    from minisft.evaluation.assistant import Assistant
+    from minisft.generate.assistant import Assistant
     from minisft.model.llama import DTYPES
 
     return Assistant.load(path, template=options.template or template, templates=options.templates,

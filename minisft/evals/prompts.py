@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.data.records import BadRecord, records
 from minisft.errors import SHORT, UserError
+from minisft.formats.records import BadRecord, records
 
 SHIPPED = ("mt-en", "mt-tr", "instructions", "flips")
 

@@ -9,13 +9,13 @@ import torch
 
 from minisft.data.chat import Renderer
 from minisft.data.conversation import Turn
-from minisft.data.jinja import choose_template
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import SHORT, UserError
-from minisft.evaluation.decoding import CachedDecoder
-from minisft.evaluation.generate import generate, stream
-from minisft.evaluation.sampling import GREEDY, Sampling
+from minisft.formats.jinja import choose_template
+from minisft.generate.decoding import CachedDecoder
+from minisft.generate.sampling import GREEDY, Sampling
+from minisft.generate.text import generate, stream
 from minisft.lora.peft import PeftFolder, is_adapter
 from minisft.model.llama import Llama
 from minisft.pretrained import from_pretrained

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft import config_io
-from minisft.commands import add_recipe_command
+from minisft.cli import add_recipe_command
 from minisft.reports.page import check_outputs, write, write_json
 
 if TYPE_CHECKING:

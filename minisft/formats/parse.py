@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minisft.data import fields as of
 from minisft.data.conversation import ANSWERS, Conversation, Skip, Skipped, Turn, checked
-from minisft.data.fields import WEIGHTS, Fields, is_empty, is_trained, listed, parsed, shown
-from minisft.data.records import SUFFIXES, BadRecord, document, open_data, records
-from minisft.data.tools import call, definitions, written
 from minisft.errors import UserError
+from minisft.formats import fields as of
+from minisft.formats.fields import WEIGHTS, Fields, is_empty, is_trained, listed, parsed, shown
+from minisft.formats.records import SUFFIXES, BadRecord, document, open_data, records
+from minisft.formats.tools import call, definitions, written
 
 # The fields that tell a format; several groups are alternatives. A record may have more fields than these.
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -219,8 +219,8 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
                 calls = [found for name in ("tool_calls", "function_call")
                          if (found := parsed(item.get(name), "bad tool call"))]
             elif role != "call" and trained and not all(is_empty(item[name]) for name in WEIGHTS & item.keys()):
-                fields.notes.add("a turn that is not an answer is marked as trained; only data.train_on = all trains on "
-                                 "it")
+                fields.notes.add("a turn that is not an answer is marked as trained; only data.train_on = all trains "
+                                 "on it")
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             texts = [part.get("text", part.get("value")) for part in content]
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else content

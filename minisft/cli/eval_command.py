@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minisft.commands.options import add_model_options, load, natural, positive, precision_of
+from minisft.cli.options import add_model_options, load, natural, positive, precision_of
 from minisft.config import FORMATS
 from minisft.errors import UserError
 from minisft.reports.page import check_outputs, write_json
@@ -51,8 +51,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """All evaluations that the options ask for, of one model."""
-    from minisft.evaluation import choices, heldout, instructions  # late: `minisft --help` does not wait for torch
-    from minisft.evaluation.prompts import prompt_file
+    from minisft.evals import choices, heldout, instructions  # late: `minisft --help` does not wait for torch
+    from minisft.evals.prompts import prompt_file
 
     check_outputs({"--json": options.json},
                   (options.model, options.templates, *options.choices, *options.shots_from, *options.data,

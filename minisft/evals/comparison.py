@@ -28,9 +28,9 @@ from statistics import mean
 from typing import Any
 
 from minisft.errors import PATH, SHORT, UserError, printable
-from minisft.evaluation.answers import Answers
-from minisft.evaluation.prompts import Prompt, json_lines
-from minisft.evaluation.rates import percent, rate, sign_test
+from minisft.evals.answers import Answers
+from minisft.evals.prompts import Prompt, json_lines
+from minisft.evals.rates import percent, rate, sign_test
 
 TIE = 0.1  # FastChat's TIE_DELTA
 Unit = tuple[int | str, int]  # question, turn; turn 0 is a whole conversation

@@ -1,0 +1,1 @@
+"""Data files as people have them, read into conversations."""
