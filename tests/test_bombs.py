@@ -18,6 +18,7 @@ from minisft.data.conversation import Conversation, Skipped
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer, TokenizerError
 from minisft.errors import UserError
+from minisft.formats import parse
 from minisft.formats import records as reader
 from minisft.formats.jinja import choose_template, recognize
 from minisft.formats.parse import read

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from minisft import config
 from minisft.data.conversation import Conversation, Skipped, Turn
 from minisft.errors import UserError
+from minisft.formats import parse
 from minisft.formats import records as reader
 from minisft.formats.parse import FORMATS, read
 
