@@ -219,8 +219,8 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
                 calls = [found for name in ("tool_calls", "function_call")
                          if (found := parsed(item.get(name), "bad tool call"))]
             elif role != "call" and trained and not all(is_empty(item[name]) for name in WEIGHTS & item.keys()):
-                fields.notes.add("a turn that is not an answer is marked as trained; only data.train_on = all trains on "
-                                 "it")
+                fields.notes.add("a turn that is not an answer is marked as trained; only data.train_on = all trains "
+                                 "on it")
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             texts = [part.get("text", part.get("value")) for part in content]
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
