@@ -64,7 +64,7 @@ def qa(question="Hi", answer="Hello!"):
 
 def folders(tmp_path):
     """The folders in the cache, finished or not."""
-    return sorted(p.name for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    return sorted(p.name for p in (tmp_path / "cache").glob("*/"))
 
 
 # What is stored
