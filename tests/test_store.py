@@ -278,7 +278,7 @@ def test_words_and_tokens_of_the_contents_are_counted_without_the_template(opene
     assert store.report.content_tokens == sum(len(renderer.tokenizer.encode(text)) for text in texts)
 
 
-@pytest.mark.parametrize("template", ["llama3", "llama3.1", "alpaca", "text"])
+@pytest.mark.parametrize("template", ["llama3", "llama3.1", "alpaca"])
 def test_system_turns_and_tools_do_not_add_the_templates_words(opened, folder, template):
     """Where texts of the template and of the conversation meet in one piece, only the conversation's count."""
     renderer = Renderer(TEMPLATES[template], Tokenizer(folder))
