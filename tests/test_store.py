@@ -294,7 +294,7 @@ def test_a_content_that_reads_like_a_control_token_at_both_ends_is_counted_whole
         len(renderer.tokenizer.encode(text)) for text in ("<|eot_id|> or <|eot_id|>", "Yes."))
 
 
-@pytest.mark.parametrize("template", ["llama3", "llama3.1", "alpaca", "text"])
+@pytest.mark.parametrize("template", ["llama3", "llama3.1", "alpaca"])
 def test_system_turns_and_tools_do_not_add_the_templates_words(opened, folder, template):
     """Where texts of the template and of the conversation meet in one piece, only the conversation's count."""
     renderer = Renderer(TEMPLATES[template], Tokenizer(folder))
