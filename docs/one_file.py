@@ -381,8 +381,8 @@ def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
 
 
-def train_step(model: Llama, optimizer: torch.optim.Optimizer, packs: list[Pack], device: torch.device) -> float:
-    """One update from the packs of a step, dealt out to the ranks. Returns the step's loss in nats a trained token.
+def train_step(model: Llama, optimizer: torch.optim.Optimizer, packs: list[Pack], device: torch.device) -> Tensor:
+    """One update from the packs of a step, dealt out to the ranks -> loss (nats a trained token), norm of its gradient.
 
     TRAP, the mean of means: averaged by pack, and then by rank, a token counts for more the fewer others share its
     pack, and another number of GPUs trains another model. So sum, and divide once: by the whole step's trained tokens.
@@ -401,7 +401,7 @@ def train_step(model: Llama, optimizer: torch.optim.Optimizer, packs: list[Pack]
         sys.exit("the loss or its gradient is not finite: lower --lr, or check the base model")
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return torch.stack((loss, norm))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -424,9 +424,9 @@ def main(args: argparse.Namespace) -> None:
     for step, packs in enumerate(plan):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=args.steps, warmup=args.warmup, peak=args.lr)
-        loss = train_step(model, optimizer, packs, device)
+        loss, grad_norm = train_step(model, optimizer, packs, device).tolist()
         if is_main:
-            print(json.dumps({"step": step + 1, "loss": loss}), flush=True)
+            print(json.dumps({"step": step + 1, "loss": loss, "grad_norm": grad_norm}), flush=True)
     export(model, args.model, args.out, template, tokenizer, args.precision)
     dist.barrier()
     dist.destroy_process_group()

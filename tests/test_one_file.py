@@ -94,20 +94,20 @@ def models(base, tmp_path_factory):
 
 
 def run(one_file_argv, capsys):
-    """Run the program in this process; returns the losses that it printed."""
+    """Run the program in this process; returns the losses and the gradients' norms that it printed."""
     argv, sys.argv = sys.argv, [str(ONE_FILE), *map(str, one_file_argv)]
     capsys.readouterr()
     try:
         runpy.run_path(str(ONE_FILE), run_name="__main__")
     finally:
         sys.argv = argv
-    return losses(capsys.readouterr().out)
+    return figures(capsys.readouterr().out)
 
 
-def losses(printed):
+def figures(printed):
     lines = [json.loads(line) for line in printed.splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
+    return [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
 
 
 def options(model, out, **changes):
@@ -209,9 +209,10 @@ def test_ten_steps_have_the_packages_losses_and_the_model_is_transformers(one_fi
     from transformers import AutoModelForCausalLM
 
     records = train(models / model, tmp_path, batch__packs=64, optim__schedule="cosine", optim__warmup_steps=3)
-    found = run(options(models / model, tmp_path / "out"), capsys)
-    assert found == pytest.approx([record["loss"] for record in records], abs=1e-5)
-    assert found[-1] < found[0] - 1  # it learns
+    losses, norms = run(options(models / model, tmp_path / "out"), capsys)
+    assert losses == pytest.approx([record["loss"] for record in records], abs=1e-5)
+    assert norms == pytest.approx([record["grad_norm"] for record in records], rel=1e-4)
+    assert losses[-1] < losses[0] - 1  # it learns
 
     ours = one_file.Llama(one_file.read_config(tmp_path / "out"))
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -257,7 +258,9 @@ def test_two_ranks_train_the_model_that_one_does(models, tmp_path, capsys):
                                                                  **changes))],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert losses(done.stdout) == pytest.approx(alone, abs=1e-5)
+    losses, norms = figures(done.stdout)
+    assert losses == pytest.approx(alone[0], abs=1e-5)
+    assert norms == pytest.approx(alone[1], rel=1e-4)  # AdamW would hide a gradient that is twice as large
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(weight, two[name], atol=1e-4) for name, weight in one.items())
 
