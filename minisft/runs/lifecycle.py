@@ -142,7 +142,8 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
         with suppress(Stopped):
             after.step(start, done=after.done(start) if start else frozenset())
             watch(config.parallel.timeout)
-            adapters.set_step(run.model, config.train.seed, start)
+            if config.lora.dropout:
+                adapters.set_step(run.model, config.train.seed, start)
             for result in profiled(taken, run.folder / "profile" if config.run.profile and world.is_main else None):
                 number = result.step
                 monitor.step(record_of(run, result, seconds=monitor.lap()), result.loss, result.grad_norm)
@@ -151,7 +152,8 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
                     save(run, saver, monitor, number)
                 after.step(number)
                 watch(config.parallel.timeout)
-                adapters.set_step(run.model, config.train.seed, number)
+                if config.lora.dropout:
+                    adapters.set_step(run.model, config.train.seed, number)
                 if number < total:
                     preemption.check(world.device)
             complete = number == total
