@@ -208,7 +208,7 @@ def test_each_step_drops_its_own_and_nothing_is_dropped_without_gradients(base):
     def output(model):
         return model(IDS, documents, lambda hidden, head: hidden)
 
-    with pytest.raises(AssertionError, match=r"call lora\.set_step"):
+    with pytest.raises(AssertionError, match=r"call adapters\.set_step"):
         output(model)
     found = []
     for step in (0, 1, 0):

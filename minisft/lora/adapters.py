@@ -52,7 +52,7 @@ class Dropout:
         documents: Documents = arguments[1]
         self.draws = None
         if model.training and torch.is_grad_enabled():
-            assert self.key, "the adapters must know their step: call lora.set_step before it"
+            assert self.key, "the adapters must know their step: call adapters.set_step before it"
             assert documents.ids is not None, "dropout is drawn by document: Documents.ids must number them"
             self.draws = token_bits(documents.ids, documents.positions, self.key)
 

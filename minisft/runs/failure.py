@@ -105,7 +105,7 @@ def fail(error: Exception, world: World | None, run_dir: RunDir | None) -> None:
                           "this operation")
     rank, code = parallel.launched_rank()[0], exit_code(error)
     text = str(error) or type(error).__name__
-    first: dict[str, Any] = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
+    first: dict[str, Any] = world.report_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
     if run_dir:
         with suppress(OSError, UserError):  # perhaps a full disk or a broken log is the cause
             run_dir.status("failed", exit_code=first["code"], error=first["text"])

@@ -57,8 +57,9 @@ def train(config: Config) -> int:
             assemble.make_deterministic()
         prepared = prepare(config, quiet=not is_main)
         base, preemption = open_base(config, prepared), Preemption()
+        data = figures(prepared) if is_main else {}
         if is_main:
-            print(describe(data := figures(prepared), short=True), flush=True)
+            print(describe(data, short=True), flush=True)
             run_dir = RunDir(Path(config.run.dir))
             run_dir.status("running")
             read_log(run_dir.path)  # a line that is no record ends the run here, not hours later
@@ -87,9 +88,9 @@ def train(config: Config) -> int:
 
 
 def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: dict[str, Any]) -> None:
-    """Record in the folder that the run starts from `saved`. From now on it resumes from nothing else."""
+    """Write to the run folder which checkpoint the run starts from. From now on it resumes from nothing else."""
     step = saved.step if saved else 0
-    if run.config.run.export:
+    if run.config.run.export:  # what could not be exported fails now, not after the training
         try_export(run.base.network, run.prepared.renderer, run.folder / "final",
                    record=record_of_model(run, data, step=step, log=[]))
     set_aside(resume.abandoned(saved, saved_checkpoints(run_dir.path / "checkpoints")))
