@@ -132,13 +132,13 @@ class ParallelConfig:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks that each parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard allows", low=0)
-    timeout: float = key(1800.0, "seconds without progress until the run aborts, printing stacks", above=0, high=10**7)
+    timeout: float = key(1800.0, "seconds without progress until the run aborts with stacks", above=0, high=10**7)
     activation_checkpointing: str = key("none", "what the backward pass recomputes: cheap parts, or whole blocks",
                                         choices=("none", "selective", "full"))
     compile: str = key("auto", "compile the layers for packs of one shape; auto: on a GPU", choices=AUTO)
     reshard: str = key("auto", "free gathered parameters between the passes; auto: with several ranks", choices=AUTO)
     prefetch: int = key(0, "layers whose parameters are gathered ahead of use; 0: FSDP decides", low=0)
-    offload: str = key("none", "what to keep in host memory; parameters: weights, gradients and moments, with the update on the CPU",
+    offload: str = key("none", "what to keep in host memory; parameters: weights, gradients and moments, updated there",
                        choices=("none", "optimizer", "parameters"))
 
 

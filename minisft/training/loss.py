@@ -26,7 +26,7 @@ from minisft.model.llama import Documents, cast, product_dtype
 
 CHUNK = 2**27  # logits at one time: 1,024 tokens with Llama-3's vocabulary, 263 MB in bf16
 TILE = 128  # tokens: a chunk is a multiple of it, or the last tiles of a product would leave part of a GPU idle
-CPU_SOFTMAX, SOFTMAX = 2**19, 2**25  # logits per softmax in fp32: few enough for a core's cache, enough to keep a GPU busy
+CPU_SOFTMAX, SOFTMAX = 2**19, 2**25  # logits per softmax: few enough for a core's cache, enough to keep a GPU busy
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
