@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["minisft", "minisft.*"]),
     package_data={"minisft": ["*.toml", "recipes/*.toml", "recipes/sample/*.jsonl", "data/*.toml", "demo/*.tsv",
                               "demo/*.toml", "model/*.toml", "evals/*.toml", "evals/*.html",
-                              "evals/question_files/*.jsonl", "reports/*.css", "export/*.md"]},
+                              "evals/question_files/*.jsonl", "reports/*.css", "reports/*.mplstyle", "export/*.md"]},
     install_requires=["torch>=2.11", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
     extras_require={
         "plot": ["matplotlib>=3.9"],  # minisft report

@@ -18,27 +18,10 @@ from typing import Any
 import numpy as np
 
 from minisft.errors import PATH, printable
-from minisft.reports.drawing import STYLE as COLOURS
 from minisft.reports.drawing import Curve, Panel, histogram, lines, running_mean, shares, window
 from minisft.reports.logged_run import LoggedRun, column
 from minisft.reports.page import render
 
-STYLE = COLOURS + """
-h1 { font-size: 1.5rem; margin: 1rem 0 .2rem } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem }
-h3 { font-size: .95rem; margin: 1.5rem 0 .3rem; overflow-wrap: anywhere }
-figure { margin: .5rem 0 1.2rem } figure svg { width: 100%; height: auto }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 0 1.5rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere } th { font-weight: 500; color: var(--faint); white-space: nowrap }
-thead th { color: var(--ink); white-space: normal }
-.key::before { content: ""; display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em;
-  background: var(--k) }
-.failed { color: var(--c1) } .done { color: var(--c2) }
-pre, td.text { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 ui-monospace, monospace }
-td.text { unicode-bidi: plaintext } .control { color: var(--faint) } .right::after { content: " ✓"; color: var(--c2) }
-summary { cursor: pointer; color: var(--faint) }
-"""
 LAST = 10  # steps whose mean is the final loss
 
 Runs = Sequence[LoggedRun]
@@ -50,7 +33,7 @@ def page(runs: Runs) -> str:
     title = " · ".join(run.name for run in runs)
     sections = (_summary, _losses, _forgetting, _optimisation, _throughput, _data, _samples, _environment)
     body = "".join(section(runs) for section in sections)
-    return render(f"minisft report: {title}", STYLE, f"<h1>{_safe(title)}</h1>\n{body}")
+    return render(f"minisft report: {title}", "report", f"<h1>{_safe(title)}</h1>\n{body}")
 
 
 def _summary(runs: Runs) -> str:

@@ -38,23 +38,6 @@ from minisft.reports.spans import LEGEND, Span, spans, visible
 
 FEW = 3  # documents shown by default
 TRAINED, CONTROL, HEADING = "32", "2", "1"  # green, dim, bold
-STYLE = """
-:root { --block: #b9c3d1; --trained: #2e9e5b; --mark: #cdeed9 }
-@media (prefers-color-scheme: dark) { :root { --block: #4a5565; --trained: #3fba70; --mark: #17492c } }
-h1 { font-size: 1.2rem } h2 { font-size: .9rem; position: sticky; top: 0; margin: 0; padding: .4rem 0;
-  background: var(--page); border-bottom: 1px solid var(--line) }
-h2:target { border-bottom-color: var(--trained); color: var(--trained) }
-figure { margin: 1rem 0 } figure svg { width: 100%; max-width: 32rem; border: 1px solid var(--line) }
-.share { display: block; width: 100%; height: .7rem }
-.room { fill: var(--line) } .block { fill: var(--block) } .target { fill: var(--trained) }
-a:hover .block { fill: var(--faint) }
-pre { margin: .5rem 0 2rem; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
-  font: .9rem/1.6 ui-monospace, monospace }
-mark { background: var(--mark); color: inherit; border-radius: 2px } .control { color: var(--faint) }
-[data-id]:hover { outline: 1px solid var(--trained) }
-[data-id]:hover::after { content: "token " attr(data-id); position: fixed; left: 0; bottom: 0; padding: .3rem .8rem;
-  background: var(--ink); color: var(--page) }
-"""
 
 
 @dataclass(frozen=True)
@@ -237,7 +220,7 @@ def as_page(views: list[View]) -> str:
     numbers = count()
     sections = "".join(_section(view, numbers) for view in views)
     legend = f"<p><mark>trained tokens</mark>, {LEGEND}; token ids under the pointer</p>\n"
-    return render(f"minisft show: {views[0].title}", STYLE, sections + legend)
+    return render(f"minisft show: {views[0].title}", "show", sections + legend)
 
 
 def _section(view: View, numbers: Iterator[int]) -> str:
