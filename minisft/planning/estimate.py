@@ -71,7 +71,8 @@ class Work:
             lengths, loss_tokens = train.lengths[documents], train.num_loss_tokens[documents]
             per_epoch, steps = int(lengths.sum()), plan.total_steps
             total = round(per_epoch * steps / plan.steps_per_epoch)
-            return cls(seq_len * plan.fill(), loss_tokens.sum() / per_epoch, flops(lengths, loss_tokens), total, steps, "")
+            share, each = loss_tokens.sum() / per_epoch, flops(lengths, loss_tokens)
+            return cls(seq_len * plan.fill(), share, each, total, steps, "")
         length = min(options.document or seq_len, seq_len)
         lengths = np.full(seq_len // length, length)
         assumed = f"packs full of {length:,}-token documents, all tokens trained"

@@ -88,6 +88,10 @@ class LoggedRun:
         """(n,) one figure of each step; NaN where it is missing."""
         return column(self.train, name)
 
+    def finite(self, name: str) -> np.ndarray:
+        """(m,) one figure of the steps that have it."""
+        return (values := self.column(name))[np.isfinite(values)]
+
     def total(self, name: str) -> float:
         """The sum of a figure over the steps."""
         return float(np.nansum(self.column(name)))
