@@ -1,5 +1,5 @@
 """The model card: `README.md` of a model folder, as model hubs show it (Mitchell et al. 2019, "Model Cards for Model
-Reporting").
+Reporting"). card.md is its template.
 
 Everything in it comes from the run's own `training.json`; what a run cannot know (language, licence, intended use) is
 left to its author. Files are named without their folders, which are private. Names of files and of earlier models may
@@ -12,40 +12,20 @@ import re
 import shlex
 import tomllib
 from collections.abc import Sequence
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from minisft.errors import printable
 
 # The settings that the card shows.
 SHOWN = re.compile(r"(batch|train|optim|lora)\..+|data\.(template|train_on|seq_len|overlong|dedup|replay_ratio)")
-USE = """## Use
-
-`FOLDER` is the folder of this file.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
-prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True,
-                                       return_tensors="pt", return_dict=True)
-answer = model.generate(**prompt, max_new_tokens=200)
-print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-```
-minisft chat FOLDER
-vllm serve FOLDER --served-model-name NAME
-python llama.cpp/convert_hf_to_gguf.py FOLDER --outfile model.gguf && llama-cli -m model.gguf
-```
-"""
+TEMPLATE = Path(__file__).with_name("card.md")
 
 
 def model_card(name: str, record: dict[str, Any]) -> str:
     """The card of the model `name`, whose `training.json` is `record`."""
     base, earlier = record["base"], rounds(record["base"])
-    title = re.sub(r"([!-,/:-@[-`{-~])", r"\\\1", printable(name))
-    front = [f"base_model: {json.dumps(printable(base['name']), ensure_ascii=False)}"] if base else []
     data = [(literal(source["file"]), use, source["documents"], source["tokens"], source["target_tokens"],
              f"{source['weight']:.4g}" if "weight" in source else "-", f"`{source['sha256'][:12]}`")
             for use, sources in record["data"].items() for source in sources]
@@ -57,17 +37,17 @@ def model_card(name: str, record: dict[str, Any]) -> str:
                 if SHOWN.fullmatch(f"{section}.{key}")]
     history = [(change["from_step"], change["key"], *(f"`{json.dumps(change[when])}`" for when in ("was", "is")))
                for change in record.get("history", []) if SHOWN.fullmatch(change["key"])]
-    return "\n".join([
-        "---", *front, "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- minisft", "- sft",
-        f"---\n\n# {title}\n\n{_summary(record)}\n",
-        *(["## Earlier rounds, the last one first\n", *earlier, ""] if len(earlier) > 1 else []),
-        *_section("Data", "file|use|documents|tokens|trained tokens|passes per epoch|sha256 begins", data),
-        *_section("Held-out losses\n\nIn nats per token; forgetting is how far the loss rose above the base model's.",
-                  "held-out data|tokens|loss before|loss after|at step|perplexity before|perplexity after|forgetting",
-                  losses),
-        *_section("Settings", "key|value", settings),
-        *_section("Settings changed during training", "from step|key|was|is", history),
-        USE.replace("NAME", shlex.quote(printable(name)))])
+    sections = ["\n".join(["## Earlier rounds, the last one first\n", *earlier, "\n"]) if len(earlier) > 1 else "",
+                _section("Data", "file|use|documents|tokens|trained tokens|passes per epoch|sha256 begins", data),
+                _section("Held-out losses\n\nIn nats per token; forgetting is how far the loss rose above the base "
+                         "model's.", "held-out data|tokens|loss before|loss after|at step|perplexity before|"
+                         "perplexity after|forgetting", losses),
+                _section("Settings", "key|value", settings),
+                _section("Settings changed during training", "from step|key|was|is", history)]
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        base_model=f"base_model: {json.dumps(printable(base['name']), ensure_ascii=False)}\n" if base else "",
+        title=re.sub(r"([!-,/:-@[-`{-~])", r"\\\1", printable(name)), summary=_summary(record),
+        sections="".join(sections), name=shlex.quote(printable(name)))
 
 
 def literal(name: object, limit: int = 80) -> str:
@@ -109,9 +89,9 @@ def _perplexity(loss: float | None) -> str:
     return "-" if loss is None or loss > 700 else f"{math.exp(loss):,.2f}"
 
 
-def _section(title: str, head: str, rows: Sequence[tuple[str | int, ...]]) -> list[str]:
-    """The lines of a section with a table; none without rows."""
+def _section(title: str, head: str, rows: Sequence[tuple[str | int, ...]]) -> str:
+    """A section with a table; empty without rows."""
     names = head.split("|")
     table = [names, ["---"] * len(names), *([f"{cell:,}" if isinstance(cell, int) else cell.replace("|", "\\|")
                                              for cell in row] for row in rows)]
-    return [f"## {title}\n", *(f"| {' | '.join(row)} |" for row in table), ""] if rows else []
+    return f"## {title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table) + "\n" if rows else ""

@@ -19,6 +19,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -91,35 +92,32 @@ def commit(root: Path) -> str:
     if not (root / ".git").exists():  # or git would find that of a folder above, which belongs to another project
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
-    try:
+    with suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    return ""
 
 
 def _losses(log: list[Record]) -> dict[str, Record]:
     """Name -> the first and the last held-out loss; the first is the base model's, if the log begins at step 0."""
     losses: dict[str, Record] = {}
-    for record in log:
-        if record["kind"] == "eval":
-            first = {"target_tokens": record["target_tokens"], "before": None if record["step"] else record["loss"]}
-            losses.setdefault(record["name"], first).update(
-                step=record["step"], after=record["loss"],
-                **({"forgetting": record["forgetting"]} if "forgetting" in record else {}))
+    for record in (record for record in log if record["kind"] == "eval"):
+        first = {"target_tokens": record["target_tokens"], "before": None if record["step"] else record["loss"]}
+        losses.setdefault(record["name"], first).update(
+            {"step": record["step"], "after": record["loss"]},
+            **{name: value for name, value in record.items() if name == "forgetting"})
     return losses
 
 
 def _base(folder: Path) -> Record:
     found: Record = {"name": model_name(folder), "path": str(folder)}
-    for key, name in (("config", "config.json"), ("config", "params.json"), ("training", FILE)):
-        file = folder / name
-        if key in found or not file.exists():
-            continue
+    config = "config.json" if (folder / "config.json").exists() else "params.json"
+    for key, file in (("config", folder / config), ("training", folder / FILE)):
         try:
-            found[key] = json.loads(read_small(file))
-            if not isinstance(found[key], dict):
-                raise TypeError(f"expected a JSON object, found {type(found[key]).__name__}")
-            rounds(found)
+            if file.exists():
+                found[key] = json.loads(read_small(file))
+                if not isinstance(found[key], dict):
+                    raise TypeError(f"expected a JSON object, found {type(found[key]).__name__}")
+                rounds(found)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: not readable ({type(error).__name__}: {printable(error, 200)}); the new model's "
                             f"{FILE} will hold its content: repair it, or remove it") from None

@@ -59,31 +59,28 @@ class Work:
     def of(cls, config: Config, network: LlamaConfig, options: PlanOptions) -> "Work":
         """Counted from the packed data; or from `options.tokens` an epoch in documents of `options.document` tokens."""
         seq_len, missing = config.data.seq_len, [path for path in inputs(config)[:-5] if not Path(path).exists()]
-
-        def flops(lengths: np.ndarray, loss_tokens: np.ndarray) -> dict[str, float]:
-            ranks = targets.ranks(config.lora, network)
-            return {policy: training_flops(network, lengths, loss_tokens, recompute=policy, ranks=ranks)
-                    / int(lengths.sum()) for policy in POLICIES}
-
         if options.tokens is None and not options.document and not missing:
             plan, train = (prepared := prepare(config)).plan, prepared.train
             documents = plan.epoch(0).documents
             lengths, loss_tokens = train.lengths[documents], train.num_loss_tokens[documents]
-            per_epoch, steps = int(lengths.sum()), plan.total_steps
-            total = round(per_epoch * steps / plan.steps_per_epoch)
-            share, each = loss_tokens.sum() / per_epoch, flops(lengths, loss_tokens)
-            return cls(seq_len * plan.fill(), share, each, total, steps, "")
-        length = min(options.document or seq_len, seq_len)
-        lengths = np.full(seq_len // length, length)
-        assumed = f"packs full of {length:,}-token documents, all tokens trained"
-        if options.tokens is None:
-            return cls(seq_len, 1.0, flops(lengths, lengths), None, None,
-                       assumed + (f"; {missing[0]} is missing" if missing else ""))
-        per_step, epochs = config.batch.packs * seq_len, config.train.epochs
-        steps = epochs * -(-options.tokens // per_step)
-        steps = min(steps, config.train.max_steps or steps)
-        tokens = min(epochs * options.tokens, steps * per_step)
-        return cls(seq_len, 1.0, flops(lengths, lengths), tokens, steps, assumed)
+            tokens_per_pack, steps, assumed = seq_len * plan.fill(), plan.total_steps, ""
+            tokens = round(int(lengths.sum()) * steps / plan.steps_per_epoch)
+        else:
+            length = min(options.document or seq_len, seq_len)
+            lengths = loss_tokens = np.full(seq_len // length, length)
+            tokens_per_pack, steps, tokens = seq_len, None, None
+            assumed = f"packs full of {length:,}-token documents, all tokens trained"
+            if options.tokens is not None:
+                per_step, epochs = config.batch.packs * seq_len, config.train.epochs
+                steps = epochs * -(-options.tokens // per_step)
+                steps = min(steps, config.train.max_steps or steps)
+                tokens = min(epochs * options.tokens, steps * per_step)
+            elif missing:
+                assumed += f"; {missing[0]} is missing"
+        counted, ranks = int(lengths.sum()), targets.ranks(config.lora, network)
+        flops = {policy: training_flops(network, lengths, loss_tokens, recompute=policy, ranks=ranks) / counted
+                 for policy in POLICIES}
+        return cls(tokens_per_pack, int(loss_tokens.sum()) / counted, flops, tokens, steps, assumed)
 
 
 class Choice(TypedDict):
@@ -154,7 +151,7 @@ class Scenario:
                           each, adapters_of(self.config)).peak()
 
     def fits(self, memory: Memory) -> bool:
-        """Return whether each GPU has so much memory."""
+        """True if each GPU has so much memory."""
         return memory.allocated * RESERVED <= self.usable
 
     def choose(self, policy: str, micro_packs: int) -> Choice:
@@ -290,10 +287,9 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _memory_table(found: dict[str, Any]) -> list[str]:
-    columns = found["memory"]
-    choices = list(columns.values())
+    columns, choices = found["memory"], list(found["memory"].values())
     parts = ("parameters", "gradients", "moments", "inputs", "activations", "head", "gathered", "unpacked", "reduction")
-    rows = {"GiB a GPU, recomputing": list(columns)}
+    rows = {"GiB a GPU, recomputing": columns}
     rows |= {part: [f"{choice['parts_gib'].get(part, 0):.2f}" for choice in choices] for part in parts
              if part != "unpacked" or any(part in choice["parts_gib"] for choice in choices)}
     rows |= {"allocated": [f"{choice['allocated_gib']:.2f}" for choice in choices],
@@ -301,7 +297,6 @@ def _memory_table(found: dict[str, Any]) -> list[str]:
              "needs most in": [choice["instant"] for choice in choices],
              f"with {choices[0]['micro_packs']} packs in a pass": ["fits" if choice["fits"] else "does not"
                                                                   for choice in choices],
-             f"most packs that fit (of {found['packs_per_gpu']})": [str(found["largest_micro_packs"][policy])
-                                                                   for policy in columns],
+             f"most packs that fit (of {found['packs_per_gpu']})": map(found["largest_micro_packs"].get, columns),
              "tokens/s a GPU": [f"{choice['tokens_per_second_per_gpu']:,.0f}" for choice in choices]}
     return [f"{name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows.items()]

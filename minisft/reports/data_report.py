@@ -34,10 +34,10 @@ def figures(prepared: Prepared) -> Figures:
     general = {source.name for source in config.data.general}
     epoch = plan.epoch(0)
     lengths, loss_tokens = train.lengths[epoch.documents], train.num_loss_tokens[epoch.documents]
-    sources, first = _sources(train), len(config.data.train)
     mixed = _mixed(train, np.bincount(epoch.documents, minlength=len(train)))
-    for source, weight, each in zip(sources, prepared.weights, mixed, strict=True):
-        source |= {"weight": weight, "epoch": each}
+    sources = [{**source, "weight": weight, "epoch": each} for source, weight, each in
+               zip(_sources(train), prepared.weights, mixed, strict=True)]
+    trained, replayed = sources[: len(config.data.train)], sources[len(config.data.train) :]
     step_starts = epoch.offsets[[plan.place(step).first for step in range(plan.steps_per_epoch)]]
     step_targets = np.add.reduceat(loss_tokens, step_starts)[: plan.total_steps]
     recompute = config.parallel.activation_checkpointing
@@ -46,15 +46,15 @@ def figures(prepared: Prepared) -> Figures:
     return {
         "template": prepared.renderer.template.name, "seq_len": plan.seq_len, "overlong": config.data.overlong,
         "dedup": config.data.dedup, "eval_fraction": config.data.eval_fraction,
-        "train": sources[:first], "replay": sources[first:],
+        "train": trained, "replay": replayed,
         **{kind: [source for name, dataset in prepared.evals.items() for source in _sources(dataset)
                   if (name in general) == (kind == "general")] for kind in ("eval", "general")},
         "documents": len(train), "tokens": int(train.lengths.sum()), "target_tokens": int(train.num_loss_tokens.sum()),
         "lengths": _length_buckets(train.lengths, train.too_long, plan.seq_len),
         "epoch_documents": len(epoch.documents), "epoch_tokens": int(lengths.sum()),
         "epoch_target_tokens": int(loss_tokens.sum()),
-        "replay_ratio": config.data.replay_ratio if sources[first:] else 0.0,
-        "replay_share": sum(source["epoch"]["tokens"] for source in sources[first:]) / int(lengths.sum()),
+        "replay_ratio": config.data.replay_ratio if replayed else 0.0,
+        "replay_share": sum(source["epoch"]["tokens"] for source in replayed) / int(lengths.sum()),
         "pack_fill": pack_fill(lengths, epoch.offsets, plan.seq_len),
         "packs": len(epoch), "packs_per_step": plan.packs_per_step, "packing_efficiency": plan.fill(),
         "steps_per_epoch": plan.steps_per_epoch, "total_steps": plan.total_steps,
@@ -70,10 +70,10 @@ def unread_fields(prepared: Prepared) -> list[str]:
     """For each file with fields that nothing reads: their names, and how many records have them."""
     lines = []
     for report in [report for dataset in (prepared.train, *prepared.evals.values()) for report in dataset.reports]:
-        names = sorted(report.unread.items(), key=lambda item: (-item[1], item[0]))
-        named = ", ".join(f"{name} ({count:,})" for name, count in names[:MAX_NAMES])
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        lines += [f"{report.name} has fields that nothing reads: {named}{more}"] if names else []
+        if names := sorted(report.unread.items(), key=lambda item: (-item[1], item[0])):
+            named = ", ".join(f"{name} ({count:,})" for name, count in names[:MAX_NAMES])
+            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+            lines.append(f"{report.name} has fields that nothing reads: {named}{more}")
     return lines
 
 
@@ -133,9 +133,8 @@ def describe(found: Figures, *, short: bool = False) -> str:
     columns = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
     mixed = [*found["train"], *found["replay"]]
     lines = _table(_source_rows(found), columns)
-    if not short and (len(mixed) > 1 or mixed[0]["weight"] != 1):
-        lines += ["", *_table(_mixture_rows(mixed, found), columns)]
     if not short:
+        lines += ["", *_table(_mixture_rows(mixed, found), columns)] if len(mixed) > 1 or mixed[0]["weight"] != 1 else []
         lines += ["", *_length_lines(found)]
     lines.append("")
     for title, text in _plan_lines(found):
@@ -145,10 +144,8 @@ def describe(found: Figures, *, short: bool = False) -> str:
 
 def _source_rows(found: Figures) -> list[list[str] | str]:
     """The table's rows, and notes between them."""
-    rows: list[list[str] | str] = [["source", "read", "kept", "turns", "tokens", "trained", "share", "longest",
-                                    "median", "tok/word"]]
-    for kind, heading in (("train", ""), ("replay", "replayed:"), ("eval", "evaluated:"),
-                          ("general", "general text:")):
+    rows: list[list[str] | str] = ["source read kept turns tokens trained share longest median tok/word".split()]
+    for kind, heading in {"train": "", "replay": "replayed:", "eval": "evaluated:", "general": "general text:"}.items():
         rows += [heading] if heading and found[kind] else []
         for source in found[kind]:
             rows.append([source["name"], *(_count(source[name]) for name in
