@@ -59,8 +59,6 @@ class Traffic:
            lora: LoraConfig | None = None) -> "Traffic":
         """For `copies` of a model (HSDP), each over `shards` GPUs."""
         sizes, compute = Sizes.of(config), Bytes.compute
-        if shards * copies == 1:
-            return cls(0, 0, 0, 0, 0.0, 0.0)
         sent = (shards - 1) / shards
         blocks = config.num_hidden_layers * sizes.block  # embedding and head are not gathered for their gradients
         rest, trained = sizes.total - blocks, targets.trained(lora, config) if lora else sizes.total

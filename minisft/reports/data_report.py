@@ -134,17 +134,29 @@ def describe(found: Figures, *, short: bool = False) -> str:
     mixed = [*found["train"], *found["replay"]]
     lines = _table(_source_rows(found), columns)
     if not short:
-        lines += ["", *_table(_mixture_rows(mixed, found), columns)] if len(mixed) > 1 or mixed[0]["weight"] != 1 else []
+        is_mixture = len(mixed) > 1 or mixed[0]["weight"] != 1
+        lines += ["", *_table(_mixture_rows(mixed, found), columns)] if is_mixture else []
         lines += ["", *_length_lines(found)]
+    step = found["target_tokens_per_step"]
+    recompute = "without" if found["recompute"] == "none" else f"with {found['recompute']}"
+    plan = [("packs", f"{found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
+                      f"template {found['template']}"),
+            ("steps", f"{found['steps_per_epoch']:,} per epoch, {found['total_steps']:,} in total, of "
+                      f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} "
+                      f"to {step['most']:,})"), *(("warning", text) for text in found["beware"]),
+            ("compute", "not estimated: there is no config.json" if found["flops"] is None else
+             f"about {found['flops']:.3g} FLOPs in matrix products, {recompute} recomputation"),
+            ("checks", f"passed: {', '.join(found['checks'])}")]
     lines.append("")
-    for title, text in _plan_lines(found):
+    for title, text in plan:
         lines += textwrap.wrap(text, columns, initial_indent=f"{title:<9}", subsequent_indent=" " * 9)
     return "\n".join(printable(line, PATH) for line in lines)
 
 
 def _source_rows(found: Figures) -> list[list[str] | str]:
     """The table's rows, and notes between them."""
-    rows: list[list[str] | str] = ["source read kept turns tokens trained share longest median tok/word".split()]
+    rows: list[list[str] | str] = [["source", "read", "kept", "turns", "tokens", "trained", "share", "longest",
+                                    "median", "tok/word"]]
     for kind, heading in {"train": "", "replay": "replayed:", "eval": "evaluated:", "general": "general text:"}.items():
         rows += [heading] if heading and found[kind] else []
         for source in found[kind]:
@@ -207,19 +219,6 @@ def _length_lines(found: Figures) -> list[str]:
         if bucket["to"] == found["seq_len"]:
             lines.append(f"{'-' * 12} data.seq_len = {found['seq_len']:,} {'-' * BAR}"[: 33 + BAR])
     return lines
-
-
-def _plan_lines(found: Figures) -> list[tuple[str, str]]:
-    step = found["target_tokens_per_step"]
-    recompute = "without" if found["recompute"] == "none" else f"with {found['recompute']}"
-    compute = "not estimated: there is no config.json" if found["flops"] is None else (
-        f"about {found['flops']:.3g} FLOPs in matrix products, {recompute} recomputation")
-    return [("packs", f"{found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
-                      f"template {found['template']}"),
-            ("steps", f"{found['steps_per_epoch']:,} per epoch, {found['total_steps']:,} in total, of "
-                      f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} "
-                      f"to {step['most']:,})"), *(("warning", text) for text in found["beware"]),
-            ("compute", compute), ("checks", f"passed: {', '.join(found['checks'])}")]
 
 
 def _count(number: int) -> str:
