@@ -30,8 +30,6 @@ try:
 except ImportError:
     raise UserError("figures need matplotlib, which is not installed; pip install -e '.[plot]'") from None
 
-Array = np.ndarray
-
 FAINT, COLOURS = "#0a0b01", 6  # then dashes, then dots
 SERIES = [f"#0a0c{i:02x}" for i in range(COLOURS)]
 VARIABLES = {"#0a0b00": "--ink", FAINT: "--faint", "#0a0b02": "--line"} | {c: f"--c{i}" for i, c in enumerate(SERIES)}
@@ -47,8 +45,8 @@ class Curve:
     """y over x, both (n,). NaN is a gap. Curves with the same `label` share an entry in the legend."""
 
     label: str
-    x: Array
-    y: Array
+    x: np.ndarray
+    y: np.ndarray
     colour: int = 0
     style: str = "line"  # a key of MARKS. raw: thin and pale; crosses: marks without a line
 
@@ -64,7 +62,7 @@ class Panel:
     percent: bool = False
 
 
-def running_mean(values: Array, window: int) -> Array:
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """(n,) mean of the finite values up to `window` // 2 places away on either side, so that it does not lag."""
     finite, reach = np.isfinite(values), window // 2
     sums, counts = (np.convolve(each, np.ones(2 * reach + 1))[reach : reach + len(values)]

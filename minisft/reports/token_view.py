@@ -62,7 +62,6 @@ class Span:
 
     @property
     def text(self) -> str:
-        """The text shown for all tokens."""
         return "".join(shown for _, shown in self.tokens)
 
 
@@ -117,7 +116,6 @@ class Document:
 
     @property
     def heading(self) -> str:
-        """Its number, origin and tokens."""
         return f"document {self.index} · {self.origin} · {_counts(self.trained)}"
 
 
@@ -136,7 +134,6 @@ class View:
 
     @property
     def heading(self) -> str:
-        """Its title and tokens, and how full the pack is."""
         heading, number = f"{self.title} · {_counts(self.trained)}", len(self.documents)
         return heading if not self.room else (f"{heading} · {number:,} document{'s' * (number != 1)}, "
                                               f"{len(self.trained) / self.room:.1%} full")
