@@ -77,8 +77,9 @@ class StepMemory:
         elif shards == 1 and each.compute < each.parameter and each.compiled and self.recompute == "none":
             for name in ("head", "last block"):  # the compiler keeps the converted matrices for the backward pass
                 instants[name][1]["gathered"] += each.compute * config.num_hidden_layers * Sizes.of(config).block
-        found = [Memory(name, state | {"gradients": each.gradient * (trained if self.accumulates else reduced) // shards}
-                        | parts) for name, (reduced, parts) in instants.items()]
+        found = [Memory(name, state | parts | {
+            "gradients": each.gradient * (trained if self.accumulates else reduced) // shards})
+            for name, (reduced, parts) in instants.items()]
         return max(found, key=lambda memory: memory.allocated)
 
     def _instants(self) -> dict[str, tuple[int, dict[str, int]]]:
