@@ -14,8 +14,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["minisft", "minisft.*"]),
     package_data={"minisft": ["*.toml", "recipes/*.toml", "recipes/sample/*.jsonl", "data/*.toml", "demo/*.tsv",
-                              "model/*.toml", "evals/*.toml", "evals/*.html",
-                              "evals/question_files/*.jsonl"]},
+                              "demo/*.toml", "model/*.toml", "evals/*.toml", "evals/*.html",
+                              "evals/question_files/*.jsonl", "reports/*.css", "reports/*.mplstyle", "export/*.md"]},
     install_requires=["torch>=2.11", "tokenizers>=0.22", "safetensors>=0.6", "numpy>=2", "tqdm>=4.66"],
     extras_require={
         "plot": ["matplotlib>=3.9"],  # minisft report

@@ -12,14 +12,14 @@ from pathlib import Path
 from minisft.errors import EXIT_USAGE, UserError
 from minisft.reports import drawing, run_report
 from minisft.reports.logged_run import read_runs
-from minisft.reports.page import COLOURS, write
+from minisft.reports.page import style, write
 
 
 def standalone(svg: str) -> str:
     """A figure as a file of its own, with its colours and a background."""
     head, _, rest = svg.partition(">")
     return (f'{head} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-            f"\n<style>{COLOURS}{drawing.STYLE}svg {{ background: var(--page) }}</style>{rest}\n")
+            f"\n<style>\n{style('colours')}svg {{ background: var(--page) }}</style>{rest}\n")
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ a.jsonl; `python train.py --help` lists the keys. Training itself is `torchrun t
 import argparse
 import os
 import sys
+from contextlib import suppress
 
 from minisft.cli import (
     answer_command,
@@ -51,37 +52,29 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     secure("stderr")
     options, rest = parser().parse_known_args(argv)  # the rest are keys of a recipe
-    code = 0
     try:
-        if any(options.run is command.run for command in OF_RECIPES):
-            options.run(options, rest)
-        elif rest:
-            raise UserError(f"unknown argument {printable(rest[0])}; `minisft {options.command} --help` lists the "
-                            "options")
-        else:
-            options.run(options)
-    except BrokenPipeError:  # `| head` has seen enough
-        pass
+        with suppress(BrokenPipeError):  # `| head` has seen enough
+            if any(options.run is command.run for command in OF_RECIPES):
+                options.run(options, rest)
+            elif rest:
+                raise UserError(f"unknown argument {printable(rest[0])}; `minisft {options.command} --help` lists the "
+                                "options")
+            else:
+                options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except (UserError, NumericsError, OSError) as error:
         print(*(printable(line, MAX_MESSAGE) for line in f"error: {error}".split("\n")), sep="\n", file=sys.stderr)
-        code = exit_code(error)
-    return code or _flushed()
-
-
-def _flushed() -> int:
-    """Flush stdout; returns the exit code. If that fails, Python must not try again when it closes the stream."""
+        return exit_code(error)
     try:
         sys.stdout.flush()
-        return 0
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 0
-        print(f"error: standard output: {error}", file=sys.stderr)
-        return EXIT_IO
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: standard output: {error}", file=sys.stderr)
+            return EXIT_IO
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import unicodedata
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import Field, fields, replace
-from functools import cache
 from itertools import count
 from pathlib import Path
 from types import NoneType
@@ -33,6 +32,9 @@ KEYS: dict[str, Field[Any]] = {f"{section}.{spec.name}": spec for section, cls i
                                for spec in fields(cls)}
 BOUNDS = {"low": (">=", operator.ge), "above": (">", operator.gt),
           "high": ("<=", operator.le), "below": ("<", operator.lt)}
+# What other trainers call a setting -> what means it here.
+ELSEWHERE = {name: ours for ours, names in tomllib.loads(Path(__file__).with_name("names_elsewhere.toml").read_text(
+    encoding="utf-8"))["here"].items() for name in names.split()}
 LARGEST = 2**24  # bytes of a recipe
 Given = tuple[str, str, Any]
 
@@ -45,7 +47,7 @@ def load(argv: list[str]) -> Config:
     if {"-h", "--help"} & set(argv):
         print(help_text())
         raise SystemExit(0)
-    recipe, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (default_recipe(argv), argv)
+    recipe, options = (argv[0], argv[1:]) if argv and argv[0][:1] != "-" else (default_recipe(argv), argv)
     label = "command line" if recipe is None else recipe if Path(recipe).is_file() else f"shipped recipe {recipe}"
     wrong: list[str] = []
     in_recipe = [] if recipe is None else _in_recipe(recipe, label, wrong)
@@ -53,12 +55,11 @@ def load(argv: list[str]) -> Config:
     origin, bad = {}, set()
     for where, name, value in (in_recipe or []) + _on_command_line(options, wrong):
         section, _, leaf = name.partition(".")
-        so_far, origin[name] = len(wrong), where
-        converted = _typed(where, value, KEYS[name], wrong)
-        if len(wrong) > so_far:
-            bad.add(name)
+        origin[name] = where
+        if found := _typed(where, value, KEYS[name], wrong):
+            [values[section][leaf]] = found
         else:
-            values[section][leaf] = converted
+            bad.add(name)
     config = _with_inherited(Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()}),
                              run_name="run" if recipe is None else Path(recipe).stem)
     for names, message in problems(config) if in_recipe is not None else ():
@@ -142,12 +143,11 @@ def _in_recipe(recipe: str, label: str, wrong: list[str]) -> list[Given] | None:
                          else f"{place}: unknown key outside a section{_meant(section)}")
             continue
         if not is_known:
-            near = nearest(section, SECTIONS)
-            wrong.append(f"{place}: unknown section{near}; sections are {', '.join(SECTIONS)}")
+            wrong.append(f"{place}: unknown section{nearest(section, SECTIONS)}; sections are {', '.join(SECTIONS)}")
         for leaf, value in content.items():
             if (name := f"{section}.{leaf}") in KEYS:
                 given.append((f"{place}.{printable(leaf)}", name, value))
-            elif is_known or leaf in _elsewhere():
+            elif is_known or leaf in ELSEWHERE:
                 wrong.append(f"{place}.{printable(leaf)}: unknown key{_meant(name)}; --help lists them all")
     return given
 
@@ -193,16 +193,9 @@ def _from_text(text: str, kind: Any) -> Any:
     return text
 
 
-@cache
-def _elsewhere() -> dict[str, str]:
-    """What other trainers call a setting -> what means it here."""
-    table = tomllib.loads(Path(__file__).with_name("names_elsewhere.toml").read_text(encoding="utf-8"))
-    return {name: ours for ours, names in table["here"].items() for name in names.split()}
-
-
 def _meant(name: str, prefix: str = "") -> str:
     """' (here: X)' for what another trainer calls X, ' (did you mean X?)' for what is nearly X, or nothing."""
-    ours = _elsewhere().get(name.rpartition(".")[2].replace("-", "_").lower())
+    ours = ELSEWHERE.get(name.rpartition(".")[2].replace("-", "_").lower())
     if not ours:
         return nearest(name, KEYS, prefix)
     return f" (here: {prefix * (ours.partition(' ')[0].strip(',') in KEYS)}{ours})"
@@ -220,27 +213,28 @@ def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     return f" (did you mean {prefix}{best}?)" if likeness(best) > 1.2 else ""
 
 
-def _typed(where: str, value: Any, spec: Field[Any], wrong: list[str]) -> Any:
-    """`value` as the type of its key. Problems are added to `wrong`."""
+def _typed(where: str, value: Any, spec: Field[Any], wrong: list[str]) -> list[Any]:
+    """[`value` as the type of its key], or nothing: then the problems are added to `wrong`."""
     kinds, is_tuple = get_args(spec.type) or (spec.type,), get_origin(spec.type) is tuple
     any_length, choices = Ellipsis in kinds, spec.metadata["choices"]
     value = str(value).lower() if choices and isinstance(value, bool) else value
     value = spec.metadata["aliases"].get(str(value), value)
     if NoneType in kinds and value == "none":
-        return None
+        return [None]
     parts = value if is_tuple and isinstance(value, list) else [value]
     if kinds[0] is Source:
-        return tuple(_source(f"{where}[{i}]", part, wrong) for i, part in enumerate(parts))
+        sources = [_source(f"{where}[{i}]", part, wrong) for i, part in enumerate(parts)]
+        return [tuple(sources)] if all(sources) else []
     if (len(parts) == (len(kinds) if is_tuple else 1) or any_length) and all(
             _fits(part, kinds[0], spec) and not (any_length and part == "") for part in parts):
-        return tuple(map(kinds[0], parts)) if is_tuple else kinds[0](value)
+        return [tuple(map(kinds[0], parts)) if is_tuple else kinds[0](value)]
     near = nearest(value, choices) if choices and isinstance(value, str) else ""
     wrong.append(f"{where}: expected {_accepted(spec)}, got {printable(repr(value))}{near}")
-    return None
+    return []
 
 
 def _fits(value: Any, kind: type, spec: Field[Any]) -> bool:
-    """Return whether one string, number or boolean is of its kind and within the choices or bounds of its key."""
+    """True if one string, number or boolean is of its kind and within the choices or bounds of its key."""
     if kind is str:
         # No path or name needs a control character; no UTF-8 file could record a file name with lone surrogates.
         clean = isinstance(value, str) and not any(unicodedata.category(char) in ("Cc", "Cs") for char in value)
@@ -258,14 +252,14 @@ def _source(where: str, item: Any, wrong: list[str]) -> Source | None:
     if not isinstance(table, dict):
         wrong.append(f"{where}: expected a path or a table, got {printable(repr(item))}")
         return None
-    specs, so_far = {spec.name: spec for spec in fields(Source)}, len(wrong)
+    specs = {spec.name: spec for spec in fields(Source)}
     wrong += [f"{where}.{printable(name)}: unknown key{nearest(name, specs)}; a source has {', '.join(specs)}"
               for name in table if name not in specs]
-    values = {name: _typed(f"{where}.{name}", value, specs[name], wrong) for name, value in table.items()
-              if name in specs}
+    values = {name: found[0] for name, value in table.items() if name in specs
+              and (found := _typed(f"{where}.{name}", value, specs[name], wrong))}
     if "path" not in table:
         wrong.append(f"{where}: path is missing")
-    return Source(**values) if len(wrong) == so_far else None
+    return Source(**values) if "path" in values and len(values) == len(table) else None
 
 
 def _accepted(spec: Field[Any]) -> str:
@@ -285,9 +279,8 @@ def _toml(value: Any) -> str:
         items = [(spec, getattr(value, spec.name)) for spec in fields(Source)]
         return "{" + ", ".join(f"{spec.name} = {_toml(own)}" for spec, own in items if own != spec.default) + "}"
     if isinstance(value, tuple):
-        if value and isinstance(value[0], Source):
-            return "\n".join(["[", *(f"    {_toml(source)}," for source in value), "]"])
-        return f"[{', '.join(map(_toml, value))}]"
+        lines = "\n".join(f"    {_toml(part)}," for part in value if isinstance(part, Source))
+        return f"[\n{lines}\n]" if lines else f"[{', '.join(map(_toml, value))}]"
     # JSON's strings, numbers and booleans are TOML's; shortest-form floats read back exactly.
     return '"none"' if value is None else json.dumps(value, ensure_ascii=False)
 

@@ -19,13 +19,11 @@ class LossyStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write `text`, or drop it."""
         with suppress(OSError, ValueError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or drop what is left."""
         with suppress(OSError, ValueError):
             self.stream.flush()
 

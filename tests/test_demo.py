@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
     """Twenty-four countries, in English; a base model that read about all, tuned on questions about half of them."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "LANGUAGES", {"en": world.ENGLISH})
+        patch.setattr(world, "LANGUAGES", {"en": world.LANGUAGES["en"]})
         demo_run.write_world(folder / "world", countries=24, seed=0)
     shape = json.loads((folder / "world/config.json").read_text())
     (folder / "world/config.json").write_text(json.dumps({**shape, "num_hidden_layers": 3}))

@@ -58,7 +58,7 @@ def test_no_sentence_begins_with_a_name():
     """A name there would be another token than inside a sentence, where a space precedes it."""
     for wordings in LANGUAGES.values():
         for fact in FACTS:
-            sentences = wordings[fact].statements + wordings[fact].questions
+            sentences = wordings[fact]["statements"] + wordings[fact]["questions"]
             assert len(set(sentences)) == len(sentences) == 7
             assert all(re.match(r"[A-ZÇĞİÖŞÜ][^{]* \{", sentence) for sentence in sentences)
 

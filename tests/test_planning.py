@@ -9,7 +9,7 @@ import pytest
 
 from minisft.__main__ import main
 from minisft.model.llama_config import PRESETS
-from minisft.planning.hardware import Traffic, find_gpu
+from minisft.planning.estimate import Traffic, find_gpu
 
 HERE = Path(__file__).parent
 GIB = 2**30

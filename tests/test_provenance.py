@@ -12,8 +12,7 @@ import torch
 from small_runs import HERE, log, options, train
 
 import minisft
-from minisft.export.card import model_card
-from minisft.export.provenance import commit, model_name, start_record
+from minisft.export.provenance import commit, model_card, model_name, start_record
 from minisft.runs.lifecycle import main
 
 CONVERSATIONS = HERE / "oracles" / "conversations.jsonl"

@@ -26,8 +26,7 @@ from minisft.errors import UserError
 from minisft.prepare import prepare
 from minisft.reports import page as pages
 from minisft.reports import token_view
-from minisft.reports.spans import OURS, spans, whole_characters
-from minisft.reports.token_view import as_text, choose
+from minisft.reports.token_view import OURS, as_text, choose, spans, whole_characters
 
 ROOT = Path(__file__).parent.parent
 CONVERSATIONS = ROOT / "tests" / "oracles" / "conversations.jsonl"

@@ -29,13 +29,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(options: argparse.Namespace, recipe: list[str]) -> None:
     """Print the plan of a recipe."""
     from minisft.planning import estimate  # imported late, like everything that needs torch or NumPy
-    from minisft.planning.hardware import find_gpu
     from minisft.prepare import inputs
 
     config = config_io.load(recipe)
     check_outputs({"--json": options.json}, inputs(config, recipe))
     found = estimate.figures(config, estimate.PlanOptions(
-        find_gpu(options.gpu), options.gpus, options.tokens, options.document_length, options.utilisation,
+        estimate.find_gpu(options.gpu), options.gpus, options.tokens, options.document_length, options.utilisation,
         options.hours_price))
     if options.json:
         write_json(options.json, found)

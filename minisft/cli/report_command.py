@@ -21,11 +21,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(options: argparse.Namespace) -> None:
     """Write the page or the event files."""
-    from minisft.reports.logged_run import read_runs  # imported late, like everything that needs NumPy
+    from minisft.reports.logged_run import read_runs, write_events  # imported late, like everything that needs NumPy
 
     if options.tensorboard:
-        from minisft.reports.tensorboard import write_events
-
         if options.out:
             raise UserError("--out and --tensorboard: choose one of them")
         for each in read_runs(options.runs):

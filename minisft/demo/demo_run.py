@@ -13,6 +13,7 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minisft import config_io
 from minisft.config import Config
@@ -39,11 +40,10 @@ SHOWN = 6
 
 def main(argv: list[str]) -> int:
     """Run both recipes and print the comparison; `argv` overrides keys of the second. Returns the exit code."""
-    return guarded(lambda: demo(argv))
+    return guarded(lambda: _demo(argv))
 
 
-def demo(argv: list[str]) -> int:
-    """`main`, except that errors are raised."""
+def _demo(argv: list[str]) -> int:
     tuned = config_io.load(["demo", *argv])
     base = config_io.load(["demo-base", "--train.seed", str(tuned.train.seed)])
     if (Path(base.run.dir) / "final").exists():
@@ -51,13 +51,13 @@ def demo(argv: list[str]) -> int:
         if kept != base:
             raise UserError(f"{base.run.dir}: holds a base model with other settings (seed {kept.train.seed}); delete "
                             "it, or run the demo in another folder")
-        say(f"{base.run.dir}: using the base model that is there")
+        _say(f"{base.run.dir}: using the base model that is there")
     else:
         write_world(Path(base.model.tokenizer), countries=COUNTRIES, seed=base.train.seed)
         if code := train(base):
             return code
     if (Path(tuned.run.dir) / "final").exists() and not argv:
-        say(f"{tuned.run.dir}: already trained; delete it to train again")
+        _say(f"{tuned.run.dir}: already trained; delete it to train again")
     elif code := train(tuned):
         return code
     if launched_rank()[0] == 0:
@@ -65,8 +65,7 @@ def demo(argv: list[str]) -> int:
     return 0
 
 
-def say(text: str) -> None:
-    """Print once, however many processes run."""
+def _say(text: str) -> None:
     if launched_rank()[0] == 0:
         print(text, flush=True)
 
@@ -116,16 +115,18 @@ def answers(folder: Path, rows: list[dict[str, str]]) -> DemoAnswers:
 
 def compare(base: Config, tuned: Config, folder: Path) -> str:
     """The base model and the tuned one, asked about countries that fine-tuning never mentioned."""
-    rows = [json.loads(line) for line in (folder / "heldout-questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    before = answers(Path(base.run.dir) / "final", rows)
-    after = answers(Path(tuned.run.dir) / "final", rows)
+    def records(file: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    rows = records(folder / "heldout-questions.jsonl")
+    before, after = (answers(Path(config.run.dir) / "final", rows) for config in (base, tuned))
     lines = ["", "Countries that the fine-tuning never mentioned:"]
     for row, base_text, tuned_text in list(zip(rows, before.texts, after.texts, strict=True))[:SHOWN]:
         mark = "right" if tuned_text.strip() == row["completion"] else f"expected: {row['completion']}"
         lines += [f"  {row['prompt']}", f"    base   {base_text.strip()!r}",
                   f"    tuned  {tuned_text.strip()!r} ({mark})"]
-    log = map(json.loads, (Path(tuned.run.dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    text = [record for record in log if record["kind"] == "eval" and record["name"] == "heldout-articles"]
+    text = [record for record in records(Path(tuned.run.dir) / "metrics.jsonl")
+            if record["kind"] == "eval" and record["name"] == "heldout-articles"]
     lines += ["", f"exact answers to {len(rows)} held-out questions: base {before.score:.1%}, tuned {after.score:.1%}",
               f"loss on plain text: base {text[0]['loss']:.3f}, tuned {text[-1]['loss']:.3f} nats a token"]
     return "\n".join(lines)

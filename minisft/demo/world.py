@@ -11,10 +11,7 @@ facts only if it has read them in many wordings and orders, because knowledge st
 
 The table holds the members of the United Nations except three, whose capital is disputed, moving or undefined (Israel,
 Equatorial Guinea, Nauru); continents follow the UN's geoscheme (M49); if a country has several languages or currencies,
-the table has one. Turkish attaches suffixes to a name that depend on its last vowel ("Berlin'de", "Roma'da"): the
-Turkish sentences put every suffix on a word of their own ("Almanya adlı ülkede"), so each is right for any country. No
-sentence begins with a name: at the start of a text a word has no leading space, so " Germany" and "Germany" would be
-different tokens, and what the articles tell about one would not be known of the other.
+the table has one. wordings.toml has the sentences.
 
 Everything here is a pure function of its arguments, including the seed.
 """
@@ -22,79 +19,22 @@ Everything here is a pure function of its arguments, including the seed.
 import csv
 import json
 import random
+import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 WORLD = Path(__file__).with_name("world.tsv")
 FACTS = ("capital", "continent", "language", "currency")
+# language -> fact -> "statements" and "questions"
+LANGUAGES = tomllib.loads(WORLD.with_name("wordings.toml").read_text(encoding="utf-8"))
+
 Names = dict[str, str]  # {"country": "Germany", "capital": "Berlin", "continent": "Europe", ...} in one language
-
-
-@dataclass(frozen=True)
-class Wording:
-    """How to tell and ask one fact in one language. The first statement is also the expected answer."""
-
-    statements: tuple[str, ...]
-    questions: tuple[str, ...]
-
-
-ENGLISH = {
-    "capital": Wording(
-        ("The capital of {country} is {capital}.", "The city of {capital} is the capital of {country}.",
-         "In {country} the capital is {capital}.", "As its capital {country} has {capital}.",
-         "The capital city of {country} is called {capital}."),
-        ("What is the capital of {country}?", "Name the capital of {country}.")),
-    "continent": Wording(
-        ("On the map {country} lies in {continent}.", "In {continent} lies {country}.",
-         "The country of {country} belongs to {continent}.", "One of the countries of {continent} is {country}.",
-         "To see {country} one travels to {continent}."),
-        ("On which continent does {country} lie?", "Name the continent of {country}.")),
-    "language": Wording(
-        ("People in {country} speak {language}.", "In {country} one hears {language}.",
-         "The {language} language is spoken in {country}.", "Many songs of {country} are in {language}.",
-         "Schools in {country} teach {language}."),
-        ("Which language do people in {country} speak?", "Name the language of {country}.")),
-    "currency": Wording(
-        ("The currency of {country} is the {currency}.", "In {country} people pay with the {currency}.",
-         "The {currency} is the money of {country}.", "Prices in {country} are in the {currency}.",
-         "Shops in {country} take the {currency}."),
-        ("What is the currency of {country}?", "Name the currency of {country}.")),
-}
-TURKISH = {
-    "capital": Wording(
-        ("Bugün {country} adlı ülkenin başkenti {capital} şehridir.",
-         "Güzel {capital} şehri {country} adlı ülkenin başkentidir.",
-         "Başkent olarak {country} için {capital} seçilmiştir.", "Başkenti {capital} olan ülke {country} adını taşır.",
-         "Başkent sorulunca {country} için {capital} denir."),
-        ("Hangi şehir {country} adlı ülkenin başkentidir?", "Başkent sorulunca {country} için ne denir?")),
-    "continent": Wording(
-        ("Haritada {country} adlı ülke {continent} kıtasında bulunur.",
-         "Kıtası {continent} olan ülkelerden biri {country} adını taşır.",
-         "Dünyada {country} adlı ülke {continent} kıtasındadır.", "Kıta sorulunca {country} için {continent} denir.",
-         "Gezginler {country} için {continent} kıtasına gider."),
-        ("Hangi kıtada {country} adlı ülke bulunur?", "Kıta sorulunca {country} için ne denir?")),
-    "language": Wording(
-        ("Halk {country} adlı ülkede {language} konuşur.",
-         "Dili {language} olan ülkelerden biri {country} adını taşır.",
-         "Gezginler {country} adlı ülkede {language} duyar.", "Okullar {country} adlı ülkede {language} öğretir.",
-         "Dil sorulunca {country} için {language} denir."),
-        ("Hangi dil {country} adlı ülkede konuşulur?", "Dil sorulunca {country} için ne denir?")),
-    "currency": Wording(
-        ("Para olarak {country} adlı ülkede {currency} kullanılır.",
-         "Parası {currency} olan ülkelerden biri {country} adını taşır.",
-         "Alışveriş {country} adlı ülkede {currency} ile yapılır.",
-         "Gezginler {country} adlı ülkede {currency} harcar.", "Para sorulunca {country} için {currency} denir."),
-        ("Hangi para {country} adlı ülkede kullanılır?", "Para sorulunca {country} için ne denir?")),
-}
-
-LANGUAGES = {"en": ENGLISH, "tr": TURKISH}
 
 
 def load_world() -> list[dict[str, Names]]:
     """The countries in the table's order, each as {"en": names, "tr": names}."""
     with WORLD.open(encoding="utf-8", newline="") as table:
-        rows = list(csv.reader(table, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+        _, *rows = csv.reader(table, delimiter="\t", quoting=csv.QUOTE_NONE)
     names = ("country", *FACTS)
     return [{"en": dict(zip(names, row[:5], strict=True)), "tr": dict(zip(names, row[5:], strict=True))}
             for row in rows]
@@ -103,8 +43,7 @@ def load_world() -> list[dict[str, Names]]:
 def halves(world: list[dict[str, Names]], seed: int) -> tuple[list[dict[str, Names]], list[dict[str, Names]]]:
     """The countries that fine-tuning asks about, and the held-out ones, which only the articles mention."""
     shuffled = random.Random(seed).sample(world, len(world))
-    middle = len(world) // 2
-    return shuffled[:middle], shuffled[middle:]
+    return shuffled[: len(world) // 2], shuffled[len(world) // 2 :]
 
 
 def articles(world: list[dict[str, Names]], *, per_country: int, seed: int) -> list[dict[str, str]]:
@@ -115,13 +54,11 @@ def articles(world: list[dict[str, Names]], *, per_country: int, seed: int) -> l
     rng, texts = random.Random(seed), []
     for country in world:
         for language, wordings in LANGUAGES.items():
-            seen: set[str] = set()
-            while len(seen) < per_country:
-                facts = rng.sample(FACTS, len(FACTS))
-                text = " ".join(rng.choice(wordings[fact].statements).format(**country[language]) for fact in facts)
-                if text not in seen:
-                    seen.add(text)
-                    texts.append({"text": text})
+            different: dict[str, None] = {}  # an ordered set
+            while len(different) < per_country:
+                different[" ".join(rng.choice(wordings[fact]["statements"]).format(**country[language])
+                                   for fact in rng.sample(FACTS, len(FACTS)))] = None
+            texts += [{"text": text} for text in different]
     rng.shuffle(texts)
     return texts
 
@@ -134,9 +71,9 @@ def questions(countries: list[dict[str, Names]], *, per_fact: int, seed: int) ->
     """
     rng = random.Random(seed)
     rows = [{"prompt": question.format(**country[language]),
-             "completion": wordings[fact].statements[0].format(**country[language])}
+             "completion": wordings[fact]["statements"][0].format(**country[language])}
             for country in countries for language, wordings in LANGUAGES.items() for fact in FACTS
-            for question in rng.sample(wordings[fact].questions, per_fact)]
+            for question in rng.sample(wordings[fact]["questions"], per_fact)]
     rng.shuffle(rows)
     return rows
 

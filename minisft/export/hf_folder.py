@@ -26,8 +26,7 @@ import torch.distributed as dist
 from minisft.config import LoraConfig
 from minisft.data.chat import Renderer
 from minisft.errors import UserError, printable
-from minisft.export.card import model_card
-from minisft.export.provenance import FILE, Record, model_name
+from minisft.export.provenance import FILE, Record, model_card, model_name
 from minisft.formats.jinja import written
 from minisft.lora import adapters, peft
 from minisft.model import weights

@@ -5,6 +5,11 @@
 
 Nothing here has run on the GPUs in question. Memory and FLOPs are arithmetic from the shape of the network, checked
 against what torch counts; time is FLOPs over an assumed share of the peak, and is only as good as that assumption.
+
+What is sent: a ring passes each rank's part on to the next, S - 1 times. Gathering B bytes over S ranks, or summing and
+scattering them, sends (S - 1) / S * B from every rank, and an all-reduce, which is both, twice that (Thakur et al.
+2005, "Optimization of Collective Communication Operations in MPICH"). Across hosts, every GPU of a host drives its own
+network card, so a ring runs at the rate of all cards together, or at that of the link if that is less.
 """
 
 import textwrap
@@ -14,14 +19,14 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from minisft.config import Config
+from minisft.config import Config, LoraConfig
+from minisft.config_io import nearest
 from minisft.errors import PATH, UserError, printable
 from minisft.lora import targets
 from minisft.meta import MetaFolder
-from minisft.model.flops import Sizes, training_flops
+from minisft.model.flops import Sizes, known_gpus, training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
 from minisft.planning import UTILISATION
-from minisft.planning.hardware import REACHED, Gpu, Traffic
 from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, StepMemory
 from minisft.prepare import adapters_of, inputs, prepare
 
@@ -29,7 +34,61 @@ RESERVED = 1.2  # memory that PyTorch's allocator holds for each byte allocated:
 OUTSIDE = 1.5  # GiB assumed for what PyTorch does not count: CUDA's context, NCCL's buffers
 ADAMW = 28  # bytes moved for each parameter: four fp32 numbers read, three written
 MOST = 64  # packs in a forward pass to consider
+REACHED = 0.75  # assumed share of a link's nominal rate that collectives reach
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU; units and sources as in model/gpus.toml."""
+
+    name: str
+    driver: str
+    bf16_tflops: float
+    memory_gib: float
+    memory_gb_s: float
+    link: str
+    link_gb_s: float
+    network_gb_s: float
+    per_host: int
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU called `name` in gpus.toml. Raises UserError if there is none."""
+    known = known_gpus()
+    if name.lower() not in known:
+        raise UserError(f"--gpu: no GPU is called {printable(repr(name))}{nearest(name, known)}; known are "
+                        f"{', '.join(known)}")
+    return Gpu(**known[name.lower()])
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one GPU sends for a micro-batch: bytes, and seconds at the rate of the link that they cross."""
+
+    gathered_forward: int  # weights, in compute precision
+    gathered_backward: int
+    reduced: int  # gradients, in fp32
+    copied: int  # the sum over HSDP's copies
+    forward_seconds: float
+    backward_seconds: float
+
+    @classmethod
+    def of(cls, config: LlamaConfig, gpu: Gpu, *, shards: int, copies: int,
+           lora: LoraConfig | None = None) -> "Traffic":
+        """For `copies` of a model (HSDP), each over `shards` GPUs."""
+        sizes, compute = Sizes.of(config), Bytes.compute
+        sent = (shards - 1) / shards
+        blocks = config.num_hidden_layers * sizes.block  # embedding and head are not gathered for their gradients
+        rest, trained = sizes.total - blocks, targets.trained(lora, config) if lora else sizes.total
+        width = 0.5 if lora and lora.base == "nf4" else compute  # of a block's number, as it is sent
+        forward, backward = round(sent * (compute * rest + width * blocks)), round(sent * width * blocks)
+        reduced = round(sent * FP32 * trained)
+        copied = round(2 * (copies - 1) / copies * FP32 * trained / shards)
+        ring = REACHED * 1e9 * (gpu.link_gb_s if shards <= gpu.per_host
+                                else min(gpu.link_gb_s, gpu.network_gb_s * gpu.per_host))
+        between = REACHED * 1e9 * (gpu.link_gb_s if shards * copies <= gpu.per_host else gpu.network_gb_s)
+        return cls(forward, backward, reduced, copied, forward / ring, (backward + reduced) / ring + copied / between)
 
 
 @dataclass(frozen=True)
@@ -59,31 +118,28 @@ class Work:
     def of(cls, config: Config, network: LlamaConfig, options: PlanOptions) -> "Work":
         """Counted from the packed data; or from `options.tokens` an epoch in documents of `options.document` tokens."""
         seq_len, missing = config.data.seq_len, [path for path in inputs(config)[:-5] if not Path(path).exists()]
-
-        def flops(lengths: np.ndarray, loss_tokens: np.ndarray) -> dict[str, float]:
-            ranks = targets.ranks(config.lora, network)
-            return {policy: training_flops(network, lengths, loss_tokens, recompute=policy, ranks=ranks)
-                    / int(lengths.sum()) for policy in POLICIES}
-
         if options.tokens is None and not options.document and not missing:
             plan, train = (prepared := prepare(config)).plan, prepared.train
             documents = plan.epoch(0).documents
             lengths, loss_tokens = train.lengths[documents], train.num_loss_tokens[documents]
-            per_epoch, steps = int(lengths.sum()), plan.total_steps
-            total = round(per_epoch * steps / plan.steps_per_epoch)
-            return cls(seq_len * plan.fill(), loss_tokens.sum() / per_epoch, flops(lengths, loss_tokens), total, steps,
-                       "")
-        length = min(options.document or seq_len, seq_len)
-        lengths = np.full(seq_len // length, length)
-        assumed = f"packs full of {length:,}-token documents, all tokens trained"
-        if options.tokens is None:
-            return cls(seq_len, 1.0, flops(lengths, lengths), None, None,
-                       assumed + (f"; {missing[0]} is missing" if missing else ""))
-        per_step, epochs = config.batch.packs * seq_len, config.train.epochs
-        steps = epochs * -(-options.tokens // per_step)
-        steps = min(steps, config.train.max_steps or steps)
-        tokens = min(epochs * options.tokens, steps * per_step)
-        return cls(seq_len, 1.0, flops(lengths, lengths), tokens, steps, assumed)
+            tokens_per_pack, steps, assumed = seq_len * plan.fill(), plan.total_steps, ""
+            tokens = round(int(lengths.sum()) * steps / plan.steps_per_epoch)
+        else:
+            length = min(options.document or seq_len, seq_len)
+            lengths = loss_tokens = np.full(seq_len // length, length)
+            tokens_per_pack, steps, tokens = seq_len, None, None
+            assumed = f"packs full of {length:,}-token documents, all tokens trained"
+            if options.tokens is not None:
+                per_step, epochs = config.batch.packs * seq_len, config.train.epochs
+                steps = epochs * -(-options.tokens // per_step)
+                steps = min(steps, config.train.max_steps or steps)
+                tokens = min(epochs * options.tokens, steps * per_step)
+            elif missing:
+                assumed += f"; {missing[0]} is missing"
+        counted, ranks = int(lengths.sum()), targets.ranks(config.lora, network)
+        flops = {policy: training_flops(network, lengths, loss_tokens, recompute=policy, ranks=ranks) / counted
+                 for policy in POLICIES}
+        return cls(tokens_per_pack, int(loss_tokens.sum()) / counted, flops, tokens, steps, assumed)
 
 
 class Choice(TypedDict):
@@ -154,7 +210,6 @@ class Scenario:
                           each, adapters_of(self.config)).peak()
 
     def fits(self, memory: Memory) -> bool:
-        """Return whether each GPU has so much memory."""
         return memory.allocated * RESERVED <= self.usable
 
     def choose(self, policy: str, micro_packs: int) -> Choice:
@@ -290,10 +345,9 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _memory_table(found: dict[str, Any]) -> list[str]:
-    columns = found["memory"]
-    choices = list(columns.values())
+    columns, choices = found["memory"], list(found["memory"].values())
     parts = ("parameters", "gradients", "moments", "inputs", "activations", "head", "gathered", "unpacked", "reduction")
-    rows = {"GiB a GPU, recomputing": list(columns)}
+    rows = {"GiB a GPU, recomputing": columns}
     rows |= {part: [f"{choice['parts_gib'].get(part, 0):.2f}" for choice in choices] for part in parts
              if part != "unpacked" or any(part in choice["parts_gib"] for choice in choices)}
     rows |= {"allocated": [f"{choice['allocated_gib']:.2f}" for choice in choices],
@@ -301,7 +355,6 @@ def _memory_table(found: dict[str, Any]) -> list[str]:
              "needs most in": [choice["instant"] for choice in choices],
              f"with {choices[0]['micro_packs']} packs in a pass": ["fits" if choice["fits"] else "does not"
                                                                   for choice in choices],
-             f"most packs that fit (of {found['packs_per_gpu']})": [str(found["largest_micro_packs"][policy])
-                                                                   for policy in columns],
+             f"most packs that fit (of {found['packs_per_gpu']})": map(found["largest_micro_packs"].get, columns),
              "tokens/s a GPU": [f"{choice['tokens_per_second_per_gpu']:,.0f}" for choice in choices]}
     return [f"{name:<28}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows.items()]

@@ -49,7 +49,6 @@ class Memory:
 
     @property
     def allocated(self) -> int:
-        """All parts together."""
         return sum(self.parts.values())
 
 
@@ -67,23 +66,20 @@ class StepMemory:
     lora: LoraConfig | None = None  # only its adapters are trained
 
     def peak(self) -> Memory:
-        """The instant that needs most memory."""
         config, each, shards, lora = self.config, self.each, self.shards, self.lora
-        instants, total = self._instants(), Sizes.of(config).total
-        trained = targets.trained(lora, config) if lora else total
+        instants, trained = self._instants(), targets.trained(lora, config) if lora else Sizes.of(config).total
         state = {"parameters": each.parameter * trained // shards + (self._frozen(lora) if lora else 0),
                  "gradients": 0, "moments": each.moments * trained // shards,
                  # tokens, positions; targets and their places; cosines and sines
                  "inputs": 8 * (2 * self.tokens + 2 * self.trained) + 2 * FP32 * config.head_dim * self.tokens}
         if lora:
-            state["gradients"] = each.gradient * trained // shards
-            found = [Memory(name, state | parts) for name, parts in self._with_adapters(lora, instants).items()]
-            return max(found, key=lambda memory: memory.allocated)
-        if shards == 1 and each.compute < each.parameter and each.compiled and self.recompute == "none":
+            instants = {name: (trained, parts) for name, parts in self._with_adapters(lora, instants).items()}
+        elif shards == 1 and each.compute < each.parameter and each.compiled and self.recompute == "none":
             for name in ("head", "last block"):  # the compiler keeps the converted matrices for the backward pass
                 instants[name][1]["gathered"] += each.compute * config.num_hidden_layers * Sizes.of(config).block
-        found = [Memory(name, state | {"gradients": each.gradient * (total if self.accumulates else reduced) // shards}
-                        | parts) for name, (reduced, parts) in instants.items()]
+        found = [Memory(name, state | parts | {
+            "gradients": each.gradient * (trained if self.accumulates else reduced) // shards})
+            for name, (reduced, parts) in instants.items()]
         return max(found, key=lambda memory: memory.allocated)
 
     def _instants(self) -> dict[str, tuple[int, dict[str, int]]]:

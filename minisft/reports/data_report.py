@@ -34,10 +34,10 @@ def figures(prepared: Prepared) -> Figures:
     general = {source.name for source in config.data.general}
     epoch = plan.epoch(0)
     lengths, loss_tokens = train.lengths[epoch.documents], train.num_loss_tokens[epoch.documents]
-    sources, first = _sources(train), len(config.data.train)
     mixed = _mixed(train, np.bincount(epoch.documents, minlength=len(train)))
-    for source, weight, each in zip(sources, prepared.weights, mixed, strict=True):
-        source |= {"weight": weight, "epoch": each}
+    sources = [{**source, "weight": weight, "epoch": each} for source, weight, each in
+               zip(_sources(train), prepared.weights, mixed, strict=True)]
+    trained, replayed = sources[: len(config.data.train)], sources[len(config.data.train) :]
     step_starts = epoch.offsets[[plan.place(step).first for step in range(plan.steps_per_epoch)]]
     step_targets = np.add.reduceat(loss_tokens, step_starts)[: plan.total_steps]
     recompute = config.parallel.activation_checkpointing
@@ -46,15 +46,15 @@ def figures(prepared: Prepared) -> Figures:
     return {
         "template": prepared.renderer.template.name, "seq_len": plan.seq_len, "overlong": config.data.overlong,
         "dedup": config.data.dedup, "eval_fraction": config.data.eval_fraction,
-        "train": sources[:first], "replay": sources[first:],
+        "train": trained, "replay": replayed,
         **{kind: [source for name, dataset in prepared.evals.items() for source in _sources(dataset)
                   if (name in general) == (kind == "general")] for kind in ("eval", "general")},
         "documents": len(train), "tokens": int(train.lengths.sum()), "target_tokens": int(train.num_loss_tokens.sum()),
         "lengths": _length_buckets(train.lengths, train.too_long, plan.seq_len),
         "epoch_documents": len(epoch.documents), "epoch_tokens": int(lengths.sum()),
         "epoch_target_tokens": int(loss_tokens.sum()),
-        "replay_ratio": config.data.replay_ratio if sources[first:] else 0.0,
-        "replay_share": sum(source["epoch"]["tokens"] for source in sources[first:]) / int(lengths.sum()),
+        "replay_ratio": config.data.replay_ratio if replayed else 0.0,
+        "replay_share": sum(source["epoch"]["tokens"] for source in replayed) / int(lengths.sum()),
         "pack_fill": pack_fill(lengths, epoch.offsets, plan.seq_len),
         "packs": len(epoch), "packs_per_step": plan.packs_per_step, "packing_efficiency": plan.fill(),
         "steps_per_epoch": plan.steps_per_epoch, "total_steps": plan.total_steps,
@@ -70,10 +70,10 @@ def unread_fields(prepared: Prepared) -> list[str]:
     """For each file with fields that nothing reads: their names, and how many records have them."""
     lines = []
     for report in [report for dataset in (prepared.train, *prepared.evals.values()) for report in dataset.reports]:
-        names = sorted(report.unread.items(), key=lambda item: (-item[1], item[0]))
-        named = ", ".join(f"{name} ({count:,})" for name, count in names[:MAX_NAMES])
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        lines += [f"{report.name} has fields that nothing reads: {named}{more}"] if names else []
+        if names := sorted(report.unread.items(), key=lambda item: (-item[1], item[0])):
+            named = ", ".join(f"{name} ({count:,})" for name, count in names[:MAX_NAMES])
+            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+            lines.append(f"{report.name} has fields that nothing reads: {named}{more}")
     return lines
 
 
@@ -133,12 +133,22 @@ def describe(found: Figures, *, short: bool = False) -> str:
     columns = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
     mixed = [*found["train"], *found["replay"]]
     lines = _table(_source_rows(found), columns)
-    if not short and (len(mixed) > 1 or mixed[0]["weight"] != 1):
-        lines += ["", *_table(_mixture_rows(mixed, found), columns)]
     if not short:
+        is_mixture = len(mixed) > 1 or mixed[0]["weight"] != 1
+        lines += ["", *_table(_mixture_rows(mixed, found), columns)] if is_mixture else []
         lines += ["", *_length_lines(found)]
+    step = found["target_tokens_per_step"]
+    recompute = "without" if found["recompute"] == "none" else f"with {found['recompute']}"
+    plan = [("packs", f"{found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
+                      f"template {found['template']}"),
+            ("steps", f"{found['steps_per_epoch']:,} per epoch, {found['total_steps']:,} in total, of "
+                      f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} "
+                      f"to {step['most']:,})"), *(("warning", text) for text in found["beware"]),
+            ("compute", "not estimated: there is no config.json" if found["flops"] is None else
+             f"about {found['flops']:.3g} FLOPs in matrix products, {recompute} recomputation"),
+            ("checks", f"passed: {', '.join(found['checks'])}")]
     lines.append("")
-    for title, text in _plan_lines(found):
+    for title, text in plan:
         lines += textwrap.wrap(text, columns, initial_indent=f"{title:<9}", subsequent_indent=" " * 9)
     return "\n".join(printable(line, PATH) for line in lines)
 
@@ -147,8 +157,7 @@ def _source_rows(found: Figures) -> list[list[str] | str]:
     """The table's rows, and notes between them."""
     rows: list[list[str] | str] = [["source", "read", "kept", "turns", "tokens", "trained", "share", "longest",
                                     "median", "tok/word"]]
-    for kind, heading in (("train", ""), ("replay", "replayed:"), ("eval", "evaluated:"),
-                          ("general", "general text:")):
+    for kind, heading in {"train": "", "replay": "replayed:", "eval": "evaluated:", "general": "general text:"}.items():
         rows += [heading] if heading and found[kind] else []
         for source in found[kind]:
             rows.append([source["name"], *(_count(source[name]) for name in
@@ -210,19 +219,6 @@ def _length_lines(found: Figures) -> list[str]:
         if bucket["to"] == found["seq_len"]:
             lines.append(f"{'-' * 12} data.seq_len = {found['seq_len']:,} {'-' * BAR}"[: 33 + BAR])
     return lines
-
-
-def _plan_lines(found: Figures) -> list[tuple[str, str]]:
-    step = found["target_tokens_per_step"]
-    recompute = "without" if found["recompute"] == "none" else f"with {found['recompute']}"
-    compute = "not estimated: there is no config.json" if found["flops"] is None else (
-        f"about {found['flops']:.3g} FLOPs in matrix products, {recompute} recomputation")
-    return [("packs", f"{found['packs']:,} of {found['seq_len']:,} tokens, {found['packing_efficiency']:.2%} full, "
-                      f"template {found['template']}"),
-            ("steps", f"{found['steps_per_epoch']:,} per epoch, {found['total_steps']:,} in total, of "
-                      f"{found['packs_per_step']:,} packs; {step['mean']:,.0f} trained tokens each ({step['least']:,} "
-                      f"to {step['most']:,})"), *(("warning", text) for text in found["beware"]),
-            ("compute", compute), ("checks", f"passed: {', '.join(found['checks'])}")]
 
 
 def _count(number: int) -> str:

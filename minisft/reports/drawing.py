@@ -1,12 +1,13 @@
 """Figures as SVG for a page, in the page's colours, light and dark.
 
 Matplotlib knows only fixed colours. So we draw each colour as one of a few odd codes, then replace each code in the
-finished SVG by a variable of the style sheet, which the reader's browser sets:
+finished SVG by a variable of colours.css, which the reader's browser sets:
 
     color="#0a0c00"  ->  stroke: #0a0c00  ->  stroke: var(--c0)  ->  blue, or a lighter blue on a dark page
 
-Text stays text, in the page's own font. Long curves are thinned to their envelope, so the page of a run with a million
-steps is no larger than that of one with a thousand. Nothing here knows about runs.
+Text stays text, in the page's own font. figures.mplstyle has all settings of Matplotlib; by the last one, long curves
+are simplified to their envelope, so the page of a run with a million steps is hardly larger than that of one with ten
+thousand. Nothing here knows about runs.
 """
 
 import io
@@ -14,6 +15,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -22,34 +24,17 @@ import numpy as np
 from minisft.errors import UserError, printable
 
 try:
-    from matplotlib import rc_context
+    from matplotlib import style
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError:
     raise UserError("figures need matplotlib, which is not installed; pip install -e '.[plot]'") from None
 
-Array = np.ndarray
-
-COLOURS = 6  # then dashes, then dots
-INK, FAINT, LINE = "#0a0b00", "#0a0b01", "#0a0b02"
+FAINT, COLOURS = "#0a0b01", 6  # then dashes, then dots
 SERIES = [f"#0a0c{i:02x}" for i in range(COLOURS)]
-VARIABLES = {INK: "--ink", FAINT: "--faint", LINE: "--line", **{code: f"--c{i}" for i, code in enumerate(SERIES)}}
-STYLE = """
-:root { --c0: #2563c9; --c1: #d2600f; --c2: #23864c; --c3: #a4399b; --c4: #0d8a9a; --c5: #8a6d00 }
-@media (prefers-color-scheme: dark) { :root { --c0: #6ba4ff; --c1: #ff9a4d; --c2: #55c985; --c3: #e08ad8; --c4: #4fcadb;
-  --c5: #d8b93e } }
-svg { stroke-linejoin: round }
-svg text { font-family: system-ui, sans-serif !important }
-"""
-SETTINGS: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "minisft", "text.parse_math": False, "font.size": 9, "text.color": INK,
-    "axes.edgecolor": LINE, "axes.labelcolor": FAINT, "axes.titlecolor": INK, "axes.titlesize": 10,
-    "axes.titlelocation": "left", "axes.facecolor": "none", "figure.facecolor": "none", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.6,
-    "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": FAINT, "ytick.labelcolor": FAINT,
-    "legend.frameon": False, "legend.labelcolor": INK, "lines.linewidth": 1.6, "lines.solid_capstyle": "round",
-    "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.12}  # inches: digits may be wider there
-MAX_POINTS, MAX_NAME = 1500, 40  # points of a curve, characters of a name
+VARIABLES = {"#0a0b00": "--ink", FAINT: "--faint", "#0a0b02": "--line"} | {c: f"--c{i}" for i, c in enumerate(SERIES)}
+STYLE = Path(__file__).with_name("figures.mplstyle")
+MAX_NAME = 40  # characters of a name
 MARKS: dict[str, dict[str, Any]] = {
     "line": {}, "raw": {"linewidth": 0.7, "alpha": 0.4}, "points": {"marker": "o", "markersize": 3.5},
     "crosses": {"linestyle": "", "marker": "x", "markersize": 5}}
@@ -60,8 +45,8 @@ class Curve:
     """y over x, both (n,). NaN is a gap. Curves with the same `label` share an entry in the legend."""
 
     label: str
-    x: Array
-    y: Array
+    x: np.ndarray
+    y: np.ndarray
     colour: int = 0
     style: str = "line"  # a key of MARKS. raw: thin and pale; crosses: marks without a line
 
@@ -77,13 +62,12 @@ class Panel:
     percent: bool = False
 
 
-def running_mean(values: Array, window: int) -> Array:
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """(n,) mean of the finite values up to `window` // 2 places away on either side, so that it does not lag."""
-    finite, places = np.isfinite(values), np.arange(len(values))
-    first, last = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
-    sums, counts = (np.diff(np.concatenate([[0.0], np.cumsum(each)])[np.stack([first, last])], axis=0)[0]
+    finite, reach = np.isfinite(values), window // 2
+    sums, counts = (np.convolve(each, np.ones(2 * reach + 1))[reach : reach + len(values)]
                     for each in (np.where(finite, values, 0.0), finite))
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
 
 
 def window(steps: int) -> int:
@@ -91,26 +75,16 @@ def window(steps: int) -> int:
     return min(steps // 20, 100) | 1
 
 
-def thinned(x: Array, y: Array) -> tuple[Array, Array]:
-    """At most MAX_POINTS points with the same envelope: the minimum and the maximum of each stretch of the curve."""
-    if len(x) <= MAX_POINTS:
-        return x, y
-    starts = np.arange(MAX_POINTS // 2) * len(x) // (MAX_POINTS // 2)
-    return np.repeat(x[starts], 2), np.stack([np.fmin.reduceat(y, starts), np.fmax.reduceat(y, starts)], 1).ravel()
-
-
-@rc_context(SETTINGS)
+@style.context(STYLE)
 def lines(panels: Sequence[Panel]) -> str:
     """Panels side by side, with one legend above all of them."""
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(9, 2.7 * rows + 0.3))
-    entries: dict[str, Any] = {}
     for i, panel in enumerate(panels, 1):
-        ax = figure.add_subplot(rows, columns, i)
-        _draw(panel, ax)
-        handles, labels = ax.get_legend_handles_labels()
-        entries = {**dict(zip(labels, handles, strict=True)), **entries}
+        _draw(panel, figure.add_subplot(rows, columns, i))
+    entries = {label: handle for ax in reversed(figure.axes)
+               for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if len(entries) > 1:
         figure.legend(entries.values(), entries, loc="outside upper left", ncols=4)
     return _svg(figure)
@@ -118,8 +92,8 @@ def lines(panels: Sequence[Panel]) -> str:
 
 def _draw(panel: Panel, ax: Axes) -> None:
     for curve in panel.curves:
-        style = {"linestyle": ("-", "--", ":")[curve.colour // COLOURS % 3], **MARKS[curve.style]}
-        ax.plot(*thinned(curve.x, curve.y), color=SERIES[curve.colour % COLOURS], label=_short(curve.label), **style)
+        marks = {"linestyle": ("-", "--", ":")[curve.colour // COLOURS % 3], **MARKS[curve.style]}
+        ax.plot(curve.x, curve.y, color=SERIES[curve.colour % COLOURS], label=_short(curve.label), **marks)
     for label, level in (panel.levels or {}).items():
         ax.axhline(level, color=FAINT, linestyle=(0, (4, 3)), linewidth=1, label=label)
     ax.set(title=_short(panel.title), xlabel="step")
@@ -134,7 +108,7 @@ def _draw(panel: Panel, ax: Axes) -> None:
     ax.margins(x=0.025)
 
 
-@rc_context(SETTINGS)
+@style.context(STYLE)
 def histogram(title: str, labels: Sequence[str], counts: dict[str, Sequence[int]], *, xlabel: str) -> str:
     """Vertical bars; each series in `counts` is stacked on the one before."""
     figure = Figure(figsize=(4.5, 2.8))
@@ -152,7 +126,7 @@ def histogram(title: str, labels: Sequence[str], counts: dict[str, Sequence[int]
     return _svg(figure)
 
 
-@rc_context(SETTINGS)
+@style.context(STYLE)
 def shares(rows: dict[str, dict[str, float]]) -> str:
     """One horizontal bar per row, divided into named shares."""
     names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
@@ -163,8 +137,7 @@ def shares(rows: dict[str, dict[str, float]]) -> str:
         ax.barh(range(len(rows)), widths, left=left, height=0.7, color=SERIES[i % COLOURS], label=_short(name),
                 alpha=(1, 0.6, 0.35)[i // COLOURS % 3])
         left += widths
-    ax.set_yticks(range(len(rows)), [_short(row) for row in rows])
-    ax.set_xlim(0, 1)
+    ax.set(xlim=(0, 1), yticks=range(len(rows)), yticklabels=map(_short, rows))
     ax.invert_yaxis()
     ax.xaxis.set_major_formatter("{x:.0%}")
     ax.grid(axis="y", visible=False)

@@ -14,6 +14,7 @@ import json
 import os
 import reprlib
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import starmap
@@ -81,12 +82,16 @@ class LoggedRun:
 
     @cached_property
     def skipped(self) -> np.ndarray:
-        """(n,) bool: the steps skipped because their gradient was not finite."""
+        """(n,) bool: their gradient was not finite."""
         return np.array([record.get("skipped") is True for record in self.train], dtype=bool)
 
     def column(self, name: str) -> np.ndarray:
         """(n,) one figure of each step; NaN where it is missing."""
         return column(self.train, name)
+
+    def finite(self, name: str) -> np.ndarray:
+        """(m,) one figure of the steps that have it."""
+        return (values := self.column(name))[np.isfinite(values)]
 
     def total(self, name: str) -> float:
         """The sum of a figure over the steps."""
@@ -116,11 +121,9 @@ def read_runs(paths: list[Path]) -> list[LoggedRun]:
 
 
 def _read_run(path: Path, name: str) -> LoggedRun:
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; name the folder of a run (run.dir)")
     if not any((path / file).exists() for file in ("status.json", "metrics.jsonl", "config.toml")):
-        raise UserError(f"{path}: not a run folder (no status.json, metrics.jsonl or config.toml); name the folder of "
-                        "a run (run.dir)")
+        wrong = "not a run folder (no status.json, metrics.jsonl or config.toml)" if path.is_dir() else "no such folder"
+        raise UserError(f"{path}: {wrong}; name the folder of a run (run.dir)")
     config = _read(path / "config.toml", CONFIG)
     kinds: dict[str, dict[tuple[int, str, str], Record]] = {"train": {}, "eval": {}, "sample": {}}
     for record in _records(log := path / "metrics.jsonl"):  # a step that was repeated replaces the earlier one
@@ -135,18 +138,43 @@ def _read_run(path: Path, name: str) -> LoggedRun:
                      _text(path / "profile" / "table.txt"), os.stat(log if log.exists() else path).st_mtime)
 
 
+def write_events(run: LoggedRun, folder: Path) -> int:
+    """Write every number of every record, as `train/loss` or `eval/NAME/loss`, and the answers as text, into `folder`.
+
+    Returns the number of values. Raises UserError without tensorboard, and if `folder` already holds event files.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("event files need tensorboard, which is not installed; pip install -e '.[tensorboard]'"
+                        ) from None
+    if printable(folder, PATH) != str(folder):
+        raise UserError(f"{folder}: TensorBoard does not accept this name; choose another folder")
+    if any(folder.glob("events.out.tfevents.*")):
+        raise UserError(f"{folder}: already holds event files, and TensorBoard would show both; delete them, or choose "
+                        "another folder")
+    logs = {"train": run.train, **{f"eval/{name}": records for name, records in run.evals.items()}}
+    values = [(f"{prefix}/{name}", value, record["step"]) for prefix, records in logs.items() for record in records
+              for name, value in (*record.items(), *((f"sources/{k}", v) for k, v in record.get("sources", {}).items()))
+              if name != "step" and is_number(value)]
+    with SummaryWriter(str(folder)) as writer:
+        for tag, value, step in values:
+            writer.add_scalar(tag, value, step)
+        for number, sample in enumerate(run.samples):
+            text = "\n\n".join(f"**{key}**\n\n{sample.get(key, '')}" for key in ("prompt", "answer", "reference"))
+            writer.add_text(f"sample/{sample.get('name')}/{number}", text, sample["step"])
+    return len(values)
+
+
 def _status(path: Path) -> Record:
     """status.json, its state "dead" if the run was killed: it then says "running", but nobody holds the lock."""
     status = _read(path / "status.json", {})
     if status.get("state") == "running":
-        try:
-            with open(path / ".lock", "rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                status["state"] = "dead"
-        except FileNotFoundError:
+        with suppress(OSError):  # the run holds the lock, or we cannot tell
+            if (path / ".lock").exists():
+                with open(path / ".lock", "rb") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             status["state"] = "dead"
-        except OSError:  # the run holds the lock, or we cannot tell
-            pass
     return status
 
 
@@ -154,10 +182,9 @@ def _records(log: Path) -> list[Record]:
     """The records of a log. Its last line may be cut off: the run is writing it, or was killed."""
     records = []
     for number, line in enumerate(_text(log).split("\n")[:-1], 1):
-        try:
+        record: Any = None
+        with suppress(ValueError, RecursionError):
             record = _json(line)
-        except (ValueError, RecursionError):
-            record = None
         if misfit(record, {"step": int, "sources?": {}}) or not all(map(is_number, record.get("sources", {}).values())):
             raise UserError(f"{log}:{number}: not a metrics record; fix or delete this line: {line[:80]!r}")
         records.append(record)

@@ -12,15 +12,6 @@ from pathlib import Path
 
 from minisft.errors import PATH, UserError, printable
 
-COLOURS = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1c1e21; --faint: #6b7280; --line: #d5d9df }
-@media (prefers-color-scheme: dark) { :root { --page: #15181c; --ink: #e4e6ea; --faint: #98a1ae; --line: #363c45 } }
-"""
-STYLE = COLOURS + """body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif }
-p, figcaption { color: var(--faint); font-size: .85rem }
-h1, h2, p { overflow-wrap: anywhere }
-"""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -39,8 +30,8 @@ def check_outputs(writes: Mapping[str, Path | None], reads: Iterable[str | Path 
     for option, file in writes.items():
         if file is None:
             continue
-        where, identity = f"{option} {printable(file, PATH)}", _identity(file)
-        check_output(file, where)
+        check_output(file, where := f"{option} {printable(file, PATH)}")
+        identity = _identity(file)
         nested = identity in within or (file.exists() and any(folder in file.resolve().parents for folder in folders))
         kept_there = file.suffix == ".html" or (option in appended and file.suffix == ".jsonl")
         if identity in read or (nested and not kept_there):
@@ -70,12 +61,17 @@ def _identity(file: Path) -> object:
         return file.resolve()
 
 
-def render(title: str, style: str, body: str) -> str:
-    """The page as HTML: `title` is plain text, `body` is HTML, `style` is added to the common one."""
+def style(*names: str) -> str:
+    """The named style sheets of this folder."""
+    return "".join(Path(__file__).with_name(f"{name}.css").read_text(encoding="utf-8") for name in names)
+
+
+def render(title: str, sheet: str, body: str) -> str:
+    """The page as HTML: `title` is plain text, `body` is HTML, `sheet` is a style sheet besides the common ones."""
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style></head>\n<body>\n{body}</body></html>\n")
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+            f"<style>\n{style('colours', 'page', sheet)}</style></head>\n<body>\n{body}</body></html>\n")
 
 
 def write(file: Path, text: str | Iterable[str]) -> None:

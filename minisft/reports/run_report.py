@@ -18,31 +18,13 @@ from typing import Any
 import numpy as np
 
 from minisft.errors import PATH, printable
-from minisft.reports.drawing import STYLE as COLOURS
 from minisft.reports.drawing import Curve, Panel, histogram, lines, running_mean, shares, window
 from minisft.reports.logged_run import LoggedRun, column
 from minisft.reports.page import render
 
-STYLE = COLOURS + """
-h1 { font-size: 1.5rem; margin: 1rem 0 .2rem } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem }
-h3 { font-size: .95rem; margin: 1.5rem 0 .3rem; overflow-wrap: anywhere }
-figure { margin: .5rem 0 1.2rem } figure svg { width: 100%; height: auto }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 0 1.5rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere } th { font-weight: 500; color: var(--faint); white-space: nowrap }
-thead th { color: var(--ink); white-space: normal }
-.key::before { content: ""; display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em;
-  background: var(--k) }
-.failed { color: var(--c1) } .done { color: var(--c2) }
-pre, td.text { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 ui-monospace, monospace }
-td.text { unicode-bidi: plaintext } .control { color: var(--faint) } .right::after { content: " ✓"; color: var(--c2) }
-summary { cursor: pointer; color: var(--faint) }
-"""
 LAST = 10  # steps whose mean is the final loss
 
 Runs = Sequence[LoggedRun]
-Drawn = tuple[str, str]  # SVG and caption
 
 
 def page(runs: Runs) -> str:
@@ -50,7 +32,7 @@ def page(runs: Runs) -> str:
     title = " · ".join(run.name for run in runs)
     sections = (_summary, _losses, _forgetting, _optimisation, _throughput, _data, _samples, _environment)
     body = "".join(section(runs) for section in sections)
-    return render(f"minisft report: {title}", STYLE, f"<h1>{_safe(title)}</h1>\n{body}")
+    return render(f"minisft report: {title}", "report", f"<h1>{_safe(title)}</h1>\n{body}")
 
 
 def _summary(runs: Runs) -> str:
@@ -68,7 +50,7 @@ def _facts(run: LoggedRun, held_out: list[str]) -> dict[str, str]:
     last, planned = int(run.steps[-1]) if run.train else 0, run.data.get("total_steps")
     skipped = f', <span class="failed">{run.skipped.sum():,} skipped</span>' if run.skipped.any() else ""
     seconds, tokens, trained = map(run.total, ("seconds", "tokens", "target_tokens"))
-    losses, mfu, memory = (_finite(run, name) for name in ("loss", "mfu", "memory_gib"))
+    losses, mfu, memory = (run.finite(name) for name in ("loss", "mfu", "memory_gib"))
     evals = {name: column(run.evals.get(name, []), "loss") for name in held_out}
     return {
         "state": f'<span class="{kind}">{_safe(state)}</span>' + written * (state in ("running", "dead"))
@@ -96,25 +78,21 @@ def _duration(seconds: float) -> str:
 def _step_panel(title: str, runs: Runs, name: str, *, smooth: bool = True, extra: Sequence[Curve] = (),
                 **options: Any) -> list[Panel]:
     """Figure `name` of each step, pale, and its running mean (not without `smooth`); no panel if no run has it."""
-    if not any(_finite(run, name).size for run in runs):
-        return []
-    curves = list(extra)
+    curves: list[Curve] = []
     for i, run in enumerate(runs):
-        raw, mean = ("each step", "running mean") if len(runs) == 1 else ("", run.name)
-        x, y = run.steps, run.column(name)
-        curves += [Curve(raw, x, y, i, "raw"), Curve(mean, x, running_mean(y, window(len(y))) if smooth else y, i)]
-    return [Panel(title, curves, **options)]
+        if run.finite(name).size:
+            raw, mean = ("each step", "running mean") if len(runs) == 1 else ("", run.name)
+            x, y = run.steps, run.column(name)
+            curves += [Curve(raw, x, y, i, "raw"), Curve(mean, x, running_mean(y, window(len(y))) if smooth else y, i)]
+    return [Panel(title, [*extra, *curves], **options)] if curves else []
 
 
 def _eval_panels(title: str, runs: Runs, name: str) -> list[Panel]:
     """A panel for each held-out source that has figure `name`."""
-    panels = []
-    for source in _held_out(runs):
-        found = [(i, run, column(run.evals[source], name)) for i, run in enumerate(runs) if source in run.evals]
-        curves = [Curve(run.name if len(runs) > 1 else "held-out", column(run.evals[source], "step"), y, i, "points")
-                  for i, run, y in found if np.isfinite(y).any()]
-        panels += [Panel(title.format(source), curves)] if curves else []
-    return panels
+    panels = {source: [Curve(run.name if len(runs) > 1 else "held-out", column(records, "step"), y, i, "points")
+                       for i, run in enumerate(runs) if (records := run.evals.get(source))
+                       and np.isfinite(y := column(records, name)).any()] for source in _held_out(runs)}
+    return [Panel(title.format(source), curves) for source, curves in panels.items() if curves]
 
 
 def loss_panels(runs: Runs) -> list[Panel]:
@@ -133,7 +111,7 @@ def _losses(runs: Runs) -> str:
     mean = " or ".join(map(str, sorted({window(len(run.train)) for run in runs})))
     figures = _drawn(loss_panels(runs), f"Nats per trained token; the strong line is a mean over {mean} steps. Look "
                      "for a training loss that falls while a held-out loss rises: from there on the run memorises.")
-    return _section("Loss", figures) or "<h2>Loss</h2>\n<p>No step has been logged yet.</p>\n"
+    return _section("Loss", figures or "<p>No step has been logged yet.</p>\n")
 
 
 def _forgetting(runs: Runs) -> str:
@@ -146,7 +124,7 @@ def _optimisation(runs: Runs) -> str:
     clips = {run.config.get("optim", {}).get("clip_norm") for run in runs} - {None, 0}
     # A skipped step has no norm of its own: its mark stands at the smallest of the others.
     skipped = [Curve("skipped step", run.steps[run.skipped],
-                     np.full(run.skipped.sum(), min(_finite(run, "grad_norm"), default=1.0)), i, "crosses")
+                     np.full(run.skipped.sum(), min(run.finite("grad_norm"), default=1.0)), i, "crosses")
                for i, run in enumerate(runs) if run.skipped.any()]
     panels = [*_step_panel("learning rate", runs, "lr", smooth=False),
               *_step_panel("gradient norm", runs, "grad_norm", extra=skipped, log=True,
@@ -158,26 +136,25 @@ def _optimisation(runs: Runs) -> str:
 
 
 def _throughput(runs: Runs) -> str:
-    figures: list[Drawn] = []
-    if timed := [run for run in runs if run.total("seconds")]:
-        panels = [*_step_panel("tokens per second", timed, "tokens_per_second"),
-                  *_step_panel("seconds per step", timed, "seconds", log=True),
-                  *_step_panel("share of the GPUs' peak (MFU)", timed, "mfu", percent=True)]
-        figures = [*_drawn(panels, "Look for slow steps at regular intervals (checkpoints, which the next step pays "
-                           "for) and for a speed that falls."),
-                   (shares({run.name: time_shares(run) for run in timed}),
-                    "Where the time went. The pace is the median step; what slower steps took beyond it is waiting: "
-                    "warm-up, checkpoints, a disk or a neighbour.")]
-        if packed := {run.name: parts for run in timed if (parts := token_shares(run))}:
-            figures.append((shares(packed), "Where the room in the packs went. Context is read but not trained; empty "
-                            "room only makes the steps less even, since nothing is padded unless layers are compiled."))
-    return _section("Throughput and its losses", figures) + "".join(
-        _details(f"Profile of {run.name}: time by kind of work", run.profile) for run in runs)
+    timed = [run for run in runs if run.total("seconds")]
+    panels = [*_step_panel("tokens per second", timed, "tokens_per_second"),
+              *_step_panel("seconds per step", timed, "seconds", log=True),
+              *_step_panel("share of the GPUs' peak (MFU)", timed, "mfu", percent=True)]
+    return _section(
+        "Throughput and its losses",
+        _drawn(panels, "Look for slow steps at regular intervals (checkpoints, which the next step pays for) and for a "
+               "speed that falls.")
+        + _shared({run.name: time_shares(run) for run in timed}, "Where the time went. The pace is the median step; "
+                  "what slower steps took beyond it is waiting: warm-up, checkpoints, a disk or a neighbour.")
+        + _shared({run.name: parts for run in timed if (parts := token_shares(run))}, "Where the room in the packs "
+                  "went. Context is read but not trained; empty room only makes the steps less even, since nothing is "
+                  "padded unless layers are compiled.")
+    ) + "".join(_details(f"Profile of {run.name}: time by kind of work", run.profile) for run in runs)
 
 
 def time_shares(run: LoggedRun) -> dict[str, float]:
     """The logged time by what it was spent on."""
-    seconds = _finite(run, "seconds")
+    seconds = run.finite("seconds")
     pace = float(np.minimum(seconds, np.median(seconds)).sum())
     evaluation = sum(float(np.nansum(column(records, "seconds"))) for records in run.evals.values())
     parts = {"steps at their pace": pace, "steps beyond it": float(seconds.sum()) - pace,
@@ -200,49 +177,48 @@ def token_shares(run: LoggedRun) -> dict[str, float]:
 
 def _data(runs: Runs) -> str:
     """The data of each run, once for runs that share them."""
-    parts = []
+    parts = ""
     for i, run in enumerate(runs):
         if run.data and run.data not in [other.data for other in runs[:i]]:
-            heading = f"<h3>{_safe(run.name)}</h3>\n" if len(runs) > 1 else ""
-            pair = _figures([*_by_length(run.data), *_by_fill(run.data)])
-            mixture = _figures([*_first_epoch(run.data), *_sources_over_steps(run)])
-            parts.append(f'{heading}<div class="pair">{pair}</div>\n{mixture}')
-    return f"<h2>Data</h2>\n{''.join(parts)}" if parts else ""
+            parts += f"<h3>{_safe(run.name)}</h3>\n" * (len(runs) > 1)
+            parts += f'<div class="pair">{_by_length(run.data)}{_by_fill(run.data)}</div>\n'
+            parts += _first_epoch(run.data) + _sources_over_steps(run)
+    return _section("Data", parts)
 
 
-def _by_length(data: dict[str, Any]) -> list[Drawn]:
+def _by_length(data: dict[str, Any]) -> str:
     buckets = data["lengths"]
     full = [i for i, bucket in enumerate(buckets) if bucket["kept"] + bucket["too_long"]]
     if not full:
-        return []
+        return ""
     buckets = buckets[full[0] : full[-1] + 1]
     counts: dict[str, Sequence[int]] = {"kept": [bucket["kept"] for bucket in buckets]}
     if any(bucket["too_long"] for bucket in buckets):
         counts["cut" if data["overlong"] == "truncate" else "left out"] = [b["too_long"] for b in buckets]
-    return [(histogram("documents by length", [f"≤{b['to']:,}" for b in buckets], counts, xlabel="tokens"),
-             f"Look for documents longer than data.seq_len = {data['seq_len']:,}.")]
+    return _figure(histogram("documents by length", [f"≤{b['to']:,}" for b in buckets], counts, xlabel="tokens"),
+                   f"Look for documents longer than data.seq_len = {data['seq_len']:,}.")
 
 
-def _by_fill(data: dict[str, Any]) -> list[Drawn]:
+def _by_fill(data: dict[str, Any]) -> str:
     fill = data.get("pack_fill", [])
     first = next((i for i, packs in enumerate(fill) if packs), len(fill))
     labels = [f"≤{100 * (i + 1) // len(fill)}%" for i in range(first, len(fill))]
-    return [(histogram("packs by fill", labels, {"packs": fill[first:]}, xlabel="share of the room"),
-             f"{data['packs']:,} packs in the first epoch, {data['packing_efficiency']:.1%} full. Look for a tail on "
-             "the left: documents that fit together badly.")] if labels else []
+    return _figure(histogram("packs by fill", labels, {"packs": fill[first:]}, xlabel="share of the room"),
+                   f"{data['packs']:,} packs in the first epoch, {data['packing_efficiency']:.1%} full. Look for a "
+                   "tail on the left: documents that fit together badly.") if labels else ""
 
 
-def _first_epoch(data: dict[str, Any]) -> list[Drawn]:
+def _first_epoch(data: dict[str, Any]) -> str:
     """Each source's share, if there are several."""
     sources = [*data["train"], *data["replay"]]
     kinds = {"documents": "documents", "tokens": "tokens", "trained tokens": "target_tokens"}
     rows = {f"{what} {(total := data[f'epoch_{key}']):,}":
             {source["name"]: source["epoch"][key] / max(total, 1) for source in sources} for what, key in kinds.items()}
-    return [(shares(rows), "Each source's share of the first epoch. Look for a share of the trained tokens, which the "
-             "loss weighs, that is not what you meant.")] if len(sources) > 1 else []
+    return _shared(rows if len(sources) > 1 else {}, "Each source's share of the first epoch. Look for a share of the "
+                   "trained tokens, which the loss weighs, that is not what you meant.")
 
 
-def _sources_over_steps(run: LoggedRun) -> list[Drawn]:
+def _sources_over_steps(run: LoggedRun) -> str:
     names = list(dict.fromkeys(name for record in run.train for name in record.get("sources", {})))
     counts = np.array([[record.get("sources", {}).get(name, 0) for name in names] for record in run.train], float)
     parts = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)  # (steps, sources)
@@ -259,16 +235,16 @@ def _samples(runs: Runs) -> str:
         for record in run.samples:
             name, prompt, answer, reference = (str(record.get(key, "")) for key in
                                                ("name", "prompt", "answer", "reference"))
-            said = asked.setdefault((name, prompt), [("expected", reference, False)])
-            who = f"{run.name}, " if len(runs) > 1 else ""
-            said.append((f"{who}step {record['step']:,}", answer, answer.strip() == reference.strip()))
+            who = f"{run.name}, " * (len(runs) > 1) + f"step {record['step']:,}"
+            asked.setdefault((name, prompt), [("expected", reference, False)]).append(
+                (who, answer, answer.strip() == reference.strip()))
     html = ""
     for (name, prompt), said in asked.items():
         rows = "".join(f'<tr><th>{_safe(who)}</th><td class="text{" right" * right}">{_text(text)}</td></tr>\n'
                        for who, text, right in ((name, prompt, False), *said))
         html += f'<div class="wide"><table>{rows}</table></div><br>\n'
-    return (f"<h2>Answers before and after</h2>\n<p>Held-out questions, answered greedily. A tick marks an answer that "
-            f"is exactly the expected one.</p>\n{html}" if html else "")
+    return _section("Answers before and after", html and "<p>Held-out questions, answered greedily. A tick marks an "
+                    f"answer that is exactly the expected one.</p>\n{html}")
 
 
 def _text(text: str) -> str:
@@ -288,13 +264,7 @@ def _environment(runs: Runs) -> str:
                 rows.setdefault(name, [""] * len(runs))[i] = _safe(value)
     table = (_table(runs, rows) if rows else "") + "".join(
         _details(f"Configuration of {run.name}", run.config_text) for run in runs)
-    return f"<h2>Environment</h2>\n{table}" if table else ""
-
-
-def _finite(run: LoggedRun, name: str) -> np.ndarray:
-    """(m,) the values of a figure, without gaps."""
-    values = run.column(name)
-    return values[np.isfinite(values)]
+    return _section("Environment", table)
 
 
 def _held_out(runs: Runs) -> list[str]:
@@ -315,16 +285,20 @@ def _details(title: str, text: str) -> str:
     return f"<details><summary>{_safe(title)}</summary><pre>{escape(text)}</pre></details>\n" if text else ""
 
 
-def _drawn(panels: list[Panel], caption: str) -> list[Drawn]:
-    return [(lines(panels), caption)] if panels else []
+def _drawn(panels: list[Panel], caption: str) -> str:
+    return _figure(lines(panels), caption) if panels else ""
 
 
-def _figures(figures: Sequence[Drawn]) -> str:
-    return "".join(f"<figure>{svg}\n<figcaption>{escape(caption)}</figcaption></figure>\n" for svg, caption in figures)
+def _shared(rows: dict[str, dict[str, float]], caption: str) -> str:
+    return _figure(shares(rows), caption) if rows else ""
 
 
-def _section(title: str, figures: Sequence[Drawn]) -> str:
-    return f"<h2>{title}</h2>\n{_figures(figures)}" if figures else ""
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}\n<figcaption>{escape(caption)}</figcaption></figure>\n"
+
+
+def _section(title: str, html: str) -> str:
+    return f"<h2>{title}</h2>\n{html}" if html else ""
 
 
 def _safe(name: object) -> str:

@@ -7,8 +7,13 @@
     ↵
     ⟦It ends a turn.⟨<|eot_id|>⟩⟧
 
-On a terminal trained tokens are green; without colour they stand between ⟦ and ⟧. Nothing between ⟨ and ⟩ is content
-(spans.py), so no conversation can fake a control token, a heading or the end of an answer.
+On a terminal trained tokens are green; without colour they stand between ⟦ and ⟧. Nothing between ⟨ and ⟩ is content:
+it is a control token, a heading, or the number of a character that cannot be seen, or that steers a terminal or the
+direction of writing. Our own signs in a text are shown by number too. So no conversation can fake a mark, and the text
+can be recovered from what is shown.
+
+Tokens are not characters: ş may be two tokens and an emoji four. We decode the smallest runs of tokens that hold whole
+characters. A mask that cuts through a character, which no renderer should make, shows as U+FFFD on both sides.
 
 The page begins each pack with its attention, to scale: a row is a token, its columns are the tokens that it sees.
 
@@ -23,39 +28,82 @@ Everything from the data is escaped.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import count, groupby
+from itertools import accumulate, count, groupby, zip_longest
 
 import numpy as np
 
 from minisft.data.dataset import Dataset
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.prepare import Prepared
 from minisft.reports.page import render
-from minisft.reports.spans import LEGEND, Span, spans, visible
 
 FEW = 3  # documents shown by default
 TRAINED, CONTROL, HEADING = "32", "2", "1"  # green, dim, bold
-STYLE = """
-:root { --block: #b9c3d1; --trained: #2e9e5b; --mark: #cdeed9 }
-@media (prefers-color-scheme: dark) { :root { --block: #4a5565; --trained: #3fba70; --mark: #17492c } }
-h1 { font-size: 1.2rem } h2 { font-size: .9rem; position: sticky; top: 0; margin: 0; padding: .4rem 0;
-  background: var(--page); border-bottom: 1px solid var(--line) }
-h2:target { border-bottom-color: var(--trained); color: var(--trained) }
-figure { margin: 1rem 0 } figure svg { width: 100%; max-width: 32rem; border: 1px solid var(--line) }
-.share { display: block; width: 100%; height: .7rem }
-.room { fill: var(--line) } .block { fill: var(--block) } .target { fill: var(--trained) }
-a:hover .block { fill: var(--faint) }
-pre { margin: .5rem 0 2rem; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
-  font: .9rem/1.6 ui-monospace, monospace }
-mark { background: var(--mark); color: inherit; border-radius: 2px } .control { color: var(--faint) }
-[data-id]:hover { outline: 1px solid var(--trained) }
-[data-id]:hover::after { content: "token " attr(data-id); position: fixed; left: 0; bottom: 0; padding: .3rem .8rem;
-  background: var(--ink); color: var(--page) }
-"""
+OURS = "⟦⟧⟨⟩↵⇥␣"
+LEGEND = "⟨⟩ control tokens and characters that cannot be seen, ↵ newline, ⇥ tab, ␣ space at an edge"
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")  # Unicode categories that cannot be seen, or move what can
+VISIBLE = " \u200c\u200d"  # of those: a space, and joiners without which emoji and some scripts fall apart
 
+
+# From token ids to text in which nothing hides
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of one kind."""
+
+    trained: bool
+    control: bool
+    tokens: list[tuple[list[int], str]]  # the smallest runs of whole characters: ids, and the text shown for them
+
+    @property
+    def text(self) -> str:
+        return "".join(shown for _, shown in self.tokens)
+
+
+def spans(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> list[Span]:
+    """Token ids (L,) and mask (L,) as spans of text and of control tokens."""
+    control, found = frozenset(tokenizer.control.values()), []
+    pairs = zip(ids.tolist(), trained.tolist(), strict=True)
+    for (is_trained, is_control), same in groupby(pairs, key=lambda pair: (bool(pair[1]), pair[0] in control)):
+        runs, texts = zip(*whole_characters([token for token, _ in same], tokenizer), strict=True)
+        shown = [f"⟨{text}⟩" if is_control else text for text in visible(texts)]
+        found.append(Span(is_trained, is_control, list(zip(runs, shown, strict=True))))
+    return found
+
+
+def whole_characters(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], str]]:
+    """The smallest runs of `ids` that hold whole characters, each with its text."""
+    run: list[int] = []
+    for token, after in zip_longest(ids, ids[1:]):
+        run.append(token)
+        text = tokenizer.decode(run)
+        # U+FFFD is part of a character, or one in the data: then the next token does not change it.
+        whole = not text.endswith("\ufffd") or after is None
+        if whole or tokenizer.decode([*run, after]) == text + tokenizer.decode([after]):
+            yield run, text
+            run = []
+
+
+def visible(parts: Sequence[str]) -> list[str]:
+    """The parts of a text with everything hidden in it made visible; spaces only at the two ends of the whole."""
+    text = "".join(parts)
+    first, last = len(text) - len(text.lstrip(" ")), len(text.rstrip(" "))
+    shown = [_character(c) if first <= i < last else "␣" for i, c in enumerate(text)]
+    return ["".join(shown[end - len(part) : end])
+            for part, end in zip(parts, accumulate(map(len, parts)), strict=True)]
+
+
+def _character(c: str) -> str:
+    hidden = c in OURS or (unicodedata.category(c) in HIDDEN and c not in VISIBLE)
+    return {"\n": "↵\n", "\t": "⇥\t"}.get(c, f"⟨U+{ord(c):04X}⟩" if hidden else c)
+
+
+# Which documents
 
 @dataclass(frozen=True)
 class Document:
@@ -68,7 +116,6 @@ class Document:
 
     @property
     def heading(self) -> str:
-        """Its number, origin and tokens."""
         return f"document {self.index} · {self.origin} · {_counts(self.trained)}"
 
 
@@ -87,7 +134,6 @@ class View:
 
     @property
     def heading(self) -> str:
-        """Its title and tokens, and how full the pack is."""
         heading, number = f"{self.title} · {_counts(self.trained)}", len(self.documents)
         return heading if not self.room else (f"{heading} · {number:,} document{'s' * (number != 1)}, "
                                               f"{len(self.trained) / self.room:.1%} full")
@@ -96,8 +142,6 @@ class View:
 def _counts(trained: np.ndarray) -> str:
     return f"{len(trained):,} tokens, {trained.sum():,} trained ({trained.mean():.1%})"
 
-
-# Which documents
 
 def choose(prepared: Prepared, *, source: str | None = None, index: int | None = None, longest: bool = False,
            random: int | None = None, pack: int | None = None, step: int | None = None,
@@ -120,6 +164,7 @@ def choose(prepared: Prepared, *, source: str | None = None, index: int | None =
         title = f"the first documents of {view.title} (--pack 0: all)"
         return [view if whole else View(title, view.documents[:FEW])]
     dataset, documents, of = _of_source(prepared, source)
+    chosen, title = documents[:FEW], f"the first documents{of}"
     if index is not None:
         _within("--index", index, documents, f"documents{of}")
         chosen, title = np.array([index]), "one document"
@@ -128,18 +173,14 @@ def choose(prepared: Prepared, *, source: str | None = None, index: int | None =
     elif random is not None:
         chosen = np.random.default_rng(random).choice(documents, min(FEW, len(documents)), replace=False)
         title = f"documents{of} drawn with seed {random}"
-    else:
-        chosen, title = documents[:FEW], f"the first documents{of}"
     return [_view(prepared, dataset, chosen, title)]
 
 
 def _packs(prepared: Prepared, pack: int | None, step: int | None) -> list[View]:
     """Pack `pack`, or all packs, of step `step`, or of the first epoch."""
     plan = prepared.plan
-    contents: Callable[[int], np.ndarray] = plan.epoch(0).pack
-    if step is None:
-        of, number = "the first epoch", len(plan.epoch(0))
-    else:
+    of, number, contents = "the first epoch", len(plan.epoch(0)), plan.epoch(0).pack
+    if step is not None:
         _within("--step", step, range(1, plan.total_steps + 1), "steps of the run")
         packs = plan.documents(step - 1)
         of, number, contents = f"step {step}", len(packs), packs.__getitem__
@@ -172,7 +213,7 @@ def _within(option: str, value: int, choices: range | np.ndarray, what: str) -> 
 
 def _view(prepared: Prepared, dataset: Dataset, chosen: np.ndarray, title: str, *, room: int = 0) -> View:
     documents = []
-    for i in map(int, chosen):
+    for i in chosen.tolist():
         ids, trained = dataset.document(i)
         [origin] = visible(["{}:{}".format(*dataset.origin(i))])
         documents.append(Document(i, origin, trained, spans(ids, trained, prepared.tokenizer)))
@@ -201,13 +242,9 @@ def as_text(views: list[View], *, color: bool, ids: bool = False) -> str:
 
 
 def _flowing(document: Document, color: bool) -> str:
-    parts = []
-    for trained, run in groupby(document.spans, key=lambda span: span.trained):
-        if trained:
-            parts.append(_trained("".join(span.text for span in run), color))
-        else:
-            parts += [_paint(span.text, CONTROL, color and span.control) for span in run]
-    return "".join(parts)
+    return "".join(_trained("".join(span.text for span in run), color) if trained else
+                   "".join(_paint(span.text, CONTROL, color and span.control) for span in run)
+                   for trained, run in groupby(document.spans, key=lambda span: span.trained))
 
 
 def _listed(document: Document, color: bool) -> str:
@@ -237,7 +274,7 @@ def as_page(views: list[View]) -> str:
     numbers = count()
     sections = "".join(_section(view, numbers) for view in views)
     legend = f"<p><mark>trained tokens</mark>, {LEGEND}; token ids under the pointer</p>\n"
-    return render(f"minisft show: {views[0].title}", STYLE, sections + legend)
+    return render(f"minisft show: {views[0].title}", "show", sections + legend)
 
 
 def _section(view: View, numbers: Iterator[int]) -> str:
