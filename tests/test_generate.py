@@ -12,8 +12,7 @@ from minisft.errors import UserError
 from minisft.generate import decoding
 from minisft.generate import text as module
 from minisft.generate.decoding import CachedDecoder, Product
-from minisft.generate.sampling import Sampling
-from minisft.generate.text import generate, stream
+from minisft.generate.text import Sampling, generate, stream
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
 from minisft.pretrained import from_pretrained

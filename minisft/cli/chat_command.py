@@ -13,7 +13,7 @@ from minisft.cli.loading import load
 from minisft.cpu import kernels
 from minisft.data.conversation import Turn
 from minisft.errors import EXIT_INTERRUPTED, PATH, UserError, printable
-from minisft.generate.sampling import Sampling
+from minisft.generate.text import Sampling
 
 HELP = """  /reset         begin a new conversation
   /system TEXT   begin a new conversation with this system text; without TEXT, with none

@@ -5,9 +5,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 
-from minisft import config_io
+from minisft import config_io, prepare
 from minisft.data.dataset import Dataset
-from minisft.prepare import inputs, prepare
 from minisft.reports.data_report import describe, figures
 from minisft.reports.page import check_outputs, write, write_json
 
@@ -15,8 +14,8 @@ from minisft.reports.page import check_outputs, write, write_json
 def run(options: Namespace) -> None:
     """Prepare the data as training would, and print the report."""
     config = config_io.load(options.recipe)
-    check_outputs({"--dump": options.dump, "--json": options.json}, inputs(config, options.recipe))
-    prepared = prepare(config, verify=options.verify)
+    check_outputs({"--dump": options.dump, "--json": options.json}, prepare.inputs(config, options.recipe))
+    prepared = prepare.prepare(config, verify=options.verify)
     found = figures(prepared)
     if options.dump:
         write(options.dump, _dump(prepared.train))

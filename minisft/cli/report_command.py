@@ -5,7 +5,6 @@ from argparse import Namespace
 from minisft.errors import PATH, UserError, printable
 from minisft.reports.logged_run import read_runs
 from minisft.reports.page import check_outputs, write
-from minisft.reports.run_report import page
 from minisft.reports.tensorboard import write_events
 
 
@@ -21,5 +20,8 @@ def run(options: Namespace) -> None:
     file = options.out or options.runs[0] / "report.html"
     if options.runs[0].is_dir():
         check_outputs({"--out": file}, options.runs)
-    write(file, page(read_runs(options.runs)))
+    runs = read_runs(options.runs)
+    from minisft.reports.run_report import page  # needs matplotlib, which event files do without
+
+    write(file, page(runs))
     print(printable(file, PATH))

@@ -2,9 +2,8 @@
 
 from argparse import Namespace
 
-from minisft import config_io
+from minisft import config_io, prepare
 from minisft.errors import PATH, printable
-from minisft.prepare import inputs, prepare
 from minisft.reports.data_report import unread_fields
 from minisft.reports.page import check_outputs, write
 from minisft.reports.token_view import as_page, choose, print_views
@@ -13,8 +12,8 @@ from minisft.reports.token_view import as_page, choose, print_views
 def run(options: Namespace) -> None:
     """Show the chosen documents, and warn about fields that nothing reads."""
     config = config_io.load(options.recipe)
-    check_outputs({"--html": options.html}, inputs(config, options.recipe))
-    prepared = prepare(config)
+    check_outputs({"--html": options.html}, prepare.inputs(config, options.recipe))
+    prepared = prepare.prepare(config)
     views = choose(prepared, source=options.source, index=options.index, longest=options.longest,
                    random=options.random, pack=options.pack, step=options.step, whole=bool(options.html))
     if options.html:

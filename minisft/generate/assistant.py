@@ -14,8 +14,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import SHORT, UserError
 from minisft.formats.jinja import choose_template
 from minisft.generate.decoding import CachedDecoder
-from minisft.generate.sampling import GREEDY, Sampling
-from minisft.generate.text import generate, stream
+from minisft.generate.text import GREEDY, Sampling, generate, stream
 from minisft.lora.peft import PeftFolder, is_adapter
 from minisft.model.llama import Llama
 from minisft.pretrained import from_pretrained
