@@ -8,7 +8,7 @@ from minisft.cli.answer_command import answer
 from minisft.errors import PATH, UserError, printable
 from minisft.evals import comparison
 from minisft.evals.answers import read_answers
-from minisft.evals.prompts import load_prompts, prompt_file
+from minisft.evals.questions import load_prompts, prompt_file
 from minisft.reports.page import check_outputs, write, write_json
 
 

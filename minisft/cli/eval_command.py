@@ -11,7 +11,7 @@ from typing import Any
 from minisft.cli.loading import load, precision_of
 from minisft.errors import UserError
 from minisft.evals import choices, heldout, instructions
-from minisft.evals.prompts import prompt_file
+from minisft.evals.questions import prompt_file
 from minisft.reports.page import check_outputs, write_json
 
 
