@@ -7,13 +7,14 @@ import unicodedata
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import tee
 from pathlib import Path
 
 from minisft.cli.loading import load
 from minisft.cpu import kernels
 from minisft.data.conversation import Turn
 from minisft.errors import EXIT_INTERRUPTED, PATH, UserError, printable
-from minisft.generate.text import Sampling
+from minisft.generate.assistant import Sampling
 
 HELP = """  /reset         begin a new conversation
   /system TEXT   begin a new conversation with this system text; without TEXT, with none
@@ -56,27 +57,21 @@ class Chat:
         except UnicodeEncodeError:
             raise UserError("the text is not UTF-8; write it in UTF-8") from None
         turns = (*([Turn("system", self.system)] if self.system else []), *self.turns, Turn("user", text))
-        tokens: list[int] = []
+        tokens, counted = tee(self.assistant.tokens(turns, max_new_tokens=self.max_new_tokens, sampling=self.sampling))
         answer = ""
-
-        def recorded() -> Iterator[int]:
-            for token in self.assistant.tokens(turns, max_new_tokens=self.max_new_tokens, sampling=self.sampling):
-                tokens.append(token)
-                yield token
-
         try:
-            for piece in self.assistant.renderer.tokenizer.decode_stream(recorded()):
+            for piece in self.assistant.renderer.tokenizer.decode_stream(tokens):
                 print(harmless(piece) if sys.stdout.isatty() else piece, end="", flush=True)
                 answer += piece
             print(flush=True)
         finally:
             if answer:  # all of it, or as much as Ctrl-C left
                 self.turns += [Turn("user", text), Turn("assistant", answer)]
-        context = self.assistant.model.config.max_position_embeddings
-        if len(self.assistant.renderer.prompt(turns)) + len(tokens) >= context:
+        context, count = self.assistant.model.config.max_position_embeddings, len(list(counted))
+        if len(self.assistant.renderer.prompt(turns)) + count >= context:
             print(f"(cut: the model's context of {context:,} tokens is full; /reset begins anew)", file=sys.stderr)
-        elif len(tokens) == self.max_new_tokens:
-            print(f"(cut after {len(tokens):,} tokens; --max-new-tokens allows more)", file=sys.stderr)
+        elif count == self.max_new_tokens:
+            print(f"(cut after {count:,} tokens; --max-new-tokens allows more)", file=sys.stderr)
 
 
 def converse(chat: Chat) -> None:

@@ -23,14 +23,13 @@ def run(options: Namespace) -> None:
     if partial.exists():
         raise UserError(f"{partial}: was left by a conversion that was killed; delete it")
     model = from_pretrained(source, dtype=dtype, format=options.format, base=options.base)
-    folders = [source, *([PeftFolder(source).base_folder(options.base)] if options.merge else [])]
-    # The record is only SOURCE's own: a base's record is not its adapter's.
-    files = [*([folder / name for folder in folders] for name in COPIED), [source / FILE]]
+    # SOURCE's files replace its base's; the record is only SOURCE's own.
+    folders = [*([PeftFolder(source).base_folder(options.base)] if options.merge else []), source]
+    files = [*(folder / name for folder in folders for name in COPIED), source / FILE]
     try:
         save_pretrained(model, partial, dtype=dtype)
-        for candidates in files:
-            for file in filter(Path.is_file, candidates[::-1]):  # the first folder's file replaces the base's
-                shutil.copyfile(file, partial / file.name)
+        for file in filter(Path.is_file, files):
+            shutil.copyfile(file, partial / file.name)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,4 @@
-"""`minisft eval`: what a model knows and does, in figures.
-
-The option that names its files asks for an evaluation. Each is a module of the package with two functions: one makes a
-dict of figures, the other a table of them. `--json` writes all dicts as one.
-"""
+"""`minisft eval`: what a model knows and does, in figures."""
 
 import tempfile
 from argparse import Namespace

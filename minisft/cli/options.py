@@ -38,13 +38,10 @@ def _tokens(text: str) -> int:
     return round(float(found[1]) * UNITS[found[2]]) if found else -1
 
 
-whole = number(int, -MOST, MOST, "a whole number")
 natural = number(int, 0, MOST, "a whole number from 0 to 10^15")
-price = number(float, 0, 1e6, "a number of dollars from 0 to a million")
-share = number(float, 1e-6, 1, "a number above 0, up to 1")
 FILE = {"type": Path, "metavar": "FILE"}
 FILES = {"nargs": "+", "default": [], "metavar": "FILE"}
-WHOLE, NATURAL = {"type": whole, "metavar": "N"}, {"type": natural, "metavar": "N"}
+WHOLE = {"type": number(int, -MOST, MOST, "a whole number"), "metavar": "N"}
 POSITIVE = {"type": number(int, 1, MOST, "a whole number from 1 to 10^15"), "metavar": "N"}
 TOKENS = {"type": number(_tokens, 1, MOST, "a number from 1, such as 500, 50K, 1.5M or 2B"), "metavar": "N"}
 
@@ -107,11 +104,12 @@ COMMANDS = {
         "plan", "memory, time and cost of a run, before you pay for it", "[options]",
         option("--gpus", **POSITIVE, default=8, help="GPUs, over all hosts (8)"),
         option("--gpu", default="h100", metavar="NAME", help="kind of GPU, as in gpus.toml (h100)"),
-        option("--hours-price", type=price, metavar="USD", help="price of one GPU for an hour"),
+        option("--hours-price", type=number(float, 0, 1e6, "a number of dollars from 0 to a million"), metavar="USD",
+               help="price of one GPU for an hour"),
         option("--tokens", **TOKENS, help="tokens of the data, such as 50M, instead of reading it"),
         option("--document-length", **TOKENS, help="with --tokens: tokens of a document (data.seq_len)"),
-        option("--utilisation", type=share, default=UTILISATION, metavar="SHARE",
-               help=f"share of peak FLOPs to assume, recomputation included ({UTILISATION})"), JSON),
+        option("--utilisation", type=number(float, 1e-6, 1, "a number above 0, up to 1"), default=UTILISATION,
+               metavar="SHARE", help=f"share of peak FLOPs to assume, recomputation included ({UTILISATION})"), JSON),
     "chat": command(
         "talk to a model, or ask it one question", "minisft chat MODEL [--prompt TEXT] [options]", None,
         option("model", metavar="MODEL", help="Hugging Face folder, such as runs/my/final"),
@@ -169,7 +167,7 @@ COMMANDS = {
         option("--questions", metavar="FILE",
                help="mt-en or mt-tr (shipped), or a file in FastChat's or IFEval's layout"),
         option("--out", **FILE, help="the page; its key and the answers of model folders are written beside it"),
-        option("--seed", **NATURAL, default=0, help="of the hidden order (0)"),
+        option("--seed", type=natural, metavar="N", default=0, help="of the hidden order (0)"),
         option("--ratings", **FILES, type=Path, help="saved by the page"),
         option("--key", **FILES, type=Path, help="of the rated pages"),
         option("--judge", **FILE, help="verdicts in FastChat's layout, of pairs or scores"), *ANSWER_OPTIONS),

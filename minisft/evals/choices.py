@@ -75,15 +75,14 @@ class ChoicePrompt:
 
     def text(self) -> str:
         """The prompt as plain text."""
-        solved = [f"{self.ask(shot)} {self.choices(shot)[shot.answer]}\n\n" for shot in self.shots]
-        return "".join([self.opening(), *solved, self.ask(self.question)])
+        *solved, asked = (turn.content for turn in self.turns())
+        return "".join(f"{ask} {answer}\n\n" for ask, answer in zip(solved[::2], solved[1::2], strict=True)) + asked
 
     def turns(self) -> tuple[Turn, ...]:
         """The prompt as turns of a chat; the opening is part of the first."""
         solved = [text for shot in self.shots for text in (self.ask(shot), self.choices(shot)[shot.answer])]
         first, *rest = *solved, self.ask(self.question)
-        return tuple(Turn(role, text) for role, text in
-                     zip(cycle(("user", "assistant")), (self.opening() + first, *rest), strict=False))
+        return tuple(map(Turn, cycle(("user", "assistant")), (self.opening() + first, *rest)))
 
 
 def load(files: list[str], *, format: str = "auto", language: str = "", style: str | None = None, shots: int = 0,

@@ -9,10 +9,9 @@ A judge's file is in FastChat's layout, pairwise or single:
     {"question_id": 1, "model_1": "m", "model_2": "n", "g1_winner": "model_1", "g2_winner": "tie", "turn": 1, ...}
     {"question_id": 1, "model": "m", "score": 7, "turn": 1, ...}
 
-As in FastChat, a model wins a pair only if it wins in both orders of the answers, and scores within 0.1 are a tie.
-Lines without a verdict ("error", -1) are left out and counted. A pair that several people or judges rate counts once,
-with the mean. Interval and p-value take ratings for independent; two turns of one question are not quite, so each turn
-also has its own line.
+As in FastChat, a model wins a pair only if it wins in both orders, and scores within 0.1 are a tie. A pair that several
+people or judges rate counts once, with the mean. Interval and p-value take ratings for independent; two turns of one
+question are not quite, so each turn also has its own line.
 """
 
 import base64

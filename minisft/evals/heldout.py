@@ -3,14 +3,11 @@
     forgetting = loss now - loss at step 0, both on the same held-out general text, in nats a token
 
 A network that learns a new task loses an old one if nothing holds it there (McCloskey & Cohen 1989, "Catastrophic
-interference in connectionist networks"). 0 is the base model; 0.1 is a perplexity 10.5% higher.
-
-Answers before and after a run tell what a loss does not. A question is a document up to its last answer, which the mask
-of trained tokens marks; that answer is the reference.
+interference in connectionist networks"). 0 is the base model; 0.1 is a perplexity 10.5% higher. Answers tell what a
+loss does not. A question is a document up to its last answer, which is the reference:
 
     ids      <|begin_of_text|> ... Capital of Malta? <|eot_id|> ... assistant ...  Valletta . <|eot_id|>
     trained  0 0 0 ...                                                             1        1 1
-             question                                                              reference
 """
 
 import math

@@ -4,10 +4,7 @@ Detection looks at the script first. If several languages of languages.toml shar
 language is a point for it, and so is a word with a letter that only this language has. The most points win; no points
 or a tie mean doubt. It knows no other languages: it takes Danish for Swedish, and a single word is mostly in doubt.
 
-Unicode's case mapping is right for all these languages except Turkish, whose i keeps its dot in both cases:
-
-    Turkish  i İ   ı I        "KIRMIZI ŞİŞE" <-> "kırmızı şişe"
-    others   i I              "İ".lower() is even two characters, i and a combining dot
+Unicode's case mapping is right for all of them except Turkish, whose i keeps its dot in both cases: i İ, ı I.
 """
 
 import re

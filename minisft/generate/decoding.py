@@ -4,10 +4,9 @@
               keys and values of every layer in the cache
     step      (B,) tokens -> (B, V) logits; each text attends to its own part of the cache
 
-A step reads every weight once and computes little, so memory bandwidth limits it, and everything else in it must be
-short: products that share an input are one call, and on a CPU everything except the weights is fp32, in which PyTorch's
-small operations are faster. For a single text the products are matrix times vector; PyTorch's usual CPU kernels read
-at a third of the bandwidth there. Two others come close to it and give the same sums:
+A step reads every weight once and computes little, so memory bandwidth limits it: products that share an input are one
+call, and on a CPU everything except the weights is fp32, in which PyTorch's small operations are faster. For a single
+text PyTorch's usual CPU kernels read at a third of the bandwidth; two others come close to it and give the same sums:
 
     fp32   `bmm` of slices of the matrix, without copying it
     bf16   `embedding_bag`: a product with a vector is a weighted sum of the matrix's columns, and embeddings are
