@@ -15,7 +15,7 @@ from minisft.__main__ import main
 from minisft.errors import UserError
 from minisft.evals.answers import Answers
 from minisft.evals.comparison import blind_page, describe, read_judgments, read_ratings, win_rates
-from minisft.evals.prompts import Prompt
+from minisft.evals.questions import Prompt
 
 NASTY = "</script><script>alert(1)</script><!-- {{POLICY}} {{DATA}} & \u2028 <b>bold</b> \"'"
 
