@@ -54,12 +54,10 @@ class Dataset:
         for store, report, mask, exact, near in zip(stores, self.reports, wanted, exactly, nearly, strict=True):
             near &= ~exact
             report.duplicates, report.near_duplicates = int(exact.sum()), int(near.sum())
-            if data.dedup in ("exact", "near"):
-                _skip(store, report, "duplicate", exact)
-                mask = mask & ~exact
-            if data.dedup == "near":
-                _skip(store, report, "near duplicate", near)
-                mask = mask & ~near
+            repeats = [("duplicate", exact), ("near duplicate", near)]
+            for reason, repeated in repeats[: ("none", "exact", "near").index(data.dedup)]:
+                _skip(store, report, reason, repeated)
+                mask = mask & ~repeated
             fitting.append(_fit(store, report, mask, data))
         self.store_of = np.concatenate([np.full(len(kept), i) for i, (kept, *_) in enumerate(fitting)])  # (n,)
         (self.index_in_store, self.lengths, self.num_loss_tokens,  # each (n,)
@@ -93,15 +91,15 @@ class Dataset:
     def reasons(self, of: Array | None = None) -> str:
         """Why nothing is left of a file, of all files or those that `of`, (stores,) booleans, marks: one a line, and
         the remedy."""
-        lines, reports = [], [r for i, r in enumerate(self.reports) if not r.kept and (of is None or of[i])]
+        lines, reports = "", [r for i, r in enumerate(self.reports) if not r.kept and (of is None or of[i])]
         for report in reports:
             why = ", ".join(f"{reason}: {count} (first: {report.examples[reason]})"
                             for reason, count in report.skipped.items())
-            lines.append(f"\n  {report.path}: {report.read} read; {why or 'the file is empty'}")
+            lines += f"\n  {report.path}: {report.read} read; {why or 'the file is empty'}"
         if any("over length" in report.skipped for report in reports):
-            lines.append("\n  remedy for documents over length: raise data.seq_len, write shorter records, or pass "
-                         "--data.overlong truncate, which keeps the beginning of each")
-        return "".join(lines)
+            lines += ("\n  remedy for documents over length: raise data.seq_len, write shorter records, or pass "
+                      "--data.overlong truncate, which keeps the beginning of each")
+        return lines
 
 
 def _repeated(hashes: list[Array], wanted: list[Array]) -> list[Array]:

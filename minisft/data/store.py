@@ -210,11 +210,9 @@ def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Ite
     batch: list[Rendered] = []
     characters = 0
     for item in map(renderer.renderable, found):
-        if isinstance(item, Skipped):
-            batch.append((item, [], 0))
-        else:
-            batch.append((item, renderer.pieces(item), near_duplicate_hash(item)))
-            characters += sum([len(piece.text) for piece in batch[-1][1]])
+        batch.append((item, [], 0) if isinstance(item, Skipped) else
+                     (item, renderer.pieces(item), near_duplicate_hash(item)))
+        characters += sum([len(piece.text) for piece in batch[-1][1]])
         if len(batch) >= BATCH or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -224,15 +222,14 @@ def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Ite
 
 def _encode(batch: list[Rendered], renderer: Renderer) -> EncodedDocuments:
     """The documents of `batch`; an empty one for what is skipped, which texts join that the tokenizer cannot take."""
-    try:
+    with suppress(TokenizerError):
         return renderer.encode([pieces for _, pieces, _ in batch])
-    except TokenizerError:
-        for i, (item, pieces, _) in enumerate(batch):
-            try:
-                renderer.encode([pieces])
-            except TokenizerError as error:
-                batch[i] = Skipped("the tokenizer cannot take this text", str(error), item.source, item.line), [], 0
-        return renderer.encode([pieces for _, pieces, _ in batch])
+    for i, (item, pieces, _) in enumerate(batch):
+        try:
+            renderer.encode([pieces])
+        except TokenizerError as error:
+            batch[i] = Skipped("the tokenizer cannot take this text", str(error), item.source, item.line), [], 0
+    return renderer.encode([pieces for _, pieces, _ in batch])
 
 
 def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Renderer, report: Report,
@@ -251,12 +248,12 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                 where = f"{item.source}:{item.line}"
                 if isinstance(item, Skipped):
                     report.count(report.skipped, item.reason, f"{where}: {item.detail}")
-                elif not keep:
-                    report.count(report.skipped, "nothing trained", where)
-                else:
+                elif keep:
                     kept.append(item)
                     for note in item.notes:
                         report.count(report.changed, note, where)
+                else:
+                    report.count(report.skipped, "nothing trained", where)
             broken = [reason for reason in report.skipped if reason in BROKEN]
             if sum(report.skipped[reason] for reason in broken) > max_bad:
                 raise UserError(f"{report.path}: more than data.max_bad = {max_bad} broken records; the first: "
@@ -338,7 +335,7 @@ def _content_digest(path: str, cache: Path) -> str:
     As in git, no note is written of a file that changed just before it was hashed: within one tick of its file system's
     clock it could change again and keep its times.
     """
-    state = _file_state(path)
+    state, now = _file_state(path), time.time_ns()
     note = cache / f"{state[0]:x}-{state[1]:x}.digest"
 
     def noted(sha256: str) -> dict[str, str]:  # the seal does not fit a damaged note
@@ -348,7 +345,6 @@ def _content_digest(path: str, cache: Path) -> str:
         known = json.loads(note.read_text(encoding="utf-8"))
         if known == noted(str(known["sha256"])):
             return str(known["sha256"])
-    now = time.time_ns()
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()

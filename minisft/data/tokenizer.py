@@ -88,7 +88,7 @@ class Tokenizer:
     @cached_property
     def bos_token(self) -> str:
         """`bos_token` of tokenizer_config.json, which a chat template may begin with; empty if there is none."""
-        bos = self._named("bos_token") or ""
+        bos = self._named("bos_token")
         return bos if bos in self.control else ""
 
     @cached_property
@@ -141,8 +141,8 @@ class Tokenizer:
         for token in ids:
             known.append(token)
             whole = self.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")  # what bytes of half a character look like
-            if len(whole) > shown:
-                yield whole[shown:]
+            if new := whole[shown:]:
+                yield new
                 shown = len(whole)
         if rest := self.decode(known)[shown:]:
             yield rest

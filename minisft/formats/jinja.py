@@ -6,6 +6,7 @@ A model's own Jinja is recognised if it stands for one of our templates. For the
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from minisft.data.conversation import Turn
@@ -35,8 +36,8 @@ def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer,
     if found is None or (begins and not tokenizer.bos_token):
         raise UserError(f"{folder}: the model's own chat template is none of these, and another one would teach it "
                         f"other tokens than it knows; {choices}")
-    template = replace(known[found[0]], default_system=found[1])
-    return replace(template, begin=tokenizer.bos_token) if begins else template
+    template = known[found[0]]
+    return replace(template, default_system=found[1], begin=tokenizer.bos_token if begins else template.begin)
 
 
 def recognize(jinja: object) -> tuple[str, str | None] | None:
@@ -51,15 +52,13 @@ def recognize(jinja: object) -> tuple[str, str | None] | None:
     if any("system" in name for name in re.findall(r"set\s++(\w++)\s*+=\s*+(?!''|\"\")['\"]", jinja)):
         return None
     header, line = r"<\|start_header_id\|>{}<\|end_header_id\|>(?:\\n|\n){{2}}", r"<\|im_start\|>{}(?:\\n|\n)"
-    try:
+    with suppress(UnicodeError):  # a \\x without its digits, half of a surrogate pair
         if re.search(header.format("assistant"), jinja) and re.search(r"\|\s*+trim", jinja):
             if "Cutting Knowledge Date" in jinja:
                 return "llama3.1", ""
             return "llama3", _default_system(jinja, header.format("system"), "<|eot_id|>")
         if re.search(line.format("assistant"), jinja) and jinja.count("bos_token") == begins_with_bos(jinja):
             return "chatml", _default_system(jinja, line.format("system"), "<|im_end|>")
-    except UnicodeError:  # a \\x without its digits, half of a surrogate pair
-        pass
     return None
 
 
@@ -77,10 +76,10 @@ def _default_system(jinja: str, before: str, after: str) -> str | None:
             text.encode()  # half of a surrogate pair is no text
             return text
     for chunk in re.split(r"[{}]", jinja):
-        start = re.search(rf"(?:^|\n){before}", chunk)
-        text, found, _ = chunk[start.end() :].partition(after) if start else ("", "", "")
-        if found and text:
-            return text
+        if start := re.search(rf"(?:^|\n){before}", chunk):
+            text, found, _ = chunk[start.end() :].partition(after)
+            if found and text:
+                return text
     return None
 
 
@@ -99,9 +98,8 @@ def written(template: Template, fill: Callable[[str], str]) -> str:
     messages with `tool_calls`, and results. Roles have the names that training accepts, except those of a turn that
     is a call as text, and content may be a list of texts, as in training; it raises rather than leave anything out.
     """
-    def text(marker: str) -> str:
-        escaped = fill(marker).replace("\\", "\\\\").replace("'", "\\'")
-        escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")  # Jinja would read a bare \r as \n
+    def text(marker: str) -> str:  # Jinja would read a bare \r as \n
+        escaped = fill(marker).translate({ord("\\"): r"\\", ord("'"): r"\'", ord("\n"): r"\n", ord("\r"): r"\r"})
         return f"{{{{- '{escaped}' }}}}" if marker else ""
 
     def around(markers: tuple[str, ...], content: str) -> str:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -202,12 +201,11 @@ def _array(file: File, source: str, line: int) -> Iterator[tuple[int, bytes]]:
                     count += 1
                 line, start = line + raw.count(b"\n"), scan
                 if mark == ord("]"):
-                    for rest in chain([buffer[scan:]], iter(lambda: file.read(CHUNK_BYTES), b"")):
-                        if text := rest.lstrip(BLANK):
-                            line += rest.count(b"\n", 0, len(rest) - len(text))
-                            raise UserError(f"{source}:{line}: text after the end of the JSON array (remedy: one array "
-                                            "a file, or JSON lines)")
-                        line += rest.count(b"\n")
+                    rest = buffer[scan:].lstrip(BLANK)
+                    line += buffer.count(b"\n", scan, len(buffer) - len(rest)) + (0 if rest else _skip_blanks(file))
+                    if rest or file.peek(1):
+                        raise UserError(f"{source}:{line}: text after the end of the JSON array (remedy: one array a "
+                                        "file, or JSON lines)")
                     return
         buffer, scan = buffer[start:], scan - start
     pending = buffer.lstrip(BLANK)
