@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisft.errors import UserError, printable
 from minisft.files import read_small
-from minisft.lora.peft import PeftFolder, is_adapter
+from minisft.lora.adapters import PeftFolder, is_adapter
 from minisft.model import weights
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig, RopeScaling

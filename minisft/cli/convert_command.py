@@ -31,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(options: argparse.Namespace) -> None:
     """Write SOURCE as TARGET, which appears in one rename when it is complete."""
     from minisft.export.provenance import FILE
-    from minisft.lora.peft import PeftFolder, is_adapter  # imported late: torch takes seconds
+    from minisft.lora.adapters import PeftFolder, is_adapter  # imported late: torch takes seconds
     from minisft.model.llama import DTYPES
     from minisft.pretrained import from_pretrained, save_pretrained
 

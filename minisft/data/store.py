@@ -13,15 +13,12 @@
                                 the digests of the index (.npy) and of report.json itself
 
 The key is a hash of everything that the tokens depend on: the file's bytes, how it is read, the tokenizer, the
-template, which tokens are trained, the version of the renderer. `seq_len` is not part of it: a run decides what is too
-long (dataset.py). A folder gets its name in one rename, after its bytes are on the disk, so a folder that exists is
+template, which tokens are trained, the version of the renderer; but not `seq_len`, since a run decides what is too long
+(dataset.py). A folder gets its name in one rename, after its bytes are on the disk, so a folder that exists is
 complete; if several processes want it, one makes it and the others wait.
 
 Disks lose bits. So we compare the index with its digests when we open it, and each document with its hash whenever we
-read it: no run trains on other tokens than were written. A damaged store is set aside and made again from its file.
-
-One thread reads and renders the file while the batch before is tokenised. Batches are bounded by characters, so memory
-does not grow with the file, except for 56 bytes a document.
+read it. A damaged store is set aside and made again. Memory does not grow with the file, except for 56 bytes a document.
 """
 
 import errno
@@ -285,10 +282,9 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
 
 
 def near_duplicate_hash(conversation: Conversation) -> int:
-    """64 bits, equal for conversations whose texts differ in case, spacing and punctuation alone.
+    """64 bits, equal for conversations whose texts differ in case, spacing and punctuation alone, in any roles.
 
-    The roles are left out, so that the same text is found again under another layout of roles. The four letters i of
-    Turkish count as one: files are often cased by the rules of English.
+    The four letters i of Turkish count as one: files are often cased by the rules of English.
     """
     text = "".join([part for turn in conversation.turns for part in (turn.content, turn.context)])
     folded = text if text.isascii() else re.sub(r"\W+", "", text.casefold().replace("ı", "i"))

@@ -16,7 +16,7 @@ from minisft.formats.jinja import choose_template
 from minisft.generate.decoding import CachedDecoder
 from minisft.generate.sampling import GREEDY, Sampling
 from minisft.generate.text import generate, stream
-from minisft.lora.peft import PeftFolder, is_adapter
+from minisft.lora.adapters import PeftFolder, is_adapter
 from minisft.model.llama import Llama
 from minisft.pretrained import from_pretrained
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from minisft.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, NumericsError, UserError, exit_code
-from minisft.runs.run_dir import RunDir
 from minisft.training import parallel
 from minisft.training.parallel import World
+from minisft.runs.run_dir import RunDir
 
 GRACE = 5  # seconds that the main rank has to fail by itself after another one has
 

@@ -20,8 +20,6 @@ from minisft.config import Config
 from minisft.config_io import to_toml
 from minisft.data.batches import steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
-from minisft.export.hf_folder import try_export
-from minisft.export.provenance import environment
 from minisft.lora import adapters
 from minisft.model.flops import peak_flops
 from minisft.prepare import prepare
@@ -32,12 +30,14 @@ from minisft.runs.assemble import Run, check_finite, check_ranks, fill, open_bas
 from minisft.runs.failure import fail, guarded, listen, watch
 from minisft.runs.metrics import Monitor, memory_gib
 from minisft.runs.preemption import Preemption, Stopped
-from minisft.runs.profile import profiled
 from minisft.runs.run_dir import RunDir, read_log
 from minisft.training import parallel
 from minisft.training.checkpoint import SavedState, Saver, saved_checkpoints, set_aside
+from minisft.export.hf_folder import try_export
+from minisft.export.provenance import environment
 from minisft.training.loop import StepResult, training_steps
 from minisft.training.loss import batch_loss
+from minisft.runs.profile import profiled
 from minisft.versions import warn_if_untested
 
 
