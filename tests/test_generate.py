@@ -10,7 +10,7 @@ from oracles.tiny_llama import CONFIG, write_tiny_llama
 
 from minisft.errors import UserError
 from minisft.generate import decoding
-from minisft.generate import generate as module
+from minisft.generate import text as module
 from minisft.generate.decoding import CachedDecoder, Product
 from minisft.generate.sampling import Sampling
 from minisft.generate.text import generate, stream

@@ -68,10 +68,11 @@ class Work:
         if options.tokens is None and not options.document and not missing:
             plan, train = (prepared := prepare(config)).plan, prepared.train
             documents = plan.epoch(0).documents
-            lengths, targets = train.lengths[documents], train.num_loss_tokens[documents]
+            lengths, loss_tokens = train.lengths[documents], train.num_loss_tokens[documents]
             per_epoch, steps = int(lengths.sum()), plan.total_steps
             total = round(per_epoch * steps / plan.steps_per_epoch)
-            return cls(seq_len * plan.fill(), targets.sum() / per_epoch, flops(lengths, targets), total, steps, "")
+            return cls(seq_len * plan.fill(), loss_tokens.sum() / per_epoch, flops(lengths, loss_tokens), total, steps,
+                       "")
         length = min(options.document or seq_len, seq_len)
         lengths = np.full(seq_len // length, length)
         assumed = f"packs full of {length:,}-token documents, all tokens trained"

@@ -20,17 +20,18 @@ from torch import Tensor
 from minisft.config import Config
 from minisft.data import packing
 from minisft.errors import NumericsError, UserError
+from minisft.evals.heldout import heldout_questions
+from minisft.export import provenance
 from minisft.lean.adamw import LeanAdamW
+from minisft.lora import adapters, targets
+from minisft.meta import MetaFolder
 from minisft.model import weights
 from minisft.model.flops import Sizes
-from minisft.lora import adapters, targets
 from minisft.model.llama import DTYPES, Llama
-from minisft.evals.heldout import heldout_questions
 from minisft.model.llama_config import LlamaConfig, read_config
 from minisft.prepare import Prepared, adapters_of, check_vocabulary
 from minisft.pretrained import MetaFolder
 from minisft.training import parallel
-from minisft.export import provenance
 from minisft.training.checkpoint import SavedState, check_room, saved_checkpoints
 from minisft.training.optimizer import AdamW
 from minisft.training.parallel import World
@@ -70,8 +71,8 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Every key of the configuration as JSON, except those that only say where files are or which checkpoint a start
-        takes."""
+        """Every key of the configuration as JSON, except those that only say where files are or which checkpoint to
+        resume from."""
         flat = {f"{section}.{key}": value for section, keys in asdict(self.config).items()
                 for key, value in keys.items()}
         return {key: value for key, value in json.loads(json.dumps(flat)).items()
