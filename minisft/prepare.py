@@ -80,10 +80,8 @@ def read_source(source: Source, data: DataConfig, unread: dict[str, int]) -> Ite
 
 
 def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Prepared:
-    """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input.
-
-    `verify` first checks every stored document against its hash, and makes damaged stores again.
-    """
+    """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input. `verify`
+    first checks every stored document against its hash, and makes damaged stores again."""
     data = config.data
     for path in map(Path, inputs(config)):
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -143,21 +141,17 @@ def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
 
 
 def held_out(hashes: Array, fraction: float) -> Array:
-    """near_duplicate_hashes (n,) -> (n,) booleans: the documents that are set aside for evaluation.
-
-    It depends on a document's own text and nothing else, so new files, another order or another seed never move a
-    document to the other side, and near duplicates are on the same side. A larger fraction holds out the same and more.
-    """
+    """near_duplicate_hashes (n,) -> (n,) booleans: the documents that are set aside for evaluation. It depends on a
+    document's own text and nothing else, so new files, another order or another seed never move a document to the other
+    side, and near duplicates are on the same side. A larger fraction holds out the same and more."""
     return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
 
 
 def replay_weights(tokens: Array, weights: Array, replayed: Array, ratio: float) -> Array:
-    """Weights (n,) with which the `replayed` (n,) sources make up `ratio` of an epoch's tokens.
-
-    `tokens` (n,) are those of one pass over each source. The others keep their weights, and the replayed ones keep
-    theirs relative to each other. Replay is general text mixed in so that the model keeps what it knew (Robins 1995,
-    "Catastrophic forgetting, rehearsal and pseudorehearsal").
-    """
+    """Weights (n,) with which the `replayed` (n,) sources make up `ratio` of an epoch's tokens. `tokens` (n,) are those
+    of one pass over each source. The others keep their weights, and the replayed ones keep theirs relative to each
+    other. Replay is general text mixed in so that the model keeps what it knew (Robins 1995, "Catastrophic forgetting,
+    rehearsal and pseudorehearsal")."""
     if not replayed.any():
         return weights
     seen = tokens * weights

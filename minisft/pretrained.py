@@ -32,12 +32,10 @@ BLOCK_NAMES = {
 
 def from_pretrained(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                     format: str = "hf", base: str | Path | None = None) -> Llama:
-    """The model in folder `path`: Hugging Face's (`format="hf"`) or Meta's `consolidated.*.pth` (`"meta"`).
-
-    If `path` holds an adapter in PEFT's format, it is merged into its base model. The base is in folder `base`, or else
-    where the adapter says, in `format`. Raises UserError for files that are missing, broken or do not belong together,
-    ValueError for another `format`.
-    """
+    """The model in folder `path`: Hugging Face's (`format="hf"`) or Meta's `consolidated.*.pth` (`"meta"`). If `path`
+    holds an adapter in PEFT's format, it is merged into its base model. The base is in folder `base`, or else where the
+    adapter says, in `format`. Raises UserError for files that are missing, broken or do not belong together, ValueError
+    for another `format`."""
     if format not in ("hf", "meta"):
         raise ValueError(f"format is {format!r}; it is \"hf\" or \"meta\"")
     adapter = PeftFolder(path) if is_adapter(path) else None
@@ -81,7 +79,14 @@ class MetaFolder:
             if {name: t.shape for name, t in part.items()} != {name: t.shape for name, t in self._parts[0].items()}:
                 raise UserError(f"{file}: its tensors differ in name or shape from those of {files[0].name}; "
                                 "the files are not parts of one model")
-        self.config = self._config()
+        file, embedding, head = self.path / "params.json", "tok_embeddings.weight", "output.weight"
+        try:
+            params = json.loads(read_small(file))
+            tied = all(head not in part or torch.equal(part[head], part[embedding]) for part in self._parts)
+            self.config = _config(params, vocab_size=sum(len(part[embedding]) for part in self._parts), tied=tied)
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+            raise UserError(f"{file}: not Meta's parameters of a Llama-3 ({type(error).__name__}: "
+                            f"{printable(error, 200)})") from None
         self._sources = {_hf_name(name): name for name in self._parts[0] if name != "rope.freqs"}
         if self.config.tie_word_embeddings:
             self._sources.pop("lm_head.weight", None)
@@ -101,17 +106,6 @@ class MetaFolder:
             # rows of a head: [x0 y0 x1 y1 ...] -> [x0 x1 ... y0 y1 ...]
             whole = whole.unflatten(0, (-1, self.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         return weights.finite(whole[start:stop], name, self.path)
-
-    def _config(self) -> LlamaConfig:
-        file = self.path / "params.json"
-        try:
-            params = json.loads(read_small(file))
-            embedding, head = "tok_embeddings.weight", "output.weight"
-            tied = all(head not in part or torch.equal(part[head], part[embedding]) for part in self._parts)
-            return _config(params, vocab_size=sum(len(part[embedding]) for part in self._parts), tied=tied)
-        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"{file}: not Meta's parameters of a Llama-3 ({type(error).__name__}: "
-                            f"{printable(error, 200)})") from None
 
 
 def _split_dim(name: str) -> int:

@@ -81,12 +81,10 @@ class Step:
 
 
 def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1, longest: int = 1) -> MicroBatch:
-    """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens.
-
-    Padding is documents of zeros without targets, each of at most `longest` tokens, so that attention costs no more
-    than for full packs. Without documents all is padding: a rank that has no pack left must still take part in every
-    forward and backward pass.
-    """
+    """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens. Padding is documents of
+    zeros without targets, each of at most `longest` tokens, so that attention costs no more than for full packs.
+    Without documents all is padding: a rank that has no pack left must still take part in every forward and backward
+    pass."""
     parts = [dataset.document(i % len(dataset.lengths)) for i in documents]
     padding = range(sum(len(ids) for ids, _ in parts), size, longest)
     parts += [(np.zeros(length, np.int64),) * 2 for length in (min(longest, size - start) for start in padding)]
@@ -137,11 +135,9 @@ def deal(costs: Array, *, ranks: int) -> list[list[int]]:
 
 def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
           fixed: bool = False, device: torch.device | None = None) -> Generator[Step, None, None]:
-    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing.
-
-    With `fixed`, every micro-batch has `micro_packs` full packs of tokens, for a network that is compiled for one
-    shape. If `device` is a GPU they are in pinned memory. Close the generator if you leave it early: it has a thread.
-    """
+    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing. With
+    `fixed`, every micro-batch has `micro_packs` full packs of tokens, for a network that is compiled for one shape. If
+    `device` is a GPU they are in pinned memory. Close the generator if you leave it early: it has a thread."""
     on_gpu = device is not None and device.type == "cuda"
 
     def make() -> Iterator[Step]:
@@ -166,11 +162,8 @@ def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0,
 
 
 def ahead(items: Iterator[Step], number: int) -> Generator[Step, None, None]:
-    """The items in their order; a thread makes up to `number` of them before they are asked for.
-
-    What the thread raises is raised here, after the items before it. The thread ends with this generator, also if that
-    is closed early.
-    """
+    """The items in their order; a thread makes up to `number` of them before they are asked for. What the thread raises
+    is raised here, after the items before it. The thread ends with this generator, also if that is closed early."""
     thread, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader"), object()
     coming: deque[Future[Any]] = deque(thread.submit(next, items, end) for _ in range(number))
     try:

@@ -30,12 +30,10 @@ class SourceReport(Report):
 
 
 class Dataset:
-    """The documents of several stores that fit a run: numbered through, none longer than data.seq_len.
-
-    Repetitions of an earlier document in any of the stores are counted, and left out if data.dedup says so. `held_out`
-    marks documents (one array of booleans for each store) that are left out; with `only_held_out` they are the only
-    ones kept. Raises UserError if a document is too long and data.overlong is "error", or if nothing is left.
-    """
+    """The documents of several stores that fit a run: numbered through, none longer than data.seq_len. Repetitions of
+    an earlier document in any of the stores are counted, and left out if data.dedup says so. `held_out` marks documents
+    (one array of booleans for each store) that are left out; with `only_held_out` they are the only ones kept. Raises
+    UserError if a document is too long and data.overlong is "error", or if nothing is left."""
 
     def __init__(self, stores: list[Store], data: "DataConfig", *, held_out: list[Array] | None = None,
                  only_held_out: bool = False, purpose: str = "to train on"):
@@ -112,16 +110,13 @@ def _repeated(hashes: list[Array], wanted: list[Array]) -> list[Array]:
 
 
 def _skip(store: Store, report: SourceReport, reason: str, documents: Array) -> None:
-    """Count `documents` (indices or booleans) as left out."""
     if len(lines := store.lines[documents]):
         report.count(report.skipped, reason, f"{report.path}:{lines[0]}", len(lines))
 
 
 def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") -> tuple[Array, Array, Array, Array]:
     """Indices, lengths and trained tokens of the wanted documents that a run keeps, and the lengths that were too long.
-
-    `report` is updated.
-    """
+    `report` is updated."""
     lengths, num_loss_tokens = np.diff(store.offsets), store.num_loss_tokens.copy()
     wanted_loss_tokens = int(num_loss_tokens[wanted].sum())
     long = np.flatnonzero(wanted & (lengths > data.seq_len))

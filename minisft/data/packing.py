@@ -36,12 +36,10 @@ Array = np.ndarray
 
 
 def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array:
-    """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document comes in an epoch.
-
-    With weight 2.3 every document comes twice, and a sample of 30% once more, drawn anew in each epoch. Each document
-    is in it with exactly that probability, whatever its length, and the tokens are right to within one document, the
-    longest; independent draws would miss by much more.
-    """
+    """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document comes in an epoch. With weight 2.3
+    every document comes twice, and a sample of 30% once more, drawn anew in each epoch. Each document is in it with
+    exactly that probability, whatever its length, and the tokens are right to within one document, the longest;
+    independent draws would miss by much more."""
     times = np.floor(weights).astype(np.int64)
     part = weights - times
     for share in np.unique(part[part > 0]).tolist():  # once for each weight
@@ -52,11 +50,9 @@ def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array
 
 def _sample(documents: Array, share: float, random: np.random.Generator) -> list[int]:
     """Some of `documents` (n,), each with probability `share`; of the first k always k * `share`, rounded up or down.
-
     The pivotal method (Deville and Tille 1998, "Unequal probability sampling without replacement through a splitting
     method"): two documents play for the sum of their probabilities. Below 1 the winner gets all of it and the loser
-    nothing; from 1 on the winner is chosen, and the loser keeps the rest.
-    """
+    nothing; from 1 on the winner is chosen, and the loser keeps the rest."""
     chosen, held, chance = [], -1, 0.0
     for document, draw in zip(documents.tolist(), random.random(len(documents)).tolist(), strict=True):
         chance += share
@@ -117,11 +113,9 @@ def _moves(lengths: Array, capacity: int) -> Array:
 
 
 def bundles(lengths: Array, size: int) -> Array:
-    """(n,) for each document the first of its bundle; a single document is its own.
-
-    Documents shorter than `size` lie one after another on a line with a mark every `size` tokens; those that start
-    between the same two marks are a bundle, so it is shorter than 2 * `size`. The first LOOSE of them stay single.
-    """
+    """(n,) for each document the first of its bundle; a single document is its own. Documents shorter than `size` lie
+    one after another on a line with a mark every `size` tokens; those that start between the same two marks are a
+    bundle, so it is shorter than 2 * `size`. The first LOOSE of them stay single."""
     item = np.arange(len(lengths))
     short = np.flatnonzero(lengths < size)
     ends = np.cumsum(lengths[short])
@@ -133,10 +127,8 @@ def bundles(lengths: Array, size: int) -> Array:
 
 
 def pack_documents(lengths: Array, capacity: int) -> Array:
-    """(n,) the pack, from 0, of each document; at most SLACK more packs than best-fit decreasing needs.
-
-    The documents' order decides only which ones share a bundle, and which of equal length goes where.
-    """
+    """(n,) the pack, from 0, of each document; at most SLACK more packs than best-fit decreasing needs. The documents'
+    order decides only which ones share a bundle, and which of equal length goes where."""
     least = _moves(lengths, capacity)[:, :2].sum(axis=1).max(initial=0)
     for parts in BUNDLES:
         item = bundles(lengths, capacity // parts)
@@ -174,12 +166,9 @@ class Place(NamedTuple):
 
 class Plan:
     """All steps of a run over documents with lengths (n,), each 1 to `seq_len`, and `num_loss_tokens` (n,) each.
-    `weights` (n,) are passes over each document in an epoch, 1 by default.
-
-    A step has `packs_per_step` packs or fewer, sizes within an epoch differ by at most one, and no step spans two
-    epochs. Epochs are packed when a step of them is asked for, or if needed to count the steps. Raises UserError if
-    that would take more than MOST_EPOCHS.
-    """
+    `weights` (n,) are passes over each document in an epoch, 1 by default. A step has `packs_per_step` packs or fewer,
+    sizes within an epoch differ by at most one, and no step spans two epochs. Epochs are packed when a step of them is
+    asked for, or if needed to count the steps. Raises UserError if that would take more than MOST_EPOCHS."""
 
     def __init__(self, lengths: Array, num_loss_tokens: Array, *, seq_len: int, packs_per_step: int, epochs: int,
                  max_steps: int | None = None, seed: int = 0, shuffle: bool = True, weights: Array | None = None):

@@ -18,7 +18,7 @@ template, which tokens are trained, the version of the renderer; but not `seq_le
 complete; if several processes want it, one makes it and the others wait.
 
 Disks lose bits. So we compare the index with its digests when we open it, and each document with its hash whenever we
-read it. A damaged store is set aside and made again. Memory does not grow with the file, except for 56 bytes a document.
+read it. A damaged store is set aside and made again. Memory grows with the file by 56 bytes a document only.
 """
 
 import errno
@@ -108,10 +108,8 @@ class DamagedError(OSError):
 
 
 class Store:
-    """The documents of one file, opened from its folder. Raises DamagedError.
-
-    Opening checks the whole index and `sample` of the documents (None: all); each document is checked when it is read.
-    """
+    """The documents of one file, opened from its folder. Raises DamagedError. Opening checks the whole index and
+    `sample` of the documents (None: all); each document is checked when it is read."""
 
     def __init__(self, folder: Path, sample: int | None = None):
         self.folder, self.key = folder, folder.name
@@ -151,10 +149,8 @@ class Store:
 def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "Reader", *, quiet: bool = False,
                verify: bool = False) -> Store:
     """The tokenised documents of a file; tokenised now if that has not been done before, or if the store is damaged.
-
     `verify` checks every stored document instead of some. Raises UserError for a file that cannot be read, that has
-    more than data.max_bad broken records, or whose tokens break a law (checks.py).
-    """
+    more than data.max_bad broken records, or whose tokens break a law (checks.py)."""
     path, cache, state = source.path, Path(data.cache), _file_state(source.path)
     report = Report(source.name, path, renderer.template.name)
     conversations = read(source, data, report.unread)  # a file of another kind is rejected before all of it is hashed
@@ -282,10 +278,8 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
 
 
 def near_duplicate_hash(conversation: Conversation) -> int:
-    """64 bits, equal for conversations whose texts differ in case, spacing and punctuation alone, in any roles.
-
-    The four letters i of Turkish count as one: files are often cased by the rules of English.
-    """
+    """64 bits, equal for conversations whose texts differ in case, spacing and punctuation alone, in any roles. The
+    four letters i of Turkish count as one: files are often cased by the rules of English."""
     text = "".join([part for turn in conversation.turns for part in (turn.content, turn.context)])
     folded = text if text.isascii() else re.sub(r"\W+", "", text.casefold().replace("ı", "i"))
     bare = folded.encode("utf-8").translate(_LOWER, _DROPPED) or text.encode("utf-8")  # nothing left: as it stands
@@ -326,11 +320,9 @@ def _file_state(path: str) -> list[int]:
 
 
 def _content_digest(path: str, cache: Path) -> str:
-    """SHA-256 of the file's bytes, which are read only if a note in `cache` does not know the file as it is now.
-
-    As in git, no note is written of a file that changed just before it was hashed: within one tick of its file system's
-    clock it could change again and keep its times.
-    """
+    """SHA-256 of the file's bytes, which are read only if a note in `cache` does not know the file as it is now. As in
+    git, no note is written of a file that changed just before it was hashed: within one tick of its file system's clock
+    it could change again and keep its times."""
     state, now = _file_state(path), time.time_ns()
     note = cache / f"{state[0]:x}-{state[1]:x}.digest"
 

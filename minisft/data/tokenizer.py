@@ -132,10 +132,8 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=False)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` piece by piece as they come; joined, it is `decode` of them all.
-
-        A character of several tokens appears with its last token.
-        """
+        """The text of `ids` piece by piece as they come; joined, it is `decode` of them all. A character of several
+        tokens appears with its last token."""
         known: list[int] = []
         shown = 0
         for token in ids:
@@ -149,7 +147,6 @@ class Tokenizer:
 
 
 def _remedy(path: Path) -> str:
-    """What to do if `path` has no tokenizer.json."""
     if path.suffix == ".gguf" or any(path.glob("*.gguf")):
         return "GGUF files are not read: download the safetensors and the tokenizer.json that they were made from"
     if (path / "adapter_config.json").exists():

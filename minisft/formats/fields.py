@@ -70,10 +70,8 @@ class Fields:
         self._names: set[str] = set()  # unread fields of this record
 
     def look(self, item: dict[str, Any], known: frozenset[str], where: str = "") -> None:
-        """Note the fields of `item` that are not `known`, named after `where` they are.
-
-        Raises Skip for a field that changes the meaning.
-        """
+        """Note the fields of `item` that are not `known`, named after `where` they are. Raises Skip for a field that
+        changes the meaning."""
         for name in self.ignored:
             item.pop(name, None)
         if item.keys() <= known:  # most often
@@ -163,10 +161,8 @@ def _definition(tool: Any, depth: int = MAX_DEPTH) -> dict[str, Any]:
 
 
 def call(value: Any, fields: Fields, where: str = "call.") -> tuple[str, str]:
-    """(name of the function, its arguments as JSON text). `value`: one call, alone or in a list, or JSON text of it.
-
-    No arguments are written {}. Llama-3.1's own form calls them parameters.
-    """
+    """(name of the function, its arguments as JSON text). `value`: one call, alone or in a list, or JSON text of it. No
+    arguments are written {}. Llama-3.1's own form calls them parameters."""
     found = parsed(value, "bad tool call")
     if isinstance(found, list):
         if len(found) > 1:
@@ -189,11 +185,9 @@ def call(value: Any, fields: Fields, where: str = "call.") -> tuple[str, str]:
 
 
 def written(value: Any, reason: str, fields: Fields | None = None) -> tuple[Any, str]:
-    """`value`, and its JSON text as Python and transformers write it.
-
-    With `fields`, entries that are null are left out, and noted there: `datasets` pads with nulls what other records
-    have. Raises Skip for what the file itself must not contain, but JSON inside a string may.
-    """
+    """`value`, and its JSON text as Python and transformers write it. With `fields`, entries that are null are left
+    out, and noted there: `datasets` pads with nulls what other records have. Raises Skip for what the file itself must
+    not contain, but JSON inside a string may."""
     try:
         bare = _bare(value)
         text = json.dumps(bare if fields else value, ensure_ascii=False, allow_nan=False)

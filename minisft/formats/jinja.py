@@ -18,11 +18,9 @@ from minisft.formats.parse import ROLES
 
 def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer, *,
                     option: str = "data.template") -> Template:
-    """The template called `name`; without a name, the one that the tokenizer's folder says.
-
-    Raises UserError if there is no such template. The user chooses with `option`; the same option with an s names a
-    file of the user's own templates.
-    """
+    """The template called `name`; without a name, the one that the tokenizer's folder says. Raises UserError if there
+    is no such template. The user chooses with `option`; the same option with an s names a file of the user's own
+    templates."""
     choices = f"choose with {option}: {', '.join(known)}; or write your own and name its file in {option}s"
     if name:
         if name not in known:
@@ -41,12 +39,10 @@ def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer,
 
 
 def recognize(jinja: object) -> tuple[str, str | None] | None:
-    """The template's name and default system text that a model's own Jinja stands for; None if it is unknown.
-
-    Unknown is any Jinja that does more than our templates: it reasons, puts a system text into a variable, does not
-    trim as Llama-3 does, or puts a token of its own anywhere except at the beginning of ChatML. Every pattern takes
-    time in proportion to the text.
-    """
+    """The template's name and default system text that a model's own Jinja stands for; None if it is unknown. Unknown
+    is any Jinja that does more than our templates: it reasons, puts a system text into a variable, does not trim as
+    Llama-3 does, or puts a token of its own anywhere except at the beginning of ChatML. Every pattern takes time in
+    proportion to the text."""
     if not isinstance(jinja, str) or "<think>" in jinja:
         return None
     if any("system" in name for name in re.findall(r"set\s++(\w++)\s*+=\s*+(?!''|\"\")['\"]", jinja)):
@@ -92,12 +88,10 @@ PAIRS = ("{%- for key, value in call['arguments'] | items %}{{- key + '=\"' + va
 
 
 def written(template: Template, fill: Callable[[str], str]) -> str:
-    """The template as Jinja. `fill` replaces {bos} and {eos} with the tokenizer's tokens.
-
-    It takes `messages`, `add_generation_prompt`, and what Llama-3.1's own takes for tools: `tools`, `builtin_tools`,
-    messages with `tool_calls`, and results. Roles have the names that training accepts, except those of a turn that
-    is a call as text, and content may be a list of texts, as in training; it raises rather than leave anything out.
-    """
+    """The template as Jinja. `fill` replaces {bos} and {eos} with the tokenizer's tokens. It takes `messages`,
+    `add_generation_prompt`, and what Llama-3.1's own takes for tools: `tools`, `builtin_tools`, messages with
+    `tool_calls`, and results. Roles have the names that training accepts, except those of a turn that is a call as
+    text, and content may be a list of texts, as in training; it raises rather than leave anything out."""
     def text(marker: str) -> str:  # Jinja would read a bare \r as \n
         escaped = fill(marker).translate({ord("\\"): r"\\", ord("'"): r"\'", ord("\n"): r"\n", ord("\r"): r"\r"})
         return f"{{{{- '{escaped}' }}}}" if marker else ""

@@ -172,7 +172,8 @@ def _opening(record: dict[str, Any]) -> list[Turn]:
 
 def _tasks(record: dict[str, Any], answer: str, fields: Fields) -> list[list[Turn]]:
     """One instruction with its input and answer, or with several of these: Self-Instruct's `instances`."""
-    opening, drafts, tasks = _opening(record), [], [record]
+    tasks: list[Any] = [record]
+    opening, drafts = _opening(record), []
     if answer not in record and not (tasks := listed(record["instances"], dict)):
         raise Skip("no turns", tasks)
     for task in tasks:
@@ -253,11 +254,9 @@ Branch = tuple[dict[str, Any], "Branch | None"]  # a message of a tree, and the 
 
 
 def _oasst_paths(root: Any, fields: Fields, *, best: bool) -> Iterator[list[Turn]]:
-    """Root-to-leaf paths in the tree's order, each cut after its last answer; two that are then the same are one.
-
-    A stack, not recursion: JSON may nest a tree deeper than Python calls. The whole tree is looked at before the first
-    path is made.
-    """
+    """Root-to-leaf paths in the tree's order, each cut after its last answer; two that are then the same are one. A
+    stack, not recursion: JSON may nest a tree deeper than Python calls. The whole tree is looked at before the first
+    path is made."""
     def live(replies: Any) -> list[dict[str, Any]]:
         return [reply for reply in listed(replies, dict) if not reply.get("deleted")]
 

@@ -55,11 +55,8 @@ STORED = {"bf16": torch.bfloat16, "fp32": torch.float32, "nf4": torch.bfloat16} 
 
 
 class Dropout:
-    """The random bits of a micro-batch, shared by all adapters of a network.
-
-    They are drawn before each forward pass and stay until the next, so a backward pass that recomputes blocks must come
-    in between.
-    """
+    """The random bits of a micro-batch, shared by all adapters of a network. They are drawn before each forward pass
+    and stay until the next, so a backward pass that recomputes blocks must come in between."""
 
     def __init__(self, share: float):
         self.share = share
@@ -146,10 +143,8 @@ class FrozenLinear(Linear):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """(O, I) in fp32: the one matrix that computes the same as W and its adapter. All ranks call it.
-
-        NF4 is merged as in peft, into the dequantised base: that is what the adapter was trained with.
-        """
+        """(O, I) in fp32: the one matrix that computes the same as W and its adapter. All ranks call it. NF4 is merged
+        as in peft, into the dequantised base: that is what the adapter was trained with."""
         weight = whole(self.weight)
         if not self.rank:
             return self.dense(weight)
@@ -205,10 +200,8 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def load(model: nn.Module, base: weights.WeightSource, *, seed: int) -> None:
-    """Fill an adapted model: frozen weights from `base`, quantised as they are read, and fresh adapters.
-
-    Memory: the model, and one matrix of a rank's rows.
-    """
+    """Fill an adapted model: frozen weights from `base`, quantised as they are read, and fresh adapters. Memory: the
+    model, and one matrix of a rank's rows."""
     packed = {f"{name}.weight": (module.weight, module.nf4) for name, module in model.named_modules()
               if isinstance(module, FrozenLinear) and module.nf4}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -271,21 +264,8 @@ class PeftFolder:
         if strange:
             named = ", ".join(f"{printable(k)} is {printable(repr(v))}" for k, v in [*strange.items()][:5])
             raise UserError(f"{file}: {named}, which is not understood; {MERGE}")
-        self.tensors = self._read()
-
-    def base_folder(self, given: str | Path | None = None) -> Path:
-        """The folder of the base model: `given`, or else where the adapter says. Raises UserError if it is none."""
-        folder = Path(given or self.base)
-        if not folder.is_dir():
-            raise UserError(f"{self.path}: its base model {printable(repr(str(folder)))} is not a folder here; "
-                            f"download it, then `minisft convert {self.path} TARGET --merge --base FOLDER` makes one "
-                            "model of both")
-        return folder
-
-    def _read(self) -> dict[str, dict[str, Tensor]]:
-        """Name of a matrix -> its parts."""
         file = self.path / "adapter_model.safetensors"
-        found: dict[str, dict[str, Tensor]] = {}
+        self.tensors: dict[str, dict[str, Tensor]] = {}  # name of a matrix -> its parts
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
@@ -295,8 +275,16 @@ class PeftFolder:
             if part is None or not key.startswith(PREFIX):
                 raise UserError(f"{file}: {printable(key)} is no part of a linear matrix's adapter; {MERGE}")
             name = key.removeprefix(PREFIX).removesuffix(PARTS[part])
-            found.setdefault(name, {})[part] = finite(tensor.float(), key, file)
-        return found
+            self.tensors.setdefault(name, {})[part] = finite(tensor.float(), key, file)
+
+    def base_folder(self, given: str | Path | None = None) -> Path:
+        """The folder of the base model: `given`, or else where the adapter says. Raises UserError if it is none."""
+        folder = Path(given or self.base)
+        if not folder.is_dir():
+            raise UserError(f"{self.path}: its base model {printable(repr(str(folder)))} is not a folder here; "
+                            f"download it, then `minisft convert {self.path} TARGET --merge --base FOLDER` makes one "
+                            "model of both")
+        return folder
 
     @torch.no_grad()
     def merge_into(self, model: Llama) -> None:

@@ -53,10 +53,8 @@ class WeightSource(Protocol):
 
 
 class SafetensorsFolder:
-    """A Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
-
-    Raises UserError for files that are missing, malformed, truncated, or lie outside the folder.
-    """
+    """A Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Raises
+    UserError for files that are missing, malformed, truncated, or lie outside the folder."""
 
     piece = 2**24
 
@@ -156,7 +154,6 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder holds instead of safetensors, and what to do about it."""
     if (folder / "adapter_config.json").exists():
         return (f"it holds an adapter; `minisft convert {folder} TARGET --merge` makes one model of it and its base, "
                 "which can be trained")
@@ -170,10 +167,8 @@ def _instead(folder: Path) -> str:
 
 
 def check(model: nn.Module, source: WeightSource) -> None:
-    """Raise UserError unless the tensors of `source` are exactly the parameters of `model` (first ten differences).
-
-    Old files may carry a rotary table that follows from the config, tied models their one matrix again as a head.
-    """
+    """Raise UserError unless the tensors of `source` are exactly the parameters of `model` (first ten differences). Old
+    files may carry a rotary table that follows from the config, tied models their one matrix again as a head."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     problems = [f"{name}: missing" for name in wanted if name not in source.shapes]
     problems += [f"{name}: the file has {list(shape)}, config.json asks for {list(wanted[name])}"
@@ -254,13 +249,16 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
 
 def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16,
          shard_bytes: int = 5 * 10**9) -> None:
-    """Write `config.json` and the weights as safetensors into `folder`, in shards of at most `shard_bytes`.
-
-    All ranks call it, since a sharded parameter is gathered by all; the first one writes. Memory: one shard.
-    """
-    folder, tensors_of = Path(folder), _tensors(model)
-    shards: list[list[str]] = [[]]
-    sizes = {name: numbers * dtype.itemsize for name, (numbers, _) in tensors_of.items()}
+    """Write `config.json` and the weights as safetensors into `folder`, in shards of at most `shard_bytes`. All ranks
+    call it, since a sharded parameter is gathered by all; the first one writes. Memory: one shard."""
+    gathered: dict[str, Callable[[], Tensor]] = {}  # by its name, what gathers a tensor
+    sizes, shards, folder = dict[str, int](), [list[str]()], Path(folder)
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if name == f"{prefix}.weight" and (merged := getattr(module, "merged", None)):  # with its adapter
+                gathered[name], sizes[name] = merged, module.out_features * module.in_features * dtype.itemsize
+            elif not name.startswith(f"{prefix}.lora_"):
+                gathered[name], sizes[name] = partial(whole, parameter), parameter.numel() * dtype.itemsize
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
             shards.append([])
@@ -279,9 +277,9 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
     for file, names in files.items():
         tensors = {}
         for name in names:
-            gathered = tensors_of[name][1]()  # by all ranks
+            tensor = gathered[name]()  # by all ranks
             if writes:  # converted on the device, so half of fp32's bytes go to the host
-                tensors[name] = gathered.to(dtype).to("cpu").contiguous()
+                tensors[name] = tensor.to(dtype).to("cpu").contiguous()
         if writes:
             write(tensors, folder / file)
 
@@ -294,18 +292,6 @@ def write(tensors: dict[str, Tensor], file: Path) -> None:
         raise OSError(f"{file}: cannot be written ({error})") from None
     os.umask(mask := os.umask(0))
     os.chmod(file, 0o666 & ~mask)  # safetensors creates files that only their owner can read
-
-
-def _tensors(model: nn.Module) -> dict[str, tuple[int, Callable[[], Tensor]]]:
-    """Hugging Face's name -> how many numbers, and what gathers them; of a matrix with an adapter, the merged one."""
-    found: dict[str, tuple[int, Callable[[], Tensor]]] = {}
-    for prefix, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(prefix, recurse=False):
-            if leaf == f"{prefix}.weight" and (merged := getattr(module, "merged", None)):
-                found[leaf] = module.out_features * module.in_features, merged
-            elif not leaf.startswith(f"{prefix}.lora_"):
-                found[leaf] = parameter.numel(), partial(whole, parameter)
-    return found
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from minisft.evals.heldout import heldout_questions
 from minisft.export import provenance
 from minisft.lean.adamw import LeanAdamW
 from minisft.lora import adapters, targets
-from minisft.meta import MetaFolder
 from minisft.model import weights
 from minisft.model.flops import Sizes
 from minisft.model.llama import DTYPES, Llama
