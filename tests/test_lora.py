@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from minisft.config import LoraConfig
 from minisft.generate.assistant import Assistant
 from minisft.lora import adapters as lora
-from minisft.lora.peft import PeftFolder
+from minisft.lora.adapters import PeftFolder
 from minisft.model.llama import Documents, Llama
 from minisft.model.llama_config import read_config
 from minisft.model.weights import SafetensorsFolder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minisft.errors import PATH, UserError, printable
 from minisft.export.provenance import FILE
-from minisft.lora.peft import PeftFolder, is_adapter
+from minisft.lora.adapters import PeftFolder, is_adapter
 from minisft.model.llama import DTYPES
 from minisft.pretrained import from_pretrained, save_pretrained
 

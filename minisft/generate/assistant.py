@@ -30,7 +30,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import SHORT, UserError
 from minisft.formats.jinja import choose_template
 from minisft.generate.decoding import CachedDecoder
-from minisft.lora.peft import PeftFolder, is_adapter
+from minisft.lora.adapters import PeftFolder, is_adapter
 from minisft.model.llama import Llama
 from minisft.pretrained import from_pretrained
 

@@ -24,12 +24,12 @@ from minisft.evals.heldout import heldout_questions
 from minisft.export import provenance
 from minisft.lean.adamw import LeanAdamW
 from minisft.lora import adapters, targets
-from minisft.meta import MetaFolder
 from minisft.model import weights
 from minisft.model.flops import Sizes
 from minisft.model.llama import DTYPES, Llama
 from minisft.model.llama_config import LlamaConfig, read_config
 from minisft.prepare import Prepared, adapters_of, check_vocabulary
+from minisft.pretrained import MetaFolder
 from minisft.training import parallel
 from minisft.training.checkpoint import SavedState, check_room, saved_checkpoints
 from minisft.training.optimizer import AdamW
