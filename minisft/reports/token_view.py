@@ -179,11 +179,12 @@ def choose(prepared: Prepared, *, source: str | None = None, index: int | None =
 def _packs(prepared: Prepared, pack: int | None, step: int | None) -> list[View]:
     """Pack `pack`, or all packs, of step `step`, or of the first epoch."""
     plan = prepared.plan
-    of, number, contents = "the first epoch", len(plan.epoch(0)), plan.epoch(0).pack
+    epoch = plan.epoch(0)
+    of, number, contents = "the first epoch", len(epoch), lambda index: epoch.pack(index)
     if step is not None:
         _within("--step", step, range(1, plan.total_steps + 1), "steps of the run")
         packs = plan.documents(step - 1)
-        of, number, contents = f"step {step}", len(packs), lambda i: packs[i]
+        of, number, contents = f"step {step}", len(packs), lambda index: packs[index]
     if pack is not None:
         _within("--pack", pack, range(number), f"packs of {of}")
     return [_view(prepared, prepared.train, contents(i), f"pack {i} of {of}", room=plan.seq_len)
