@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from minisft.generate.assistant import generate
 from minisft.generate.decoding import CachedDecoder
-from minisft.generate.text import generate
 from minisft.model.llama import DTYPES
 from minisft.pretrained import from_pretrained
 

@@ -18,23 +18,12 @@ import argparse
 import os
 import sys
 from contextlib import suppress
+from importlib import import_module
 
-from minisft.cli import (
-    answer_command,
-    chat_command,
-    compare_command,
-    convert_command,
-    eval_command,
-    plan_command,
-    prepare_command,
-    report_command,
-    show_command,
-)
+from minisft.cli.options import RECIPES, add_commands
 from minisft.errors import EXIT_INTERRUPTED, EXIT_IO, NumericsError, UserError, exit_code, printable
 from minisft.streams import secure
 
-OF_RECIPES = (prepare_command, show_command, plan_command)
-COMMANDS = (*OF_RECIPES, chat_command, eval_command, answer_command, compare_command, report_command, convert_command)
 MAX_MESSAGE = 20_000  # characters of a message
 
 
@@ -42,25 +31,21 @@ def parser() -> argparse.ArgumentParser:
     """Every command with its options; tools that write shell completions call it too (README)."""
     whole = argparse.ArgumentParser(prog="minisft", description=__doc__, allow_abbrev=False,
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add(commands)
+    add_commands(whole.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     return whole
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     secure("stderr")
-    options, rest = parser().parse_known_args(argv)  # the rest are keys of a recipe
+    options, rest = parser().parse_known_args(argv)
     try:
+        if rest and options.command not in RECIPES:
+            raise UserError(f"unknown argument {printable(rest[0])}; `minisft {options.command} --help` lists the "
+                            "options")
+        options.recipe = rest  # and its keys
         with suppress(BrokenPipeError):  # `| head` has seen enough
-            if any(options.run is command.run for command in OF_RECIPES):
-                options.run(options, rest)
-            elif rest:
-                raise UserError(f"unknown argument {printable(rest[0])}; `minisft {options.command} --help` lists the "
-                                "options")
-            else:
-                options.run(options)
+            import_module(f"minisft.cli.{options.command}_command").run(options)  # late: torch takes seconds
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -96,7 +96,7 @@ class OptimConfig:
     betas: tuple[float, float] = key((0.9, 0.95), "decay of the two moments", low=0, below=1)
     eps: float = key(1e-8, "added to the denominator of the update", above=0)
     clip_norm: float = key(1.0, "maximum gradient norm; 0: no clipping", low=0)
-    parameters: str = key("fp32", "fp32: master weights; bf16: none, bf16 gradients, updates with stochastic rounding",
+    parameters: str = key("fp32", "fp32: master weights; bf16: no masters, bf16 gradients, stochastic rounding",
                           choices=("fp32", "bf16"))
     moments: str = key("fp32", "precision of AdamW's moments; bf16: with stochastic rounding", choices=("fp32", "bf16"))
     in_backward: bool = key(False, "update each parameter as soon as its gradient is ready, then free the gradient")
@@ -132,13 +132,13 @@ class ParallelConfig:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks that each parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard allows", low=0)
-    timeout: float = key(1800.0, "seconds until a hanging step ends the run, with stacks", above=0, high=10**7)
+    timeout: float = key(1800.0, "seconds without progress until the run aborts with stacks", above=0, high=10**7)
     activation_checkpointing: str = key("none", "what the backward pass recomputes: cheap parts, or whole blocks",
                                         choices=("none", "selective", "full"))
     compile: str = key("auto", "compile the layers for packs of one shape; auto: on a GPU", choices=AUTO)
     reshard: str = key("auto", "free gathered parameters between the passes; auto: with several ranks", choices=AUTO)
     prefetch: int = key(0, "layers whose parameters are gathered ahead of use; 0: FSDP decides", low=0)
-    offload: str = key("none", "what to keep in host memory; parameters: weights, gradients, moments, and the step",
+    offload: str = key("none", "what to keep in host memory; parameters: weights, gradients and moments, updated there",
                        choices=("none", "optimizer", "parameters"))
 
 

@@ -44,8 +44,7 @@ class Prepared:
 
     def origins(self, step: int) -> list[str]:
         """File and line of every document of `step` (from 0), on all ranks."""
-        documents = np.concatenate(self.plan.documents(step))
-        return ["{}:{}".format(*self.train.origin(int(i))) for i in documents]
+        return ["{}:{}".format(*self.train.origin(int(i))) for i in np.concatenate(self.plan.documents(step))]
 
     def flops(self, step: int) -> int:
         """FLOPs of `step` (from 0) on all ranks together, without recomputation (model/flops.py)."""
@@ -70,8 +69,8 @@ def adapters_of(config: Config) -> LoraConfig | None:
 def inputs(config: Config, arguments: Sequence[str] = ()) -> list[str]:
     """The files and folders that are read to prepare `config`, with the recipe if `arguments` begin with one."""
     data, model = config.data, config.model
-    sources = [source.path for source in (*data.train, *data.replay, *data.eval, *data.general)]
-    return [*sources, model.tokenizer, model.path, model.config, data.templates, data.cache, *arguments[:1]]
+    return [*(source.path for source in (*data.train, *data.replay, *data.eval, *data.general)),
+            model.tokenizer, model.path, model.config, data.templates, data.cache, *arguments[:1]]
 
 
 def read_source(source: Source, data: DataConfig, unread: dict[str, int]) -> Iterator[Conversation | Skipped]:
@@ -81,10 +80,8 @@ def read_source(source: Source, data: DataConfig, unread: dict[str, int]) -> Ite
 
 
 def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Prepared:
-    """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input.
-
-    `verify` first checks every stored document against its hash, and makes damaged stores again.
-    """
+    """Read, render, tokenise (or find again) and pack the data of `config`. Raises UserError for bad input. `verify`
+    first checks every stored document against its hash, and makes damaged stores again."""
     data = config.data
     for path in map(Path, inputs(config)):
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -121,7 +118,10 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
     plan = Plan(train.lengths, train.num_loss_tokens, seq_len=data.seq_len, packs_per_step=config.batch.packs,
                 epochs=config.train.epochs, max_steps=config.train.max_steps, seed=config.train.seed,
                 shuffle=data.shuffle, weights=weights[train.store_of])
-    network = _network(config)
+    network = PRESETS.get(config.model.config) if config.model.init == "random" else None
+    file = Path(config.model.config if config.model.init == "random" else config.model.path)
+    file = file / "config.json" if file.is_dir() else file
+    network = network or (read_config(file) if file.is_file() else None)
     prepared = Prepared(config, network, tokenizer, renderers[data.template], train, tuple(weights.tolist()), plan,
                         evals)
     if network:
@@ -129,15 +129,6 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
         if adapters := adapters_of(config):
             targets.check(adapters, network)
     return prepared
-
-
-def _network(config: Config) -> LlamaConfig | None:
-    is_random = config.model.init == "random"
-    if is_random and config.model.config in PRESETS:
-        return PRESETS[config.model.config]
-    path = Path(config.model.config if is_random else config.model.path)
-    file = path / "config.json" if path.is_dir() else path
-    return read_config(file) if file.is_file() else None
 
 
 def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
@@ -150,24 +141,20 @@ def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
 
 
 def held_out(hashes: Array, fraction: float) -> Array:
-    """near_duplicate_hashes (n,) -> (n,) booleans: the documents that are set aside for evaluation.
-
-    It depends on a document's own text and nothing else, so new files, another order or another seed never move a
-    document to the other side, and near duplicates are on the same side. A larger fraction holds out the same and more.
-    """
+    """near_duplicate_hashes (n,) -> (n,) booleans: the documents that are set aside for evaluation. It depends on a
+    document's own text and nothing else, so new files, another order or another seed never move a document to the other
+    side, and near duplicates are on the same side. A larger fraction holds out the same and more."""
     return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
 
 
 def replay_weights(tokens: Array, weights: Array, replayed: Array, ratio: float) -> Array:
-    """Weights (n,) with which the `replayed` (n,) sources make up `ratio` of an epoch's tokens.
-
-    `tokens` (n,) are those of one pass over each source. The others keep their weights, and the replayed ones keep
-    theirs relative to each other. Replay is general text mixed in so that the model keeps what it knew (Robins 1995,
-    "Catastrophic forgetting, rehearsal and pseudorehearsal").
-    """
-    seen = tokens * weights
+    """Weights (n,) with which the `replayed` (n,) sources make up `ratio` of an epoch's tokens. `tokens` (n,) are those
+    of one pass over each source. The others keep their weights, and the replayed ones keep theirs relative to each
+    other. Replay is general text mixed in so that the model keeps what it knew (Robins 1995, "Catastrophic forgetting,
+    rehearsal and pseudorehearsal")."""
     if not replayed.any():
         return weights
+    seen = tokens * weights
     wanted = seen[~replayed].sum() * ratio / (1 - ratio)
     return np.where(replayed, weights * (wanted / seen[replayed].sum()), weights)
 
@@ -175,8 +162,7 @@ def replay_weights(tokens: Array, weights: Array, replayed: Array, ratio: float)
 def _weights(config: Config, train: Dataset) -> Array:
     """(sources,) passes over each source in an epoch. Raises UserError if data.train or data.replay is empty."""
     given = np.array([source.weight for source in (*config.data.train, *config.data.replay)])
-    replayed = np.arange(len(given)) >= len(config.data.train)
-    tokens = train.per_source(train.lengths)
+    replayed, tokens = np.arange(len(given)) >= len(config.data.train), train.per_source(train.lengths)
     for name, part in (("data.train", ~replayed), ("data.replay", replayed)):
         if part.any() and not tokens[part].sum():
             raise UserError(f"{name}: no conversation is left to train on:{train.reasons(part)}")

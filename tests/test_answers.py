@@ -12,7 +12,7 @@ from minisft.data.conversation import Turn
 from minisft.errors import UserError
 from minisft.evals.answers import answer_turns, locked, model_name, read_answers, unanswered, write_answers
 from minisft.evals.language import detect
-from minisft.evals.prompts import Prompt, load_prompts
+from minisft.evals.questions import Prompt, load_prompts
 
 QUESTIONS = [Prompt(1, ("one?", "two?")), Prompt(2, ("only?",)), Prompt("x", ("eins?", "zwei?", "drei?"))]
 

@@ -240,7 +240,7 @@ def test_offsets_and_positions_are_those_of_each_document(masks):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 @pytest.mark.parametrize("number", [1, 2, 7])

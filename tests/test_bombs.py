@@ -202,7 +202,7 @@ def test_a_sparse_file_is_refused_before_it_is_read(tmp_path, model):
     file = tmp_path / "a.jsonl"
     file.touch()
     os.truncate(file, 1 << 40)
-    with pytest.raises(UserError, match="this is zero bytes, which a copy that was cut off leaves behind"):
+    with pytest.raises(UserError, match="this is zero bytes, as an interrupted copy leaves behind"):
         store_of(file, Renderer(load_templates()["llama3"], Tokenizer(model)), tmp_path / "cache")
 
 

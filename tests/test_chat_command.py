@@ -12,8 +12,7 @@ from minisft.__main__ import main
 from minisft.cli import chat_command
 from minisft.data.conversation import Turn
 from minisft.data.tokenizer import Tokenizer
-from minisft.generate.assistant import Assistant
-from minisft.generate.sampling import Sampling
+from minisft.generate.assistant import Assistant, Sampling
 
 OPTIONS = ["--template", "llama3", "--precision", "fp32", "--max-new-tokens", "12"]
 

@@ -15,7 +15,7 @@ from minisft.__main__ import main
 from minisft.errors import UserError
 from minisft.evals.answers import Answers
 from minisft.evals.comparison import blind_page, describe, read_judgments, read_ratings, win_rates
-from minisft.evals.prompts import Prompt
+from minisft.evals.questions import Prompt
 
 NASTY = "</script><script>alert(1)</script><!-- {{POLICY}} {{DATA}} & \u2028 <b>bold</b> \"'"
 
@@ -298,9 +298,9 @@ def test_command_from_answers_to_win_rates(tmp_path, capsys):
     ([], "give two models, or --ratings, or --judge; `minisft compare --help` shows each"),
     (["a", "--questions", "mt-en", "--out", "p.html"], "a page needs two models, --questions FILE and --out PAGE.html"),
     (["a", "b", "--judge", "j"], "give two models, or --ratings, or --judge; `minisft compare --help` shows each"),
-    (["a.jsonl", "b.jsonl", "--questions", "mt-en", "--out", "p.html"], "a.jsonl: there is no such file"),
-    (["--ratings", "nowhere.json", "--key", "no.json"], "no.json: there is no such file"),
-    (["--ratings", "nowhere.json", "--key", "."], ".: there is no such file"),
+    (["a.jsonl", "b.jsonl", "--questions", "mt-en", "--out", "p.html"], "a.jsonl: no such file"),
+    (["--ratings", "nowhere.json", "--key", "no.json"], "no.json: no such file"),
+    (["--ratings", "nowhere.json", "--key", "."], ".: no such file"),
     (["a", "b", "--questions", "mt-en", "--out", "no/p.html"], "--out no/p.html: folder no does not exist; "
                                                                "create it first"),
     (["a", "b", "--questions", "mt-en", "--out", "b"], "--out b: this command reads that file and would "

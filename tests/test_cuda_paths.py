@@ -421,7 +421,7 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread_and_copied_without_waiting(m
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, threading.current_thread())))
     plan = Plan(Dataset.lengths, Dataset.num_loss_tokens, seq_len=8, packs_per_step=1, epochs=1)
     everything = list(steps(Dataset(), plan, device=torch.device("cuda", 3)))
-    assert [(device.index, thread.name) for device, thread in devices] == [(3, "batches_0")]
+    assert [(device.index, thread.name) for device, thread in devices] == [(3, "loader_0")]
     batches = [batch for step in everything for batch in step.micro_batches]
     tensors = [getattr(batch, name) for batch in batches
                for name in ("tokens", "cu_seqlens", "positions", "targets", "target_at", "numbers")]

@@ -181,8 +181,8 @@ def test_losses_of_files_are_those_of_their_documents(base, tmp_path, general):
 
 def test_the_model_reads_the_documents_of_a_file_and_no_padding(base, tmp_path, general, monkeypatch):
     read, whole = [], heldout.batch_loss
-    monkeypatch.setattr(heldout, "batch_loss", lambda model, batch, **options: read.append(len(batch.tokens)) or whole(
-        model, batch, **options))
+    monkeypatch.setattr(heldout, "batch_loss", lambda model, batch, *args, **options: read.append(
+        len(batch.tokens)) or whole(model, batch, *args, **options))
     assistant = Assistant.load(base, template="llama3")
     file_losses(assistant, [str(general)], cache=tmp_path / "cache", quiet=True)
     assert sum(read) == sum(1 + len(assistant.renderer.tokenizer.encode(text)) + 1 for text in TEXTS)

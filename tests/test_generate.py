@@ -9,11 +9,10 @@ import torch
 from oracles.tiny_llama import CONFIG, write_tiny_llama
 
 from minisft.errors import UserError
+from minisft.generate import assistant as module
 from minisft.generate import decoding
-from minisft.generate import generate as module
+from minisft.generate.assistant import Sampling, generate, stream
 from minisft.generate.decoding import CachedDecoder, Product
-from minisft.generate.sampling import Sampling
-from minisft.generate.text import generate, stream
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
 from minisft.pretrained import from_pretrained

@@ -6,8 +6,7 @@ import random
 import pytest
 
 from minisft.errors import UserError
-from minisft.evals.instruction_checks import CHECKS, parameters, sentences
-from minisft.evals.instructions import figures, load
+from minisft.evals.instructions import CHECKS, figures, load, parameters, sentences
 from minisft.evals.language import detect, languages, lower
 from minisft.generate.assistant import Assistant
 

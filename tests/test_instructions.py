@@ -7,8 +7,7 @@ import pytest
 from minisft.__main__ import main
 from minisft.data.conversation import Turn
 from minisft.errors import UserError
-from minisft.evals.instruction_checks import CHECKS
-from minisft.evals.instructions import InstructionPrompt, check, describe, figures, load, loosely, strictly
+from minisft.evals.instructions import CHECKS, InstructionPrompt, check, describe, figures, load, loosely, strictly
 from minisft.evals.language import detect
 
 NO_COMMA = {"key": 1, "prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from minisft.config_io import nearest
 from minisft.errors import printable
-from minisft.evals import questions, signals
-from minisft.evals.instruction_checks import CHECKS, sentences
+from minisft.evals import answers, questions
+from minisft.evals.instructions import CHECKS, sentences
 from minisft.evals.language import detect
 from minisft.reports import run_report
 
@@ -37,8 +37,8 @@ READERS = {
     **{name: check(name) for name in CHECKS if name != "language:response_language" and "_capital" not in name
        and "_lowercase" not in name},  # these detect the language
     "capital words": check("change_case:capital_word_frequency"),
-    "sentences": sentences, "flatters": signals.flatters, "loops": signals.loops,
-    "chosen": signals.chosen, "signals": lambda text: signals.signals([text]), "printable": printable,
+    "sentences": sentences, "flatters": answers.flatters, "loops": answers.loops,
+    "chosen": answers.chosen, "signals": lambda text: answers.signals([text]), "printable": printable,
     "answers of a page": run_report._text, "subject of a file": questions.subject_of,
     "the nearest key": lambda text: nearest(text, ("optim.lr", "data.train", "train.epochs")),
 }

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from minisft.config import LoraConfig
 from minisft.generate.assistant import Assistant
 from minisft.lora import adapters as lora
-from minisft.lora.peft import PeftFolder
+from minisft.lora.adapters import PeftFolder
 from minisft.model.llama import Documents, Llama
 from minisft.model.llama_config import read_config
 from minisft.model.weights import SafetensorsFolder
@@ -208,7 +208,7 @@ def test_each_step_drops_its_own_and_nothing_is_dropped_without_gradients(base):
     def output(model):
         return model(IDS, documents, lambda hidden, head: hidden)
 
-    with pytest.raises(AssertionError, match=r"call lora\.set_step"):
+    with pytest.raises(AssertionError, match=r"call adapters\.set_step"):
         output(model)
     found = []
     for step in (0, 1, 0):

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minisft.errors import NumericsError, UserError
-from minisft.meta import MetaFolder, _config
-from minisft.pretrained import from_pretrained, save_pretrained
+from minisft.pretrained import MetaFolder, _config, from_pretrained, save_pretrained
 
 VOCAB = 64
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "vocab_size": VOCAB, "multiple_of": 32,

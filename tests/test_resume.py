@@ -386,7 +386,7 @@ def test_every_step_of_a_checkpoint_is_in_the_log(base, tmp_path, monkeypatch, u
 
 
 @pytest.mark.parametrize(("line", "wrong"), [
-    ("no JSON", "not JSON"), ("[1]", "is [1], expected an object"), ('{"kind": "train"}', "step is missing"),
+    ("no JSON", "not JSON"), ("[1]", "it is [1], expected an object"), ('{"kind": "train"}', "step is missing"),
     ('{"step": "1"}', "kind is missing"), ('{"kind": "x", "step": "1"}', "step is '1', expected a whole number"),
     ('{"kind": "train", "step": 1, "loss": 2.0}', "tokens is missing"),
     ('{"kind": "train", "step": 1, "tokens": 9, "target_tokens": 9, "seconds": NaN}', "not JSON"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisft.errors import UserError
-from minisft.generate.sampling import GREEDY, Sampling, choose, penalized, warped
+from minisft.generate.assistant import GREEDY, Sampling, choose, penalized, warped
 
 
 def logits(rows=6, vocabulary=50):

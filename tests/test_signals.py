@@ -2,7 +2,7 @@
 
 import pytest
 
-from minisft.evals.signals import chosen, describe, distinct, flatters, flip_figures, loops, runs, signals
+from minisft.evals.answers import chosen, describe, distinct, flatters, flip_figures, loops, runs, signals
 
 
 def test_repetition_counts_runs_that_stood_before():
@@ -88,7 +88,7 @@ def test_the_flip_test_counts_letters_that_change(tmp_path):
 def test_shipped_flips_ask_for_every_letter_alike():
     from collections import Counter
 
-    from minisft.evals.prompts import json_lines, prompt_file
+    from minisft.evals.questions import json_lines, prompt_file
 
     records = [record for _, record in json_lines(prompt_file("flips"))]
     assert Counter(record["language"] for record in records) == {"en": 8, "tr": 8}

@@ -368,7 +368,6 @@ def test_two_processes_at_once_make_one_store(folder, opened, tmp_path):
 
 @pytest.mark.parametrize(("lines", "settings", "message"), [
     ([qa(), "{"], {}, "data.jsonl:2: bad JSON: "),
-    ([qa(), '{"x": 1}'], {"format": "nope"}, "data.format: unknown format 'nope' (choices: auto, "),
     (['{"x": 1}'], {}, "data.jsonl:1: no format matches"),
     ([qa(), "{", "[1]", "}"], {"skip_bad": True, "max_bad": 2}, "data.jsonl: more than data.max_bad = 2 broken"),
 ])

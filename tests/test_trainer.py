@@ -7,7 +7,7 @@ import torch
 from small_runs import HERE, final_weights, log, options, train
 
 from minisft import config_io
-from minisft.generate.text import generate
+from minisft.generate.assistant import generate
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained
 from minisft.runs import lifecycle

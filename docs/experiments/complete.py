@@ -3,7 +3,7 @@
 import sys
 
 from minisft.data.tokenizer import Tokenizer
-from minisft.generate.text import generate
+from minisft.generate.assistant import generate
 from minisft.pretrained import from_pretrained
 
 folder, text = sys.argv[1:]

@@ -1,17 +1,20 @@
 """`minisft chat`: talk to a model, or ask it one question."""
 
-import argparse
 import io
 import os
 import sys
 import unicodedata
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import tee
 from pathlib import Path
 
-from minisft.cli.options import add_model_options, load, natural
+from minisft.cli.loading import load
+from minisft.cpu import kernels
 from minisft.data.conversation import Turn
 from minisft.errors import EXIT_INTERRUPTED, PATH, UserError, printable
+from minisft.generate.assistant import Sampling
 
 HELP = """  /reset         begin a new conversation
   /system TEXT   begin a new conversation with this system text; without TEXT, with none
@@ -20,27 +23,7 @@ HELP = """  /reset         begin a new conversation
 Ctrl-C stops an answer. A line that begins with a space is never a command."""
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The options of `minisft chat`."""
-    command = commands.add_parser("chat", help="talk to a model, or ask it one question", allow_abbrev=False,
-                                  usage="minisft chat MODEL [--prompt TEXT] [options]")
-    command.add_argument("model", metavar="MODEL", help="Hugging Face folder, such as runs/my/final")
-    command.add_argument("--prompt", metavar="TEXT", help="answer this and end; - reads it from standard input")
-    command.add_argument("--system", default="", metavar="TEXT", help="system text of the conversation")
-    command.add_argument("--temperature", type=float, default=0.0, metavar="T",
-                         help="0: always the most probable token (0)")
-    command.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                         help="draw from the fewest tokens that together are as likely as P (1: all)")
-    command.add_argument("--top-k", type=natural, default=0, metavar="K",
-                         help="draw from the K likeliest tokens (0: all)")
-    command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
-                         help="above 1: tokens that occurred before become less likely (1)")
-    command.add_argument("--seed", type=natural, default=0, help="of the draws (0)")
-    add_model_options(command, max_new_tokens=512, auto="bf16 on a GPU and on a CPU that multiplies in it, else fp32")
-    command.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> None:
+def run(options: Namespace) -> None:
     """Talk until the user ends it, or answer --prompt."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ş shows a question mark
@@ -60,15 +43,12 @@ def run(options: argparse.Namespace) -> None:
 class Chat:
     """A conversation with a model, and how the model answers."""
 
-    def __init__(self, options: argparse.Namespace):
-        from minisft.cpu.kernels import CPU_MATMULS_IN_BF16
-        from minisft.generate.sampling import Sampling  # imported late: `minisft --help` should not wait for torch
-
+    def __init__(self, options: Namespace):
         self.max_new_tokens, self.system = options.max_new_tokens, options.system
         self.turns: list[Turn] = []  # of user and assistant
         self.sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                                  repetition_penalty=options.repetition_penalty, seed=options.seed)
-        self.assistant = load(options.model, options, bf16_on_cpu=CPU_MATMULS_IN_BF16)
+        self.assistant = load(options.model, options, bf16_on_cpu=kernels.CPU_MATMULS_IN_BF16)
 
     def ask(self, text: str) -> None:
         """Print the answer as it is generated. If it fails, raises UserError and forgets the question."""
@@ -77,27 +57,21 @@ class Chat:
         except UnicodeEncodeError:
             raise UserError("the text is not UTF-8; write it in UTF-8") from None
         turns = (*([Turn("system", self.system)] if self.system else []), *self.turns, Turn("user", text))
-        tokens: list[int] = []
+        tokens, counted = tee(self.assistant.tokens(turns, max_new_tokens=self.max_new_tokens, sampling=self.sampling))
         answer = ""
-
-        def recorded() -> Iterator[int]:
-            for token in self.assistant.tokens(turns, max_new_tokens=self.max_new_tokens, sampling=self.sampling):
-                tokens.append(token)
-                yield token
-
         try:
-            for piece in self.assistant.renderer.tokenizer.decode_stream(recorded()):
+            for piece in self.assistant.renderer.tokenizer.decode_stream(tokens):
                 print(harmless(piece) if sys.stdout.isatty() else piece, end="", flush=True)
                 answer += piece
             print(flush=True)
         finally:
             if answer:  # all of it, or as much as Ctrl-C left
                 self.turns += [Turn("user", text), Turn("assistant", answer)]
-        context = self.assistant.model.config.max_position_embeddings
-        if len(self.assistant.renderer.prompt(turns)) + len(tokens) >= context:
+        context, count = self.assistant.model.config.max_position_embeddings, len(list(counted))
+        if len(self.assistant.renderer.prompt(turns)) + count >= context:
             print(f"(cut: the model's context of {context:,} tokens is full; /reset begins anew)", file=sys.stderr)
-        elif len(tokens) == self.max_new_tokens:
-            print(f"(cut after {len(tokens):,} tokens; --max-new-tokens allows more)", file=sys.stderr)
+        elif count == self.max_new_tokens:
+            print(f"(cut after {count:,} tokens; --max-new-tokens allows more)", file=sys.stderr)
 
 
 def converse(chat: Chat) -> None:

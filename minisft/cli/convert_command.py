@@ -1,54 +1,35 @@
 """`minisft convert`: a model folder into another one, in Hugging Face's layout."""
 
-import argparse
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 from minisft.errors import PATH, UserError, printable
+from minisft.export.provenance import FILE
+from minisft.lora.adapters import PeftFolder, is_adapter
+from minisft.model.llama import DTYPES
+from minisft.pretrained import from_pretrained, save_pretrained
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
           "generation_config.json")
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `minisft convert` and its options."""
-    command = commands.add_parser(
-        "convert", help="a model in another form: an adapter merged, Meta's files as Hugging Face's, another precision",
-        usage="minisft convert SOURCE TARGET [--merge] [--base FOLDER] [--format hf|meta] [--dtype bf16|fp32]",
-        epilog="SOURCE is a Hugging Face folder, one of Meta's with --format meta, or an adapter in PEFT's format with "
-        "--merge. TARGET must not exist, or be empty; it becomes a Hugging Face folder.", allow_abbrev=False)
-    command.add_argument("source", type=Path)
-    command.add_argument("target", type=Path)
-    command.add_argument("--merge", action="store_true", help="SOURCE is an adapter: add it to its base model")
-    command.add_argument("--base", type=Path, metavar="FOLDER", help="the base model (the one that the adapter names)")
-    command.add_argument("--format", choices=("hf", "meta"), default="hf",
-                         help="layout of the model that is read (hf); meta: consolidated.*.pth")
-    command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision of TARGET (bf16)")
-    command.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> None:
+def run(options: Namespace) -> None:
     """Write SOURCE as TARGET, which appears in one rename when it is complete."""
-    from minisft.export.provenance import FILE
-    from minisft.lora.peft import PeftFolder, is_adapter  # imported late: torch takes seconds
-    from minisft.model.llama import DTYPES
-    from minisft.pretrained import from_pretrained, save_pretrained
-
     source, target, dtype = options.source, options.target.resolve(), DTYPES[options.dtype]
     _check(options, target, adapter=is_adapter(source))
     partial = target.with_name(target.name + ".tmp")
     if partial.exists():
         raise UserError(f"{partial}: was left by a conversion that was killed; delete it")
     model = from_pretrained(source, dtype=dtype, format=options.format, base=options.base)
-    folders = [source, *([PeftFolder(source).base_folder(options.base)] if options.merge else [])]
-    # The record is only SOURCE's own: a base's record is not its adapter's.
-    files = [*([folder / name for folder in folders] for name in COPIED), [source / FILE]]
+    # SOURCE's files replace its base's; the record is only SOURCE's own.
+    folders = [*([PeftFolder(source).base_folder(options.base)] if options.merge else []), source]
+    files = [*(folder / name for folder in folders for name in COPIED), source / FILE]
     try:
         save_pretrained(model, partial, dtype=dtype)
-        for candidates in files:
-            for file in filter(Path.is_file, candidates[::-1]):  # the first folder's file replaces the base's
-                shutil.copyfile(file, partial / file.name)
+        for file in filter(Path.is_file, files):
+            shutil.copyfile(file, partial / file.name)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -58,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"{printable(target, PATH)}: {numbers:,} parameters in {options.dtype}{lacks}")
 
 
-def _check(options: argparse.Namespace, target: Path, *, adapter: bool) -> None:
+def _check(options: Namespace, target: Path, *, adapter: bool) -> None:
     """Raise UserError if the options do not suit SOURCE, an `adapter` or a model, or TARGET cannot be written."""
     source = options.source
     if adapter and not options.merge:

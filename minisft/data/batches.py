@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,7 @@ from torch import Tensor
 from minisft.data.packing import Plan
 
 AHEAD = 2  # steps that are made before they are asked for
-
 Array = np.ndarray
-Item = TypeVar("Item")
 
 
 class TokenDocuments(Protocol):
@@ -67,8 +65,7 @@ class MicroBatch:
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items()
-                                   if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **changed)
 
 
@@ -84,17 +81,15 @@ class Step:
 
 
 def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1, longest: int = 1) -> MicroBatch:
-    """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens.
-
-    Padding is documents of zeros without targets, each of at most `longest` tokens, so that attention costs no more
-    than for full packs. Without documents all is padding: a rank that has no pack left must still take part in every
-    forward and backward pass.
-    """
+    """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens. Padding is documents of
+    zeros without targets, each of at most `longest` tokens, so that attention costs no more than for full packs.
+    Without documents all is padding: a rank that has no pack left must still take part in every forward and backward
+    pass."""
     parts = [dataset.document(i % len(dataset.lengths)) for i in documents]
     padding = range(sum(len(ids) for ids, _ in parts), size, longest)
     parts += [(np.zeros(length, np.int64),) * 2 for length in (min(longest, size - start) for start in padding)]
     lengths = [len(ids) for ids, _ in parts]
-    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
     trained = np.flatnonzero(np.concatenate([loss_mask for _, loss_mask in parts]))  # never a document's first token
     numbers = np.array([*documents, *[-1] * len(padding)], dtype=np.int64).astype(np.int32)
@@ -140,11 +135,9 @@ def deal(costs: Array, *, ranks: int) -> list[list[int]]:
 
 def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
           fixed: bool = False, device: torch.device | None = None) -> Generator[Step, None, None]:
-    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing.
-
-    With `fixed`, every micro-batch has `micro_packs` full packs of tokens, for a network that is compiled for one
-    shape. If `device` is a GPU they are in pinned memory. Close the generator if you leave it early: it has a thread.
-    """
+    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing. With
+    `fixed`, every micro-batch has `micro_packs` full packs of tokens, for a network that is compiled for one shape. If
+    `device` is a GPU they are in pinned memory. Close the generator if you leave it early: it has a thread."""
     on_gpu = device is not None and device.type == "cuda"
 
     def make() -> Iterator[Step]:
@@ -152,6 +145,7 @@ def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0,
             torch.cuda.set_device(device)
         for index in range(start, plan.total_steps):
             packs = plan.documents(index)
+            everything = np.concatenate(packs)
             # The cost of attention. The rest of the network costs the same in every pack, as they are all full.
             dealt = deal(np.array([np.square(plan.lengths[pack]).sum() for pack in packs]), ranks=ranks)
             numbered = told_apart(packs, len(plan.lengths))
@@ -161,29 +155,24 @@ def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0,
                 batch = micro_batch(dataset, documents, size=micro_packs * plan.seq_len if fixed else 1,
                                     longest=plan.seq_len)
                 batches.append(batch.pinned() if on_gpu else batch)
-            everything = np.concatenate(packs)
             yield Step(index, plan.place(index).epoch, batches, int(plan.lengths[everything].sum()),
                        int(plan.num_loss_tokens[everything].sum()))
 
     return ahead(make(), AHEAD)
 
 
-def ahead(items: Iterator[Item], number: int) -> Generator[Item, None, None]:
-    """The items in their order; a thread makes up to `number` of them before they are asked for.
-
-    What the thread raises is raised here, after the items before it. The thread ends with this generator, also if that
-    is closed early.
-    """
+def ahead(items: Iterator[Step], number: int) -> Generator[Step, None, None]:
+    """The items in their order; a thread makes up to `number` of them before they are asked for. What the thread raises
+    is raised here, after the items before it. The thread ends with this generator, also if that is closed early."""
     thread, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader"), object()
     coming: deque[Future[Any]] = deque(thread.submit(next, items, end) for _ in range(number))
     try:
-        while (item := _arrived(coming.popleft())) is not end:
+        while True:
+            with torch.profiler.record_function("loader"):  # what the step waits for, in a profile
+                item = coming.popleft().result()
+            if item is end:
+                return
             coming.append(thread.submit(next, items, end))
             yield item
     finally:
         thread.shutdown(cancel_futures=True)
-
-
-def _arrived(item: Future[Any]) -> Any:
-    with torch.profiler.record_function("loader"):  # what the step waits for, in a profile
-        return item.result()

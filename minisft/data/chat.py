@@ -64,7 +64,7 @@ class EncodedDocuments:
     @property
     def num_loss_tokens(self) -> Array:
         """(D,) int64: trained tokens of each document."""
-        return _sums(self.loss_mask, self.offsets)
+        return np.diff(_offsets(self.loss_mask)[self.offsets])
 
     def only(self, wanted: Array) -> "EncodedDocuments":
         """The documents where `wanted`, (D,) booleans, is true."""
@@ -78,19 +78,18 @@ class Renderer:
     """A template applied with a tokenizer. Raises UserError if the tokenizer lacks the template's control tokens."""
 
     def __init__(self, template: Template, tokenizer: Tokenizer, *, train_on: str = "assistant"):
-        self.tokenizer, self.train_on = tokenizer, train_on
+        self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         self.split = cache(self._split)  # every turn asks for the same markers again
         self._cost = cache(lambda text: len(tokenizer.encode(text)))
         names = sorted(tokenizer.control, key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         for field in ("begin", "system", "user", "assistant", "document_end", *TOOLS, "tools_system"):
-            if unknown := self._unknown(getattr(template, field)):
+            if unknown := self._unknown(field):
                 raise UserError(f"template {template.name}: {field} has {unknown[0]}, which is not a special token of "
                                 f"{tokenizer.file}; choose a template that fits the tokenizer, or add the token")
-        if any(self._unknown(getattr(template, field)) for field in BUILTIN):  # Llama-3.0 has no <|python_tag|>
-            template = replace(template, builtin_call="", builtin_stop="")
-        self.template = template
-        if not self._control.search(stop := self.fill(template.stop())):
+        if any(map(self._unknown, BUILTIN)):  # Llama-3.0 has no <|python_tag|>
+            self.template = replace(template, builtin_call="", builtin_stop="")
+        if not self._control.search(stop := self.fill(template.assistant[1])):
             raise UserError(f"template {template.name}: assistant ends with {stop!r}, which contains no special token "
                             f"of {tokenizer.file}, so the model would never stop; put the stop token there")
 
@@ -145,8 +144,8 @@ class Renderer:
         controls = np.array([known[piece.text] if piece.control else -1 for piece in distinct], dtype=np.int64)[of]
         contents = np.array([self._contents(piece, len(ids)) for piece, ids in zip(distinct, table, strict=True)],
                             dtype=np.int64).reshape(-1, 2)
-        words, content_tokens = (_sums(count[codes], of_pieces) for count in contents.T)
-        return EncodedDocuments(tokens, loss_mask, controls, offsets, words, content_tokens)
+        sums = (np.diff(_offsets(count[codes])[of_pieces]) for count in contents.T)
+        return EncodedDocuments(tokens, loss_mask, controls, offsets, *sums)
 
     def prompt(self, turns: tuple[Turn, ...]) -> list[int]:
         """Token ids of `turns`, up to where the assistant's answer begins."""
@@ -159,24 +158,22 @@ class Renderer:
 
     def stop_ids(self) -> set[int]:
         """The tokens at which generation ends: the template's stop token and the end of a plain text."""
-        markers = (self.template.stop(), self.template.builtin_stop, self.template.document_end)
+        markers = (self.template.assistant[1], self.template.builtin_stop, self.template.document_end)
         return {self.tokenizer.control[piece.text] for marker in markers for piece in self.split(marker, False)
                 if piece.control}
 
     def fill(self, marker: str) -> str:
         """A marker of the template with the tokenizer's own tokens for {bos} and {eos}."""
-        if "{bos}" in marker:
-            marker = marker.replace("{bos}", self.tokenizer.bos)
-        return marker.replace("{eos}", self.tokenizer.eos) if "{eos}" in marker else marker
+        return re.sub(r"\{(bos|eos)\}", lambda role: getattr(self.tokenizer, role[1]), marker)
 
     def _split(self, marker: str, trained: bool) -> tuple[Piece, ...]:
         """A marker of the template as pieces: `<|eot_id|>\\n` -> control `<|eot_id|>`, text `\\n`."""
         parts = enumerate(self._control.split(self.fill(marker)))  # text, control, text, ...
         return tuple(Piece(part, i % 2 == 1, trained, own=(part,)) for i, part in parts if part)
 
-    def _unknown(self, marker: str | tuple[str, ...]) -> list[str]:
-        """Names in a marker that look like control tokens but are not the tokenizer's."""
-        names = re.findall(r"<\|[^|<>]+\|>", self.fill("".join(marker)))
+    def _unknown(self, field: str) -> list[str]:
+        """Names in a field of the template that look like control tokens but are not the tokenizer's."""
+        names = re.findall(r"<\|[^|<>]+\|>", self.fill("".join(getattr(self.template, field))))
         return [name for name in names if name not in self.tokenizer.control]
 
     def _contents(self, piece: Piece, tokens: int) -> tuple[int, int]:
@@ -192,8 +189,7 @@ class Renderer:
         template, split, builtin = self.template, self.split, conversation.builtin_tools
         yield from split(template.begin, False)
         if conversation.turns[0].role == "text":
-            yield Piece(conversation.turns[0].content, False, True)
-            yield from split(template.document_end, True)
+            yield from (Piece(conversation.turns[0].content, False, True), *split(template.document_end, True))
             return
         turns = template.turns(conversation)
         last = max((i for i, turn in enumerate(turns) if turn.role in ANSWERS), default=-1)
@@ -238,30 +234,20 @@ class Renderer:
 def _words(call: Turn) -> str | None:
     """The arguments of a call as a built-in tool takes them: `query="weather", unit="C"`. None unless all are text."""
     arguments = json.loads(call.content)
-    if not all(isinstance(value, str) for value in arguments.values()):
-        return None
-    return ", ".join(f'{name}="{value}"' for name, value in arguments.items())
+    is_text = all(isinstance(value, str) for value in arguments.values())
+    return ", ".join(f'{name}="{value}"' for name, value in arguments.items()) if is_text else None
 
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
     merged: list[Piece] = []
-    last = None  # the piece before, if it is text that may grow
     for piece in pieces:
-        if piece.control or piece.answer:
-            merged.append(piece)
-            last = None
-        elif last is not None and last.trained == piece.trained:
-            merged[-1] = last = Piece(last.text + piece.text, False, piece.trained, own=last.own + piece.own)
+        last = merged[-1] if merged else piece
+        if merged and last[1:4] == piece[1:4] == (False, piece.trained, False):  # texts with one mask
+            merged[-1] = Piece(last.text + piece.text, False, piece.trained, own=last.own + piece.own)
         else:
             merged.append(piece)
-            last = piece
     return merged
 
 
 def _offsets(counts: Array) -> Array:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-
-
-def _sums(values: Array, offsets: Array) -> Array:
-    """Sums of `values` between neighbouring offsets."""
-    return np.diff(_offsets(values)[offsets])

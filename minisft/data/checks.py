@@ -52,9 +52,7 @@ def _breaches(documents: EncodedDocuments, conversations: list[Conversation],
            "text of a conversation must not become one; see special and normalized in the added tokens of "
            f"{tokenizer.file}")
 
-    begin, is_first = split(template.begin, False), np.zeros(len(ids) + 1, dtype=bool)
-    is_first[offsets[:-1]] = True  # an empty document at the end begins after the last token
-    is_first = is_first[:-1]
+    begin, is_first = split(template.begin, False), np.isin(np.arange(len(ids)), offsets[:-1])
     # The tokenizer knows its beginning-of-text token; otherwise it is what the template begins with and never repeats.
     roles = split("".join((*template.system, *template.user, *template.assistant)), False)
     bos = tokenizer.bos or next((piece.text for piece in begin[:1] if piece.control and piece not in roles), "")

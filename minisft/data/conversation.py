@@ -76,15 +76,14 @@ def checked(turns: list[Turn]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
             del turns[first], roles[first]
         if reason := _wrong_order(roles[first:]):
             raise Skip(reason, roles)
-        if "call" in roles and any(turn.role == "call" and turn.context for turn in turns):
+        if any(turn.role == "call" and turn.context for turn in turns):
             notes.append("text beside a tool call dropped")  # as Llama-3.1's own template does
     for turn in turns:
-        if isinstance(turn.content, str) and turn.content.strip():  # most often
-            continue
-        answer = turn.role in ANSWERS
-        if _blank(turn.content):
-            raise Skip("no answer" if answer else "blank turn", turn.content)
-        raise Skip("answer is not text" if answer else "content is not text", turn.content)
+        if not isinstance(turn.content, str) or not turn.content.strip():
+            reason = "no answer" if turn.role in ANSWERS else "blank turn"
+            if not _blank(turn.content):
+                reason = f"{'answer' if turn.role in ANSWERS else 'content'} is not text"
+            raise Skip(reason, turn.content)
     return tuple(turns), tuple(notes)
 
 
@@ -93,15 +92,11 @@ def _wrong_order(roles: list[str]) -> str:
     if "system" in roles:
         return "system turn in the middle"
     for role, following in pairwise(["", *roles]):
-        if following in FOLLOWED_BY[role]:
-            continue
-        if following == "result":
-            return "tool result without its call"
-        if role == "result":
-            return "tool result without an answer"
-        if role == "call" != following:
-            return "tool call without its result"
-        return "neighbouring turns of one role" if role else "starts with the assistant"
+        if following not in FOLLOWED_BY[role]:
+            return ("tool result without its call" if following == "result" else
+                    "tool result without an answer" if role == "result" else
+                    "tool call without its result" if role == "call" != following else
+                    "neighbouring turns of one role" if role else "starts with the assistant")
     return ""
 
 

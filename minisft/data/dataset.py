@@ -30,12 +30,10 @@ class SourceReport(Report):
 
 
 class Dataset:
-    """The documents of several stores that fit a run: numbered through, none longer than data.seq_len.
-
-    Repetitions of an earlier document in any of the stores are counted, and left out if data.dedup says so. `held_out`
-    marks documents (one array of booleans for each store) that are left out; with `only_held_out` they are the only
-    ones kept. Raises UserError if a document is too long and data.overlong is "error", or if nothing is left.
-    """
+    """The documents of several stores that fit a run: numbered through, none longer than data.seq_len. Repetitions of
+    an earlier document in any of the stores are counted, and left out if data.dedup says so. `held_out` marks documents
+    (one array of booleans for each store) that are left out; with `only_held_out` they are the only ones kept. Raises
+    UserError if a document is too long and data.overlong is "error", or if nothing is left."""
 
     def __init__(self, stores: list[Store], data: "DataConfig", *, held_out: list[Array] | None = None,
                  only_held_out: bool = False, purpose: str = "to train on"):
@@ -54,12 +52,10 @@ class Dataset:
         for store, report, mask, exact, near in zip(stores, self.reports, wanted, exactly, nearly, strict=True):
             near &= ~exact
             report.duplicates, report.near_duplicates = int(exact.sum()), int(near.sum())
-            if data.dedup in ("exact", "near"):
-                _skip(store, report, "duplicate", exact)
-                mask = mask & ~exact
-            if data.dedup == "near":
-                _skip(store, report, "near duplicate", near)
-                mask = mask & ~near
+            repeats = [("duplicate", exact), ("near duplicate", near)]
+            for reason, repeated in repeats[: ("none", "exact", "near").index(data.dedup)]:
+                _skip(store, report, reason, repeated)
+                mask = mask & ~repeated
             fitting.append(_fit(store, report, mask, data))
         self.store_of = np.concatenate([np.full(len(kept), i) for i, (kept, *_) in enumerate(fitting)])  # (n,)
         (self.index_in_store, self.lengths, self.num_loss_tokens,  # each (n,)
@@ -93,15 +89,15 @@ class Dataset:
     def reasons(self, of: Array | None = None) -> str:
         """Why nothing is left of a file, of all files or those that `of`, (stores,) booleans, marks: one a line, and
         the remedy."""
-        lines, reports = [], [r for i, r in enumerate(self.reports) if not r.kept and (of is None or of[i])]
+        lines, reports = "", [r for i, r in enumerate(self.reports) if not r.kept and (of is None or of[i])]
         for report in reports:
             why = ", ".join(f"{reason}: {count} (first: {report.examples[reason]})"
                             for reason, count in report.skipped.items())
-            lines.append(f"\n  {report.path}: {report.read} read; {why or 'the file is empty'}")
+            lines += f"\n  {report.path}: {report.read} read; {why or 'the file is empty'}"
         if any("over length" in report.skipped for report in reports):
-            lines.append("\n  remedy for documents over length: raise data.seq_len, write shorter records, or pass "
-                         "--data.overlong truncate, which keeps the beginning of each")
-        return "".join(lines)
+            lines += ("\n  remedy for documents over length: raise data.seq_len, write shorter records, or pass "
+                      "--data.overlong truncate, which keeps the beginning of each")
+        return lines
 
 
 def _repeated(hashes: list[Array], wanted: list[Array]) -> list[Array]:
@@ -114,16 +110,13 @@ def _repeated(hashes: list[Array], wanted: list[Array]) -> list[Array]:
 
 
 def _skip(store: Store, report: SourceReport, reason: str, documents: Array) -> None:
-    """Count `documents` (indices or booleans) as left out."""
     if len(lines := store.lines[documents]):
         report.count(report.skipped, reason, f"{report.path}:{lines[0]}", len(lines))
 
 
 def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") -> tuple[Array, Array, Array, Array]:
     """Indices, lengths and trained tokens of the wanted documents that a run keeps, and the lengths that were too long.
-
-    `report` is updated.
-    """
+    `report` is updated."""
     lengths, num_loss_tokens = np.diff(store.offsets), store.num_loss_tokens.copy()
     wanted_loss_tokens = int(num_loss_tokens[wanted].sum())
     long = np.flatnonzero(wanted & (lengths > data.seq_len))

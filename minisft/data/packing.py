@@ -36,12 +36,10 @@ Array = np.ndarray
 
 
 def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array:
-    """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document comes in an epoch.
-
-    With weight 2.3 every document comes twice, and a sample of 30% once more, drawn anew in each epoch. Each document
-    is in it with exactly that probability, whatever its length, and the tokens are right to within one document, the
-    longest; independent draws would miss by much more.
-    """
+    """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document comes in an epoch. With weight 2.3
+    every document comes twice, and a sample of 30% once more, drawn anew in each epoch. Each document is in it with
+    exactly that probability, whatever its length, and the tokens are right to within one document, the longest;
+    independent draws would miss by much more."""
     times = np.floor(weights).astype(np.int64)
     part = weights - times
     for share in np.unique(part[part > 0]).tolist():  # once for each weight
@@ -52,12 +50,9 @@ def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array
 
 def _sample(documents: Array, share: float, random: np.random.Generator) -> list[int]:
     """Some of `documents` (n,), each with probability `share`; of the first k always k * `share`, rounded up or down.
-    So if the longest come first, the tokens are off by less than the longest document.
-
     The pivotal method (Deville and Tille 1998, "Unequal probability sampling without replacement through a splitting
     method"): two documents play for the sum of their probabilities. Below 1 the winner gets all of it and the loser
-    nothing; from 1 on the winner is chosen, and the loser keeps the rest.
-    """
+    nothing; from 1 on the winner is chosen, and the loser keeps the rest."""
     chosen, held, chance = [], -1, 0.0
     for document, draw in zip(documents.tolist(), random.random(len(documents)).tolist(), strict=True):
         chance += share
@@ -75,7 +70,7 @@ def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
     """(n,) the pack, from 0, of each item of `lengths`, which are 1 to `capacity`."""
     # NumPy sorts 16 bits by radix, several times faster.
     order = np.argsort((capacity - lengths).astype(np.uint16 if capacity < 2**16 else np.int64), kind="stable")
-    first, packs, each = _moves(np.bincount(lengths, minlength=capacity + 1), capacity).T
+    first, packs, each = _moves(lengths, capacity).T
     items = packs * each
     nth = np.arange(len(lengths)) - np.repeat(np.cumsum(items) - items, items)  # of its move
     pack = np.empty(len(lengths), dtype=np.int64)
@@ -83,21 +78,20 @@ def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
     return pack
 
 
-def _moves(counts: Array, capacity: int) -> Array:
+def _moves(lengths: Array, capacity: int) -> Array:
     """(moves, 3) of (first, packs, each): packs `first`, `first` + 1, ... `first` + `packs` - 1 get `each` items more.
 
-    `counts` (capacity + 1,) says how many items there are of each length. A pack that took an item and has room for
-    another of that length is the fullest one that has, so it takes items of that length until it is full:
-    7 items of 3, and 2 packs with 10 left -> (first, 2, 3), and one item for other packs.
+    A pack that took an item and has room for another of that length is the fullest one that has, so it takes items of
+    that length until it is full: 7 items of 3, and 2 packs with 10 left -> (first, 2, 3), and one item for other packs.
 
     Room is looked up in one integer whose bit r says that some pack has r tokens left. A length meets each group of
     equal packs once and leaves it less room than the length, so moves grow with the number of lengths, not of items.
     """
     moves: list[tuple[int, int, int]] = []
     with_room: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # tokens left -> (first pack, packs)
-    rooms, opened = 0, 0
-    for length in np.flatnonzero(counts)[::-1].tolist():
-        items = int(counts[length])
+    rooms, opened, counts = 0, 0, np.bincount(lengths).tolist()
+    for length in range(len(counts) - 1, 0, -1):
+        items = counts[length]
         while items:
             if fitting := rooms >> length:
                 room = length + (fitting & -fitting).bit_length() - 1
@@ -119,11 +113,9 @@ def _moves(counts: Array, capacity: int) -> Array:
 
 
 def bundles(lengths: Array, size: int) -> Array:
-    """(n,) for each document the first of its bundle; a single document is its own.
-
-    Documents shorter than `size` lie one after another on a line with a mark every `size` tokens; those that start
-    between the same two marks are a bundle, so it is shorter than 2 * `size`. The first LOOSE of them stay single.
-    """
+    """(n,) for each document the first of its bundle; a single document is its own. Documents shorter than `size` lie
+    one after another on a line with a mark every `size` tokens; those that start between the same two marks are a
+    bundle, so it is shorter than 2 * `size`. The first LOOSE of them stay single."""
     item = np.arange(len(lengths))
     short = np.flatnonzero(lengths < size)
     ends = np.cumsum(lengths[short])
@@ -135,11 +127,9 @@ def bundles(lengths: Array, size: int) -> Array:
 
 
 def pack_documents(lengths: Array, capacity: int) -> Array:
-    """(n,) the pack, from 0, of each document; at most SLACK more packs than best-fit decreasing needs.
-
-    The documents' order decides only which ones share a bundle, and which of equal length goes where.
-    """
-    least = _moves(np.bincount(lengths, minlength=capacity + 1), capacity)[:, :2].sum(axis=1).max(initial=0)
+    """(n,) the pack, from 0, of each document; at most SLACK more packs than best-fit decreasing needs. The documents'
+    order decides only which ones share a bundle, and which of equal length goes where."""
+    least = _moves(lengths, capacity)[:, :2].sum(axis=1).max(initial=0)
     for parts in BUNDLES:
         item = bundles(lengths, capacity // parts)
         totals = np.bincount(item, weights=lengths, minlength=len(lengths)).astype(np.int64)
@@ -153,9 +143,9 @@ def pack_documents(lengths: Array, capacity: int) -> Array:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The packs of one epoch: pack i holds `documents[offsets[i] : offsets[i + 1]]`."""
+    """The packs of one epoch."""
 
-    documents: Array  # (n,) int64 document indices
+    documents: Array  # (n,) int64 document indices, pack after pack
     offsets: Array  # (packs + 1,) int64
 
     def __len__(self) -> int:
@@ -176,18 +166,14 @@ class Place(NamedTuple):
 
 class Plan:
     """All steps of a run over documents with lengths (n,), each 1 to `seq_len`, and `num_loss_tokens` (n,) each.
-    `weights` (n,) are passes over each document in an epoch, 1 by default.
-
-    A step has `packs_per_step` packs or fewer, sizes within an epoch differ by at most one, and no step spans two
-    epochs. Epochs are packed when a step of them is asked for, or if needed to count the steps. Raises UserError if
-    that would take more than MOST_EPOCHS.
-    """
+    `weights` (n,) are passes over each document in an epoch, 1 by default. A step has `packs_per_step` packs or fewer,
+    sizes within an epoch differ by at most one, and no step spans two epochs. Epochs are packed when a step of them is
+    asked for, or if needed to count the steps. Raises UserError if that would take more than MOST_EPOCHS."""
 
     def __init__(self, lengths: Array, num_loss_tokens: Array, *, seq_len: int, packs_per_step: int, epochs: int,
                  max_steps: int | None = None, seed: int = 0, shuffle: bool = True, weights: Array | None = None):
         self.lengths, self.num_loss_tokens, self.weights = lengths, num_loss_tokens, weights
-        self.seq_len, self.packs_per_step = seq_len, packs_per_step
-        self.seed, self.shuffle = seed, shuffle
+        self.seq_len, self.packs_per_step, self.seed, self.shuffle = seq_len, packs_per_step, seed, shuffle
         self._epochs, self._lock = epochs, threading.Lock()
         self._first_step = [0]  # of each epoch that was packed, and of the next one
         self._count(1)
@@ -206,7 +192,7 @@ class Plan:
             raise UserError(f"train.epochs = {epochs}: the steps of more than {MOST_EPOCHS:,} epochs are not counted; "
                             f"lower it, or set train.max_steps to at most {max(least * epochs, self._first_step[-1])}")
         self._count(epochs, max_steps)
-        self.total_steps = self._first_step[-1] if max_steps is None else min(max_steps, self._first_step[-1])
+        self.total_steps = min(max_steps or self._first_step[-1], self._first_step[-1])
 
     def _count(self, epochs: int, max_steps: int | None = None) -> None:
         """Count the steps of the first `epochs` epochs, or until there are more than `max_steps`."""
@@ -236,7 +222,7 @@ class Plan:
             _, first = np.unique(pack, return_index=True)
             pack = np.argsort(np.argsort(first))[pack]
         by_pack = np.argsort(pack, kind="stable")
-        return Epoch(order[by_pack], np.concatenate(([0], np.cumsum(np.bincount(pack), dtype=np.int64))))
+        return Epoch(order[by_pack], np.append(0, np.bincount(pack)).cumsum(dtype=np.int64))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -253,8 +239,8 @@ class Plan:
 
     def documents(self, step: int) -> list[Array]:
         """The document indices of each pack of `step`."""
-        epoch, first, last = self.place(step)
-        return [self.epoch(epoch).pack(i) for i in range(first, last)]
+        place = self.place(step)
+        return [self.epoch(place.epoch).pack(i) for i in range(place.first, place.last)]
 
     def fill(self) -> float:
         """Share of the first epoch's packs that is tokens."""

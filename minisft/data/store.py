@@ -13,15 +13,12 @@
                                 the digests of the index (.npy) and of report.json itself
 
 The key is a hash of everything that the tokens depend on: the file's bytes, how it is read, the tokenizer, the
-template, which tokens are trained, the version of the renderer. `seq_len` is not part of it: a run decides what is too
-long (dataset.py). A folder gets its name in one rename, after its bytes are on the disk, so a folder that exists is
+template, which tokens are trained, the version of the renderer; but not `seq_len`, since a run decides what is too long
+(dataset.py). A folder gets its name in one rename, after its bytes are on the disk, so a folder that exists is
 complete; if several processes want it, one makes it and the others wait.
 
 Disks lose bits. So we compare the index with its digests when we open it, and each document with its hash whenever we
-read it: no run trains on other tokens than were written. A damaged store is set aside and made again from its file.
-
-One thread reads and renders the file while the batch before is tokenised. Batches are bounded by characters, so memory
-does not grow with the file, except for 56 bytes a document.
+read it. A damaged store is set aside and made again. Memory grows with the file by 56 bytes a document only.
 """
 
 import errno
@@ -111,10 +108,8 @@ class DamagedError(OSError):
 
 
 class Store:
-    """The documents of one file, opened from its folder. Raises DamagedError.
-
-    Opening checks the whole index and `sample` of the documents (None: all); each document is checked when it is read.
-    """
+    """The documents of one file, opened from its folder. Raises DamagedError. Opening checks the whole index and
+    `sample` of the documents (None: all); each document is checked when it is read."""
 
     def __init__(self, folder: Path, sample: int | None = None):
         self.folder, self.key = folder, folder.name
@@ -154,10 +149,8 @@ class Store:
 def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "Reader", *, quiet: bool = False,
                verify: bool = False) -> Store:
     """The tokenised documents of a file; tokenised now if that has not been done before, or if the store is damaged.
-
     `verify` checks every stored document instead of some. Raises UserError for a file that cannot be read, that has
-    more than data.max_bad broken records, or whose tokens break a law (checks.py).
-    """
+    more than data.max_bad broken records, or whose tokens break a law (checks.py)."""
     path, cache, state = source.path, Path(data.cache), _file_state(source.path)
     report = Report(source.name, path, renderer.template.name)
     conversations = read(source, data, report.unread)  # a file of another kind is rejected before all of it is hashed
@@ -210,11 +203,9 @@ def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Ite
     batch: list[Rendered] = []
     characters = 0
     for item in map(renderer.renderable, found):
-        if isinstance(item, Skipped):
-            batch.append((item, [], 0))
-        else:
-            batch.append((item, renderer.pieces(item), near_duplicate_hash(item)))
-            characters += sum([len(piece.text) for piece in batch[-1][1]])
+        batch.append((item, [], 0) if isinstance(item, Skipped) else
+                     (item, renderer.pieces(item), near_duplicate_hash(item)))
+        characters += sum([len(piece.text) for piece in batch[-1][1]])
         if len(batch) >= BATCH or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -224,15 +215,14 @@ def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Ite
 
 def _encode(batch: list[Rendered], renderer: Renderer) -> EncodedDocuments:
     """The documents of `batch`; an empty one for what is skipped, which texts join that the tokenizer cannot take."""
-    try:
+    with suppress(TokenizerError):
         return renderer.encode([pieces for _, pieces, _ in batch])
-    except TokenizerError:
-        for i, (item, pieces, _) in enumerate(batch):
-            try:
-                renderer.encode([pieces])
-            except TokenizerError as error:
-                batch[i] = Skipped("the tokenizer cannot take this text", str(error), item.source, item.line), [], 0
-        return renderer.encode([pieces for _, pieces, _ in batch])
+    for i, (item, pieces, _) in enumerate(batch):
+        try:
+            renderer.encode([pieces])
+        except TokenizerError as error:
+            batch[i] = Skipped("the tokenizer cannot take this text", str(error), item.source, item.line), [], 0
+    return renderer.encode([pieces for _, pieces, _ in batch])
 
 
 def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Renderer, report: Report,
@@ -251,12 +241,12 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                 where = f"{item.source}:{item.line}"
                 if isinstance(item, Skipped):
                     report.count(report.skipped, item.reason, f"{where}: {item.detail}")
-                elif not keep:
-                    report.count(report.skipped, "nothing trained", where)
-                else:
+                elif keep:
                     kept.append(item)
                     for note in item.notes:
                         report.count(report.changed, note, where)
+                else:
+                    report.count(report.skipped, "nothing trained", where)
             broken = [reason for reason in report.skipped if reason in BROKEN]
             if sum(report.skipped[reason] for reason in broken) > max_bad:
                 raise UserError(f"{report.path}: more than data.max_bad = {max_bad} broken records; the first: "
@@ -288,11 +278,8 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
 
 
 def near_duplicate_hash(conversation: Conversation) -> int:
-    """64 bits, equal for conversations whose texts differ in case, spacing and punctuation alone.
-
-    The roles are left out, so that the same text is found again under another layout of roles. The four letters i of
-    Turkish count as one: files are often cased by the rules of English.
-    """
+    """64 bits, equal for conversations whose texts differ in case, spacing and punctuation alone, in any roles. The
+    four letters i of Turkish count as one: files are often cased by the rules of English."""
     text = "".join([part for turn in conversation.turns for part in (turn.content, turn.context)])
     folded = text if text.isascii() else re.sub(r"\W+", "", text.casefold().replace("ı", "i"))
     bare = folded.encode("utf-8").translate(_LOWER, _DROPPED) or text.encode("utf-8")  # nothing left: as it stands
@@ -333,12 +320,10 @@ def _file_state(path: str) -> list[int]:
 
 
 def _content_digest(path: str, cache: Path) -> str:
-    """SHA-256 of the file's bytes, which are read only if a note in `cache` does not know the file as it is now.
-
-    As in git, no note is written of a file that changed just before it was hashed: within one tick of its file system's
-    clock it could change again and keep its times.
-    """
-    state = _file_state(path)
+    """SHA-256 of the file's bytes, which are read only if a note in `cache` does not know the file as it is now. As in
+    git, no note is written of a file that changed just before it was hashed: within one tick of its file system's clock
+    it could change again and keep its times."""
+    state, now = _file_state(path), time.time_ns()
     note = cache / f"{state[0]:x}-{state[1]:x}.digest"
 
     def noted(sha256: str) -> dict[str, str]:  # the seal does not fit a damaged note
@@ -348,7 +333,6 @@ def _content_digest(path: str, cache: Path) -> str:
         known = json.loads(note.read_text(encoding="utf-8"))
         if known == noted(str(known["sha256"])):
             return str(known["sha256"])
-    now = time.time_ns()
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -60,10 +60,6 @@ class Template:
         text = text.strip() if self.trim else text
         return self.system_prefix + text if turn.role == "system" else text
 
-    def stop(self) -> str:
-        """The text of the control token that ends an answer."""
-        return self.assistant[1]
-
 
 def load_templates(path: str | Path | None = None) -> dict[str, Template]:
     """The shipped templates, and those of the TOML file `path`. Raises UserError for a mistake in that file."""
@@ -91,7 +87,16 @@ def _parse(text: str, file: str) -> dict[str, Template]:
         if unknown := [key for key in table if key not in known]:
             raise UserError(f"{where} {unknown[0]}: unknown; the fields are {', '.join(known)}")
         values = {key: _value(f"{where} {key}", key, value, known[key]) for key, value in table.items()}
-        _refuse_incomplete(where, values)
+        needed = ["system", "user", "assistant", *(TOOLS if values.keys() & {*TOOLS, *BUILTIN, "tools_system"} else ()),
+                  *(BUILTIN if values.keys() & set(BUILTIN) else ())]
+        if missing := [key for key in needed if key not in values]:
+            raise UserError(f"{where}: {', '.join(missing)} missing")
+        if not values["assistant"][1]:
+            raise UserError(f"{where} assistant: nothing ends the answer, so the model would never stop; "
+                            "give the stop token as the second item")
+        if values.keys() & {"tools_system", "builtin_system"} and "default_system" not in values:
+            raise UserError(f"{where}: default_system missing: the system turn, which describes the tools, must be "
+                            "there")
         templates[name] = Template(name=name, **values)
     return templates
 
@@ -108,18 +113,3 @@ def _value(where: str, key: str, value: Any, kind: str) -> Any:
     if not all(holder in str(value) for holder in holders):
         raise UserError(f"{where}: must contain {' and '.join(holders)}; found {value!r}")
     return value
-
-
-def _refuse_incomplete(where: str, values: dict[str, Any]) -> None:
-    needed = ["system", "user", "assistant"]
-    if values.keys() & {*TOOLS, *BUILTIN, "tools_system"}:
-        needed += TOOLS
-    if values.keys() & set(BUILTIN):
-        needed += BUILTIN
-    if missing := [key for key in needed if key not in values]:
-        raise UserError(f"{where}: {', '.join(missing)} missing")
-    if not values["assistant"][1]:
-        raise UserError(f"{where} assistant: nothing ends the answer, so the model would never stop; "
-                        "give the stop token as the second item")
-    if values.keys() & {"tools_system", "builtin_system"} and "default_system" not in values:
-        raise UserError(f"{where}: default_system missing: the system turn, which describes the tools, must be there")

@@ -88,7 +88,7 @@ class Tokenizer:
     @cached_property
     def bos_token(self) -> str:
         """`bos_token` of tokenizer_config.json, which a chat template may begin with; empty if there is none."""
-        bos = self._named("bos_token") or ""
+        bos = self._named("bos_token")
         return bos if bos in self.control else ""
 
     @cached_property
@@ -132,24 +132,21 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=False)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` piece by piece as they come; joined, it is `decode` of them all.
-
-        A character of several tokens appears with its last token.
-        """
+        """The text of `ids` piece by piece as they come; joined, it is `decode` of them all. A character of several
+        tokens appears with its last token."""
         known: list[int] = []
         shown = 0
         for token in ids:
             known.append(token)
             whole = self.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")  # what bytes of half a character look like
-            if len(whole) > shown:
-                yield whole[shown:]
+            if new := whole[shown:]:
+                yield new
                 shown = len(whole)
         if rest := self.decode(known)[shown:]:
             yield rest
 
 
 def _remedy(path: Path) -> str:
-    """What to do if `path` has no tokenizer.json."""
     if path.suffix == ".gguf" or any(path.glob("*.gguf")):
         return "GGUF files are not read: download the safetensors and the tokenizer.json that they were made from"
     if (path / "adapter_config.json").exists():

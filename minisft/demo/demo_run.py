@@ -23,7 +23,7 @@ from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.demo import bpe, world
 from minisft.errors import UserError
-from minisft.generate.text import generate
+from minisft.generate.assistant import generate
 from minisft.model.llama_config import LlamaConfig
 from minisft.pretrained import from_pretrained
 from minisft.runs.failure import guarded

@@ -13,13 +13,12 @@
 A choice scores log p(its tokens | prompt), summed; `acc` takes the best sum. Long texts are less probable than short
 ones whatever they say, so `acc_norm` first divides by the choice's characters, and `acc_bytes` by its bytes. Prompts,
 tokens and figures are those of lm-evaluation-harness (Gao et al. 2021): `letter` is its mmlu and turkishmmlu, `text`
-its arc_easy. Prompts and choices are documents in a stream, as in training; only the hidden states that predict a
-choice's tokens reach the head.
+its arc_easy. Prompts and choices are documents in a stream; only hidden states that predict a choice reach the head.
 """
 
 # T tokens in the stream, D model width, V vocabulary; n tokens that are scored
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, cycle, islice
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from minisft.data.conversation import Turn
 from minisft.errors import PATH, UserError, printable
 from minisft.evals.questions import LETTERS, ChoiceQuestion, read
-from minisft.evals.rates import wilson
+from minisft.evals.rates import rate
 from minisft.generate.assistant import Assistant
 from minisft.generate.decoding import logits
 from minisft.model.llama import Documents
@@ -40,7 +39,8 @@ from minisft.model.llama import Documents
 STYLES = ("letter", "text")
 WORDS = {"en": ("Question:", "Answer:"), "tr": ("Soru:", "Cevap:")}
 LOGITS = 2**24  # at most so many exist at one time
-SCORES = ("acc", "acc_norm", "acc_bytes")
+SCORES: dict[str, Callable[[str], int]] = {  # what a sum is divided by
+    "acc": lambda text: 1, "acc_norm": len, "acc_bytes": lambda text: len(text.encode())}
 
 Request = tuple[list[int], list[int]]  # token ids of a prompt, and of a choice that may follow it
 
@@ -75,15 +75,14 @@ class ChoicePrompt:
 
     def text(self) -> str:
         """The prompt as plain text."""
-        solved = [f"{self.ask(shot)} {self.choices(shot)[shot.answer]}\n\n" for shot in self.shots]
-        return "".join([self.opening(), *solved, self.ask(self.question)])
+        *solved, asked = (turn.content for turn in self.turns())
+        return "".join(f"{ask} {answer}\n\n" for ask, answer in zip(solved[::2], solved[1::2], strict=True)) + asked
 
     def turns(self) -> tuple[Turn, ...]:
         """The prompt as turns of a chat; the opening is part of the first."""
         solved = [text for shot in self.shots for text in (self.ask(shot), self.choices(shot)[shot.answer])]
         first, *rest = *solved, self.ask(self.question)
-        return tuple(Turn(role, text) for role, text in
-                     zip(cycle(("user", "assistant")), (self.opening() + first, *rest), strict=False))
+        return tuple(map(Turn, cycle(("user", "assistant")), (self.opening() + first, *rest)))
 
 
 def load(files: list[str], *, format: str = "auto", language: str = "", style: str | None = None, shots: int = 0,
@@ -105,8 +104,8 @@ def load(files: list[str], *, format: str = "auto", language: str = "", style: s
         chosen = tuple(islice(others, shots))
         if len(chosen) < shots:
             raise UserError(f"{question.where}: --shots {shots}, but there are {len(chosen)} other questions about "
-                            f"{printable(repr(question.subject))}; ask for fewer, or name files that have them "
-                            "with --shots-from")
+                            f"{printable(repr(question.subject))}; ask for fewer, or name files that have them with "
+                            "--shots-from")
         prompts.append(ChoicePrompt(question, style or ("text" if question.format == "arc" else "letter"), chosen))
     return prompts
 
@@ -123,11 +122,10 @@ def figures(assistant: Assistant, prompts: list[ChoicePrompt], *, chat: bool = F
                             f"model reads {longest}; ask with fewer --shots, or leave the question out")
     flat = iter(log_likelihoods(assistant.model, list(chain.from_iterable(requests)), batch_tokens=batch_tokens))
     answers = [_answer(prompt, list(islice(flat, len(prompt.question.choices)))) for prompt in prompts]
-    subjects: dict[str, list[dict[str, Any]]] = {}
-    for answer in answers:
-        subjects.setdefault(answer["subject"], []).append(answer)
-    return {"shots": len(prompts[0].shots), "chat": chat, **_accuracies(answers),
-            "subjects": {name: _accuracies(part) for name, part in subjects.items()}, "answers": answers}
+    subjects = dict.fromkeys(answer["subject"] for answer in answers)
+    return {"shots": len(prompts[0].shots), "chat": chat, **_accuracies(answers), "subjects": {
+        name: _accuracies([each for each in answers if each["subject"] == name]) for name in subjects},
+            "answers": answers}
 
 
 def encode(assistant: Assistant, prompt: ChoicePrompt, *, chat: bool) -> list[Request]:
@@ -163,7 +161,7 @@ def log_likelihoods(model: nn.Module, requests: list[Request], *, batch_tokens: 
     device = next(model.parameters()).device
     sums = torch.zeros(len(requests), dtype=torch.float64, device=device)
     with tqdm(total=len(readers), desc="choices", unit=" documents", disable=None) as bar:
-        for batch in _batches(list(readers), batch_tokens):
+        for batch in _batches(readers, batch_tokens):
             # (row in the stream, word that it predicts, request that the word belongs to)
             scored = [(end - len(requests[i][1]) + k, word, i)
                       for document, end in zip(batch, accumulate(map(len, batch)), strict=True)
@@ -171,8 +169,7 @@ def log_likelihoods(model: nn.Module, requests: list[Request], *, batch_tokens: 
             rows, words, owners = torch.tensor(list(zip(*scored, strict=True)), device=device)
             documents = Documents.of_lengths(tuple(map(len, batch)), device=device)
             tokens = torch.tensor(list(chain.from_iterable(batch)), device=device)
-            read = partial(_log_p, rows=rows, words=words)
-            sums.index_add_(0, owners, model(tokens, documents, read).double())
+            sums.index_add_(0, owners, model(tokens, documents, partial(_log_p, rows=rows, words=words)).double())
             bar.update(len(batch))
     if not sums.isfinite().all():
         raise UserError("the model's log-likelihoods are not finite: its weights are broken, or --precision bf16 "
@@ -188,7 +185,7 @@ def _log_p(hidden: Tensor, head: Tensor, *, rows: Tensor, words: Tensor) -> Tens
     return torch.cat(parts)
 
 
-def _batches(documents: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
+def _batches(documents: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
     """Documents in their order, up to `batch_tokens` together; a longer one is alone."""
     batch: list[tuple[int, ...]] = []
     for document in documents:
@@ -204,7 +201,7 @@ def _answer(prompt: ChoicePrompt, sums: list[float]) -> dict[str, Any]:
     """The model's choice by each score. The first of equals wins, as in lm-evaluation-harness."""
     question, texts = prompt.question, prompt.choices(prompt.question)
     chosen = {}
-    for score, length in zip(SCORES, (lambda text: 1, len, lambda text: len(text.encode())), strict=True):
+    for score, length in SCORES.items():
         normalized = [total / length(text) for total, text in zip(sums, texts, strict=True)]
         chosen[score] = normalized.index(max(normalized))
     return {"source": question.source, "line": question.line, "subject": question.subject, "style": prompt.style,
@@ -212,12 +209,11 @@ def _answer(prompt: ChoicePrompt, sums: list[float]) -> dict[str, Any]:
 
 
 def _accuracies(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    count = len(answers)
-    found: dict[str, Any] = {"questions": count,
-                             "chance": sum(1 / len(each["log_likelihoods"]) for each in answers) / count}
+    chance = sum(1 / len(each["log_likelihoods"]) for each in answers) / len(answers)
+    found: dict[str, Any] = {"questions": len(answers), "chance": chance}
     for score in SCORES:
-        hits = sum(each["chosen"][score] == each["answer"] for each in answers)
-        found |= {score: hits / count, f"{score}_interval": list(wilson(hits, count))}
+        share = rate(each["chosen"][score] == each["answer"] for each in answers)
+        found |= {score: share["rate"], f"{score}_interval": share["interval"]}
     return found
 
 

@@ -9,10 +9,9 @@ A judge's file is in FastChat's layout, pairwise or single:
     {"question_id": 1, "model_1": "m", "model_2": "n", "g1_winner": "model_1", "g2_winner": "tie", "turn": 1, ...}
     {"question_id": 1, "model": "m", "score": 7, "turn": 1, ...}
 
-As in FastChat, a model wins a pair only if it wins in both orders of the answers, and scores within 0.1 are a tie.
-Lines without a verdict ("error", -1) are left out and counted. A pair that several people or judges rate counts once,
-with the mean. Interval and p-value take ratings for independent; two turns of one question are not quite, so each turn
-also has its own line.
+As in FastChat, a model wins a pair only if it wins in both orders, and scores within 0.1 are a tie. A pair that several
+people or judges rate counts once, with the mean. Interval and p-value take ratings for independent; two turns of one
+question are not quite, so each turn also has its own line.
 """
 
 import base64
@@ -22,14 +21,14 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import combinations
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from minisft.errors import PATH, SHORT, UserError, printable
 from minisft.evals.answers import Answers
-from minisft.evals.prompts import Prompt, json_lines
+from minisft.evals.questions import Prompt, json_lines
 from minisft.evals.rates import percent, rate, sign_test
 
 TIE = 0.1  # FastChat's TIE_DELTA
@@ -39,9 +38,7 @@ Verdicts = dict[tuple[str, str], dict[Unit, list[float]]]  # two models -> 1 if 
 
 def blind_page(prompts: list[Prompt], a: Answers, b: Answers, *, seed: int) -> tuple[str, dict[str, Any]]:
     """The page (HTML) and its key. Raises UserError if there is no pair to rate."""
-    names = (a.model_id, b.model_id)
-    if names[0] == names[1]:
-        names = (f"{names[0]} (A)", f"{names[1]} (B)")
+    side_a, side_b = (" (A)", " (B)") if a.model_id == b.model_id else ("", "")
     both = [prompt for prompt in prompts if prompt.id in a.turns and prompt.id in b.turns]
     if not both:
         raise UserError("the two models have answered no question of --questions in common; answer the same file with "
@@ -53,14 +50,13 @@ def blind_page(prompts: list[Prompt], a: Answers, b: Answers, *, seed: int) -> t
     draw.shuffle(shown)
     lefts = (["a", "b"] * len(shown))[: len(shown)]
     draw.shuffle(lefts)
-    pairs = []
-    for prompt, left in zip(shown, lefts, strict=True):
-        answers = [each.turns[prompt.id] for each in ((a, b) if left == "a" else (b, a))]
-        pairs.append({"turns": [{"question": question, "left": one, "right": other}
-                                for question, one, other in zip(prompt.turns, *answers, strict=False)]})
+    sides = [(a, b) if left == "a" else (b, a) for left in lefts]
+    pairs = [{"turns": [{"question": question, "left": one, "right": other} for question, one, other in
+                        zip(prompt.turns, left.turns[prompt.id], right.turns[prompt.id], strict=False)]}
+             for prompt, (left, right) in zip(shown, sides, strict=True)]
     number = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]
     return _html({"page": number, "pairs": pairs}), {
-        "page": number, "model_a": names[0], "model_b": names[1], "seed": seed,
+        "page": number, "model_a": a.model_id + side_a, "model_b": b.model_id + side_b, "seed": seed,
         "pairs": [{"question_id": prompt.id, "left": left} for prompt, left in zip(shown, lefts, strict=True)],
         "identical": [prompt.id for prompt in both if a.turns[prompt.id] == b.turns[prompt.id]]}
 
@@ -83,7 +79,7 @@ def read_ratings(ratings: Iterable[Path], keys: Iterable[Path]) -> Verdicts:
     """The verdicts of raters. Raises UserError for files that do not belong together."""
     by_page = {key["page"]: key for key in map(_read_key, keys)}
     found: Verdicts = defaultdict(lambda: defaultdict(list))
-    used = {}
+    used = {}  # keys of the pages that are rated
     for file in ratings:
         rated = _json_object(file)
         if not (isinstance(rated.get("ratings"), dict) and isinstance(rated.get("page"), str)):
@@ -108,11 +104,15 @@ def read_ratings(ratings: Iterable[Path], keys: Iterable[Path]) -> Verdicts:
 
 def _read_key(file: Path) -> dict[str, Any]:
     key = _json_object(file)
-    pairs, same = key.get("pairs"), key.get("identical")
-    names = all(isinstance(key.get(name), str) for name in ("page", "model_a", "model_b"))
-    if not (names and isinstance(pairs, list) and isinstance(same, list)
-            and all(isinstance(pair, dict) and pair.get("left") in ("a", "b") for pair in pairs)
-            and all(isinstance(number, int | str) for number in [*same, *(pair.get("question_id") for pair in pairs)])):
+    try:
+        numbers = [*(pair["question_id"] for pair in key["pairs"]), *key["identical"]]
+        fits = (all(isinstance(key[name], str) for name in ("page", "model_a", "model_b"))
+                and all(isinstance(key[name], list) for name in ("pairs", "identical"))
+                and all(pair["left"] in ("a", "b") for pair in key["pairs"])
+                and all(isinstance(number, int | str) for number in numbers))
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
         raise UserError(f"{file}: not a page's key; give the .key.json that was written beside the page")
     return key
 
@@ -126,19 +126,18 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 def read_judgments(file: Path) -> tuple[Verdicts, dict[str, list[float]], int]:
     """Verdicts, the scores of each model (if the file has scores), and the number of lines left out."""
-    pairs: Verdicts = defaultdict(lambda: defaultdict(list))
-    scores: dict[str, dict[Unit, list[float]]] = defaultdict(lambda: defaultdict(list))
+    pairs: dict[Any, dict[Unit, list[float]]] = defaultdict(lambda: defaultdict(list))
+    scores: dict[Any, dict[Unit, list[float]]] = defaultdict(lambda: defaultdict(list))
     line = left_out = 0
     for line, record in json_lines(file):
         question, turn = record.get("question_id"), record.get("turn", 1)
         if not isinstance(question, int | str) or not isinstance(turn, int):
             raise UserError(f"{file}:{line}: needs question_id, and turn as a number")
-        if "g1_winner" in record and (verdict := _pairwise(record, f"{file}:{line}")):
-            pairs[verdict[0]][question, turn].append(verdict[1])
-        elif "g1_winner" not in record and (scored := _single(record, f"{file}:{line}")):
-            scores[scored[0]][question, turn].append(scored[1])
-        else:
+        found, read = (pairs, _pairwise) if "g1_winner" in record else (scores, _single)
+        if (verdict := read(record, f"{file}:{line}")) is None:
             left_out += 1
+        else:
+            found[verdict[0]][question, turn].append(verdict[1])
     if not line:
         raise UserError(f"{file}: holds no verdicts")
     for a, b in combinations(sorted(scores), 2):
@@ -148,7 +147,8 @@ def read_judgments(file: Path) -> tuple[Verdicts, dict[str, list[float]], int]:
     return pairs, {model: [mean(each) for each in units.values()] for model, units in scores.items()}, left_out
 
 
-def _pairwise(record: dict[str, Any], where: str) -> tuple[tuple[str, str], float] | None:
+def _pairwise(record: dict[str, Any], where: str) -> tuple[Any, float] | None:
+    """The two models in order and the verdict; None without one."""
     one, two, winners = record.get("model_1"), record.get("model_2"), (record["g1_winner"], record.get("g2_winner"))
     for winner in winners:
         if winner not in ("model_1", "model_2", "tie", "error"):
@@ -157,14 +157,14 @@ def _pairwise(record: dict[str, Any], where: str) -> tuple[tuple[str, str], floa
         raise UserError(f"{where}: model_1 and model_2 must be the names of two models, not {SHORT.repr((one, two))}")
     if "error" in winners:
         return None
-    first = 0.5 if winners[0] != winners[1] or winners[0] == "tie" else float(winners[0] == "model_1")
+    first = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5}[winners[0]] if winners[0] == winners[1] else 0.5
     return ((one, two), first) if one < two else ((two, one), 1 - first)
 
 
-def _single(record: dict[str, Any], where: str) -> tuple[str, float] | None:
-    model, score = record.get("model"), record.get("score")
-    if not isinstance(model, str) or not isinstance(score, int | float) or isinstance(score, bool) \
-            or not isfinite(score):
+def _single(record: dict[str, Any], where: str) -> tuple[Any, float] | None:
+    model, score = record.get("model"), record.get("score", nan)
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    if not isinstance(model, str) or not (is_number and isfinite(score)):
         raise UserError(f"{where}: needs g1_winner and g2_winner (pairwise), or model and a score that is a number")
     return None if score == -1 else (model, float(score))
 

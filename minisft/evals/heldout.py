@@ -3,14 +3,11 @@
     forgetting = loss now - loss at step 0, both on the same held-out general text, in nats a token
 
 A network that learns a new task loses an old one if nothing holds it there (McCloskey & Cohen 1989, "Catastrophic
-interference in connectionist networks"). 0 is the base model; 0.1 is a perplexity 10.5% higher.
-
-Answers before and after a run tell what a loss does not. A question is a document up to its last answer, which the mask
-of trained tokens marks; that answer is the reference.
+interference in connectionist networks"). 0 is the base model; 0.1 is a perplexity 10.5% higher. Answers tell what a
+loss does not. A question is a document up to its last answer, which is the reference:
 
     ids      <|begin_of_text|> ... Capital of Malta? <|eot_id|> ... assistant ...  Valletta . <|eot_id|>
     trained  0 0 0 ...                                                             1        1 1
-             question                                                              reference
 """
 
 import math
@@ -49,10 +46,9 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
                  fixed: bool = False, check: Callable[[], None] = lambda: None) -> float:
     """Mean loss in nats over the trained tokens of `dataset`. All ranks of `world` call it and get the same number.
 
-    Sums are added over all micro-batches and ranks and divided once, so it depends neither on how documents are packed
-    nor on the number of ranks.
-    With `fixed`, all micro-batches have the same number of tokens, as a compiled `model` needs them. All ranks call
-    `check` before each micro-batch; an exception from it ends the evaluation.
+    The sum over all micro-batches and ranks is divided once, so neither packing nor the number of ranks matters. With
+    `fixed`, all micro-batches have the same number of tokens, as a compiled `model` needs them. All ranks call `check`
+    before each micro-batch; an exception from it ends the evaluation.
     """
     rank, ranks = (world.rank, world.ranks) if world else (0, 1)
     device = world.device if world else next(model.parameters()).device
@@ -69,9 +65,8 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
 
 def loss_figures(loss: float) -> dict[str, float | None]:
     """The loss and its perplexity, exp(loss), for a record; None if not finite, because JSON has no NaN."""
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {name: value if math.isfinite(value) else None
-            for name, value in (("loss", loss), ("perplexity", perplexity))}
+    figures = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 class Forgetting:
@@ -141,8 +136,8 @@ def sample_answers(model: nn.Module, questions: list[HeldoutQuestion], tokenizer
 
     All ranks call `check` before each token; an exception from it ends the answers.
     """
-    continued = continue_greedily(model, [question.prompt for question in questions], stop_ids=stop_ids, device=device,
-                                  check=check)
+    continued = continue_greedily(model, [question.prompt for question in questions], stop_ids=stop_ids, check=check,
+                                  device=device)
     return [{"name": question.source, "prompt": tokenizer.decode(question.prompt), "answer": tokenizer.decode(ids),
              "reference": tokenizer.decode([token for token in question.reference if token not in stop_ids])}
             for question, ids in zip(questions, continued, strict=True)]
@@ -152,12 +147,9 @@ def sample_answers(model: nn.Module, questions: list[HeldoutQuestion], tokenizer
 @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # each token gives growing texts a new shape
 def continue_greedily(model: nn.Module, prompts: list[list[int]], *, stop_ids: set[int], device: torch.device,
                       check: Callable[[], None] = lambda: None) -> list[list[int]]:
-    """The continuation of each prompt, without its stop token, by whole forward passes.
-
-    Sharded parameters are whole only inside `forward`; the cache of generate.py, which calls each layer by itself,
-    cannot serve them.
-    """
-    texts, growing = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+    """The continuation of each prompt, without its stop token, by whole forward passes: sharded parameters are whole
+    only inside `forward`, and a cache's decoder calls each layer by itself."""
+    texts, growing = list(map(list, prompts)), list(range(len(prompts)))
     for _ in range(MOST):
         check()
         documents = Documents.of_lengths(tuple(len(texts[i]) for i in growing), device=device)

@@ -2,13 +2,9 @@
 
 Detection looks at the script first. If several languages of languages.toml share it, words decide: a function word of a
 language is a point for it, and so is a word with a letter that only this language has. The most points win; no points
-or a tie mean doubt. It is honest about longer text in the languages of that table and knows no others: it takes Danish
-for Swedish, and a single word is mostly in doubt.
+or a tie mean doubt. It knows no other languages: it takes Danish for Swedish, and a single word is mostly in doubt.
 
-Unicode's case mapping is right for all these languages except Turkish, whose i keeps its dot in both cases:
-
-    Turkish  i İ   ı I        "KIRMIZI ŞİŞE" <-> "kırmızı şişe"
-    others   i I              "İ".lower() is even two characters, i and a combining dot
+Unicode's case mapping is right for all of them except Turkish, whose i keeps its dot in both cases: i İ, ı I.
 """
 
 import re
@@ -50,7 +46,7 @@ def detect(text: str) -> set[str]:
 
     detect("Bu bir deneme.") -> {"tr"}; detect("Ankara") -> {"en", "tr", "de", ...}; detect("42") -> set()
     """
-    scripts = Counter(_script(letter) for letter in text if letter.isalpha())
+    scripts = Counter(unicodedata.name(letter, "").partition(" ")[0] for letter in text if letter.isalpha())
     if scripts["HIRAGANA"]:
         scripts["HIRAGANA"] += scripts.pop("CJK", 0) + scripts.pop("KATAKANA", 0)  # Japanese mixes three
     if not scripts:
@@ -62,8 +58,3 @@ def detect(text: str) -> set[str]:
               for code, (words, letters) in known.items()}
     best = [code for code, count in points.items() if count == max(points.values())]
     return set(best) if len(best) == 1 and points[best[0]] else set(known)
-
-
-@cache
-def _script(letter: str) -> str:
-    return unicodedata.name(letter, "").partition(" ")[0]

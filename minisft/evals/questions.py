@@ -1,4 +1,12 @@
-"""Multiple-choice questions from files of three layouts.
+"""Files of questions: prompts that a model answers, and multiple choice.
+
+Prompts are JSON lines in the layout of FastChat's MT-Bench, or of IFEval:
+
+    {"question_id": 101, "category": "math", "turns": ["first question", "second question"], "reference": ["", ""]}
+    {"key": 1000, "prompt": "question", "instruction_id_list": [...], "kwargs": [...]}
+
+The package ships mt-en and mt-tr, forty prompts of two turns each in English and in Turkish; `instructions`, which a
+program can check (instructions.py); and `flips` (signals.py). All were written for it. Multiple choice:
 
     mmlu          CSV: question, choices, answer, with or without a header (Hendrycks et al. 2021)
     turkish_mmlu  JSON, an array or a record a line: question, choices [text, ...], answer (Yüksel et al. 2024)
@@ -19,10 +27,20 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import SHORT, UserError
-from minisft.evals.prompts import json_lines
-from minisft.formats.records import BOM
+from minisft.formats.records import BOM, BadRecord, records
 
+SHIPPED = ("mt-en", "mt-tr", "instructions", "flips")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the user says, turn after turn."""
+
+    id: int | str
+    turns: tuple[str, ...]
+    category: str = ""
+    reference: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +58,52 @@ class ChoiceQuestion:
 
     @property
     def where(self) -> str:
-        """File and line."""
         return f"{self.source}:{self.line}"
 
 
-class BadQuestion(Exception):  # noqa: N818  (`read` makes an error of it)
-    """Raised for a bad record; `read` adds file and line."""
+def json_lines(file: str | Path, *, end: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of each record in a file, or in its first `end` bytes. Raises UserError for bad JSON."""
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such file")
+    for line, record in records(io.BufferedReader(io.BytesIO(Path(file).read_bytes()[:end])), str(file), skip_bad=True):
+        if isinstance(record, BadRecord):
+            raise UserError(f"{file}:{line + record.lines_down}: {record.reason}: {record.detail}")
+        yield line, record
+
+
+def prompt_file(name: str | Path) -> Path:
+    """The path of a shipped file, or `name` itself."""
+    return Path(__file__).parent / "question_files" / f"{name}.jsonl" if name in SHIPPED else Path(name)
+
+
+def load_prompts(name: str | Path) -> list[Prompt]:
+    """The prompts of a file or a shipped name, in order. Raises UserError with file and line."""
+    found: dict[int | str, Prompt] = {}
+    for line, record in json_lines(file := prompt_file(name)):
+        where, number = f"{file}:{line}", record.get("question_id", record.get("key"))
+        if not isinstance(number, int | str) or isinstance(number, bool):
+            raise UserError(f"{where}: question_id (or key) must be a number or text, not {SHORT.repr(number)}")
+        if number in found:
+            raise UserError(f"{where}: question {SHORT.repr(number)} is in this file already; give it another id")
+        found[number] = Prompt(
+            number, texts(record.get("turns", [record.get("prompt")]), f"{where}: turns (or prompt)"),
+            str(record.get("category", "")),
+            texts(record["reference"], f"{where}: reference") if record.get("reference") else ())
+    if not found:
+        raise UserError(f"{file}: no questions")
+    return list(found.values())
+
+
+def texts(value: object, what: str) -> tuple[str, ...]:
+    """`value`, a list of at least one text, as a tuple. Raises UserError for anything else."""
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise UserError(f"{what}: must be text in a list, such as [\"a question\", \"a second\"], not "
+                        f"{SHORT.repr(value)}")
+    return tuple(value)
 
 
 def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[ChoiceQuestion]:
-    """The questions of a file. Raises UserError with file and line for the first that cannot be understood.
+    """The questions of a file of multiple choice. Raises UserError with file and line for the first bad one.
 
     `format` "auto" is known from the content; an empty `language` is the format's.
     """
@@ -67,7 +121,7 @@ def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[
             format = "mmlu" if not is_json else "arc" if "answerKey" in record else "turkish_mmlu"
         try:
             text, choices, answer = _parsed(format, record)
-        except BadQuestion as bad:
+        except UserError as bad:
             raise UserError(f"{source}:{line}: {bad} (read as {format}; --format chooses another)") from None
         questions.append(ChoiceQuestion(text, choices, answer, subject_of(path), format,
                                         language or ("tr" if format == "turkish_mmlu" else "en"), source, line))
@@ -106,56 +160,43 @@ def _rows(content: bytes, source: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _parsed(format: str, record: Any) -> tuple[str, tuple[str, ...], int]:
-    """Text, choices and index of the answer. Raises BadQuestion."""
+    """Text, choices and index of the answer. Raises UserError, without file and line."""
     if format == "mmlu":
         if len(record) < 4:
-            raise BadQuestion(f"{len(record)} columns; expected a question, at least two choices and the answer")
+            raise UserError(f"{len(record)} columns; expected a question, at least two choices and the answer")
         text, *choices, answer = record
-        index = _index(answer, len(choices))
-    elif format == "arc":
-        text, choices, labels = _arc(record)
-        answer = record.get("answerKey")
-        if answer not in labels or labels.count(answer) > 1:
-            raise BadQuestion(f"answerKey is {SHORT.repr(answer)}; expected one of the labels "
-                              f"{', '.join(map(str, labels))}")
-        index = labels.index(answer)
     else:
-        text, choices = record.get("question"), record.get("choices")
-        if not isinstance(choices, list):
-            raise BadQuestion(f"choices is {SHORT.repr(choices)}; expected a list of texts")
-        index = _index(record.get("answer"), len(choices))
+        text, choices, answer = record.get("question"), record.get("choices"), record.get("answer")
+    if format == "arc":
+        text, choices, index = _arc(text, choices, record.get("answerKey"))
+    elif not isinstance(choices, list):
+        raise UserError(f"choices is {SHORT.repr(choices)}; expected a list of texts")
+    else:
+        index = answer
+        if isinstance(answer, str):
+            sign = answer.strip()
+            index = int(sign) if re.fullmatch("[0-9]{1,2}", sign) else LETTERS.find(sign) if len(sign) == 1 else -1
+        if type(index) is not int or not 0 <= index < len(choices):
+            raise UserError(f"the answer is {SHORT.repr(answer)}; expected a letter up to "
+                            f"{LETTERS[len(choices) - 1 : len(choices)]} or a number from 0 to {len(choices) - 1}")
     if not 2 <= len(choices) <= len(LETTERS):
-        raise BadQuestion(f"{len(choices)} choices; expected 2 to {len(LETTERS)}")
+        raise UserError(f"{len(choices)} choices; expected 2 to {len(LETTERS)}")
     for name, part in (("the question", text), *((f"choice {LETTERS[i]}", part) for i, part in enumerate(choices))):
         if not isinstance(part, str) or not part.strip():
-            raise BadQuestion(f"{name} is {SHORT.repr(part)}; expected a text")
+            raise UserError(f"{name} is {SHORT.repr(part)}; expected a text")
     return text, tuple(choices), index
 
 
-def _index(answer: object, choices: int) -> int:
-    """A -> 0, 0 -> 0, "0" -> 0"""
-    index = answer
-    if isinstance(answer, str):
-        text = answer.strip()
-        index = int(text) if re.fullmatch("[0-9]{1,2}", text) else LETTERS.find(text) if len(text) == 1 else -1
-    if type(index) is int and 0 <= index < choices:
-        return index
-    raise BadQuestion(f"the answer is {SHORT.repr(answer)}; expected a letter up to "
-                      f"{LETTERS[max(choices, 1) - 1 : choices]} or a number from 0 to {choices - 1}")
-
-
-def _arc(record: dict[str, Any]) -> tuple[Any, list[Any], list[Any]]:
-    """Text, choices and labels."""
-    text: Any = record.get("question")
-    choices = record.get("choices")
+def _arc(text: Any, choices: Any, answer: object) -> tuple[Any, list[Any], int]:
     if isinstance(text, dict):
         text, choices = text.get("stem"), text.get("choices")
-    if isinstance(choices, dict):
-        texts, labels = choices.get("text"), choices.get("label")
-    elif isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
-        texts, labels = [choice.get("text") for choice in choices], [choice.get("label") for choice in choices]
-    else:
-        raise BadQuestion(f"choices is {SHORT.repr(choices)}; expected texts and their labels")
-    if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)):
-        raise BadQuestion("choices: text and label must be lists of the same length")
-    return text, texts, labels
+    if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+    if not isinstance(choices, dict):
+        raise UserError(f"choices is {SHORT.repr(choices)}; expected texts and their labels")
+    found, labels = choices.get("text"), choices.get("label")
+    if not (isinstance(found, list) and isinstance(labels, list) and len(found) == len(labels)):
+        raise UserError("choices: text and label must be lists of the same length")
+    if labels.count(answer) != 1:
+        raise UserError(f"answerKey is {SHORT.repr(answer)}; expected one of the labels {', '.join(map(str, labels))}")
+    return text, found, labels.index(answer)

@@ -28,21 +28,18 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
 
 def rate(verdicts: Iterable[float]) -> Rate:
     """The share of hits among `verdicts`: 1 for a hit, 0 for none, 0.5 for a tie."""
-    hits, count = sum(found := list(verdicts)), len(found)
-    return {"rate": hits / count if count else None, "count": count,
-            "interval": list(wilson(hits, count)) if count else [0.0, 1.0]}
+    if not (found := list(verdicts)):
+        return {"rate": None, "count": 0, "interval": [0.0, 1.0]}
+    return {"rate": sum(found) / len(found), "count": len(found), "interval": list(wilson(sum(found), len(found)))}
 
 
 def percent(figure: Rate) -> str:
     """A rate in one line: 43.3% (27.4% to 60.8%) of 30."""
-    if figure["rate"] is None:
-        return "none"
     low, high = figure["interval"]
-    return f"{figure['rate']:.1%} ({low:.1%} to {high:.1%}) of {figure['count']}"
+    return "none" if figure["rate"] is None else f"{figure['rate']:.1%} ({low:.1%} to {high:.1%}) of {figure['count']}"
 
 
 def sign_test(wins: int, losses: int) -> float:
     """The two-sided p-value: how often fair coins fall as one-sidedly as this, or more. Leave ties out first."""
-    count = wins + losses
-    tail = sum(comb(count, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**count)
+    tail = sum(comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2 ** (wins + losses))

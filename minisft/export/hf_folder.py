@@ -28,7 +28,7 @@ from minisft.data.chat import Renderer
 from minisft.errors import UserError, printable
 from minisft.export.provenance import FILE, Record, model_card, model_name
 from minisft.formats.jinja import written
-from minisft.lora import adapters, peft
+from minisft.lora import adapters
 from minisft.model import weights
 from minisft.model.llama import Llama
 from minisft.model.llama_config import LlamaConfig
@@ -57,7 +57,7 @@ def export_adapter(model: Llama, settings: LoraConfig, renderer: Renderer, folde
     with atomic_dir(folder, is_main=is_main) as partial:
         if is_main:
             weights.write(tensors, partial / "adapter_model.safetensors")
-            described = _as_json(peft.settings(settings, model.config, base=base))
+            described = _as_json(adapters.settings(settings, model.config, base=base))
             _write(partial, {"adapter_config.json": described, **_tokenizer_files(renderer, model.config)})
 
 

@@ -6,6 +6,7 @@ A model's own Jinja is recognised if it stands for one of our templates. For the
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from minisft.data.conversation import Turn
@@ -17,11 +18,9 @@ from minisft.formats.parse import ROLES
 
 def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer, *,
                     option: str = "data.template") -> Template:
-    """The template called `name`; without a name, the one that the tokenizer's folder says.
-
-    Raises UserError if there is no such template. The user chooses with `option`; the same option with an s names a
-    file of the user's own templates.
-    """
+    """The template called `name`; without a name, the one that the tokenizer's folder says. Raises UserError if there
+    is no such template. The user chooses with `option`; the same option with an s names a file of the user's own
+    templates."""
     choices = f"choose with {option}: {', '.join(known)}; or write your own and name its file in {option}s"
     if name:
         if name not in known:
@@ -35,31 +34,27 @@ def choose_template(name: str, known: dict[str, Template], tokenizer: Tokenizer,
     if found is None or (begins and not tokenizer.bos_token):
         raise UserError(f"{folder}: the model's own chat template is none of these, and another one would teach it "
                         f"other tokens than it knows; {choices}")
-    template = replace(known[found[0]], default_system=found[1])
-    return replace(template, begin=tokenizer.bos_token) if begins else template
+    template = known[found[0]]
+    return replace(template, default_system=found[1], begin=tokenizer.bos_token if begins else template.begin)
 
 
 def recognize(jinja: object) -> tuple[str, str | None] | None:
-    """The template's name and default system text that a model's own Jinja stands for; None if it is unknown.
-
-    Unknown is any Jinja that does more than our templates: it reasons, puts a system text into a variable, does not
-    trim as Llama-3 does, or puts a token of its own anywhere except at the beginning of ChatML. Every pattern takes
-    time in proportion to the text.
-    """
+    """The template's name and default system text that a model's own Jinja stands for; None if it is unknown. Unknown
+    is any Jinja that does more than our templates: it reasons, puts a system text into a variable, does not trim as
+    Llama-3 does, or puts a token of its own anywhere except at the beginning of ChatML. Every pattern takes time in
+    proportion to the text."""
     if not isinstance(jinja, str) or "<think>" in jinja:
         return None
     if any("system" in name for name in re.findall(r"set\s++(\w++)\s*+=\s*+(?!''|\"\")['\"]", jinja)):
         return None
     header, line = r"<\|start_header_id\|>{}<\|end_header_id\|>(?:\\n|\n){{2}}", r"<\|im_start\|>{}(?:\\n|\n)"
-    try:
+    with suppress(UnicodeError):  # a \\x without its digits, half of a surrogate pair
         if re.search(header.format("assistant"), jinja) and re.search(r"\|\s*+trim", jinja):
             if "Cutting Knowledge Date" in jinja:
                 return "llama3.1", ""
             return "llama3", _default_system(jinja, header.format("system"), "<|eot_id|>")
         if re.search(line.format("assistant"), jinja) and jinja.count("bos_token") == begins_with_bos(jinja):
             return "chatml", _default_system(jinja, line.format("system"), "<|im_end|>")
-    except UnicodeError:  # a \\x without its digits, half of a surrogate pair
-        pass
     return None
 
 
@@ -77,10 +72,10 @@ def _default_system(jinja: str, before: str, after: str) -> str | None:
             text.encode()  # half of a surrogate pair is no text
             return text
     for chunk in re.split(r"[{}]", jinja):
-        start = re.search(rf"(?:^|\n){before}", chunk)
-        text, found, _ = chunk[start.end() :].partition(after) if start else ("", "", "")
-        if found and text:
-            return text
+        if start := re.search(rf"(?:^|\n){before}", chunk):
+            text, found, _ = chunk[start.end() :].partition(after)
+            if found and text:
+                return text
     return None
 
 
@@ -93,15 +88,12 @@ PAIRS = ("{%- for key, value in call['arguments'] | items %}{{- key + '=\"' + va
 
 
 def written(template: Template, fill: Callable[[str], str]) -> str:
-    """The template as Jinja. `fill` replaces {bos} and {eos} with the tokenizer's tokens.
-
-    It takes `messages`, `add_generation_prompt`, and what Llama-3.1's own takes for tools: `tools`, `builtin_tools`,
-    messages with `tool_calls`, and results. Roles have the names that training accepts, except those of a turn that
-    is a call as text, and content may be a list of texts, as in training; it raises rather than leave anything out.
-    """
-    def text(marker: str) -> str:
-        escaped = fill(marker).replace("\\", "\\\\").replace("'", "\\'")
-        escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")  # Jinja would read a bare \r as \n
+    """The template as Jinja. `fill` replaces {bos} and {eos} with the tokenizer's tokens. It takes `messages`,
+    `add_generation_prompt`, and what Llama-3.1's own takes for tools: `tools`, `builtin_tools`, messages with
+    `tool_calls`, and results. Roles have the names that training accepts, except those of a turn that is a call as
+    text, and content may be a list of texts, as in training; it raises rather than leave anything out."""
+    def text(marker: str) -> str:  # Jinja would read a bare \r as \n
+        escaped = fill(marker).translate({ord("\\"): r"\\", ord("'"): r"\'", ord("\n"): r"\n", ord("\r"): r"\r"})
         return f"{{{{- '{escaped}' }}}}" if marker else ""
 
     def around(markers: tuple[str, ...], content: str) -> str:

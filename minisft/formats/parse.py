@@ -19,7 +19,6 @@ from minisft.errors import UserError
 from minisft.formats import fields as of
 from minisft.formats.fields import WEIGHTS, Fields, is_empty, is_trained, listed, parsed, shown
 from minisft.formats.records import SUFFIXES, BadRecord, document, open_data, records
-from minisft.formats.tools import call, definitions, written
 
 # The fields that tell a format; several groups are alternatives. A record may have more fields than these.
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -89,7 +88,7 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
 
 
 def _has_fields(record: dict[str, Any], format: str) -> bool:
-    return any(all(field in record for field in group) for group in FIELDS[format])
+    return any(record.keys() >= set(group) for group in FIELDS[format])
 
 
 def _detect(record: dict[str, Any], where: str) -> str:
@@ -141,9 +140,7 @@ def _conversations(record: dict[str, Any], format: str, oasst: str, fields: Fiel
             drafts = [_opening(record) + _prompt_completion(record, fields)]
         case _:
             drafts = [[Turn("text", record["text"])]]
-    tools: tuple[Any, Any] = ((), ())
-    if "tools" in of.READ[format]:  # elsewhere tools leave a record out
-        tools = definitions(record, fields), tuple(listed(record.get("builtin_tools"), str, "bad tools"))
+    tools = of.definitions(record, fields), tuple(listed(record.get("builtin_tools"), str, "bad tools"))
     characters = 0
     for i, draft in enumerate(drafts):
         for turn in draft if i else ():
@@ -173,10 +170,10 @@ def _opening(record: dict[str, Any]) -> list[Turn]:
     return turns
 
 
-def _tasks(record: dict[str, Any], answer: str, fields: Fields) -> Iterator[list[Turn]]:
+def _tasks(record: dict[str, Any], answer: str, fields: Fields) -> list[list[Turn]]:
     """One instruction with its input and answer, or with several of these: Self-Instruct's `instances`."""
-    opening, contexts = _opening(record), []
     tasks: list[Any] = [record]
+    opening, drafts = _opening(record), []
     if answer not in record and not (tasks := listed(record["instances"], dict)):
         raise Skip("no turns", tasks)
     for task in tasks:
@@ -187,9 +184,8 @@ def _tasks(record: dict[str, Any], answer: str, fields: Fields) -> Iterator[list
             raise Skip("context is not text", given)
         if len(given) > 1:
             raise Skip("both input and context", given)
-        contexts += given or [""]
-    for task, context in zip(tasks, contexts, strict=True):
-        yield [*opening, Turn("user", record["instruction"], context), Turn("assistant", task.get(answer))]
+        drafts.append([*opening, Turn("user", record["instruction"], *given), Turn("assistant", task.get(answer))])
+    return drafts
 
 
 def _prompt_completion(record: dict[str, Any], fields: Fields) -> list[Turn]:
@@ -231,9 +227,9 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
                 raise Skip("answer is not text", content)
             role, beside, content = "call", (content or "").strip(), calls[0]
         if role == "call":
-            tool, content = call(content, fields, f"{where}call.")
+            tool, content = of.call(content, fields, f"{where}call.")
         elif role == "result" and content is not None:
-            content = written(content, "bad tool result")[1]  # a text becomes a JSON string
+            content = of.written(content, "bad tool result")[1]  # a text becomes a JSON string
         turns.append(Turn(role, content, beside, trained, tool))
     return turns
 
@@ -258,11 +254,9 @@ Branch = tuple[dict[str, Any], "Branch | None"]  # a message of a tree, and the 
 
 
 def _oasst_paths(root: Any, fields: Fields, *, best: bool) -> Iterator[list[Turn]]:
-    """Root-to-leaf paths in the tree's order, each cut after its last answer; two that are then the same are one.
-
-    A stack, not recursion: JSON may nest a tree deeper than Python calls. The whole tree is looked at before the first
-    path is made.
-    """
+    """Root-to-leaf paths in the tree's order, each cut after its last answer; two that are then the same are one. A
+    stack, not recursion: JSON may nest a tree deeper than Python calls. The whole tree is looked at before the first
+    path is made."""
     def live(replies: Any) -> list[dict[str, Any]]:
         return [reply for reply in listed(replies, dict) if not reply.get("deleted")]
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,10 +70,8 @@ class BadRecord:
 
 @contextmanager
 def open_data(source: str, *, json_expected: bool) -> Iterator[File]:
-    """Open a file, unpacking it if its bytes are gzip, whatever its name.
-
-    Raises UserError if it is of another kind, or if it does not begin like JSON although that is `json_expected`.
-    """
+    """Open a file, unpacking it if its bytes are gzip, whatever its name. Raises UserError if it is of another kind, or
+    if it does not begin like JSON although that is `json_expected`."""
     regular_file(source)
     try:
         with open(source, "rb") as plain:
@@ -108,9 +105,7 @@ def document(file: File, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def records(file: File, source: str, skip_bad: bool) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
     """(line, object) of each record of an array or of JSON lines; the first byte tells which, because names often lie.
-
-    With `skip_bad` a record that is not a JSON object is a BadRecord; otherwise it raises UserError.
-    """
+    With `skip_bad` a record that is not a JSON object is a BadRecord; otherwise it raises UserError."""
     file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
     start = 1 + _skip_blanks(file)
     for line, raw in (_array if file.peek(1)[:1] == b"[" else _lines)(file, source, start):
@@ -173,11 +168,9 @@ _TOKEN = re.compile(rb'"(?:[^"\\\n]++|\\.)*+(["\n])?|[\[\]{},]', re.DOTALL)
 
 
 def _array(file: File, source: str, line: int) -> Iterator[tuple[int, bytes]]:
-    """(line, bytes) of each record of a JSON array, found by counting brackets outside strings.
-
-    `file` stands at the array's [, in `line`. The brackets are counted here because a parser that stops at a bad
-    record, or at the end of a chunk, cannot tell where the next record begins.
-    """
+    """(line, bytes) of each record of a JSON array, found by counting brackets outside strings. `file` stands at the
+    array's [, in `line`. The brackets are counted here because a parser that stops at a bad record, or at the end of a
+    chunk, cannot tell where the next record begins."""
     file.read(1)
     buffer, scan, depth, count = b"", 0, 0, 0  # depth 0: between the array's brackets
     # As much again as is pending: a huge record costs its size a constant number of times, not squared.
@@ -202,12 +195,11 @@ def _array(file: File, source: str, line: int) -> Iterator[tuple[int, bytes]]:
                     count += 1
                 line, start = line + raw.count(b"\n"), scan
                 if mark == ord("]"):
-                    for rest in chain([buffer[scan:]], iter(lambda: file.read(CHUNK_BYTES), b"")):
-                        if text := rest.lstrip(BLANK):
-                            line += rest.count(b"\n", 0, len(rest) - len(text))
-                            raise UserError(f"{source}:{line}: text after the end of the JSON array (remedy: one array "
-                                            "a file, or JSON lines)")
-                        line += rest.count(b"\n")
+                    rest = buffer[scan:].lstrip(BLANK)
+                    line += buffer.count(b"\n", scan, len(buffer) - len(rest)) + (0 if rest else _skip_blanks(file))
+                    if rest or file.peek(1):
+                        raise UserError(f"{source}:{line}: text after the end of the JSON array (remedy: one array a "
+                                        "file, or JSON lines)")
                     return
         buffer, scan = buffer[start:], scan - start
     pending = buffer.lstrip(BLANK)

@@ -4,10 +4,9 @@
               keys and values of every layer in the cache
     step      (B,) tokens -> (B, V) logits; each text attends to its own part of the cache
 
-A step reads every weight once and computes little, so memory bandwidth limits it, and everything else in it must be
-short: products that share an input are one call, and on a CPU everything except the weights is fp32, in which PyTorch's
-small operations are faster. For a single text the products are matrix times vector; PyTorch's usual CPU kernels read
-at a third of the bandwidth there. Two others come close to it and give the same sums:
+A step reads every weight once and computes little, so memory bandwidth limits it: products that share an input are one
+call, and on a CPU everything except the weights is fp32, in which PyTorch's small operations are faster. For a single
+text PyTorch's usual CPU kernels read at a third of the bandwidth; two others come close to it and give the same sums:
 
     fp32   `bmm` of slices of the matrix, without copying it
     bf16   `embedding_bag`: a product with a vector is a weighted sum of the matrix's columns, and embeddings are
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.model.llama import Block, Documents, KeysValues, Llama, linear, rotations
+from minisft.model.llama_config import LlamaConfig
 
 ROWS = 64  # of a slice in fp32
 WIDTHS = (192, 128, 64)  # of a tile in bf16: the widest that fits best
@@ -47,23 +47,20 @@ def logits(hidden: Tensor, head: Tensor) -> Tensor:
 class Cache:
     """Keys and values of up to B texts of up to L tokens, and where each text ends."""
 
-    def __init__(self, model: Llama, dtype: torch.dtype, *, texts: int, positions: int):
-        config, device = model.config, model.model.embed_tokens.weight.device
-        shape = (config.num_hidden_layers, 2, texts, config.num_key_value_heads, positions, config.head_dim)
+    def __init__(self, config: LlamaConfig, kept: KeysValues, lengths: list[int], *, positions: int,
+                 dtype: torch.dtype):
+        """`kept` has the keys and values (T, K, E) of each layer of a stream with the texts, which have `lengths`."""
+        device = kept[0][0].device
+        shape = (config.num_hidden_layers, 2, len(lengths), config.num_key_value_heads, positions, config.head_dim)
         self.layers = torch.zeros(shape, dtype=dtype, device=device)  # zeros: an attention weight of 0 times nan is nan
-        self.lengths: list[int] = []  # tokens of each text; `ends` is their copy on the device
-        self.ends = torch.empty(0, dtype=torch.long, device=device)
-        cosine, sine = rotations(torch.arange(positions, device=device), config)  # (L, 1, E)
-        first, second = sine.chunk(2, dim=-1)
-        self.rotations = cosine, torch.cat((-first, second), dim=-1)  # the minus of `rotate`, once for all steps
-
-    def fill(self, kept: list[tuple[Tensor, Tensor]], lengths: list[int]) -> None:
-        """The keys and values (T, K, E) of each layer of a stream of documents become the cache's texts."""
         for layer, pair in zip(self.layers, kept, strict=True):
             for which, stream in zip(layer, pair, strict=True):
-                for text, document in zip(which, stream.split(lengths), strict=False):
+                for text, document in zip(which, stream.split(lengths), strict=True):
                     text[:, : len(document)] = document.transpose(0, 1)
-        self.lengths, self.ends = list(lengths), torch.tensor(lengths, device=self.ends.device)
+        self.lengths, self.ends = lengths, torch.tensor(lengths, device=device)  # of each text
+        cosine, sine = rotations(torch.arange(positions, device=device), config)  # (L, 1, E)
+        first, second = sine.chunk(2, dim=-1)
+        self.rotations = cosine, torch.cat((-first, second), dim=-1)  # the minus of llama.rotate, once for all steps
 
     def begin_step(self) -> tuple[Tensor, Tensor]:
         """Make room for a token of each text; returns the rotations of their positions, each (B, 1, E)."""
@@ -107,17 +104,14 @@ class Product:
         self.tiles: Tensor | None = None
         self.slices: list[Tensor] | None = None
         if packed and self.weights[0].is_cpu and self.dtype == torch.bfloat16:
-            self._pack()
+            channels, width = self.weights[0].shape[1], min(WIDTHS, key=lambda width: -self.outputs % width)
+            padded = F.pad(torch.cat(self.weights), (0, 0, 0, -self.outputs % width))
+            self.tiles = padded.unflatten(0, (-1, width)).mT.reshape(-1, width)
+            self.rows = torch.arange(len(self.tiles), dtype=torch.int32)
+            self.starts = self.rows[::channels].contiguous()
+            self.spread = torch.empty(len(self.starts), channels, dtype=self.dtype)  # the input, once for each tile
         elif self.weights[0].is_cpu and self.dtype == torch.float32 and not any(len(w) % ROWS for w in self.weights):
             self.slices = [w.unflatten(0, (-1, ROWS)) for w in self.weights]
-
-    def _pack(self) -> None:
-        channels, width = self.weights[0].shape[1], min(WIDTHS, key=lambda width: -self.outputs % width)
-        padded = F.pad(torch.cat(self.weights), (0, 0, 0, -self.outputs % width))
-        self.tiles = padded.unflatten(0, (-1, width)).mT.reshape(-1, width)
-        self.rows = torch.arange(len(self.tiles), dtype=torch.int32)
-        self.starts = self.rows[::channels].contiguous()
-        self.spread = torch.empty(len(self.starts), channels, dtype=self.dtype)  # the input, once for each tile
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.tiles is not None and len(x) == 1:
@@ -163,8 +157,7 @@ class CachedDecoder:
         self.norm = model.model.norm.weight.to(self.dtype)
         self.head = weight if self.config.tie_word_embeddings else model.lm_head.weight
 
-    def bytes_per_position(self) -> int:
-        """Of a token in the cache."""
+    def bytes_per_position(self) -> int:  # in the cache
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
 
@@ -172,33 +165,24 @@ class CachedDecoder:
         """Logits (B, V) of the token after each prompt, and a cache that holds the prompts."""
         lengths, device = [len(prompt) for prompt in prompts], self.norm.device
         documents = Documents.of_lengths(tuple(lengths), device=device)
-        kept: KeysValues = []
+        last, kept = documents.cu_seqlens[1:].long() - 1, KeysValues()
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        last = documents.cu_seqlens[1:].long() - 1
         found = self.model(tokens, documents, lambda hidden, head: logits(hidden[last], head), kept)
-        cache = Cache(self.model, self.dtype, texts=len(prompts), positions=positions)
-        cache.fill(kept, lengths)
-        return found, cache
+        return found, Cache(self.config, kept, lengths, positions=positions, dtype=self.dtype)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """The next token (B,) of each text in the cache -> logits (B, V) of the one after it, in fp32."""
-        kv_heads, width = self.config.num_key_value_heads, (self.config.hidden_size,)
+        kv_heads, width, half = self.config.num_key_value_heads, (self.config.hidden_size,), self.config.head_dim // 2
         x = self.model.model.embed_tokens(tokens).to(self.dtype)  # (B, D)
-        rotation = cache.begin_step()
+        cosine, sine = cache.begin_step()
         for layer, cached in zip(self.layers, cache.layers, strict=True):
             normed = F.rms_norm(x, width, layer.before_attention, self.config.rms_norm_eps)
-            qkv = layer.qkv(normed).view(len(x), -1, self.config.head_dim)  # (B, H + 2 K, E)
-            qk = rotate(qkv[:, :-kv_heads], rotation)
+            qkv = layer.qkv(normed).view(len(x), -1, 2 * half)  # (B, H + 2 K, E)
+            qk = qkv[:, :-kv_heads].float()
+            qk = torch.addcmul(qk * cosine, qk.roll(half, dims=-1), sine).to(x.dtype)  # llama.rotate, faster
             q, k, v = qk[:, :-kv_heads], qk[:, -kv_heads:], qkv[:, -kv_heads:]
             x = x + layer.out(cache.attend(cached, q, k, v).flatten(1))
             normed = F.rms_norm(x, width, layer.before_mlp, self.config.rms_norm_eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=1)
             x = x + layer.down(F.silu(gate) * up)
         return logits(F.rms_norm(x, width, self.norm, self.config.rms_norm_eps), self.head)
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """llama.rotate, (B, heads, E) -> (B, heads, E), in fewer operations: the first half of the sines is negative."""
-    cosine, sine = rotation
-    wide = x.float()
-    return torch.addcmul(wide * cosine, wide.roll(x.shape[-1] // 2, dims=-1), sine).to(x.dtype)

@@ -57,6 +57,7 @@ class LeanAdamW(AdamW):
     def begin(self, lr: float, step: int) -> None:
         """See AdamW; stochastic rounding draws from the step's number."""
         super().begin(lr, step)
+        self._step = step
         self._lr_on_device = torch.full((), lr, device=self.device)  # filled on the device: the host does not wait
         self._squares.zero_()
         if self._host:

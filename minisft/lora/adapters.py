@@ -12,35 +12,51 @@ bf16, where m itself would be rounded by a fifth of a percent.
 Dropout is a hash of (seed, step, document, position, channel) (counter_rng.py): a recomputed block, a resumed run, and
 any number of ranks drop the same. With DoRA only what the adapter sees is dropped; in peft the base sees the dropped
 input a second time there, so the two agree at a dropout of 0 only.
+
+Adapters are files in PEFT's format. PEFT has many variants of LoRA that mean another sum of the same tensors, or
+another base, so any setting that is unknown and not off is refused. No pickle is read.
 """
 
 # T tokens, I inputs and O outputs of a matrix, r rank
 
+import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minisft.config import LoraConfig
 from minisft.counter_rng import hashed, key_of
+from minisft.errors import UserError, printable
+from minisft.files import read_small
 from minisft.lora import targets
 from minisft.lora.nf4 import NF4, dequantise, nf4_linear
-from minisft.lora.peft import PARTS, PREFIX
 from minisft.model import weights
 from minisft.model.llama import Documents, Linear, Llama, linear
-from minisft.model.weights import whole
+from minisft.model.llama_config import MATRICES, LlamaConfig
+from minisft.model.weights import finite, whole
 
+PREFIX = "base_model.model."
+PARTS = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+# Settings that do not change the meaning of the tensors, or that are read below.
+UNDERSTOOD = {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "init_lora_weights", "target_modules",
+              "base_model_name_or_path", "lora_dropout", "inference_mode", "task_type", "auto_mapping", "peft_version",
+              "revision", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config", "loftq_config",
+              "megatron_core", "qalora_group_size", "runtime_config"}
+GOOD = {"peft_type": ("LORA",), "bias": ("none",),
+        "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # the others change the base
+MERGE = "merge it with peft (merge_and_unload) and use the merged model"
 STORED = {"bf16": torch.bfloat16, "fp32": torch.float32, "nf4": torch.bfloat16}  # of what is in no packed matrix
 
 
 class Dropout:
-    """The random bits of a micro-batch, shared by all adapters of a network.
-
-    They are drawn before each forward pass and stay until the next, so a backward pass that recomputes blocks must come
-    in between.
-    """
+    """The random bits of a micro-batch, shared by all adapters of a network. They are drawn before each forward pass
+    and stay until the next, so a backward pass that recomputes blocks must come in between."""
 
     def __init__(self, share: float):
         self.share = share
@@ -52,7 +68,7 @@ class Dropout:
         documents: Documents = arguments[1]
         self.draws = None
         if model.training and torch.is_grad_enabled():
-            assert self.key, "the adapters must know their step: call lora.set_step before it"
+            assert self.key, "the adapters must know their step: call adapters.set_step before it"
             assert documents.ids is not None, "dropout is drawn by document: Documents.ids must number them"
             self.draws = token_bits(documents.ids, documents.positions, self.key)
 
@@ -127,10 +143,8 @@ class FrozenLinear(Linear):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """(O, I) in fp32: the one matrix that computes the same as W and its adapter. All ranks call it.
-
-        NF4 is merged as in peft, into the dequantised base: that is what the adapter was trained with.
-        """
+        """(O, I) in fp32: the one matrix that computes the same as W and its adapter. All ranks call it. NF4 is merged
+        as in peft, into the dequantised base: that is what the adapter was trained with."""
         weight = whole(self.weight)
         if not self.rank:
             return self.dense(weight)
@@ -186,10 +200,8 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def load(model: nn.Module, base: weights.WeightSource, *, seed: int) -> None:
-    """Fill an adapted model: frozen weights from `base`, quantised as they are read, and fresh adapters.
-
-    Memory: the model, and one matrix of a rank's rows.
-    """
+    """Fill an adapted model: frozen weights from `base`, quantised as they are read, and fresh adapters. Memory: the
+    model, and one matrix of a rank's rows."""
     packed = {f"{name}.weight": (module.weight, module.nf4) for name, module in model.named_modules()
               if isinstance(module, FrozenLinear) and module.nf4}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -211,3 +223,86 @@ def described(model: nn.Module, lora: LoraConfig) -> str:
     kind = ("rsLoRA" if lora.rslora else "LoRA") + " with DoRA" * lora.dora
     return (f"{kind} of rank {lora.rank}: {trained:,} of {numbers:,} parameters are trained "
             f"({trained / numbers:.2%}); the frozen ones take {size / 2**20:,.0f} MiB ({lora.base})")
+
+
+def is_adapter(path: str | Path) -> bool:
+    """True for a folder that holds an adapter and no model."""
+    return (Path(path) / "adapter_config.json").is_file() and not any(Path(path).glob("model*.safetensors*"))
+
+
+def settings(lora: LoraConfig, config: LlamaConfig, *, base: str) -> dict[str, Any]:
+    """The content of `adapter_config.json`."""
+    leaves, has_adapter = [], targets.adapted(lora, config)
+    for leaf in MATRICES:
+        names = [name for name in has_adapter if name.endswith(f".{leaf}")]
+        leaves += [leaf] if len(names) == config.num_hidden_layers else names  # short if it means the same
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
+            "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora, "use_dora": lora.dora,
+            "target_modules": leaves, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
+            "inference_mode": True}
+
+
+class PeftFolder:
+    """An adapter that PEFT or minisft saved. Raises UserError for one that is broken or has another meaning."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        file = self.path / "adapter_config.json"
+        try:
+            found = json.loads(read_small(file))
+            self.rank, self.alpha = int(found["r"]), float(found["lora_alpha"])
+            self.base = Path(str(found["base_model_name_or_path"]))
+            rslora, self.dora = bool(found.get("use_rslora")), bool(found.get("use_dora"))
+            self.scale = targets.scale(LoraConfig(self.rank, self.alpha, rslora=rslora))
+            if not abs(self.scale) < 1e30:  # also false for NaN
+                raise ValueError(f"lora_alpha is {self.alpha}")
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+            raise UserError(f"{file}: not the settings of an adapter ({type(error).__name__}: "
+                            f"{printable(error, 200)})") from None
+        strange = {name: value for name, value in found.items() if value and name not in UNDERSTOOD}
+        strange |= {name: found[name] for name, good in GOOD.items() if found.get(name, good[0]) not in good}
+        if strange:
+            named = ", ".join(f"{printable(k)} is {printable(repr(v))}" for k, v in [*strange.items()][:5])
+            raise UserError(f"{file}: {named}, which is not understood; {MERGE}")
+        file = self.path / "adapter_model.safetensors"
+        self.tensors: dict[str, dict[str, Tensor]] = {}  # name of a matrix -> its parts
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({printable(error, 200)})") from None
+        for key, tensor in tensors.items():
+            part = next((part for part, ending in PARTS.items() if key.endswith(ending)), None)
+            if part is None or not key.startswith(PREFIX):
+                raise UserError(f"{file}: {printable(key)} is no part of a linear matrix's adapter; {MERGE}")
+            name = key.removeprefix(PREFIX).removesuffix(PARTS[part])
+            self.tensors.setdefault(name, {})[part] = finite(tensor.float(), key, file)
+
+    def base_folder(self, given: str | Path | None = None) -> Path:
+        """The folder of the base model: `given`, or else where the adapter says. Raises UserError if it is none."""
+        folder = Path(given or self.base)
+        if not folder.is_dir():
+            raise UserError(f"{self.path}: its base model {printable(repr(str(folder)))} is not a folder here; "
+                            f"download it, then `minisft convert {self.path} TARGET --merge --base FOLDER` makes one "
+                            "model of both")
+        return folder
+
+    @torch.no_grad()
+    def merge_into(self, model: Llama) -> None:
+        """Add the adapter to the matrices of `model`. Raises UserError if it belongs to another model."""
+        shapes = model.config.matrices()
+        for name, parts in self.tensors.items():
+            if name not in shapes:
+                raise UserError(f"{self.path}: the adapter of {printable(name)} is not of a matrix in a layer; {MERGE}")
+            rows, columns = shapes[name]
+            wanted: dict[str, tuple[int, ...]] = {"lora_A": (self.rank, columns), "lora_B": (rows, self.rank)}
+            wanted |= {"magnitude": (rows,)} if self.dora else {}
+            if {part: tuple(tensor.shape) for part, tensor in parts.items()} != wanted:
+                raise UserError(f"{self.path}: the adapter of {name} does not fit the base model: it has "
+                                f"{ {part: list(tensor.shape) for part, tensor in parts.items()} }, "
+                                f"and {({p: list(s) for p, s in wanted.items()})} is needed")
+            weight = model.get_parameter(f"{name}.weight")
+            parts = {part: tensor.to(weight.device) for part, tensor in parts.items()}
+            merged = torch.addmm(weight.float(), parts["lora_B"], parts["lora_A"], alpha=self.scale)
+            if self.dora:
+                merged *= (parts["magnitude"] / merged.norm(dim=1))[:, None]
+            weight.copy_(finite(merged, f"with its adapter {name}", self.path))

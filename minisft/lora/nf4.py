@@ -63,10 +63,8 @@ class NF4(nn.Module):
 
     @torch.no_grad()
     def quantise(self, packed: Tensor, start: int, read: Callable[[int, int], Tensor]) -> None:
-        """Fill the statistics and `packed` (n, I / 2), rows `start`, ... of the matrix, from `read(start, stop)`.
-
-        All ranks call it; each reads its own rows and those that share a block with them.
-        """
+        """Fill the statistics and `packed` (n, I / 2), rows `start`, ... of the matrix, from `read(start, stop)`. All
+        ranks call it; each reads its own rows and those that share a block with them."""
         (rows, columns), device = self.shape, packed.device
         first, last = start * columns // BLOCK, -(-(start + len(packed)) * columns // BLOCK)  # blocks of these rows
         top = first * BLOCK // columns

@@ -25,8 +25,7 @@ def scale(lora: LoraConfig) -> float:
 
 def adapted(lora: LoraConfig, network: LlamaConfig) -> dict[str, tuple[int, int]]:
     """Name -> (O, I) of each matrix that has an adapter."""
-    return {name: shape for name, shape in network.matrices().items()
-            if any(_matches(name, pattern) for pattern in lora.targets)}
+    return {name: shape for name, shape in network.matrices().items() if _matches(name, *lora.targets)}
 
 
 def ranks(lora: LoraConfig, network: LlamaConfig) -> dict[str, int] | None:
@@ -61,6 +60,6 @@ def check(lora: LoraConfig, network: LlamaConfig) -> None:
         raise UserError("\n  ".join(wrong))
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _matches(name: str, *patterns: str) -> bool:
     """`q_proj`, `layers.0.*` and the whole name match by themselves: a pattern may begin at any part of the name."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return any(fnmatchcase(f".{name}", f"*.{pattern}") for pattern in patterns)

@@ -7,7 +7,7 @@ megabytes: while one waits for the disk another converts, and memory holds nothi
 comes in page by page, and each page is a wait on a network file system.) Names and layout are Hugging Face's on both
 sides: nothing is renamed or transposed.
 
-No pickle is read here; `.bin` and `.pt` files are refused. Meta's `consolidated.*.pth` are read by meta.py.
+No pickle is read here; `.bin` and `.pt` files are refused. Meta's `consolidated.*.pth` are read by pretrained.py.
 """
 
 import hashlib
@@ -53,10 +53,8 @@ class WeightSource(Protocol):
 
 
 class SafetensorsFolder:
-    """A Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
-
-    Raises UserError for files that are missing, malformed, truncated, or lie outside the folder.
-    """
+    """A Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Raises
+    UserError for files that are missing, malformed, truncated, or lie outside the folder."""
 
     piece = 2**24
 
@@ -93,18 +91,14 @@ class SafetensorsFolder:
     def config(self) -> LlamaConfig:
         """The network of config.json, except that a head which differs from the embedding unties the two, as in
         transformers 5 (4 drops the head)."""
-        config = read_config(self.path)
-        return replace(config, tie_word_embeddings=config.tie_word_embeddings and not self._has_own_head())
-
-    def _has_own_head(self) -> bool:
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        shape = self.shapes.get(head, ())
-        if not shape or shape != self.shapes.get(embedding):
-            return bool(shape)
+        config, head, embedding = read_config(self.path), "lm_head.weight", "model.embed_tokens.weight"
+        if not config.tie_word_embeddings or not (shape := self.shapes.get(head)):
+            return config
         each = max(self.piece // (2 * max(shape[-1], 1)), 1)
         rows = ((i, min(i + each, shape[0])) for i in range(0, shape[0], each))
-        return not all(torch.equal(self.read(head, *some).float(), self.read(embedding, *some).float())
-                       for some in rows)
+        tied = shape == self.shapes.get(embedding) and all(
+            torch.equal(self.read(head, *some).float(), self.read(embedding, *some).float()) for some in rows)
+        return replace(config, tie_word_embeddings=tied)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, in the dtype of the file."""
@@ -160,28 +154,25 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder holds instead of safetensors, and what to do about it."""
     if (folder / "adapter_config.json").exists():
         return (f"it holds an adapter; `minisft convert {folder} TARGET --merge` makes one model of it and its base, "
                 "which can be trained")
     if other := sorted(p.name for p in folder.glob("*.gguf")):
         return (f"it has {printable(other[0])}: GGUF files are made for inference, and are mostly quantised; "
                 "download the safetensors that it was made from")
-    if other := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)):
+    if other := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         return (f"it has {printable(', '.join(other[:3]))}: pickles are not read, since they can run code; convert "
                 "them to safetensors (transformers: save_pretrained), or for Meta's files pass model.format = \"meta\"")
     return "download the model again"
 
 
 def check(model: nn.Module, source: WeightSource) -> None:
-    """Raise UserError unless the tensors of `source` are exactly the parameters of `model` (first ten differences).
-
-    Old files may carry a rotary table that follows from the config, tied models their one matrix again as a head.
-    """
+    """Raise UserError unless the tensors of `source` are exactly the parameters of `model` (first ten differences). Old
+    files may carry a rotary table that follows from the config, tied models their one matrix again as a head."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     problems = [f"{name}: missing" for name in wanted if name not in source.shapes]
     problems += [f"{name}: the file has {list(shape)}, config.json asks for {list(wanted[name])}"
-                 for name, shape in source.shapes.items() if name in wanted and shape != wanted[name]]
+                 for name, shape in source.shapes.items() if shape != wanted.get(name, shape)]
     problems += [f"{printable(name)}: not part of the model that config.json describes" for name in source.shapes
                  if name not in wanted and not name.endswith("rotary_emb.inv_freq")
                  and not (name == "lm_head.weight" and source.config.tie_word_embeddings)]
@@ -226,8 +217,7 @@ def load(model: nn.Module, source: WeightSource, *, left_out: Collection[str] = 
         rows.copy_(read.to(rows.device))  # sent in the file's dtype, half of fp32's bytes; the device converts
 
     with ThreadPoolExecutor(THREADS if source.piece else 1) as pool:
-        for _ in pool.map(fill, *zip(*pieces, strict=True)):  # raises what a thread raised
-            pass
+        list(pool.map(fill, *zip(*pieces, strict=True)))  # raises what a thread raised
 
 
 @torch.no_grad()
@@ -259,34 +249,37 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
 
 def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16,
          shard_bytes: int = 5 * 10**9) -> None:
-    """Write `config.json` and the weights as safetensors into `folder`, in shards of at most `shard_bytes`.
-
-    All ranks call it, since a sharded parameter is gathered by all; the first one writes. Memory: one shard.
-    """
-    folder, tensors_of = Path(folder), _tensors(model)
-    shards: list[list[str]] = [[]]
-    sizes = {name: numbers * dtype.itemsize for name, (numbers, _) in tensors_of.items()}
+    """Write `config.json` and the weights as safetensors into `folder`, in shards of at most `shard_bytes`. All ranks
+    call it, since a sharded parameter is gathered by all; the first one writes. Memory: one shard."""
+    gathered: dict[str, Callable[[], Tensor]] = {}  # by its name, what gathers a tensor
+    sizes, shards, folder = dict[str, int](), [list[str]()], Path(folder)
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if name == f"{prefix}.weight" and (merged := getattr(module, "merged", None)):  # with its adapter
+                gathered[name], sizes[name] = merged, module.out_features * module.in_features * dtype.itemsize
+            elif not name.startswith(f"{prefix}.lora_"):
+                gathered[name], sizes[name] = partial(whole, parameter), parameter.numel() * dtype.itemsize
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
             shards.append([])
         shards[-1].append(name)
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    if writes:
+    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
+    if len(shards) == 1:
+        files = {"model.safetensors": shards[0]}
+    if writes := not dist.is_initialized() or dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         described = config.to_dict(dtype=str(dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(described, indent=2))
         if len(shards) > 1:
-            weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(sizes.values())},
+                     "weight_map": {name: file for file, names in files.items() for name in names}}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    for names, file in zip(shards, files, strict=True):
+    for file, names in files.items():
         tensors = {}
         for name in names:
-            gathered = tensors_of[name][1]()  # by all ranks
+            tensor = gathered[name]()  # by all ranks
             if writes:  # converted on the device, so half of fp32's bytes go to the host
-                tensors[name] = gathered.to(dtype).to("cpu").contiguous()
+                tensors[name] = tensor.to(dtype).to("cpu").contiguous()
         if writes:
             write(tensors, folder / file)
 
@@ -299,18 +292,6 @@ def write(tensors: dict[str, Tensor], file: Path) -> None:
         raise OSError(f"{file}: cannot be written ({error})") from None
     os.umask(mask := os.umask(0))
     os.chmod(file, 0o666 & ~mask)  # safetensors creates files that only their owner can read
-
-
-def _tensors(model: nn.Module) -> dict[str, tuple[int, Callable[[], Tensor]]]:
-    """Hugging Face's name -> how many numbers, and what gathers them; of a matrix with an adapter, the merged one."""
-    found: dict[str, tuple[int, Callable[[], Tensor]]] = {}
-    for prefix, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(prefix, recurse=False):
-            if leaf == f"{prefix}.weight" and (merged := getattr(module, "merged", None)):
-                found[leaf] = module.out_features * module.in_features, merged
-            elif not leaf.startswith(f"{prefix}.lora_"):
-                found[leaf] = parameter.numel(), partial(whole, parameter)
-    return found
 
 
 @torch.no_grad()

@@ -23,12 +23,12 @@ from minisft.config import Config, LoraConfig
 from minisft.config_io import nearest
 from minisft.errors import PATH, UserError, printable
 from minisft.lora import targets
-from minisft.meta import MetaFolder
 from minisft.model.flops import Sizes, known_gpus, training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
 from minisft.planning import UTILISATION
 from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, StepMemory
 from minisft.prepare import adapters_of, inputs, prepare
+from minisft.pretrained import MetaFolder
 
 RESERVED = 1.2  # memory that PyTorch's allocator holds for each byte allocated: about that in published runs
 OUTSIDE = 1.5  # GiB assumed for what PyTorch does not count: CUDA's context, NCCL's buffers

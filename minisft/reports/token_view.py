@@ -184,7 +184,7 @@ def _packs(prepared: Prepared, pack: int | None, step: int | None) -> list[View]
     if step is not None:
         _within("--step", step, range(1, plan.total_steps + 1), "steps of the run")
         packs = plan.documents(step - 1)
-        of, number, contents = f"step {step}", len(packs), packs.__getitem__
+        of, number, contents = f"step {step}", len(packs), lambda i: packs[i]
     if pack is not None:
         _within("--pack", pack, range(number), f"packs of {of}")
     return [_view(prepared, prepared.train, contents(i), f"pack {i} of {of}", room=plan.seq_len)

@@ -10,8 +10,10 @@ from typing import Any
 
 from minisft import config_io
 from minisft.errors import NumericsError
-from minisft.model.llama import DTYPES
 from minisft.evals.heldout import Forgetting, heldout_loss, heldout_questions, loss_figures, sample_answers
+from minisft.export import provenance
+from minisft.export.hf_folder import export, export_adapter
+from minisft.model.llama import DTYPES
 from minisft.prepare import adapters_of
 from minisft.reports.data_report import figures
 from minisft.runs import resume
@@ -21,8 +23,6 @@ from minisft.runs.metrics import Monitor
 from minisft.runs.preemption import Preemption
 from minisft.runs.run_dir import read_log
 from minisft.training import parallel
-from minisft.export import provenance
-from minisft.export.hf_folder import export, export_adapter
 
 Done = frozenset[tuple[str, str]]  # ("eval", name), ("sample", ""), ("export", "")
 

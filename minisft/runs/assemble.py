@@ -20,17 +20,17 @@ from torch import Tensor
 from minisft.config import Config
 from minisft.data import packing
 from minisft.errors import NumericsError, UserError
+from minisft.evals.heldout import heldout_questions
+from minisft.export import provenance
 from minisft.lean.adamw import LeanAdamW
+from minisft.lora import adapters, targets
 from minisft.model import weights
 from minisft.model.flops import Sizes
-from minisft.lora import adapters, targets
 from minisft.model.llama import DTYPES, Llama
-from minisft.evals.heldout import heldout_questions
 from minisft.model.llama_config import LlamaConfig, read_config
-from minisft.meta import MetaFolder
 from minisft.prepare import Prepared, adapters_of, check_vocabulary
+from minisft.pretrained import MetaFolder
 from minisft.training import parallel
-from minisft.export import provenance
 from minisft.training.checkpoint import SavedState, check_room, saved_checkpoints
 from minisft.training.optimizer import AdamW
 from minisft.training.parallel import World
@@ -42,7 +42,7 @@ class Base:
     """The model that a run begins with."""
 
     network: LlamaConfig
-    checkpoint: weights.WeightSource | None  # None: random weights
+    source: weights.WeightSource | None  # None: random weights
     record: provenance.Record
 
 
@@ -66,12 +66,12 @@ class Run:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """See `resume_fingerprint`."""
-        return resume_fingerprint(self.config, self.prepared, self.base.network, self.base.checkpoint)
+        return resume_fingerprint(self.config, self.prepared, self.base.network, self.base.source)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Every key of the configuration as JSON, except those that only say where files are or which checkpoint a start
-        takes."""
+        """Every key of the configuration as JSON, except those that only say where files are or which checkpoint to
+        resume from."""
         flat = {f"{section}.{key}": value for section, keys in asdict(self.config).items()
                 for key, value in keys.items()}
         return {key: value for key, value in json.loads(json.dumps(flat)).items()
@@ -115,27 +115,27 @@ def make_deterministic() -> None:
 
 def open_base(config: Config, prepared: Prepared) -> Base:
     """The network's shape and its weights on disk, checked against each other and the data."""
-    checkpoint: weights.WeightSource | None = None
+    source: weights.WeightSource | None = None
     if config.model.init == "random":
         network = prepared.network or read_config(config.model.config)
     elif config.model.format == "meta":
-        checkpoint = MetaFolder(config.model.path)
-        network = checkpoint.config
+        source = MetaFolder(config.model.path)
+        network = source.config
     else:
-        checkpoint = weights.SafetensorsFolder(config.model.path)
-        network = checkpoint.config
-    if not (checkpoint or torch.cuda.is_available()):
+        source = weights.SafetensorsFolder(config.model.path)
+        network = source.config
+    if not (source or torch.cuda.is_available()):
         with torch.device("meta"):
             weights.check_memory(Llama(network).to(DTYPES[config.optim.parameters]))
-    if checkpoint:
+    if source:
         if lora := adapters_of(config):
             targets.check(lora, network)
         with torch.device("meta"):
-            weights.check(Llama(network), checkpoint)
+            weights.check(Llama(network), source)
     check_vocabulary(prepared, network)
     if config.eval.samples:
         heldout_questions(prepared.evals, config.eval.samples)  # raises if there are none
-    return Base(network, checkpoint, provenance.start_record(config.model.path if checkpoint else ""))
+    return Base(network, source, provenance.start_record(config.model.path if source else ""))
 
 
 def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Run:
@@ -161,17 +161,17 @@ def open_optimizer(model: Llama, config: Config, world: World) -> AdamW:
 def fill(run: Run, saved: SavedState | None) -> None:
     """Fill the model with the weights of the checkpoint to resume from, of the base model, or random ones. Raises
     NumericsError if any weight is not finite."""
-    seed, lora, checkpoint = run.config.train.seed, adapters_of(run.config), run.base.checkpoint
-    if lora and checkpoint:  # on resume too: a checkpoint does not hold the frozen weights
-        adapters.load(run.model, checkpoint, seed=seed)
+    seed, lora, source = run.config.train.seed, adapters_of(run.config), run.base.source
+    if lora and source:  # on resume too: a checkpoint does not hold the frozen weights
+        adapters.load(run.model, source, seed=seed)
         if run.world.is_main:
             print(adapters.described(run.model, lora), flush=True)
     if saved:
         saved.restore(run.optimizer, run.world)
-    elif not checkpoint:
+    elif not source:
         weights.initialize(run.model, std=run.base.network.initializer_range, seed=seed)
     elif not lora:
-        weights.load(run.model, checkpoint)
+        weights.load(run.model, source)
     origin = str(saved.folder) if saved else run.config.model.path or "the random model"
     check_finite({**dict(run.model.named_parameters()), **dict(run.model.named_buffers())}, run.world,
                  f"in {origin}", "it cannot be trained: get its files again, or start from another")

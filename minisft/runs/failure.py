@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from minisft.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, NumericsError, UserError, exit_code
+from minisft.runs.run_dir import RunDir
 from minisft.training import parallel
 from minisft.training.parallel import World
-from minisft.runs.run_dir import RunDir
 
 GRACE = 5  # seconds that the main rank has to fail by itself after another one has
 
@@ -96,7 +96,7 @@ def listen(world: World, run_dir: RunDir | None) -> None:
 
 
 def fail(error: Exception, world: World | None, run_dir: RunDir | None) -> None:
-    """Find out which rank failed first and record its reason; raises Reported unless the error is this rank's own bug."""
+    """Find out which rank failed first and record why. Raises Reported unless the error is this rank's own bug."""
     if isinstance(error, torch.OutOfMemoryError):
         error = UserError(f"{str(error).splitlines()[0]} To need less: parallel.activation_checkpointing = full, a "
                           "lower batch.micro_packs or data.seq_len, or see docs/memory.md")
@@ -105,7 +105,7 @@ def fail(error: Exception, world: World | None, run_dir: RunDir | None) -> None:
                           "this operation")
     rank, code = parallel.launched_rank()[0], exit_code(error)
     text = str(error) or type(error).__name__
-    first: dict[str, Any] = world.first_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
+    first: dict[str, Any] = world.report_failure(code, text) if world else {"rank": rank, "code": code, "text": text}
     if run_dir:
         with suppress(OSError, UserError):  # perhaps a full disk or a broken log is the cause
             run_dir.status("failed", exit_code=first["code"], error=first["text"])

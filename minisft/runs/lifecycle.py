@@ -20,6 +20,8 @@ from minisft.config import Config
 from minisft.config_io import to_toml
 from minisft.data.batches import steps
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
+from minisft.export.hf_folder import try_export
+from minisft.export.provenance import environment
 from minisft.lora import adapters
 from minisft.model.flops import peak_flops
 from minisft.prepare import prepare
@@ -30,14 +32,12 @@ from minisft.runs.assemble import Run, check_finite, check_ranks, fill, open_bas
 from minisft.runs.failure import fail, guarded, listen, watch
 from minisft.runs.metrics import Monitor, memory_gib
 from minisft.runs.preemption import Preemption, Stopped
+from minisft.runs.profile import profiled
 from minisft.runs.run_dir import RunDir, read_log
 from minisft.training import parallel
 from minisft.training.checkpoint import SavedState, Saver, saved_checkpoints, set_aside
-from minisft.export.hf_folder import try_export
-from minisft.export.provenance import environment
 from minisft.training.loop import StepResult, training_steps
 from minisft.training.loss import batch_loss
-from minisft.runs.profile import profiled
 from minisft.versions import warn_if_untested
 
 
@@ -57,8 +57,9 @@ def train(config: Config) -> int:
             assemble.make_deterministic()
         prepared = prepare(config, quiet=not is_main)
         base, preemption = open_base(config, prepared), Preemption()
+        data = figures(prepared) if is_main else {}
         if is_main:
-            print(describe(data := figures(prepared), short=True), flush=True)
+            print(describe(data, short=True), flush=True)
             run_dir = RunDir(Path(config.run.dir))
             run_dir.status("running")
             read_log(run_dir.path)  # a line that is no record ends the run here, not hours later
@@ -87,9 +88,9 @@ def train(config: Config) -> int:
 
 
 def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: dict[str, Any]) -> None:
-    """Record in the folder that the run starts from `saved`. From now on it resumes from nothing else."""
+    """Write to the run folder which checkpoint the run starts from. From now on it resumes from nothing else."""
     step = saved.step if saved else 0
-    if run.config.run.export:
+    if run.config.run.export:  # what could not be exported fails now, not after the training
         try_export(run.base.network, run.prepared.renderer, run.folder / "final",
                    record=record_of_model(run, data, step=step, log=[]))
     set_aside(resume.abandoned(saved, saved_checkpoints(run_dir.path / "checkpoints")))
@@ -142,7 +143,8 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
         with suppress(Stopped):
             after.step(start, done=after.done(start) if start else frozenset())
             watch(config.parallel.timeout)
-            adapters.set_step(run.model, config.train.seed, start)
+            if config.lora.dropout:
+                adapters.set_step(run.model, config.train.seed, start)
             for result in profiled(taken, run.folder / "profile" if config.run.profile and world.is_main else None):
                 number = result.step
                 monitor.step(record_of(run, result, seconds=monitor.lap()), result.loss, result.grad_norm)
@@ -151,7 +153,8 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
                     save(run, saver, monitor, number)
                 after.step(number)
                 watch(config.parallel.timeout)
-                adapters.set_step(run.model, config.train.seed, number)
+                if config.lora.dropout:
+                    adapters.set_step(run.model, config.train.seed, number)
                 if number < total:
                     preemption.check(world.device)
             complete = number == total

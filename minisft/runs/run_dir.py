@@ -3,8 +3,8 @@
     config.toml  data.json  environment.json  metrics.jsonl  status.json
     checkpoints/step-000100/  final/  profile/  .lock
 
-One run at a time holds a folder, by a lock that the kernel releases when the process dies. A folder that holds something
-else, or a finished run, is never overwritten.
+One run at a time holds a folder, by a lock that the kernel releases when the process dies. A folder with other content,
+or a finished run, is never overwritten.
 """
 
 import fcntl

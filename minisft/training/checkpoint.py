@@ -2,6 +2,7 @@
 
     checkpoints/step-000100.tmp/  rank-0.safetensors  rank-0.json  rank-1.safetensors ...     being written
                 step-000100/      rank-0.safetensors  rank-1.safetensors ...  manifest.json   renamed at the end
+                step-000150-failed.tmp/   a rank could not write its part; being deleted
                 step-000200.given-up/     damaged, or past the step that a run went back to; deleted by the next save
 
 Each rank writes the rows that it holds (weights and both moments of AdamW, in the optimizer's precision) and its random
@@ -140,7 +141,7 @@ class Saver:
             size = sum(tensor.nbytes for tensor in tensors.values())
             failure = OSError(f"{partial}: the checkpoint could not be written ({error}); this rank's part needs "
                               f"{size:,} bytes. The older checkpoints are intact")
-            self.world.first_failure(EXIT_IO, str(failure))  # before the others find the folder gone
+            self.world.report_failure(EXIT_IO, str(failure))  # before the others find the folder gone
             failed = partial.with_name(f"{partial.stem}-failed.tmp")  # no rank can write into it any more
             with suppress(OSError):
                 os.rename(partial, failed)

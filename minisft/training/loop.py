@@ -34,7 +34,7 @@ class StepResult:
     tokens: int  # of all ranks
     target_tokens: int  # trained ones, of all ranks
     loss: Tensor  # () mean over the step's trained tokens, in nats
-    grad_norm: Tensor  # () before clipping; if it is not finite, the step changed nothing
+    grad_norm: Tensor  # () before clipping; if it is not finite, AdamW skipped the step
 
 
 def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, plan: Plan, config: Config,

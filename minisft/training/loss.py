@@ -2,7 +2,7 @@
 
 `masked_cross_entropy` is the plain definition. Training uses `linear_cross_entropy`: the same value (if `denominator`
 is the number of targets) and the same gradients, but with the head's matrix product inside, so that it can work on a
-few hundred tokens at a time. Logits for all T tokens never exist: at 8,192 tokens and Llama-3's 128,256 words they
+thousand tokens at a time. Logits for all T tokens never exist: at 8,192 tokens and Llama-3's 128,256 words they
 would take 4.2 GB in fp32, and their gradient as much again. The gradients are computed together with the loss, while a
 chunk's logits are at hand, so nothing is computed twice and nothing large waits for the backward pass.
 
@@ -26,7 +26,7 @@ from minisft.model.llama import Documents, cast, product_dtype
 
 CHUNK = 2**27  # logits at one time: 1,024 tokens with Llama-3's vocabulary, 263 MB in bf16
 TILE = 128  # tokens: a chunk is a multiple of it, or the last tiles of a product would leave part of a GPU idle
-CPU_SOFTMAX, SOFTMAX = 2**19, 2**25  # of these in fp32: few enough for a core's cache, enough to keep a GPU busy
+CPU_SOFTMAX, SOFTMAX = 2**19, 2**25  # logits per softmax: few enough for a core's cache, enough to keep a GPU busy
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -47,7 +47,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, den
     hidden (N, D), weight (V, D), targets (N,) -> scalar in fp32. With N = 0, the loss and its gradients are 0.
     `label_smoothing` spreads that much of the target over all words (Szegedy et al. 2016, section 7); `z_loss` times
     the squared log-partition keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5). `compiled` fuses the
-    softmax with its gradient, which then reads the logits twice and writes them once: 6 bytes a logit instead of 60.
+    softmax with its gradient, which then reads the logits twice and writes them once: 6 bytes per logit instead of 60.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, denominator, label_smoothing, z_loss, compiled)
 

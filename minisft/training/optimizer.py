@@ -43,7 +43,7 @@ class AdamW:
         self._steps = {name: torch.zeros((), device=self.device) for name in self.rows}
 
     def _zeros(self, rows: Tensor) -> Tensor:
-        """An empty moment for these rows."""
+        """A moment of zeros for these rows."""
         return torch.zeros(rows.shape, device=self.device)
 
     def moments(self, moment: str) -> dict[str, Tensor]:
@@ -61,10 +61,11 @@ class AdamW:
 
     def begin(self, lr: float, step: int) -> None:
         """Before the backward pass of `step` (from 0): set its learning rate."""
-        self._lr, self._step = lr, step
+        self._lr = lr
 
     def clip(self, largest: float) -> Tensor:
-        """Scale the gradient to a Euclidean norm of at most `largest` (0: leave it); returns the norm before.
+        """Collect the gradients of this rank's rows, and scale them to a Euclidean norm of at most `largest` (0: leave
+        them). Returns the norm before; `step` needs it even without clipping.
 
         The norm is that of all parameters on all ranks. The host does not wait for it unless the rows are on the host.
         """
@@ -126,7 +127,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     for gradient in gradients:
         flat, size = gradient.reshape(-1), chunk_size(gradient.device)
         if gradient.is_cuda and gradient.dtype == torch.float32:
-            parts.append(flat)
+            parts.append(flat)  # as it is: the norm of norms and numbers is the same
         elif gradient.dtype == torch.float32:
             whole = len(flat) // size * size
             parts += [torch.linalg.vector_norm(flat[:whole].view(-1, size), dim=1),

@@ -30,7 +30,7 @@ from minisft.errors import UserError
 from minisft.model.llama import DTYPES, Llama
 from minisft.model.llama_config import LlamaConfig
 
-PATIENCE = timedelta(minutes=5)  # beyond parallel.timeout, by which every rank has said where it hangs
+PATIENCE = timedelta(minutes=5)  # after parallel.timeout, when every rank has printed where it hangs
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class World:
         """The number of parts that a parameter is divided into."""
         return self.mesh["shard"].size()
 
-    def first_failure(self, code: int, text: str) -> dict[str, Any]:
+    def report_failure(self, code: int, text: str) -> dict[str, Any]:
         """Tell the others why this rank fails; returns {rank, code, text} of the rank that failed first.
 
         When one rank fails, the others fail in its wake. Only the first has something to say.
@@ -141,7 +141,7 @@ def build_model(network: LlamaConfig, world: World, config: Config = Config(), *
     """The network as `config` wants it, in this order: recomputation, adapters, compilation, sharding.
 
     Its parameters are allocated but not filled yet (`weights.load` or `.initialize`). `adapt`, if given, replaces
-    modules while the network is on the meta device (lora.py), and settles the dtype of what is trained.
+    modules while the network is on the meta device (lora/adapters.py), and settles the dtype of what is trained.
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
     on_host = parallel.offload == "parameters"
