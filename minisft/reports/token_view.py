@@ -29,7 +29,7 @@ Everything from the data is escaped.
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate, count, groupby, zip_longest
@@ -179,8 +179,8 @@ def choose(prepared: Prepared, *, source: str | None = None, index: int | None =
 def _packs(prepared: Prepared, pack: int | None, step: int | None) -> list[View]:
     """Pack `pack`, or all packs, of step `step`, or of the first epoch."""
     plan = prepared.plan
-    epoch = plan.epoch(0)
-    of, number, contents = "the first epoch", len(epoch), lambda index: epoch.pack(index)
+    of, number = "the first epoch", len(plan.epoch(0))
+    contents: Callable[[int], np.ndarray] = plan.epoch(0).pack
     if step is not None:
         _within("--step", step, range(1, plan.total_steps + 1), "steps of the run")
         packs = plan.documents(step - 1)
