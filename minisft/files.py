@@ -34,3 +34,10 @@ def read_small(path: str | Path, errors: str = "strict") -> str:
         raise UserError(f"{path}: has {found.st_size:,} bytes, more than such a file may "
                         f"have, {SMALL:,} (remedy: get the file again)")
     return Path(path).read_text(encoding="utf-8", errors=errors)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -11,7 +11,7 @@ whole and then searched for its answers, which is how masks drift in other progr
     text     assistant
     control  <|end_header_id|>
     text     \\n\\n
-    text     Hello!                                <- trained: the model starts here when it generates, so does a piece
+    text     Hello!                                <- trained: generation starts here, so a piece begins here
     control  <|eot_id|>                            <- trained: without it the model never learns to stop
 
 Tool calls are answers and are trained on; tool definitions and tool results are not.
@@ -157,7 +157,8 @@ class Renderer:
         return prompt.ids.tolist()
 
     def stop_ids(self) -> set[int]:
-        """The tokens at which generation ends: the template's stop token and the end of a plain text."""
+        """The tokens at which generation ends: the stop tokens of an answer and of a built-in tool call, and the end
+        of a plain text."""
         markers = (self.template.assistant[1], self.template.builtin_stop, self.template.document_end)
         return {self.tokenizer.control[piece.text] for marker in markers for piece in self.split(marker, False)
                 if piece.control}

@@ -1,8 +1,8 @@
-"""The documents of a run: those of several stores that fit, numbered through.
+"""The documents of a run: those of several stores that fit, under one numbering.
 
 A store knows nothing of a run. Which documents are too long, repeated, held out or left without an answer is decided
-here, each time a run opens its data, from the index alone: lengths, counts of trained tokens, hashes. The texts are not
-touched.
+here, each time a run opens its data, from the index: lengths, counts of trained tokens, hashes. Only truncation looks
+at the documents themselves.
 """
 
 from dataclasses import asdict, dataclass
@@ -30,8 +30,8 @@ class SourceReport(Report):
 
 
 class Dataset:
-    """The documents of several stores that fit a run: numbered through, none longer than data.seq_len. Repetitions of
-    an earlier document in any of the stores are counted, and left out if data.dedup says so. `held_out` marks documents
+    """The documents of several stores that fit a run, under one numbering, none longer than data.seq_len. Repetitions
+    of an earlier document in any of the stores are counted, and left out if data.dedup says so. `held_out` marks documents
     (one array of booleans for each store) that are left out; with `only_held_out` they are the only ones kept. Raises
     UserError if a document is too long and data.overlong is "error", or if nothing is left."""
 
@@ -39,13 +39,13 @@ class Dataset:
                  only_held_out: bool = False, purpose: str = "to train on"):
         self.stores = stores
         self.reports = [SourceReport(**asdict(store.report)) for store in stores]
-        wanted = held_out or [np.zeros(len(store), dtype=bool) for store in stores]
-        for store, report, held in zip(stores, self.reports, wanted, strict=True):
+        held_out = held_out or [np.zeros(len(store), dtype=bool) for store in stores]
+        for store, report, held in zip(stores, self.reports, held_out, strict=True):
             if only_held_out:  # the report of the other side has what was left out before the split
                 report.read, report.skipped, report.examples, report.unread = int(held.sum()), {}, {}, {}
             else:
                 _skip(store, report, "held out", held)
-        wanted = wanted if only_held_out else [~held for held in wanted]
+        wanted = held_out if only_held_out else [~held for held in held_out]
         exactly = _repeated([store.hashes for store in stores], wanted)
         nearly = _repeated([store.near_duplicate_hashes for store in stores], wanted)
         fitting = []
@@ -87,8 +87,8 @@ class Dataset:
         return np.concatenate([store.near_duplicate_hashes[i] for store, i in zip(self.stores, kept, strict=True)])
 
     def reasons(self, of: Array | None = None) -> str:
-        """Why nothing is left of a file, of all files or those that `of`, (stores,) booleans, marks: one a line, and
-        the remedy."""
+        """Why nothing is left of each empty file (only those marked in `of`, (stores,) booleans, if given), one per
+        line, and the remedy."""
         lines, reports = "", [r for i, r in enumerate(self.reports) if not r.kept and (of is None or of[i])]
         for report in reports:
             why = ", ".join(f"{reason}: {count} (first: {report.examples[reason]})"

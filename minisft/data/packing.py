@@ -28,8 +28,8 @@ from minisft.errors import UserError
 VERSION = 3  # of the plan: raise it when the same lengths and seed give other packs, so that no run resumes in another
 WINDOW = 16_384  # documents packed together if packs follow the file, so that a pack's documents are near each other
 BUNDLES = (4, 8, 16)  # documents shorter than capacity / 4 are bundled; / 8 or / 16 if those fill packs too badly
-LOOSE = 0.08  # share of all tokens in short documents that stay single, to fill the gaps that bundles leave
-MOST_EPOCHS = 10_000  # that are packed to count a run's steps
+LOOSE = 0.08  # short documents with this share of all tokens are not bundled, to fill the gaps that bundles leave
+MOST_EPOCHS = 10_000  # more epochs are not packed to count a run's steps
 SLACK = 0.0005  # more packs than without bundles that we accept for the better mix
 
 Array = np.ndarray
@@ -49,7 +49,8 @@ def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array
 
 
 def _sample(documents: Array, share: float, random: np.random.Generator) -> list[int]:
-    """Some of `documents` (n,), each with probability `share`; of the first k always k * `share`, rounded up or down.
+    """Some of `documents` (n,), each with probability `share`; any first k of them contribute k * `share`, rounded up
+    or down.
     The pivotal method (Deville and Tille 1998, "Unequal probability sampling without replacement through a splitting
     method"): two documents play for the sum of their probabilities. Below 1 the winner gets all of it and the loser
     nothing; from 1 on the winner is chosen, and the loser keeps the rest."""

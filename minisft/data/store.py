@@ -46,7 +46,7 @@ from minisft.data.checks import validate
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.tokenizer import TokenizerError
 from minisft.errors import UserError
-from minisft.files import regular_file
+from minisft.files import regular_file, sync
 
 if TYPE_CHECKING:
     from minisft.config import DataConfig, Source
@@ -115,7 +115,7 @@ class Store:
         self.folder, self.key = folder, folder.name
         try:
             saved = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            if saved != _signed(saved["report"], saved["files"], self.key):
+            if saved != _with_digest(saved["report"], saved["files"], self.key):
                 raise ValueError("report.json is not as it was written")
             self.report = Report(**saved["report"])
             for name, expected in saved["files"].items():
@@ -172,14 +172,14 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
             bar = tqdm(conversations, desc=f"tokenise {source.name}", unit=" conversations", disable=quiet or None)
             _write(partial, iter(bar), renderer, report, data.max_bad)
             files = {file.name: _described(file) for file in sorted(partial.iterdir())}
-            signed = _signed(asdict(report), files, key)
+            signed = _with_digest(asdict(report), files, key)
             (partial / "report.json").write_text(json.dumps(signed, ensure_ascii=False), encoding="utf-8")
             for written in (*partial.iterdir(), partial):
-                _sync(written)
+                sync(written)
             if _file_state(path) != state:  # or its tokens would be found under the key of what it was before
                 raise UserError(f"{path}: changed while it was read; start again when it is complete")
             os.rename(partial, folder)
-            _sync(cache)
+            sync(cache)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
@@ -214,7 +214,8 @@ def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Ite
 
 
 def _encode(batch: list[Rendered], renderer: Renderer) -> EncodedDocuments:
-    """The documents of `batch`; an empty one for what is skipped, which texts join that the tokenizer cannot take."""
+    """The documents of `batch`. A skipped record becomes an empty document, and so does a text that the tokenizer
+    rejects."""
     with suppress(TokenizerError):
         return renderer.encode([pieces for _, pieces, _ in batch])
     for i, (item, pieces, _) in enumerate(batch):
@@ -297,7 +298,7 @@ def _hash(tokens: Any, loss_mask: Any) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _signed(report: dict[str, Any], files: dict[str, Any], key: str) -> dict[str, Any]:
+def _with_digest(report: dict[str, Any], files: dict[str, Any], key: str) -> dict[str, Any]:
     content = json.dumps([report, files, key])
     return {"report": report, "files": files, "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
@@ -305,12 +306,6 @@ def _signed(report: dict[str, Any], files: dict[str, Any], key: str) -> dict[str
 def _described(file: Path) -> int | str:
     """The size of a file of documents, which have hashes of their own; the digest of any other."""
     return file.stat().st_size if file.suffix == ".bin" else hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _file_state(path: str) -> list[int]:

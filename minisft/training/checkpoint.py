@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisft.errors import EXIT_IO, UserError
+from minisft.files import sync
 from minisft.model.weights import local_rows
 from minisft.training.optimizer import MOMENTS, AdamW
 from minisft.training.parallel import World
@@ -56,12 +57,6 @@ def _write_durably(file: Path, content: dict[str, Any]) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(partial, file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 class Saver:
@@ -133,7 +128,7 @@ class Saver:
         file = partial / f"rank-{self.world.rank}.safetensors"
         try:
             save_file(tensors, file)
-            _sync(file)
+            sync(file)
             _write_durably(file.with_suffix(".json"), {"bytes": file.stat().st_size, "sha256": _digest(file)})
             if self.world.is_main:
                 self._commit(partial, manifest)
@@ -156,13 +151,13 @@ class Saver:
             time.sleep(0.02)
         manifest["files"] = {report.with_suffix(".safetensors").name: json.loads(report.read_text())
                              for report in reports}
-        _write_durably(partial / "manifest.json", _signed(manifest))
+        _write_durably(partial / "manifest.json", _with_digest(manifest))
         for report in reports:
             report.unlink()
-        _sync(partial)
+        sync(partial)
         final = partial.with_suffix("")
         os.rename(partial, final)
-        _sync(self.folder)
+        sync(self.folder)
         older = saved_checkpoints(self.folder)[self.keep :] if self.keep else []
         for folder in [*older, *self.folder.glob("step-*.given-up")]:
             shutil.rmtree(folder)
@@ -189,7 +184,7 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     return states | ({"random/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def _signed(manifest: dict[str, Any]) -> dict[str, Any]:
+def _with_digest(manifest: dict[str, Any]) -> dict[str, Any]:
     content = json.dumps(manifest, sort_keys=True)
     return {"sha256": hashlib.sha256(content.encode()).hexdigest(), "manifest": manifest}
 
@@ -231,7 +226,7 @@ class SavedState:
         try:
             signed = json.loads(file.read_text(encoding="utf-8"))
             self.manifest = signed["manifest"]
-            intact = signed == _signed(self.manifest)
+            intact = signed == _with_digest(self.manifest)
         except FileNotFoundError:
             raise IncompleteError(f"{file}: no such file; the folder is not a complete checkpoint") from None
         except (ValueError, KeyError, TypeError, RecursionError):
