@@ -31,9 +31,9 @@ class SourceReport(Report):
 
 class Dataset:
     """The documents of several stores that fit a run, under one numbering, none longer than data.seq_len. Repetitions
-    of an earlier document in any of the stores are counted, and left out if data.dedup says so. `held_out` marks documents
-    (one array of booleans for each store) that are left out; with `only_held_out` they are the only ones kept. Raises
-    UserError if a document is too long and data.overlong is "error", or if nothing is left."""
+    of an earlier document in any of the stores are counted, and left out if data.dedup says so. `held_out` marks
+    documents (one array of booleans for each store) that are left out; with `only_held_out` they are the only ones
+    kept. Raises UserError if a document is too long and data.overlong is "error", or if nothing is left."""
 
     def __init__(self, stores: list[Store], data: "DataConfig", *, held_out: list[Array] | None = None,
                  only_held_out: bool = False, purpose: str = "to train on"):
