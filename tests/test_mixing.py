@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles.tiny_llama import write_tiny_llama
 from small_runs import log, train
@@ -76,6 +76,7 @@ def tokens(documents, *files):
 
 @given(st.lists(st.tuples(st.floats(0.01, 4), st.lists(st.integers(1, 500), min_size=1, max_size=40)),
                 min_size=1, max_size=4, unique_by=lambda source: source[0]), st.integers(0, 2**32 - 1))
+@example([(0.25, [1]), (1.5, [2, 240, 241]), (0.5, [1, 1, 240, 242])], 0)  # two weights of one fraction
 @settings(max_examples=150)
 def test_a_source_has_its_weight_in_tokens_to_within_one_document(sources, seed):
     lengths = np.concatenate([own for _, own in sources])

@@ -25,7 +25,7 @@ import numpy as np
 
 from minisft.errors import UserError
 
-VERSION = 3  # of the plan: raise it when the same lengths and seed give other packs, so that no run resumes in another
+VERSION = 4  # of the plan: raise it when the same lengths and seed give other packs, so that no run resumes in another
 WINDOW = 16_384  # documents packed together if packs follow the file, so that a pack's documents are near each other
 BUNDLES = (4, 8, 16)  # documents shorter than capacity / 4 are bundled; / 8 or / 16 if those fill packs too badly
 LOOSE = 0.08  # short documents with this share of all tokens are not bundled, to fill the gaps that bundles leave
@@ -42,8 +42,8 @@ def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array
     independent draws would miss by much more."""
     times = np.floor(weights).astype(np.int64)
     part = weights - times
-    for share in np.unique(part[part > 0]).tolist():  # once for each weight
-        group = random.permutation(np.flatnonzero(part == share))
+    for share, weight in sorted(set(zip(part[part > 0].tolist(), weights[part > 0].tolist(), strict=True))):
+        group = random.permutation(np.flatnonzero(weights == weight))  # 0.5 and 1.5 apart: each is right by itself
         times[_sample(group[np.argsort(-lengths[group], kind="stable")], share, random)] += 1
     return times
 
