@@ -42,8 +42,9 @@ def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array
     independent draws would miss by much more."""
     times = np.floor(weights).astype(np.int64)
     part = weights - times
-    for share, weight in sorted(set(zip(part[part > 0].tolist(), weights[part > 0].tolist(), strict=True))):
-        group = random.permutation(np.flatnonzero(weights == weight))  # 0.5 and 1.5 apart: each is right by itself
+    each = np.unique(weights[part > 0])  # 0.5 and 1.5 are sampled apart, so that each is right by itself
+    for share, weight in sorted(zip((each - np.floor(each)).tolist(), each.tolist(), strict=True)):
+        group = random.permutation(np.flatnonzero(weights == weight))
         times[_sample(group[np.argsort(-lengths[group], kind="stable")], share, random)] += 1
     return times
 
