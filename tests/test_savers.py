@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from small_runs import HERE, final_weights, log, options, train
 from test_resume import SMALL, plant_nan, run_until_death
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft.config import OptimConfig
@@ -197,6 +202,22 @@ def test_two_ranks_round_as_one(base, tmp_path):
     a, b = final_weights(tmp_path / "1"), final_weights(tmp_path / "2")
     same = sum(int((a[name] == b[name]).sum()) for name in a) / sum(w.numel() for w in a.values())
     assert same > 0.9
+
+
+@pytest.mark.parametrize("saver", [{}, {"offload": True}])
+def test_opening_it_gathers_nothing(saver):
+    """Which elements a rank holds is known on the rank; a gathered matrix of an 8B would be 2 GB."""
+    model = nn.Linear(8, 8)
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh["shard"])
+        with CommDebugMode() as sent:
+            saving = LeanAdamW(model, OptimConfig(moments="bf16"), mesh["shard"], **saver)
+        assert sent.get_total_counts() == 0
+        assert saving._first == {"weight": 2 * 8, "bias": 2}  # the second of four ranks, two rows each
+    finally:
+        dist.destroy_process_group()
 
 
 def test_bf16_parameters_follow_fp32_masters(base, tmp_path, plain):

@@ -34,7 +34,9 @@ class LeanAdamW(AdamW):
         self._offload, self._seed = offload, seed
         self._dtype = torch.bfloat16 if optim.moments == "bf16" else torch.float32
         super().__init__(model, optim, mesh)
-        self._first = {name: local_rows(p.detach())[1] * p[:1].numel() for name, p in self.parameters.items()}
+        # Number of the first element in this rank's rows. From these: slicing a sharded tensor would gather it.
+        self._first = {name: local_rows(p.detach())[1] * self.rows[name][:1].numel()
+                       for name, p in self.parameters.items()}
         self._update_chunk = self._update_compiled if compiled else self._update_eager
         self._chunk = LARGEST if compiled and not offload else chunk_size(self.device)
         self._host = HostOffload(self.device, size=self._chunk, dtype=self._dtype) if offload else None
