@@ -454,6 +454,7 @@ def optimizer(s: Setting) -> Figures:
     from minisft.config import OptimConfig
     from minisft.lean.adamw import LeanAdamW
     from minisft.model.llama import DTYPES
+    from minisft.training.optimizer import AdamW
 
     side, matrices, on = s.size(4096, 32), s.size(60, 2), s.device
     for parameters, moments, compiled in (("fp32", "fp32", False), ("bf16", "bf16", True), ("bf16", "bf16", False),
@@ -461,7 +462,8 @@ def optimizer(s: Setting) -> Figures:
         torch._dynamo.reset()
         model = torch.nn.ParameterList(torch.randn(side, side, device=on, dtype=DTYPES[parameters])
                                        for _ in range(matrices))
-        updates = LeanAdamW(model, OptimConfig(moments=moments), compiled=compiled)
+        updates = (AdamW(model) if parameters == moments == "fp32" else  # as a run chooses
+                   LeanAdamW(model, OptimConfig(moments=moments), compiled=compiled))
         grads = [torch.randn_like(p) for p in model]
 
         def work(updates=updates, model=model, grads=grads) -> None:
