@@ -3,7 +3,7 @@
 Everything here happens before a process group exists, so that no collective times out while a file is tokenised.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,19 +125,18 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
     prepared = Prepared(config, network, tokenizer, renderers[data.template], train, tuple(weights.tolist()), plan,
                         evals)
     if network:
-        check_vocabulary(prepared, network)
+        check_vocabulary((train, *evals.values()), network, tokenizer)
         if adapters := adapters_of(config):
             targets.check(adapters, network)
     return prepared
 
 
-def check_vocabulary(prepared: Prepared, network: LlamaConfig) -> None:
+def check_vocabulary(datasets: Iterable[Dataset], network: LlamaConfig, tokenizer: Tokenizer) -> None:
     """Raises UserError if a token id is beyond the model's vocabulary."""
-    for dataset in (prepared.train, *prepared.evals.values()):
-        for report in dataset.reports:
-            if report.largest_id >= network.vocab_size:
-                raise UserError(f"{report.path}: token id {report.largest_id} is past the model's vocabulary of "
-                                f"{network.vocab_size}; {prepared.tokenizer.file} belongs to another model")
+    for report in (report for dataset in datasets for report in dataset.reports):
+        if report.largest_id >= network.vocab_size:
+            raise UserError(f"{report.path}: token id {report.largest_id} is past the model's vocabulary of "
+                            f"{network.vocab_size}; {tokenizer.file} belongs to another model")
 
 
 def held_out(hashes: Array, fraction: float) -> Array:

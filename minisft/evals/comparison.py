@@ -70,7 +70,7 @@ def _html(data: dict[str, Any]) -> str:
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    # JSON may write any character as \\uXXXX: without < and > no </script>, without & nothing that looks escaped.
+    # JSON may write any character by its number: without < and > no </script>, without & nothing that looks escaped.
     text = json.dumps(data).translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"})
     return page.replace("{{POLICY}}", policy).replace("{{DATA}}", text)  # the data last: they may hold {{POLICY}}
 

@@ -33,7 +33,7 @@ from minisft.errors import PATH, UserError, printable
 from minisft.generate.assistant import Assistant
 from minisft.generate.decoding import logits
 from minisft.model.llama import Documents
-from minisft.prepare import read_source
+from minisft.prepare import check_vocabulary, read_source
 from minisft.training.loss import batch_loss
 from minisft.training.parallel import World, all_sum
 
@@ -131,7 +131,7 @@ def _questions(name: str, dataset: Dataset) -> Iterator[HeldoutQuestion]:
 
 
 def sample_answers(model: nn.Module, questions: list[HeldoutQuestion], tokenizer: Tokenizer, *, stop_ids: set[int],
-            device: torch.device, check: Callable[[], None] = lambda: None) -> list[dict[str, str]]:
+                   device: torch.device, check: Callable[[], None] = lambda: None) -> list[dict[str, str]]:
     """{name, prompt, answer, reference} as text, decoded greedily. All ranks call it with the same questions.
 
     All ranks call `check` before each token; an exception from it ends the answers.
@@ -182,10 +182,8 @@ def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, fo
     for file in files:
         store = open_store(Source(file, format=format, name=file), data, assistant.renderer, read_source, quiet=quiet)
         dataset = Dataset([store], data)
-        report, vocabulary = dataset.reports[0], model.config.vocab_size
-        if report.largest_id >= vocabulary:
-            raise UserError(f"{file}: token id {report.largest_id} is past the model's vocabulary of {vocabulary}; "
-                            f"{assistant.renderer.tokenizer.file} belongs to another model")
+        check_vocabulary([dataset], model.config, assistant.renderer.tokenizer)
+        report = dataset.reports[0]
         found.append({"name": file, **loss_figures(heldout_loss(model, dataset, seq_len=seq_len)),
                       "target_tokens": report.target_tokens, "documents": report.kept,
                       "left_out": report.read - report.kept})

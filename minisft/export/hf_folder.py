@@ -27,6 +27,7 @@ from minisft.config import LoraConfig
 from minisft.data.chat import Renderer
 from minisft.errors import UserError, printable
 from minisft.export.provenance import FILE, Record, model_card, model_name
+from minisft.files import sync
 from minisft.formats.jinja import written
 from minisft.lora import adapters
 from minisft.model import weights
@@ -93,8 +94,7 @@ def atomic_dir(folder: Path, *, is_main: bool) -> Iterator[Path]:
     yield partial
     if is_main:
         for file in partial.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+            sync(file)
         os.rename(partial, folder)
     dist.barrier()  # no rank reads a folder that is not there yet
 

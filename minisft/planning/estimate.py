@@ -29,6 +29,7 @@ from minisft.planning import UTILISATION
 from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, StepMemory
 from minisft.prepare import adapters_of, inputs, prepare
 from minisft.pretrained import MetaFolder
+from minisft.training import parallel
 
 RESERVED = 1.2  # memory that PyTorch's allocator holds for each byte allocated: about that in published runs
 OUTSIDE = 1.5  # GiB assumed for what PyTorch does not count: CUDA's context, NCCL's buffers
@@ -178,7 +179,7 @@ class Scenario:
             raise UserError(f"train.precision is {config.train.precision}, but the plan knows only the speed of bf16: "
                             "add --train.precision bf16")
         shard, replicate, gpus = config.parallel.shard, config.parallel.replicate, options.gpus
-        copies = replicate or max(gpus // (shard or gpus), 1)
+        copies = parallel.copies(gpus, config.parallel)
         if gpus % copies or shard not in (0, gpus // copies):
             raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}; it "
                             "must be their product, or a multiple of one if the other is 0")

@@ -91,7 +91,7 @@ class AfterStep:
         watch(run.config.parallel.timeout)
         questions = heldout_questions(run.prepared.evals, run.config.eval.samples)
         for answer in sample_answers(run.model, questions, run.prepared.tokenizer, device=run.world.device,
-                                      stop_ids=run.prepared.renderer.stop_ids(), check=self._check):
+                                     stop_ids=run.prepared.renderer.stop_ids(), check=self._check):
             self.monitor.write({"kind": "sample", "step": step, **answer})
         self.monitor.lap()
 

@@ -132,7 +132,7 @@ def open_base(config: Config, prepared: Prepared) -> Base:
             targets.check(lora, network)
         with torch.device("meta"):
             weights.check(Llama(network), source)
-    check_vocabulary(prepared, network)
+    check_vocabulary((prepared.train, *prepared.evals.values()), network, prepared.tokenizer)
     if config.eval.samples:
         heldout_questions(prepared.evals, config.eval.samples)  # raises if there are none
     return Base(network, source, provenance.start_record(config.model.path if source else ""))
@@ -190,7 +190,7 @@ def check_finite(tensors: Mapping[str, Tensor], world: World, when: str, remedy:
 
 
 def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaConfig,
-             base: weights.WeightSource | None) -> dict[str, Any]:
+                       base: weights.WeightSource | None) -> dict[str, Any]:
     """What must stay the same when a run resumes, or it would have other batches or train something else."""
     frozen = {}
     if config.lora.rank and base:  # as JSON, where a tuple is a list

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minisft import config_io
 from minisft.config import Config
-from minisft.config_io import to_toml
-from minisft.data.batches import steps
+from minisft.config_io import load, to_toml
 from minisft.errors import EXIT_PREEMPTED, NumericsError, UserError
 from minisft.export.hf_folder import try_export
 from minisft.export.provenance import environment
@@ -36,14 +34,14 @@ from minisft.runs.profile import profiled
 from minisft.runs.run_dir import RunDir, read_log
 from minisft.training import parallel
 from minisft.training.checkpoint import SavedState, Saver, saved_checkpoints, set_aside
-from minisft.training.loop import StepResult, training_steps
+from minisft.training.loop import StepResult, planned_steps, training_steps
 from minisft.training.loss import batch_loss
 from minisft.versions import warn_if_untested
 
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
-    return guarded(lambda: train(config_io.load(argv)))
+    return guarded(lambda: train(load(argv)))
 
 
 def train(config: Config) -> int:
@@ -193,9 +191,7 @@ def check_trained(run: Run, monitor: Monitor) -> None:
         return
     config, world, loss = run.config, run.world, torch.zeros((), device=run.world.device)
     compiled = parallel.is_compiled(config.parallel, world.device)
-    with torch.no_grad(), closing(steps(
-            run.prepared.train, plan, rank=world.rank, ranks=world.ranks, micro_packs=config.batch.micro_packs,
-            fixed=compiled, device=world.device)) as planned:
+    with torch.no_grad(), closing(planned_steps(run.prepared.train, plan, config, world)) as planned:
         step = next(planned)
         for batch in step.micro_batches:
             loss += batch_loss(run.model, batch, world.device, step.target_tokens, config.optim, compiled=compiled)

@@ -72,7 +72,7 @@ class Monitor:
     def step(self, record: dict[str, Any], loss: Tensor, grad_norm: Tensor) -> None:
         """Take the record of a step and its figures, and settle the step before."""
         self.settle()
-        self._waiting = record, AsyncScalars(torch.stack((loss, grad_norm.to(loss.device))))
+        self._waiting = record, AsyncScalars(torch.stack((loss, grad_norm)))
 
     def settle(self) -> None:
         """Log the step whose figures are still on their way. Raises NumericsError after too many skipped in a row."""

@@ -13,9 +13,9 @@ from contextlib import suppress
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 
 from minisft.runs.metrics import AsyncScalars
+from minisft.training.parallel import all_sum
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -40,9 +40,8 @@ class Preemption:
         All ranks call it together, between pieces of work that they share. The answer is one call late, so no host
         waits for its device.
         """
-        wish = torch.full((1,), float(self.requested), device=device)
-        dist.all_reduce(wish)
-        before, self._last = self._last, AsyncScalars(wish)
+        wishes = all_sum(torch.full((1,), float(self.requested), device=device))
+        before, self._last = self._last, AsyncScalars(wishes)
         if before and before.read()[0]:
             raise Stopped
 

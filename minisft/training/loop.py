@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.config import Config
-from minisft.data.batches import TokenDocuments, steps
+from minisft.data.batches import Step, TokenDocuments, steps
 from minisft.data.packing import Plan
 from minisft.training.loss import batch_loss
 from minisft.training.optimizer import AdamW, learning_rate
@@ -41,8 +41,7 @@ def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, 
                    world: World, *, start: int = 0) -> Generator[StepResult, None, None]:
     """Train `model` on the steps of `plan` from `start` (from 0) on, yielding after each. All ranks run it together."""
     compiled = is_compiled(config.parallel, world.device)
-    with closing(steps(dataset, plan, start=start, rank=world.rank, ranks=world.ranks, device=world.device,
-                       micro_packs=config.batch.micro_packs, fixed=compiled)) as planned:
+    with closing(planned_steps(dataset, plan, config, world, start=start)) as planned:
         for step in planned:
             lr = learning_rate(step.index, plan.total_steps, config.optim)
             optimizer.begin(lr, step.index)
@@ -55,3 +54,10 @@ def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, 
             optimizer.step()
             yield StepResult(step.index + 1, step.epoch, lr, step.tokens, step.target_tokens, all_sum(loss_sum),
                              grad_norm)
+
+
+def planned_steps(dataset: TokenDocuments, plan: Plan, config: Config, world: World, *,
+                  start: int = 0) -> Generator[Step, None, None]:
+    """This rank's share of the steps of `plan` from `start` (from 0) on. Close it if you leave it early."""
+    return steps(dataset, plan, start=start, rank=world.rank, ranks=world.ranks, device=world.device,
+                 micro_packs=config.batch.micro_packs, fixed=is_compiled(config.parallel, world.device))
