@@ -191,7 +191,7 @@ def ceilings(s: Setting) -> Figures:
 
 def tests(s: Setting) -> Figures:
     """Run tests/test_gpu.py's comparisons of a GPU with the CPU; `python -m pytest -m gpu` has whole runs too."""
-    chosen = ["-k", "attention and float32 and 1-64" if s.check else "attention or loss or moments"]
+    chosen = ["-k", "attention and 1-64" if s.check else "attention or loss or logits or moments"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "tests/test_gpu.py",
                *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -511,6 +511,30 @@ def full8b(s: Setting) -> Figures:
                      recompute="selective", parameters="bf16", moments="bf16", in_backward=True)
 
 
+def generation(s: Setting) -> Figures:
+    """Measure greedy answers of Llama-3.2-1B in bf16, of one prompt and of several at once."""
+    import torch
+
+    from minisft.generate.assistant import generate
+    from minisft.generate.decoding import CachedDecoder
+    from minisft.model.llama import Llama
+    from minisft.model.weights import initialize
+
+    config, tokens = s.config("llama-3.2-1b"), s.size(128, 4)
+    with torch.device(s.device):
+        model = Llama(config).bfloat16()
+    initialize(model, std=0.02, seed=0)
+    decoder, numbers = CachedDecoder(model), sum(parameter.numel() for parameter in model.parameters())
+    for texts in (1, s.size(32, 2)):
+        prompts = torch.randint(config.vocab_size, (texts, 128), generator=torch.Generator().manual_seed(0)).tolist()
+        first, whole = (timed(partial(generate, decoder, prompts, max_new_tokens=count, stop_ids=set()), on=s.device,
+                              rounds=3, warmup=1) for count in (1, tokens + 1))
+        each = (whole - first) / tokens
+        yield f"1B, bf16, {texts} texts: tokens a second", texts / each, "tokens/s"
+        yield f"1B, bf16, {texts} texts: weights read", 2 * numbers / each / 1e12, "TB/s"
+        yield f"1B, bf16, {texts} texts: first token", 1e3 * first, "ms"
+
+
 # ------------------------------------------------------------------------------------------------------ whole programs
 
 
@@ -665,7 +689,7 @@ ROWS: dict[str, tuple[Callable[[Setting], Figures], int]] = {  # with each row's
     "ceilings": (ceilings, 40), "gradients": (gradients, 120), "sync": (sync, 120), "block": (block, 120),
     "lora8b": (lora8b, 120), "peers8192": (partial(peers, seq_len=8192), 180), "train1b": (train1b, 120),
     "head": (head, 100), "optimizer": (optimizer, 60), "fsdp": (fsdp, 120), "full8b": (full8b, 120),
-    "resume": (resume, 150), "tests": (tests, 150), "peers4096": (partial(peers, seq_len=4096), 180),
+    "resume": (resume, 150), "tests": (tests, 150), "generation": (generation, 60), "peers4096": (partial(peers, seq_len=4096), 180),
     "many": (many, 900),
 }
 
