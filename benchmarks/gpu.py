@@ -689,8 +689,8 @@ ROWS: dict[str, tuple[Callable[[Setting], Figures], int]] = {  # with each row's
     "ceilings": (ceilings, 40), "gradients": (gradients, 120), "sync": (sync, 120), "block": (block, 120),
     "lora8b": (lora8b, 120), "peers8192": (partial(peers, seq_len=8192), 180), "train1b": (train1b, 120),
     "head": (head, 100), "optimizer": (optimizer, 60), "fsdp": (fsdp, 120), "full8b": (full8b, 120),
-    "resume": (resume, 150), "tests": (tests, 150), "generation": (generation, 60), "peers4096": (partial(peers, seq_len=4096), 180),
-    "many": (many, 900),
+    "resume": (resume, 150), "tests": (tests, 150), "generation": (generation, 60),
+    "peers4096": (partial(peers, seq_len=4096), 180), "many": (many, 900),
 }
 
 
