@@ -1,6 +1,7 @@
 """One thread: the models of the tests are so small that threads would only wait for each other."""
 
 import os
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -8,6 +9,9 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two processes that compile at once have been seen to read each other's half-written libraries.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(
+    tempfile.gettempdir(), f"minisft-inductor-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"))
 
 settings.register_profile("any load", deadline=None)
 settings.load_profile("any load")
