@@ -17,7 +17,7 @@ from minisft.streams import secure
 # other tensor fits. torch reads the setting when it is loaded; the user's own setting wins.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-# OpenMP's threads spin for milliseconds while they wait for one that another process keeps from its core. Read as above.
+# OpenMP's threads spin for milliseconds while they wait for one whose core another process has. Read as above.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
