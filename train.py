@@ -17,6 +17,9 @@ from minisft.streams import secure
 # other tensor fits. torch reads the setting when it is loaded; the user's own setting wins.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+# OpenMP's threads spin for milliseconds while they wait for one whose core another process has. Read as above.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +28,7 @@ def main(argv: list[str]) -> int:
         print(help_text())
         return 0
     if argv[:1] == ["demo"] or not argv or (argv[0].startswith("--") and default_recipe(argv)):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # its model is so small that threads would mostly wait
         from minisft.demo.demo_run import main as demo  # imported late: importing torch takes seconds
 
         return demo(argv[1:] if argv[:1] == ["demo"] else argv)

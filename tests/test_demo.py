@@ -1,6 +1,10 @@
 """The demo in small: a model that has read about a country answers questions about it that it was never shown."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +51,21 @@ def test_what_was_known_is_partly_forgotten(folder):
     lines = (folder / "tuned/metrics.jsonl").read_text().splitlines()
     forgotten = [record["forgetting"] for record in map(json.loads, lines) if record["kind"] == "eval"]
     assert forgotten[0] == 0 < forgotten[-1]
+
+
+@pytest.mark.parametrize(("recipe", "given", "read"), [
+    ("demo", {}, {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}),
+    ("llama3-8b", {}, {"GOMP_SPINCOUNT": "10000"}),
+    ("demo", {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "77"}, {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "77"}),
+    ("demo", {"OMP_WAIT_POLICY": "passive"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}),
+])
+def test_threads_do_not_spin_away_the_time_of_other_processes(recipe, given, read):
+    """OpenMP itself reports what it read when torch was loaded; what the user has set wins."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "train.py", recipe, "--optim.lr", "x"], cwd=root, capture_output=True,
+                          text=True, env={**environment, **given, "OMP_DISPLAY_ENV": "verbose"})
+    assert done.returncode == 2, done.stderr
+    assert "optim.lr" in done.stderr
+    for name, value in read.items():
+        assert f" {name} = '{value}'\n" in done.stderr

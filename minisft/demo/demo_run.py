@@ -53,13 +53,17 @@ def _demo(argv: list[str]) -> int:
                             "it, or run the demo in another folder")
         _say(f"{base.run.dir}: using the base model that is there")
     else:
+        _say(f"{base.model.tokenizer}: writing articles about {COUNTRIES} countries and questions about half of them")
         write_world(Path(base.model.tokenizer), countries=COUNTRIES, seed=base.train.seed)
+        _say("recipe demo-base: a model with random weights reads the articles")
         if code := train(base):
             return code
     if (Path(tuned.run.dir) / "final").exists() and not argv:
         _say(f"{tuned.run.dir}: already trained; delete it to train again")
-    elif code := train(tuned):
-        return code
+    else:
+        _say("recipe demo: the base model is fine-tuned on the questions")
+        if code := train(tuned):
+            return code
     if launched_rank()[0] == 0:
         print(compare(base, tuned, Path(base.model.tokenizer)))
     return 0
@@ -119,6 +123,7 @@ def compare(base: Config, tuned: Config, folder: Path) -> str:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     rows = records(folder / "heldout-questions.jsonl")
+    _say(f"asking both models {len(rows)} questions about the other half of the countries")
     before, after = (answers(Path(config.run.dir) / "final", rows) for config in (base, tuned))
     lines = ["", "Countries that the fine-tuning never mentioned:"]
     for row, base_text, tuned_text in list(zip(rows, before.texts, after.texts, strict=True))[:SHOWN]:
@@ -127,6 +132,7 @@ def compare(base: Config, tuned: Config, folder: Path) -> str:
                   f"    tuned  {tuned_text.strip()!r} ({mark})"]
     text = [record for record in records(Path(tuned.run.dir) / "metrics.jsonl")
             if record["kind"] == "eval" and record["name"] == "heldout-articles"]
-    lines += ["", f"exact answers to {len(rows)} held-out questions: base {before.score:.1%}, tuned {after.score:.1%}",
-              f"loss on plain text: base {text[0]['loss']:.3f}, tuned {text[-1]['loss']:.3f} nats a token"]
+    lines += ["", f"exact answers to {len(rows)} held-out questions: base {before.score:.1%}, tuned {after.score:.1%}"]
+    if text:  # not after `--data.general ""`
+        lines += [f"loss on plain text: base {text[0]['loss']:.3f}, tuned {text[-1]['loss']:.3f} nats a token"]
     return "\n".join(lines)
