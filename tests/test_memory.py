@@ -36,7 +36,8 @@ from minisft.versions import SHARDS_BYTES
 SMALL = LlamaConfig(vocab_size=20_000, hidden_size=256, intermediate_size=896, num_hidden_layers=3,
                     num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 ON_A_CPU = Bytes(softmax=2**20, compiled=False)  # fake tensors, too, take the loss's branch for a CPU
-ALONE = LlamaConfig(**{**vars(SMALL), "vocab_size": 2000})
+ALONE = LlamaConfig(vocab_size=2000, hidden_size=128, intermediate_size=448, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=64)
 TIED = LlamaConfig(**{**vars(SMALL), "tie_word_embeddings": True})
 
 
@@ -95,9 +96,8 @@ def compare(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=
     (SMALL, {"ranks": 8, "tokens": 8192, "trained": 8192, "recompute": "none"}),
     (SMALL, {"ranks": 2, "tokens": 1024, "trained": 512, "recompute": "selective", "micro_batches": 2}),
     (TIED, {"ranks": 4, "tokens": 512, "trained": 100, "recompute": "full"}),  # needs most in the embedding's gradient
-    (ALONE, {"ranks": 1, "tokens": 512, "trained": 128, "recompute": "none", "micro_batches": 3}),
-    (ALONE, {"ranks": 1, "tokens": 512, "trained": 128, "recompute": "none"}),
-], ids=["none", "selective, accumulating", "full, tied, few tokens", "alone, accumulating", "alone"])
+    (ALONE, {"ranks": 1, "tokens": 512, "trained": 128, "recompute": "none", "micro_batches": 2}),
+], ids=["none", "selective, accumulating", "full, tied, few tokens", "alone, accumulating"])
 def test_the_peak_is_what_torch_tracks(config, step):
     compare(config, **step)
 
