@@ -39,10 +39,11 @@ LARGEST = 2**24  # bytes of a recipe
 Given = tuple[str, str, Any]
 
 
-def load(argv: list[str]) -> Config:
+def load(argv: list[str], *, planning: bool = False) -> Config:
     """The configuration of `[RECIPE] [--section.key value ...]`, checked and with dependent defaults filled in.
 
-    UserError lists all problems, one a line. -h or --help prints the help and exits.
+    UserError lists all problems, one a line. -h or --help prints the help and exits. With `planning`, the base model
+    may be missing, and adapters may stand beside random weights: only shapes count.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text())
@@ -63,7 +64,7 @@ def load(argv: list[str]) -> Config:
     config = _with_inherited(Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()}),
                              run_name="run" if recipe is None else Path(recipe).stem)
     for names, message in problems(config) if in_recipe is not None else ():
-        if not bad & set(names):
+        if not bad & set(names) and not (planning and "model.init" in names):
             where = next((origin[name] for name in names if name in origin), f"{label}: {names[0]}")
             wrong.append(f"{where}: {'' if where.endswith(names[0]) else f'{names[0]}: '}{message}")
     if wrong:

@@ -7,6 +7,7 @@ Simulated: fake tensors have sizes and no contents, and a fake process group sen
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -34,6 +36,8 @@ from minisft.versions import SHARDS_BYTES
 SMALL = LlamaConfig(vocab_size=20_000, hidden_size=256, intermediate_size=896, num_hidden_layers=3,
                     num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 ON_A_CPU = Bytes(softmax=2**20, compiled=False)  # fake tensors, too, take the loss's branch for a CPU
+ALONE = LlamaConfig(vocab_size=2000, hidden_size=128, intermediate_size=448, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=64)
 TIED = LlamaConfig(**{**vars(SMALL), "tie_word_embeddings": True})
 
 
@@ -42,7 +46,8 @@ def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replicate", "shard"))
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        # A lone process shards nothing, and its parameters are real: torch cannot move fake ones from the meta device.
+        with FakeTensorMode(allow_non_fake_inputs=True) if ranks > 1 else nullcontext():
             world = World(0, ranks, torch.device("cpu"), mesh["shard"], None)
             model = parallel.build_model(
                 config, world, Config(parallel=ParallelConfig(activation_checkpointing=recompute, compile="false")),
@@ -50,9 +55,14 @@ def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=
             optimizer = AdamW(model, mesh=world.mesh)
             ids, targets, at = (torch.zeros(n, dtype=torch.int64) for n in (tokens, trained, trained))
             documents = Documents.of_lengths((512,) * (tokens // 512))
-            tracker = FSDPMemTracker(model)
             moments = [*optimizer.moments("exp_avg").values(), *optimizer.moments("exp_avg_sq").values()]
-            tracker.track_inputs((ids, targets, at, documents.cu_seqlens, documents.positions, *moments))
+            inputs = ids, targets, at, documents.cu_seqlens, documents.positions, *moments
+            if ranks > 1:
+                tracker = FSDPMemTracker(model)
+                tracker.track_inputs(inputs)
+            else:
+                tracker = MemTracker()
+                tracker.track_external(model, *inputs)
             with tracker:
                 for step in range(2):
                     optimizer.begin(1e-3, step)
@@ -86,7 +96,8 @@ def compare(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=
     (SMALL, {"ranks": 8, "tokens": 8192, "trained": 8192, "recompute": "none"}),
     (SMALL, {"ranks": 2, "tokens": 1024, "trained": 512, "recompute": "selective", "micro_batches": 2}),
     (TIED, {"ranks": 4, "tokens": 512, "trained": 100, "recompute": "full"}),  # needs most in the embedding's gradient
-], ids=["none", "selective, accumulating", "full, tied, few tokens"])
+    (ALONE, {"ranks": 1, "tokens": 512, "trained": 128, "recompute": "none", "micro_batches": 2}),
+], ids=["none", "selective, accumulating", "full, tied, few tokens", "alone, accumulating"])
 def test_the_peak_is_what_torch_tracks(config, step):
     compare(config, **step)
 

@@ -2,14 +2,16 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from minisft.__main__ import main
+from minisft.model.flops import known_gpus
 from minisft.model.llama_config import PRESETS
-from minisft.planning.estimate import Traffic, find_gpu
+from minisft.planning.estimate import Traffic, chosen_gpu, find_gpu
 
 HERE = Path(__file__).parent
 GIB = 2**30
@@ -133,18 +135,135 @@ def test_without_data_or_tokens_the_assumption_is_printed(recipe, capsys):
 def test_what_does_not_fit_comes_with_a_remedy(recipe, capsys):
     error = refused(capsys, "--gpu", "rtx4090")
     assert "nothing fits: one pack of 8,192 tokens with parallel.activation_checkpointing = full takes" in error
-    assert "8 x GeForce RTX 4090 24 GB, which has 22.1 GiB usable. To make it fit, shard over 16 GPUs" in error
-    assert planned("--gpu", "rtx4090", "--gpus", "16")["recommended"]["fits"]
-    tall = refused(capsys, "--gpu", "rtx4090", "--gpus", "16", "--data.seq_len", "131072")
-    shorter = tall.split("data.seq_len to ")[1].split()[0]
-    assert planned("--gpu", "rtx4090", "--gpus", "16", "--data.seq_len", shorter)["recommended"]["fits"]
+    assert "8 x GeForce RTX 4090 24 GB, which has 22.1 GiB usable\nEach of these fits, one pack at a time" in error
+    assert "more GPUs: --gpus 16" in error
+    assert "Take larger GPUs" in refused(capsys, "--gpu-memory", "2", "--tflops", "50")
+
+
+def remedies(error):
+    """[(what, GiB, options)] of the message, in its order."""
+    return [(found[2], float(found[1]), found[3].split())
+            for found in re.finditer(r"^ +([0-9.]+)  (.+): (--.*)$", error, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("base", "expected"), [
+    (["--gpu", "rtx4090", "--gpus", "1", "--data.seq_len", "4096"], ["QLoRA", "LoRA", "bf16, all parameters",
+                                                                         "more GPUs"]),
+    (["--gpu", "a6000", "--gpus", "1"], ["QLoRA", "LoRA", "bf16, moments", "more GPUs"]),
+    (["--gpu", "h100", "--gpus", "1"], ["QLoRA", "LoRA", "bf16, updated in the backward pass", "bf16, moments",
+                                        "more GPUs"]),
+    (["--gpu", "h100", "--gpus", "2"], ["QLoRA", "LoRA", "bf16 moments", "more GPUs", "shorter packs"]),
+    (["--gpu", "a100", "--gpus", "1", "--model.config", "llama-3.1-405b", "--batch.packs", "1"],
+     ["bf16, all parameters", "QLoRA on more GPUs"]),
+    (["--gpu", "a100-40", "--gpus", "2", "--parallel.shard", "2", "--batch.packs", "2", "--batch.micro_packs", "2",
+      "--parallel.activation_checkpointing", "selective"], [
+          "QLoRA", "LoRA", "bf16, updated in the backward pass", "bf16, moments", "more GPUs"]),
+], ids=["4090", "A6000", "H100", "2 H100", "405B", "2 A100"])
+def test_every_remedy_is_enough(recipe, capsys, base, expected):
+    """The plan with a remedy's own options fits, in the memory that was promised, one pack at a time."""
+    found = remedies(refused(capsys, *base))
+    assert [what.split(" (")[0] for what, _, _ in found] == expected
+    for _, gib, options in found:
+        given = dict(zip(base[::2], base[1::2], strict=True)) | dict(zip(options[::2], options[1::2], strict=True))
+        plan = planned(*(text for pair in given.items() for text in pair))
+        memory = plan["memory"][plan["activation_checkpointing"]]
+        assert (memory["micro_packs"], memory["fits"]) == (1, True)
+        assert memory["reserved_gib"] == pytest.approx(gib, abs=0.06)
+
+
+def test_what_the_remedies_leave_of_8b_by_hand(recipe, capsys):
+    """LoRA keeps 2 bytes a parameter, and 16 of an adapter's; bf16 with moments on the host, 4 bytes; parameters on the
+    host, none, but the gathered head and the buffer that it arrived in."""
+    one = ("--gpu", "b300", "--gpus", "1", "--batch.packs", "2", "--data.seq_len", "4096", "--model.config",
+           "llama-3-8b")
+    sides = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *[(4096, 14_336)] * 3]
+    adapters = 32 * sum(16 * (rows + columns) for rows, columns in sides)
+    parts = {name: planned(*one, *options)["memory"]["full"]["parts_gib"] for name, options in {
+        "lora": ["--lora.rank", "16"], "moments": ["--optim.parameters", "bf16", "--parallel.offload", "optimizer"],
+        "all": ["--parallel.offload", "parameters"]}.items()}
+    state = {name: GIB * sum(found[part] for part in ("parameters", "gradients", "moments"))
+             for name, found in parts.items()}
+    assert state["lora"] == pytest.approx(2 * N + 16 * adapters)
+    assert state["moments"] == pytest.approx(4 * N)
+    assert state["all"] == 0
+    assert parts["all"]["gathered"] * GIB == pytest.approx(2 * 2 * VOCABULARY)
+
+
+def test_adapters_are_planned_before_the_model_is_there(recipe, capsys):
+    """For a shipped recipe with random weights, or without its folder, its preset is taken, and the plan says so."""
+    for options in (["--model.init", "random"], []):
+        assert main(["plan", "llama3-8b-qlora", "--gpu", "RTX 4090", "--gpus", "1", *options]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "41,943,040 trained beside 8.03B parameters over 1 of 1 x GeForce RTX 4090 24 GB" in printed
+        assert "model Meta-Llama-3-8B is missing: planned as the preset llama-3-8b" in printed
+    assert main(["plan", "--model.path", "meta-llama/Llama-3.2-1B-Instruct", "--data.train", "x.jsonl"]) == 0
+    assert "planned as the preset llama-3.2-1b" in capsys.readouterr().out
+    assert main(["plan", "r.toml", "--lora.rank", "8"]) == 0
+    assert "missing: planned as" not in capsys.readouterr().out
+
+
+def test_data_without_their_tokenizer_are_not_counted(recipe, capsys):
+    Path("here.jsonl").write_text('{"messages": []}')
+    assert main(["plan", "llama3-8b", "--data.train", "here.jsonl"]) == 0
+    assert "all tokens trained; Meta-Llama-3-8B is missing" in " ".join(capsys.readouterr().out.split())
+    assert planned("--data.train", "here.jsonl")["assumed"].endswith("model.tokenizer is missing")
+
+
+@pytest.mark.parametrize(("preset", "documents", "options", "measured"), [
+    ("llama-3.2-1b", 1, [], (69_741, 27.0)),
+    ("llama-3.2-1b", 4, [], (72_729, None)),
+    ("llama-3.2-1b", 2, [], (None, 31.6)),  # train.py itself
+    ("llama-3-8b", 1, ["--lora.rank", "16"], (17_556, 50.3)),
+    ("llama-3-8b", 1, ["--lora.rank", "16", "--parallel.activation_checkpointing", "selective"], (15_235, 33.5)),
+    ("llama-3-8b", 1, ["--optim.parameters", "bf16", "--optim.moments", "bf16", "--optim.in_backward", "true",
+                       "--optim.clip_norm", "0", "--parallel.activation_checkpointing", "selective"], (11_740, 64.6)),
+], ids=["1B", "1B, 4 packs", "1B, 2 packs", "LoRA", "LoRA, selective", "8B, bf16"])
+def test_the_plan_agrees_with_what_an_h200_did(recipe, preset, documents, options, measured):
+    """docs/performance.md: tokens/s within a fifth, GiB allocated within 3%; packs of 8,192 tokens, one in a pass."""
+    found = planned("--gpu", "h200", "--gpus", "1", "--batch.packs", str(documents), "--document-length", "500",
+                    "--model.config", preset, *options)
+    assert found["utilisation"] == 0.5
+    chosen = found["memory"][found["activation_checkpointing"]]
+    speed, gib = measured
+    if speed:
+        assert chosen["tokens_per_second_per_gpu"] == pytest.approx(speed, rel=0.2)
+    if gib:
+        assert chosen["allocated_gib"] == pytest.approx(gib, rel=0.03)
+
+
+def test_updates_in_the_backward_pass_have_one_micro_batch(recipe):
+    """Training refuses more, so the plan proposes none."""
+    found = planned("--gpu", "b300", "--batch.packs", "16", "--gpus", "4", "--optim.in_backward", "true",
+                    "--optim.clip_norm", "0", "--data.seq_len", "1024")
+    assert {choice["micro_packs"] for choice in found["memory"].values()} == {4}
+    assert (found["recommended"]["micro_packs"], found["recommended"]["micro_steps"]) == (4, 1)
+
+
+@pytest.mark.parametrize(("name", "key"), [
+    ("H100", "h100"), ("NVIDIA H100 80GB HBM3", "h100"), ("h100 pcie", "h100-pcie"), ("RTX 4090", "rtx4090"),
+    ("rtx4090", "rtx4090"), ("4090", "rtx4090"), ("GeForce RTX 3090", "rtx3090"), ("RTX-A6000", "a6000"), ("l4", "l4"),
+    ("A10", "a10"), ("A100 40GB", "a100-40"), ("a100", "a100"), ("MI300X", "mi300x"), ("NVIDIA B300 SXM6 AC", "b300"),
+])
+def test_a_gpu_has_many_names(name, key):
+    assert find_gpu(name) == find_gpu(key)
+
+
+def test_a_card_that_is_not_listed(recipe):
+    found = planned("--gpu-memory", "96", "--tflops", "250", "--gpus", "1", "--lora.rank", "8")
+    assert found["gpu"]["name"] == "GPU (96 GiB, 250 TFLOP/s, as given)"
+    assert found["usable_gib"] == 94.5
+    changed, listed, best = chosen_gpu("4090", memory_gib=48), find_gpu("4090"), found["recommended"]
+    assert (changed.memory_gib, changed.bf16_tflops, changed.link) == (48, listed.bf16_tflops, listed.link)
+    assert chosen_gpu(None) == find_gpu("h100")
+    flops = found["flops_per_token"][best["activation_checkpointing"]] * 8192 * best["micro_packs"]
+    assert sum(best["compute_seconds"]) == pytest.approx(flops / (0.5 * 250e12))
 
 
 def test_memory_savers_of_one_gpu(recipe, capsys):
     one = ("--gpus", "1", "--batch.packs", "1", "--data.seq_len", "2048")
     small = (*one, "--gpu", "rtx4090", "--model.config", "llama-3.2-1b")
     savers = ("--optim.parameters", "bf16", "--optim.moments", "bf16", "--parallel.offload", "optimizer")
-    assert "optim.parameters and optim.moments = bf16, parallel.offload = optimizer" in refused(capsys, *small)
+    assert "bf16 moments: --optim.moments bf16\n" in refused(capsys, *small)
     assert planned(*small, *savers)["recommended"]["fits"]
     parts = {name: planned(*one, "--gpu", "b200", *options)["memory"]["full"]["parts_gib"] for name, options in {
         "all": savers, "moments": savers[2:4], "host": ("--parallel.offload", "parameters")}.items()}
@@ -155,29 +274,36 @@ def test_memory_savers_of_one_gpu(recipe, capsys):
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--gpu", "h100pci"], "no GPU is called 'h100pci' (did you mean h100-pcie?); known are h100, h100-pcie, h200,"),
+    (["--gpu", "H20"], "no GPU is called 'H20' (did you mean h200?)"),
+    (["--gpu", "rtx"], "--gpu: 'rtx' may be rtx4090 or rtx5090 or rtx3090 or a6000; name one of them"),
+    (["--gpu", "RTX 3090 Ti"], "(did you mean rtx3090?); known are h100, h100-pcie, h200, a100, a100-40, b200, b300, "
+     "mi300x, l40s, rtx4090, rtx5090, rtx3090, a6000, l4, a10. For another, give --gpu-memory and --tflops instead"),
+    (["--gpu-memory", "24"], "for a card that is not listed give both --gpu-memory and --tflops; to change one of them "
+     "on a listed card, name it with --gpu: h100,"),
     (["--gpus", "6", "--parallel.shard", "4"], "--gpus 6 is not parallel.shard = 4 times parallel.replicate = 1"),
     (["--gpus", "64"], "batch.packs = 32 cannot be split over 64 GPUs; raise it to at least 64"),
     (["--train.precision", "fp32"], "the plan knows only the speed of bf16: add --train.precision bf16"),
     (["--model.config", "away.json"], "away.json: no such file; a Hugging Face model folder has a config.json. To plan "
-     "without the weights: a folder with only the model's config.json, or --model.init random --model.config with one "
-     "of llama-3-8b,"),
+     "without the weights: a folder with only the model's config.json, or add --model.init random --model.config "
+     "llama-3-8b (or llama-3-70b,"),
 ])
 def test_what_cannot_be_planned_is_rejected(recipe, capsys, options, message):
     assert message in refused(capsys, *options)
 
 
-@pytest.mark.parametrize("options", [["--gpus", "0"], ["--tokens", "5X"], ["--utilisation", "1.5"]])
+@pytest.mark.parametrize("options", [["--gpus", "0"], ["--gpu-memory", "0"], ["--tflops", "-1"],
+                                     ["--tokens", "5X"], ["--utilisation", "1.5"]])
 def test_meaningless_options_are_rejected(recipe, options):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "r.toml", *options])
     assert stopped.value.code == 2
 
 
-@pytest.mark.parametrize("name", ["h100", "h100-pcie", "h200", "a100", "a100-40", "b200", "l40s", "rtx4090"])
+@pytest.mark.parametrize("name", known_gpus())
 def test_hardware_is_plausible(name):
-    """No sparse figure, no GB for GiB: products a byte of memory bandwidth lie between 100 and 450 on all of these."""
+    """No sparse figure, no GB for GiB: products a byte of memory bandwidth lie between 70 and 450 on all of these."""
     gpu = find_gpu(name)
-    assert 100 < gpu.bf16_tflops * 1e12 / (gpu.memory_gb_s * 1e9) < 450
+    assert 70 < gpu.bf16_tflops * 1e12 / (gpu.memory_gb_s * 1e9) < 450
     marketed = int(gpu.name.split()[-2])
     assert marketed * 0.92 < gpu.memory_gib <= marketed
 

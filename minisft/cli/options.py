@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from minisft.config import FORMATS
 from minisft.errors import printable
-from minisft.planning import UTILISATION
+from minisft.planning import UTILISATION, UTILISATION_ALONE
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 MOST = 10**15  # of anything; what is counted in memory or loops has a lower bound of its own
@@ -103,13 +103,18 @@ COMMANDS = {
     "plan": recipe_command(
         "plan", "memory, time and cost of a run, before you pay for it", "[options]",
         option("--gpus", **POSITIVE, default=8, help="GPUs, over all hosts (8)"),
-        option("--gpu", default="h100", metavar="NAME", help="kind of GPU, as in gpus.toml (h100)"),
+        option("--gpu", metavar="NAME", help="kind of GPU: h100, \"RTX 4090\", or as nvidia-smi calls it (h100)"),
+        option("--gpu-memory", type=number(float, 1, 10**4, "a number of GiB from 1 to 10,000"), metavar="GIB",
+               help="memory of a GPU; with --tflops and without --gpu, a card that is not listed"),
+        option("--tflops", type=number(float, 1, 10**5, "a number from 1 to 100,000"), metavar="N",
+               help="its peak in dense bf16 products with fp32 sums (data sheets may print twice this: sparse)"),
         option("--hours-price", type=number(float, 0, 1e6, "a number of dollars from 0 to a million"), metavar="USD",
                help="price of one GPU for an hour"),
         option("--tokens", **TOKENS, help="tokens of the data, such as 50M, instead of reading it"),
         option("--document-length", **TOKENS, help="with --tokens: tokens of a document (data.seq_len)"),
-        option("--utilisation", type=number(float, 1e-6, 1, "a number above 0, up to 1"), default=UTILISATION,
-               metavar="SHARE", help=f"share of peak FLOPs to assume, recomputation included ({UTILISATION})"), JSON),
+        option("--utilisation", type=number(float, 1e-6, 1, "a number above 0, up to 1"),
+               metavar="SHARE", help="share of peak FLOPs to assume, recomputation included "
+                                     f"({UTILISATION}; one GPU: {UTILISATION_ALONE})"), JSON),
     "chat": command(
         "talk to a model, or ask it one question", "minisft chat MODEL [--prompt TEXT] [options]", None,
         option("model", metavar="MODEL", help="Hugging Face folder, such as runs/my/final"),

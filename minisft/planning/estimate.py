@@ -12,20 +12,22 @@ scattering them, sends (S - 1) / S * B from every rank, and an all-reduce, which
 network card, so a ring runs at the rate of all cards together, or at that of the link if that is less.
 """
 
+import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 
-from minisft.config import Config, LoraConfig
+from minisft.config import Config, LoraConfig, ModelConfig
 from minisft.config_io import nearest
 from minisft.errors import PATH, UserError, printable
 from minisft.lora import targets
 from minisft.model.flops import Sizes, known_gpus, training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
-from minisft.planning import UTILISATION
+from minisft.planning import UTILISATION, UTILISATION_ALONE
 from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, StepMemory
 from minisft.prepare import adapters_of, inputs, prepare
 from minisft.pretrained import MetaFolder
@@ -55,12 +57,40 @@ class Gpu:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU called `name` in gpus.toml. Raises UserError if there is none."""
-    known = known_gpus()
-    if name.lower() not in known:
-        raise UserError(f"--gpu: no GPU is called {printable(repr(name))}{nearest(name, known)}; known are "
-                        f"{', '.join(known)}")
-    return Gpu(**known[name.lower()])
+    """The GPU that `name` means in gpus.toml: its key, one of its names, or words of them ("RTX 4090", "4090"). Raises
+    UserError if that is none or several."""
+    known, asked = known_gpus(), _words(name)
+    names = {key: (key, gpu["name"], gpu["driver"]) for key, gpu in known.items()}
+    alike = ([key for key, own in names.items() if "".join(asked) in map(_letters, own)]
+             or [key for key, own in names.items() if asked and set(asked) <= set(_words(" ".join(own)))])
+    if not alike:
+        raise UserError(f"--gpu: no GPU is called {printable(repr(name))}{nearest(''.join(asked), known)}; known are "
+                        f"{', '.join(known)}. For another, give --gpu-memory and --tflops instead")
+    if len(alike) > 1:
+        raise UserError(f"--gpu: {printable(repr(name))} may be {' or '.join(alike)}; name one of them")
+    return Gpu(**known[alike[0]])
+
+
+def chosen_gpu(name: str | None, memory_gib: float | None = None, tflops: float | None = None) -> Gpu:
+    """The GPU of --gpu, with its memory and speed replaced if they are given; without a name, a card that is not
+    listed, with the link and the memory bandwidth of an RTX 4090. Raises UserError if half of it is missing."""
+    if not (memory_gib or tflops):
+        return find_gpu(name or "h100")
+    if name is None and not (memory_gib and tflops):
+        raise UserError("for a card that is not listed give both --gpu-memory and --tflops; to change one of them on a "
+                        f"listed card, name it with --gpu: {', '.join(known_gpus())}")
+    gpu = find_gpu(name or "rtx4090")
+    memory_gib, tflops = memory_gib or gpu.memory_gib, tflops or gpu.bf16_tflops
+    return replace(gpu, name=f"{gpu.name if name else 'GPU'} ({memory_gib:g} GiB, {tflops:g} TFLOP/s, as given)",
+                   memory_gib=memory_gib, bf16_tflops=tflops)
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z0-9]+", name.lower())
+
+
+def _letters(name: str) -> str:
+    return "".join(_words(name))
 
 
 @dataclass(frozen=True)
@@ -100,7 +130,7 @@ class PlanOptions:
     gpus: int
     tokens: int | None = None  # in an epoch, instead of counting the data
     document: int | None = None  # tokens in a document, instead of counting the data
-    utilisation: float = UTILISATION
+    utilisation: float | None = None  # None: as published for several GPUs, or as measured on one
     price: float | None = None  # dollars for one GPU for an hour
 
 
@@ -118,7 +148,8 @@ class Work:
     @classmethod
     def of(cls, config: Config, network: LlamaConfig, options: PlanOptions) -> "Work":
         """Counted from the packed data; or from `options.tokens` an epoch in documents of `options.document` tokens."""
-        seq_len, missing = config.data.seq_len, [path for path in inputs(config)[:-5] if not Path(path).exists()]
+        seq_len, needed = config.data.seq_len, inputs(config)[:-4]  # the data and the tokenizer
+        missing = [path or "model.tokenizer" for path in needed if not (path and Path(path).exists())]
         if options.tokens is None and not options.document and not missing:
             plan, train = (prepared := prepare(config)).plan, prepared.train
             documents = plan.epoch(0).documents
@@ -166,6 +197,7 @@ class Scenario:
     config: Config
     options: PlanOptions
     network: LlamaConfig
+    preset: str  # that the network is taken to be, because the model is missing
     shards: int  # of the model
     copies: int  # of it (HSDP)
     work: Work
@@ -186,13 +218,23 @@ class Scenario:
         if config.batch.packs < gpus:
             raise UserError(f"batch.packs = {config.batch.packs} cannot be split over {gpus} GPUs; raise it to at "
                             f"least {gpus}, or take fewer GPUs")
-        network, lora = _network_of(config), adapters_of(config)
+        (network, preset), lora = _network_of(config.model), adapters_of(config)
         work = Work.of(config, network, options)
         if lora:
             targets.check(lora, network)
         trained = targets.trained(lora, network) if lora else Sizes.of(network).total
         traffic = Traffic.of(network, options.gpu, shards=gpus // copies, copies=copies, lora=lora)
-        return cls(config, options, network, gpus // copies, copies, work, trained, traffic)
+        return cls(config, options, network, preset, gpus // copies, copies, work, trained, traffic)
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the GPU's peak."""
+        return self.options.utilisation or (UTILISATION_ALONE if self.options.gpus == 1 else UTILISATION)
+
+    @property
+    def packs_per_gpu(self) -> int:
+        """Packs of a step on the GPU that has most."""
+        return -(-self.config.batch.packs // self.options.gpus)
 
     @property
     def usable(self) -> float:
@@ -216,10 +258,10 @@ class Scenario:
     def choose(self, policy: str, micro_packs: int) -> Choice:
         """Memory and time of one way to run."""
         gpu, gpus, work, traffic = self.options.gpu, self.options.gpus, self.work, self.traffic
-        full, rest = divmod(-(-self.config.batch.packs // gpus), micro_packs)
+        full, rest = divmod(self.packs_per_gpu, micro_packs)
         micro_steps = full + (rest > 0)
         memory = self.memory(policy, micro_packs, accumulates=micro_steps > 1)
-        seconds = work.tokens_per_pack * micro_packs / (gpu.bf16_tflops * 1e12 * self.options.utilisation)
+        seconds = work.tokens_per_pack * micro_packs / (gpu.bf16_tflops * 1e12 * self.utilisation)
         # A frozen matrix has half a backward pass.
         forward = seconds * work.flops["none"] / (2 if self.config.lora.rank else 3)
         backward = seconds * work.flops[policy] - forward
@@ -234,49 +276,112 @@ class Scenario:
                 "tokens_per_second_per_gpu": work.tokens_per_pack * self.config.batch.packs / step / gpus}
 
     def nothing_fits(self, smallest: Choice) -> str:
-        """The message for a run that does not fit: what is missing, and what would help."""
-        config, gpu, remedies = self.config, self.options.gpu, []
+        """The message for a run that does not fit: what is missing, and every change that would be enough."""
+        packs = "one pack" if smallest["micro_packs"] == 1 else f"{smallest['micro_packs']} packs"
+        lines = [f"  {reserved / GIB:6.1f}  {what}: " + " ".join(f"--{key} {str(value).lower()}"
+                                                                 for key, value in keys.items())
+                 for what, keys, reserved in self.remedies()]
+        if lines:
+            lines = ["Each of these fits, one pack at a time; GiB on each GPU:", *lines,
+                     "Adapters take about ten times the learning rate (docs/lora.md); docs/memory.md has the savers"]
+        return "\n".join([
+            f"nothing fits: {packs} of {self.config.data.seq_len:,} tokens with parallel.activation_checkpointing = "
+            f"full takes {smallest['reserved_gib']:.1f} GiB on each of {self.options.gpus} x {self.options.gpu.name}, "
+            f"which has {self.usable / GIB:.1f} GiB usable", *(lines or ["Take larger GPUs"])])
 
-        def fits(**changed: Any) -> bool:
-            return self.fits(replace(self, **changed).memory("full"))
+    def remedies(self) -> Iterator[tuple[str, dict[str, Any], float]]:
+        """The changes that make the run fit, one pack at a time: (what it is, options to add, bytes reserved).
 
-        if enough := next((self.shards << i for i in range(1, 11) if fits(shards=self.shards << i)), None):
-            remedies.append(f"shard over {enough} GPUs")
-        shorter = [config.data.seq_len >> i for i in range(1, 12) if config.data.seq_len >> i >= 128]
-        if seq_len := next((seq_len for seq_len in shorter if fits(
-                config=replace(config, data=replace(config.data, seq_len=seq_len)))), None):
-            remedies.append(f"set data.seq_len to {seq_len}")
-        if fits(config=replace(config, optim=replace(config.optim, parameters="bf16", moments="bf16"),
-                               parallel=replace(config.parallel, offload="optimizer"))):
-            remedies.append("keep less of each parameter on the GPU: optim.parameters and optim.moments = bf16, "
-                            "parallel.offload = optimizer (docs/memory.md)")
-        return (f"nothing fits: one pack of {config.data.seq_len:,} tokens with parallel.activation_checkpointing = "
-                f"full takes {smallest['reserved_gib']:.1f} GiB on each of {self.options.gpus} x {gpu.name}, which has "
-                f"{self.usable / GIB:.1f} GiB usable. To make it fit, {', or '.join(remedies) or 'take larger GPUs'}")
+        A change that sets every key of one before it is left out: that was enough.
+        """
+        enough: list[set[str]] = []
+        as_set = self.config.parallel.activation_checkpointing
+        for what, keys in self._changes():
+            changed = {key: value for key, value in keys.items() if self._value(key) != value}
+            if not changed or any(own <= changed.keys() for own in enough):
+                continue
+            other = self._with(changed)
+            for policy in POLICIES[POLICIES.index(as_set):]:
+                micro_packs = other.packs_per_gpu if other.config.optim.in_backward else 1
+                memory = other.memory(policy, micro_packs, accumulates=other.packs_per_gpu > micro_packs)
+                if other.fits(memory):
+                    enough.append(set(changed))
+                    also = {"batch.micro_packs": micro_packs, "parallel.activation_checkpointing": policy}
+                    yield (what, changed | {key: value for key, value in also.items() if self._value(key) != value},
+                           memory.allocated * RESERVED)
+                    break
+
+    def _changes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What may need less memory, in the order to try it: (what it is, keys to set)."""
+        config, gpus, rank = self.config, self.options.gpus, self.config.lora.rank or 16
+        on_device = {"parallel.offload": "none"} if config.parallel.offload == "parameters" else {}
+        yield "QLoRA", (qlora := {"lora.rank": rank, "lora.base": "nf4", **on_device})
+        yield "LoRA", {"lora.rank": rank, "lora.base": "bf16"}
+        if not config.lora.rank:
+            bf16 = {"optim.parameters": "bf16", "optim.moments": "bf16"}
+            backward = {"optim.in_backward": True, "optim.clip_norm": 0, "batch.packs": gpus, **on_device}
+            moments, state = (f"{each * self.trained / GIB:.0f} GiB on the host" for each in (4, 8))
+            yield "bf16 moments", {"optim.moments": "bf16"}
+            yield "bf16 parameters and moments", bf16
+            yield "bf16, updated in the backward pass", bf16 | backward
+            yield f"bf16, moments ({moments})", bf16 | {"parallel.offload": "optimizer"}
+            yield f"bf16, updated in the backward pass, moments ({moments})", {
+                **bf16, **backward, "parallel.offload": "optimizer"}
+            yield f"bf16, all parameters ({state})", {
+                **bf16, "optim.in_backward": False, "parallel.offload": "parameters"}
+        several = [{"gpus": shards * self.copies, "batch.packs": max(shards * self.copies, config.batch.packs),
+                    **({"parallel.shard": shards} if config.parallel.shard else {})}
+                   for shards in (self.shards << i for i in range(1, 11))]
+        yield from (("QLoRA on more GPUs", qlora | keys) for keys in several)
+        yield from (("more GPUs", keys) for keys in several)
+        for seq_len in (config.data.seq_len >> i for i in range(1, 12)):
+            if seq_len >= 128:
+                yield "shorter packs", {"data.seq_len": seq_len}
+
+    def _value(self, key: str) -> Any:
+        section, _, name = key.rpartition(".")
+        return getattr(getattr(self.config, section), name) if section else getattr(self.options, name)
+
+    def _with(self, keys: dict[str, Any]) -> "Scenario":
+        """The scenario with other keys; its data are not counted anew."""
+        config, options = self.config, self.options
+        for key, value in keys.items():
+            section, _, name = key.rpartition(".")
+            if section:
+                config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+            else:
+                options = replace(options, **{name: value})
+        trained = targets.trained(lora, self.network) if (lora := adapters_of(config)) else self.trained
+        return replace(self, config=config, options=options, shards=options.gpus // self.copies, trained=trained)
 
 
-def _network_of(config: Config) -> LlamaConfig:
-    """The shape of the network; weights are not read. Raises UserError if nothing tells it."""
-    named = config.model.config if config.model.init == "random" else config.model.path
-    if config.model.init == "random" and named in PRESETS:
-        return PRESETS[named]
+def _network_of(model: ModelConfig) -> tuple[LlamaConfig, str]:
+    """The shape of the network, and the preset that it is taken to be if the model is missing but its name tells it
+    (Meta-Llama-3-8B: llama-3-8b). Weights are not read. Raises UserError if nothing tells the shape."""
+    named = model.config if model.init == "random" and model.config else model.path
+    if named in PRESETS:
+        return PRESETS[named], ""
+    meant = next((preset for preset in PRESETS if _letters(preset) in _letters(named)), "")
+    if meant and not Path(named).exists():
+        return PRESETS[meant], meant
     try:
-        return MetaFolder(named).config if config.model.format == "meta" else read_config(named)
+        return MetaFolder(named).config if model.format == "meta" else read_config(named), ""
     except UserError as error:
-        preset = "" if config.lora.rank else f", or --model.init random --model.config with one of {', '.join(PRESETS)}"
-        raise UserError(f"{error}. To plan without the weights: a folder with only the model's config.json{preset}"
-                        ) from None
+        first, *others = PRESETS
+        raise UserError(f"{error}. To plan without the weights: a folder with only the model's config.json, or add "
+                        f"--model.init random --model.config {first} (or {', '.join(others)})") from None
 
 
 def figures(config: Config, options: PlanOptions) -> dict[str, Any]:
     """Every figure of the plan: --json. Raises UserError if nothing fits."""
     scenario = Scenario.of(config, options)
     work, traffic, gpu, gpus = scenario.work, scenario.traffic, options.gpu, options.gpus
-    most = min(-(-config.batch.packs // gpus), MOST)
-    choices = [scenario.choose(policy, micro_packs) for policy in POLICIES for micro_packs in range(1, most + 1)]
+    # Updates in the backward pass leave no room for a second micro-batch.
+    least, most = (scenario.packs_per_gpu,) * 2 if config.optim.in_backward else (1, min(scenario.packs_per_gpu, MOST))
+    choices = [scenario.choose(policy, micro_packs) for policy in POLICIES for micro_packs in range(least, most + 1)]
     fitting = [choice for choice in choices if choice["fits"]]
     if not fitting:
-        raise UserError(scenario.nothing_fits(smallest=choices[2 * most]))
+        raise UserError(scenario.nothing_fits(smallest=choices[2 * len(choices) // 3]))
     # Of those within 1% of the fastest, the smallest.
     fastest = min(choice["step_seconds"] for choice in fitting)
     best = min((c for c in fitting if c["step_seconds"] <= 1.01 * fastest), key=lambda c: c["allocated_gib"])
@@ -285,13 +390,16 @@ def figures(config: Config, options: PlanOptions) -> dict[str, Any]:
     hours = None if work.steps is None else work.steps * best["step_seconds"] / 3600
     return {
         "gpu": asdict(gpu), "gpus": gpus, "shards": scenario.shards, "copies": scenario.copies,
+        "model": config.model.config or config.model.path, "preset": scenario.preset,
         "parameters": Sizes.of(scenario.network).total, "trained": scenario.trained,
-        "usable_gib": scenario.usable / GIB, "reserved_factor": RESERVED, "utilisation": options.utilisation,
+        "usable_gib": scenario.usable / GIB, "reserved_factor": RESERVED, "utilisation": scenario.utilisation,
+        "utilisation_is": "as given" if options.utilisation else "assumed: as one H200 reached" if gpus == 1
+                          else "assumed: as eight H100s reached",
         "assumed": work.assumed, "tokens": work.tokens, "steps": work.steps, "trained_share": float(work.trained),
         "tokens_per_step": work.tokens_per_pack * config.batch.packs, "flops_per_token": work.flops,
         "flops_per_step": work.flops[best["activation_checkpointing"]] * work.tokens_per_pack * config.batch.packs,
         "memory": {choice["activation_checkpointing"]: choice for choice in choices
-                   if choice["micro_packs"] == min(config.batch.micro_packs, most)},
+                   if choice["micro_packs"] == max(least, min(config.batch.micro_packs, most))},
         "activation_checkpointing": config.parallel.activation_checkpointing,
         "largest_micro_packs": {policy: max((c["micro_packs"] for c in fitting
                                              if c["activation_checkpointing"] == policy), default=0)
@@ -326,7 +434,7 @@ def describe(found: dict[str, Any]) -> str:
         "work": f"{needed / 1e9:.1f} GFLOP a token, {flops / needed - 1:.0%} more with recomputation; "
                 f"{found['flops_per_step']:.3g} FLOPs a step of {found['tokens_per_step']:,.0f} tokens; {how}",
         "compute": f"{forward * 1e3:,.0f} ms forward and {backward * 1e3:,.0f} backward a micro-batch, at "
-                   f"{found['utilisation']:.0%} of {gpu['bf16_tflops']:g} TFLOP/s (assumed)",
+                   f"{found['utilisation']:.0%} of {gpu['bf16_tflops']:g} TFLOP/s ({found['utilisation_is']})",
         "sent": f"{sum(sent):.1f} GiB a micro-batch by each GPU (weights {sent[0]:.1f} forward and {sent[1]:.1f} "
                 f"backward, gradients {sent[2]:.1f}, between copies {sent[3]:.1f}), "
                 f"{found['traffic_per_step'] / GIB:.1f} a step: {traffic['forward_seconds'] * 1e3:,.0f} ms forward and "
@@ -339,6 +447,8 @@ def describe(found: dict[str, Any]) -> str:
         "run": run,
         "note": "computed, not measured: memory is counted tensor by tensor; times are as good as the assumed share",
     }
+    if found["preset"]:
+        rows = {"model": f"{found['model']} is missing: planned as the preset {found['preset']}", **rows}
     for title, text in rows.items():
         lines += textwrap.wrap(text, 110, initial_indent=f"{title:<9}", subsequent_indent=" " * 9,
                                break_on_hyphens=False)

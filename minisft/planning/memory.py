@@ -85,7 +85,8 @@ class StepMemory:
     def _instants(self) -> dict[str, tuple[int, dict[str, int]]]:
         """Instant -> how many gradients are reduced by then, and the bytes of what comes and goes."""
         config, each, tokens, trained = self.config, self.each, self.tokens, self.trained
-        sizes, compute, tied, sharded = Sizes.of(config), self.each.compute, config.tie_word_embeddings, self.shards > 1
+        sizes, compute, tied = Sizes.of(config), self.each.compute, config.tie_word_embeddings
+        sharded = self.shards > 1 or not each.parameter  # FSDP also brings parameters from the host
         kept, stream, vocabulary = self._kept(compiled=each.compiled), compute * config.hidden_size, sizes.vocabulary
         activations = (config.num_hidden_layers * kept + stream) * tokens  # of all blocks; the stream that leaves them
         # One block, recomputed. Gradients: the product's and its two factors', less the product, which is gone; stream.
