@@ -55,8 +55,8 @@ class AsyncScalars:
 
 
 def is_watched() -> bool:
-    """True if everything printed goes to a terminal, on which a bar can be drawn again and again."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    """True if everything printed goes to a terminal that has a width, so that a bar can be drawn again and again."""
+    return sys.stdout.isatty() and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 @contextmanager
