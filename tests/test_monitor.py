@@ -1,6 +1,7 @@
 """What a run says about itself: spikes, bad steps, a log that cannot be written."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ def follow(monitor, losses):
     """Take steps of these losses; a gradient norm of NaN where the loss is."""
     for step, loss in enumerate(losses, 1):
         figures = torch.tensor(float(loss))
-        monitor.step({"kind": "train", "step": step, "tokens_per_second": 1.0}, figures, figures * 0 + 1)
+        monitor.step({"kind": "train", "step": step, "tokens": 10, "lr": 1e-3, "memory_gib": 0.5}, figures,
+                     figures * 0 + 1)
     monitor.settle()
 
 
-def monitor(path, max_skipped=10):
-    return Monitor(path, start=0, total=100, max_skipped=max_skipped, documents=lambda step: [f"a.jsonl:{step}"])
+def monitor(path, max_skipped=10, **place):
+    return Monitor(path, **{"start": 0, "total": 100} | place, max_skipped=max_skipped,
+                   documents=lambda step: [f"a.jsonl:{step}"])
 
 
 WARNING = "the loss has been over twice its running mean of 1.0000 for 5 steps"
@@ -53,3 +56,27 @@ def test_a_full_disk_under_the_log_is_named():
     full = monitor("/dev/full")
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         follow(full, [1.0])
+
+
+@pytest.mark.parametrize(("start", "total"), [(0, 7), (0, 120), (0, 201), (0, 10_000), (7_000, 10_000)])
+def test_without_a_terminal_the_first_steps_and_the_last_have_a_line_and_a_long_run_has_a_few_hundred(
+        tmp_path, capsys, start, total):
+    following = monitor(tmp_path / "log", start=start, total=total)
+    for step in range(start + 1, total + 1):
+        following.step({"kind": "train", "step": step, "tokens": 10, "lr": 2.5e-5, "memory_gib": 1.25},
+                       torch.tensor(0.5), torch.tensor(3.0))
+    following.close()
+    told = capsys.readouterr()
+    assert (told.err, told.out.count("\r")) == ("", 0)
+    lines = re.findall(r"^step +(\d+)/(\d+)  [\d:]+ left  loss 0.5000  lr 2.50e-05  norm 3.00  [\d,]+ tok/s  1.2 GiB  "
+                       r"\d+\.\d\d s/step$", told.out, re.MULTILINE)
+    steps = [int(step) for step, _ in lines]
+    assert steps[:5] == list(range(start + 1, start + 6))
+    assert steps[-1] == total
+    assert len(steps) == len(told.out.splitlines())
+    assert min(total - start, 50) <= len(steps) <= 300
+
+
+def test_only_the_main_rank_prints(tmp_path, capsys):
+    follow(monitor(None), [1.0] * 10 + [9.0] * 5 + [float("nan")])
+    assert capsys.readouterr() == ("", "")

@@ -468,7 +468,7 @@ def test_nohup_stays_nohup(monkeypatch):
 
 
 def test_answers_stop_when_asked(base):
-    def check():
+    def check(*_):
         raise Stopped
 
     with pytest.raises(Stopped):

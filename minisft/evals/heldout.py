@@ -43,12 +43,12 @@ REMEDIES = "replayed general text (data.replay), a lower optim.lr, fewer steps (
 
 @torch.no_grad()
 def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None, *, seq_len: int, micro_packs: int = 1,
-                 fixed: bool = False, check: Callable[[], None] = lambda: None) -> float:
+                 fixed: bool = False, check: Callable[[int, int], None] = lambda done, total: None) -> float:
     """Mean loss in nats over the trained tokens of `dataset`. All ranks of `world` call it and get the same number.
 
     The sum over all micro-batches and ranks is divided once, so neither packing nor the number of ranks matters. With
     `fixed`, all micro-batches have the same number of tokens, as a compiled `model` needs them. All ranks call `check`
-    before each micro-batch; an exception from it ends the evaluation.
+    before each micro-batch with how many are done, and of how many; an exception from it ends the evaluation.
     """
     rank, ranks = (world.rank, world.ranks) if world else (0, 1)
     device = world.device if world else next(model.parameters()).device
@@ -57,8 +57,8 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
     total = torch.zeros((), device=device)
     with closing(steps(dataset, plan, rank=rank, ranks=ranks, micro_packs=micro_packs, fixed=fixed,
                        device=device)) as planned:
-        for batch in (batch for step in planned for batch in step.micro_batches):
-            check()
+        for done, batch in enumerate(batch for step in planned for batch in step.micro_batches):
+            check(done, plan.total_steps)
             total += batch_loss(model, batch, device, 1.0, compiled=fixed)
     return float(all_sum(total) if world else total) / int(dataset.num_loss_tokens.sum())
 
@@ -131,10 +131,12 @@ def _questions(name: str, dataset: Dataset) -> Iterator[HeldoutQuestion]:
 
 
 def sample_answers(model: nn.Module, questions: list[HeldoutQuestion], tokenizer: Tokenizer, *, stop_ids: set[int],
-                   device: torch.device, check: Callable[[], None] = lambda: None) -> list[dict[str, str]]:
+                   device: torch.device, check: Callable[[int, int], None] = lambda done, total: None
+                   ) -> list[dict[str, str]]:
     """{name, prompt, answer, reference} as text, decoded greedily. All ranks call it with the same questions.
 
-    All ranks call `check` before each token; an exception from it ends the answers.
+    All ranks call `check` before each token with how many are done, and of how many at most; an exception from it ends
+    the answers.
     """
     continued = continue_greedily(model, [question.prompt for question in questions], stop_ids=stop_ids, check=check,
                                   device=device)
@@ -146,12 +148,12 @@ def sample_answers(model: nn.Module, questions: list[HeldoutQuestion], tokenizer
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # each token gives growing texts a new shape
 def continue_greedily(model: nn.Module, prompts: list[list[int]], *, stop_ids: set[int], device: torch.device,
-                      check: Callable[[], None] = lambda: None) -> list[list[int]]:
+                      check: Callable[[int, int], None] = lambda done, total: None) -> list[list[int]]:
     """The continuation of each prompt, without its stop token, by whole forward passes: sharded parameters are whole
     only inside `forward`, and a cache's decoder calls each layer by itself."""
     texts, growing = list(map(list, prompts)), list(range(len(prompts)))
-    for _ in range(MOST):
-        check()
+    for done in range(MOST):
+        check(done, MOST)
         documents = Documents.of_lengths(tuple(len(texts[i]) for i in growing), device=device)
         last = documents.cu_seqlens[1:].long() - 1
 

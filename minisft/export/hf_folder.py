@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,12 @@ COPIED = re.compile(r"(bos|eos|unk|sep|pad|cls|mask)_token|(additional|extra)_sp
                     r"clean_up_tokenization_spaces")
 
 
-def export(model: Llama, renderer: Renderer, folder: Path, *, dtype: torch.dtype, record: Record | None) -> None:
-    """Write `folder`. All ranks call it; the main one writes, and passes the `record` of where the model came from."""
+def export(model: Llama, renderer: Renderer, folder: Path, *, dtype: torch.dtype, record: Record | None,
+           tell: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Write `folder`. All ranks call it; the main one writes, and passes the `record` of where the model came from.
+    `tell` is called before each tensor with how many are done, and of how many."""
     with atomic_dir(folder, is_main=record is not None) as partial:
-        weights.save(model, model.config, partial, dtype=dtype)
+        weights.save(model, model.config, partial, dtype=dtype, tell=tell)
         if record is not None:
             _write(partial, _tokenizer_files(renderer, model.config) | _provenance_files(folder, record))
 

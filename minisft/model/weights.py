@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -248,9 +249,10 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
 
 
 def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16,
-         shard_bytes: int = 5 * 10**9) -> None:
+         shard_bytes: int = 5 * 10**9, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Write `config.json` and the weights as safetensors into `folder`, in shards of at most `shard_bytes`. All ranks
-    call it, since a sharded parameter is gathered by all; the first one writes. Memory: one shard."""
+    call it, since a sharded parameter is gathered by all; the first one writes. Memory: one shard. `tell` is called
+    before each tensor with how many are done, and of how many."""
     gathered: dict[str, Callable[[], Tensor]] = {}  # by its name, what gathers a tensor
     sizes, shards, folder = dict[str, int](), [list[str]()], Path(folder)
     for prefix, module in model.named_modules():
@@ -274,9 +276,11 @@ def save(model: nn.Module, config: LlamaConfig, folder: str | Path, *, dtype: to
             index = {"metadata": {"total_size": sum(sizes.values())},
                      "weight_map": {name: file for file, names in files.items() for name in names}}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    number = count()
     for file, names in files.items():
         tensors = {}
         for name in names:
+            tell(next(number), len(sizes))
             tensor = gathered[name]()  # by all ranks
             if writes:  # converted on the device, so half of fp32's bytes go to the host
                 tensors[name] = tensor.to(dtype).to("cpu").contiguous()

@@ -5,6 +5,8 @@ An evaluation stops at once when some rank is asked to stop. The log tells a res
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from minisft.reports.data_report import figures
 from minisft.runs import resume
 from minisft.runs.assemble import Run
 from minisft.runs.failure import watch
-from minisft.runs.metrics import Monitor
+from minisft.runs.metrics import Monitor, progress
 from minisft.runs.preemption import Preemption
 from minisft.runs.run_dir import read_log
 from minisft.training import parallel
@@ -68,9 +70,10 @@ class AfterStep:
                 continue
             watch(config.parallel.timeout)
             started = time.perf_counter()
-            loss = heldout_loss(run.model, dataset, run.world, seq_len=config.data.seq_len, check=self._check,
-                                micro_packs=config.batch.micro_packs,
-                                fixed=parallel.is_compiled(config.parallel, run.world.device))
+            with progress(f"step {step}: held-out loss on {name}, batch", shown=run.world.is_main) as tell:
+                loss = heldout_loss(run.model, dataset, run.world, seq_len=config.data.seq_len,
+                                    check=partial(self._check, tell), micro_packs=config.batch.micro_packs,
+                                    fixed=parallel.is_compiled(config.parallel, run.world.device))
             record = {"kind": "eval", "step": step, "name": name, **loss_figures(loss),
                       "target_tokens": int(dataset.num_loss_tokens.sum()), "seconds": time.perf_counter() - started}
             warning = self.forgetting.add(record)
@@ -90,12 +93,16 @@ class AfterStep:
         run = self.run
         watch(run.config.parallel.timeout)
         questions = heldout_questions(run.prepared.evals, run.config.eval.samples)
-        for answer in sample_answers(run.model, questions, run.prepared.tokenizer, device=run.world.device,
-                                     stop_ids=run.prepared.renderer.stop_ids(), check=self._check):
+        with progress(f"step {step}: answering {len(questions)} held-out questions, token",
+                      shown=run.world.is_main) as tell:
+            answers = sample_answers(run.model, questions, run.prepared.tokenizer, device=run.world.device,
+                                     stop_ids=run.prepared.renderer.stop_ids(), check=partial(self._check, tell))
+        for answer in answers:
             self.monitor.write({"kind": "sample", "step": step, **answer})
         self.monitor.lap()
 
-    def _check(self) -> None:
+    def _check(self, tell: Callable[[int, int], None], done: int, total: int) -> None:
+        tell(done, total)
         self.preemption.check(self.run.world.device)
 
     def _export_folder(self, number: int) -> Path:
@@ -112,7 +119,8 @@ def export_as(run: Run, folder: Path, *, adapter: str, step: int) -> None:
         export_adapter(model, adapters, prepared.renderer, folder.with_name(adapter),
                        base=str(Path(config.model.path).absolute()), is_main=world.is_main)
     record = record_of_model(run, figures(prepared), step=step, log=read_log(run.folder)) if world.is_main else None
-    export(model, prepared.renderer, folder, dtype=DTYPES[config.train.precision], record=record)
+    with progress(f"writing {folder}, tensor", shown=world.is_main) as tell:
+        export(model, prepared.renderer, folder, dtype=DTYPES[config.train.precision], record=record, tell=tell)
 
 
 def record_of_model(run: Run, data: dict[str, Any], *, step: int, log: list[dict[str, Any]]) -> dict[str, Any]:

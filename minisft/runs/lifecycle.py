@@ -8,6 +8,7 @@
 import faulthandler
 import json
 import sys
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from minisft.lora import adapters
 from minisft.model.flops import peak_flops
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
-from minisft.runs import assemble, resume
+from minisft.runs import assemble, resume, summary
 from minisft.runs.after import AfterStep, export_as, is_due, record_of_model
 from minisft.runs.assemble import Run, check_finite, check_ranks, fill, open_base, open_run
 from minisft.runs.failure import fail, guarded, listen, watch
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
 
 def train(config: Config) -> int:
     """One run, from the data to `final/` in the run folder. Returns 0, or 75 if it was asked to stop and has saved."""
-    is_main = parallel.launched_rank()[0] == 0
+    is_main, started = parallel.launched_rank()[0] == 0, time.monotonic()
     preemption = run_dir = world = None
     try:
         warn_if_untested()
@@ -71,7 +72,11 @@ def train(config: Config) -> int:
         if run_dir:
             record_start(run, run_dir, saved, data=data)
         finished = run_steps(run, preemption, saved)
-        return finish(run, run_dir, finished=finished, stop_requested=preemption.requested)
+        code = finish(run, run_dir, finished=finished, stop_requested=preemption.requested)
+        if is_main and finished:
+            print(summary.describe(run, start=saved.step if saved else 0, seconds=time.monotonic() - started),
+                  flush=True)
+        return code
     except Exception as error:
         run_dir = run_dir or (previous_run_dir(config) if is_main else None)
         fail(error, world, run_dir)
@@ -143,6 +148,7 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
             watch(config.parallel.timeout)
             if config.lora.dropout:
                 adapters.set_step(run.model, config.train.seed, start)
+            monitor.resume()
             for result in profiled(taken, run.folder / "profile" if config.run.profile and world.is_main else None):
                 number = result.step
                 monitor.step(record_of(run, result, seconds=monitor.lap()), result.loss, result.grad_norm)
@@ -155,13 +161,14 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
                     adapters.set_step(run.model, config.train.seed, number)
                 if number < total:
                     preemption.check(world.device)
+                monitor.resume()
             complete = number == total
         if number > start and saver.step != number:
             save(run, saver, monitor, number)
         saver.finish()
-        if not complete:
-            monitor.say(f"saved step {number}; the same command resumes from there" if number else
-                        "stopped before the first step; the same command starts again")
+    if not complete and world.is_main:  # below the bar
+        print(f"saved step {number}; the same command resumes from there" if number else
+              "stopped before the first step; the same command starts again", flush=True)
     return complete
 
 

@@ -62,4 +62,5 @@ class Preemption:
 
 def _say(text: str) -> None:
     with suppress(OSError, ValueError):  # nobody reads it any more
-        os.write(sys.stderr.fileno(), text.encode())  # print could be in the middle of printing
+        below_the_bar = "\n" * os.isatty(number := sys.stderr.fileno())
+        os.write(number, (below_the_bar + text).encode())  # print could be in the middle of printing
