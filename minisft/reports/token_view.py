@@ -215,7 +215,8 @@ def _within(option: str, value: int, choices: range | np.ndarray, what: str) -> 
 def _view(prepared: Prepared, dataset: Dataset, chosen: np.ndarray, title: str, *, room: int = 0) -> View:
     documents = []
     for i in chosen.tolist():
-        ids, trained = dataset.document(i)
+        ids, weights = dataset.document(i)
+        trained = weights > 0
         [origin] = visible(["{}:{}".format(*dataset.origin(i))])
         documents.append(Document(i, origin, trained, spans(ids, trained, prepared.tokenizer)))
     return View(visible([title])[0], documents, room)
