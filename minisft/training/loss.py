@@ -80,8 +80,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = product_dtype(hidden)
         matrix = cast(cast(weight, hidden.dtype), dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        scale = torch.full_like(total, 1 / denominator)  # filled on the device: the host does not wait
-        if target_weights is not None:  # divided in fp64: weights may be larger than fp32 holds
+        if target_weights is None:
+            scale = torch.full_like(total, 1 / denominator)  # filled on the device: the host does not wait
+        else:  # divided in fp64: weights may be larger than fp32 holds
             scale = (target_weights[:, None] / denominator).float()  # (N, 1)
         tokens = chunk_tokens(len(weight))
         # In fp32, because bf16 sums over words and chunks would lose small gradients. A single chunk is no sum.
