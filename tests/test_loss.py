@@ -64,7 +64,8 @@ def test_weights_multiply_each_targets_loss_with_all_its_terms(monkeypatch, chun
     hidden, weight, targets = draw()
     weights = torch.tensor([0.3, 1.0, 2.5, 0.01])[torch.arange(37) % 4].double()
     total = float(weights.sum())
-    loss = linear_cross_entropy(hidden, weight, targets, denominator=total * unit, target_weights=weights * unit, **options)
+    loss = linear_cross_entropy(hidden, weight, targets, denominator=total * unit, target_weights=weights * unit,
+                                **options)
     got = torch.autograd.grad(loss * 3, (hidden, weight))
     logits = hidden @ weight.T
     plain = F.cross_entropy(logits, targets, reduction="none", label_smoothing=options.get("label_smoothing", 0.0))

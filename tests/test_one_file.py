@@ -160,7 +160,8 @@ def test_weights_are_left_out_and_counted(one_file, models, tmp_path):
     data = written(tmp_path / "data.jsonl", [CASES["one question"], [*turns("Hi"), {
         "role": "assistant", "content": "Hello!", "weight": 0.5}]])
     with data.open("a") as file:
-        file.write("".join(json.dumps({"messages": turns("Hi", "Yes."), "weight": weight}) + "\n" for weight in (2.5, 1)))
+        for weight in (2.5, 1):
+            file.write(json.dumps({"messages": turns("Hi", "Yes."), "weight": weight}) + "\n")
     chosen = one_file.TEMPLATES["llama3"]
     documents, left_out = one_file.read(data, chosen, one_file.load_tokenizer(models / "untied", chosen), 256)
     assert len(documents) == 2
