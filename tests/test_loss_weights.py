@@ -252,3 +252,12 @@ def test_a_run_of_a_version_that_left_weights_out_resumes_only_if_it_gets_the_sa
     assert "made by a version that left out weights other than 0 and 1" in printed
     assert ("the run was started with other settings" in printed) == has_weights
     assert ("-weights" in printed) == has_weights
+
+
+def test_show_names_the_range_of_weights(base, data, tmp_path, capsys):
+    settings = options(base, tmp_path, data__train=data)
+    assert main(["show", *settings, "--index", "3"]) == 0
+    assert f"{data}:4 · loss weights 0.21 to 1.75 · " in capsys.readouterr().out
+    assert main(["show", *settings, "--index", "5"]) == 0
+    assert f"{data}:6 · " in (printed := capsys.readouterr().out)
+    assert "weights" not in printed

@@ -218,6 +218,8 @@ def _view(prepared: Prepared, dataset: Dataset, chosen: np.ndarray, title: str, 
         ids, weights = dataset.document(i)
         trained = weights > 0
         [origin] = visible(["{}:{}".format(*dataset.origin(i))])
+        if weights.dtype == np.float64:
+            origin += f" · loss weights {weights[trained].min():g} to {weights.max():g}"
         documents.append(Document(i, origin, trained, spans(ids, trained, prepared.tokenizer)))
     return View(visible([title])[0], documents, room)
 
