@@ -140,7 +140,7 @@ def test_gradients_of_adapters_are_those_of_single_documents(base, data, documen
     prepared = prepare(config_io.load(options(base, tmp_path, data__train=data, **ALL)), quiet=True)
     [step] = steps(prepared.train, prepared.plan)
     assert len(step.micro_batches) > 2
-    loss = sum(batch_loss(model, batch, torch.device("cpu"), step.denominator, optim) for batch in step.micro_batches)
+    loss = sum(batch_loss(model, batch, torch.device("cpu"), step.target_weight, optim) for batch in step.micro_batches)
     ours = torch.autograd.grad(loss, list(trained.values()))
     plain = torch.zeros(())
     for ids, weights in documents:

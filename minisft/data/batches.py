@@ -82,11 +82,6 @@ class Step:
     target_tokens: int
     target_weight: float | None  # the sum of the targets' weights in the loss; None if the data has no weights
 
-    @property
-    def denominator(self) -> float:
-        """What the sum of the step's weighted losses is divided by."""
-        return self.target_tokens if self.target_weight is None else self.target_weight
-
 
 def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1, longest: int = 1) -> MicroBatch:
     """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens. Padding is documents of

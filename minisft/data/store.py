@@ -23,7 +23,8 @@ template, which tokens are trained, the version of the renderer; but not `seq_le
 complete; if several processes want it, one makes it and the others wait.
 
 Disks lose bits. So we compare the index with its digests when we open it, and each document with its hash whenever we
-read it. A damaged store is set aside and made again. Memory grows with the file by 56 bytes a document, 24 a row only.
+read it. A damaged store is set aside and made again. Memory grows with the file by 56 bytes a document only (with
+weights 8 more, and 24 a row).
 """
 
 import errno

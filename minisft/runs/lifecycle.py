@@ -194,7 +194,8 @@ def check_trained(run: Run, monitor: Monitor) -> None:
     with torch.no_grad(), closing(planned_steps(run.prepared.train, plan, config, world)) as planned:
         step = next(planned)
         for batch in step.micro_batches:
-            loss += batch_loss(run.model, batch, world.device, step.denominator, config.optim, compiled=compiled)
+            loss += batch_loss(run.model, batch, world.device, step.target_weight or step.target_tokens, config.optim,
+                               compiled=compiled)
     if not parallel.all_sum(loss).isfinite():
         raise NumericsError(f"the last {monitor.skipped_in_a_row} of {plan.total_steps} steps had no finite loss or "
                             f"gradient, and neither has the model on the documents of the first step: {advice}")

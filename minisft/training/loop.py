@@ -48,8 +48,9 @@ def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, 
             lr = learning_rate(step.index, plan.total_steps, config.optim)
             optimizer.begin(lr, step.index)
             loss_sum = torch.zeros((), device=world.device)
+            denominator = step.target_weight or step.target_tokens
             for batch in step.micro_batches:
-                loss = batch_loss(model, batch, world.device, step.denominator, config.optim, compiled=compiled)
+                loss = batch_loss(model, batch, world.device, denominator, config.optim, compiled=compiled)
                 loss.backward()  # adds to .grad, over micro-batches and ranks: sums, never means
                 loss_sum += loss.detach()
             grad_norm = optimizer.clip(config.optim.clip_norm)
