@@ -144,9 +144,11 @@ def read(path: Path, template: Template, tokenizer: Tokenizer, seq_len: int) -> 
         if not line.strip():
             continue
         try:
-            ids, trained = encode(turns_of(json.loads(line)["messages"]), template, tokenizer)
-            if len(ids) > seq_len or not any(trained):
-                raise ValueError("longer than --seq-len" if any(trained) else "nothing to train on")
+            record = json.loads(line)
+            ids, trained = encode(turns_of(record["messages"]), template, tokenizer)
+            if (is_weighted := record.get("weight", 1) != 1) or len(ids) > seq_len or not any(trained):
+                raise ValueError("a record with a weight" if is_weighted else "longer than --seq-len" if any(trained)
+                                 else "nothing to train on")
             documents.append((ids, trained))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             sys.exit(f'{path}:{number}: not {{"messages": [{{"role": ..., "content": ...}}, ...]}} ({error!r})')

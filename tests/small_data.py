@@ -6,10 +6,10 @@ from minisft.prepare import read_source
 
 
 def documents_of(renderer, conversations):
-    """(ids, loss mask) of each conversation, as lists."""
+    """(ids, weights in the loss) of each conversation, as lists."""
     found = renderer.encode([renderer.pieces(conversation) for conversation in conversations])
     bounds = [(int(a), int(b)) for a, b in zip(found.offsets, found.offsets[1:], strict=False)]
-    return [(found.ids[a:b].tolist(), found.loss_mask[a:b].tolist()) for a, b in bounds]
+    return [(found.ids[a:b].tolist(), found.weights[a:b].tolist()) for a, b in bounds]
 
 
 def plain_documents(renderer, conversations):

@@ -125,7 +125,7 @@ def test_each_trained_stop_is_missed(folder, template, train_on):
     for line, inside, place in answers:
         changed = documents.loss_mask.copy()
         changed[place] = False
-        found = refused(renderer, replace(documents, loss_mask=changed), kept)
+        found = refused(renderer, replace(documents, weights=changed), kept)
         assert re.match(rf"chats.jsonl:{line}: (a stop token after trained text is not trained: token {inside} of|"
                         r"a trained answer ends without a trained stop token: token )", found)
         assert "the model would never learn to stop" in found
@@ -173,7 +173,7 @@ def test_a_planted_fault_is_found_where_it_is(folder, document, fault, law):
             ids[place] = tokenizer.vocab_size
         case "untrained":
             trained[start:end] = False
-    found = refused(renderer, replace(documents, ids=ids, loss_mask=trained, controls=controls), kept)
+    found = refused(renderer, replace(documents, ids=ids, weights=trained, controls=controls), kept)
     where = start if fault == "untrained" else place
     assert found.startswith(f"chats.jsonl:{kept[document].line}: {law}: token {where - start} of the document is ")
 

@@ -108,8 +108,9 @@ def test_compiled_gradients_are_eager_ones(world, monkeypatch, setting, recomput
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}])
-def test_the_compiled_loss_is_the_loss(monkeypatch, options, backend):
+@pytest.mark.parametrize(("options", "weighted"), [({}, False), ({"label_smoothing": 0.1}, False), (
+    {"z_loss": 1e-2}, False), ({"label_smoothing": 0.1, "z_loss": 1e-2}, True)])
+def test_the_compiled_loss_is_the_loss(monkeypatch, options, weighted, backend):
     """For chunks of any length with one program; torch 2.11's compiler read what had just been overwritten."""
     from minisft.training import loss as loss_module
 
@@ -121,8 +122,10 @@ def test_the_compiled_loss_is_the_loss(monkeypatch, options, backend):
     weight = (0.1 * torch.randn(1000, 64)).requires_grad_()
     for tokens in (700, 256, 3, 611):
         hidden, targets, found = torch.randn(tokens, 64, requires_grad=True), torch.randint(1000, (tokens,)), []
+        weights = torch.rand(tokens).double() if weighted else None
         for compiled in (False, True):
-            loss = linear_cross_entropy(hidden, weight, targets, denominator=tokens, compiled=compiled, **options)
+            loss = linear_cross_entropy(hidden, weight, targets, denominator=tokens, compiled=compiled, **options,
+                                        target_weights=weights)
             found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
         for eager, fused in zip(*found, strict=True):
             torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-7)

@@ -192,6 +192,16 @@ def gradients(model, lengths):
     return value.detach(), {name: parameter.grad.float() for name, parameter in model.named_parameters()}
 
 
+def test_the_host_does_not_wait_for_a_weighted_loss():
+    """On tensors that have no values, whatever asked for one would raise."""
+    hidden, head = (torch.empty(rows, 64, device="meta", requires_grad=True) for rows in (3000, 50_000))
+    targets, weights = (torch.empty(3000, dtype=dtype, device="meta") for dtype in (torch.int64, torch.float64))
+    linear_cross_entropy(hidden, head, targets, denominator=7.5, target_weights=weights, z_loss=1e-3).backward()
+    assert (head.grad.shape, hidden.grad.shape) == (head.shape, hidden.shape)
+    with pytest.raises(RuntimeError, match="meta"):
+        weights.sum().item()
+
+
 @pytest.mark.parametrize(("recompute", "kernels"), [("none", 3), ("selective", 3), ("full", 6)])
 def test_one_graph_without_breaks_for_all_layers_and_document_mixes(flash, compiler, recompute, kernels):
     torch.manual_seed(0)

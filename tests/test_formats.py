@@ -284,15 +284,53 @@ def test_an_empty_list_of_tools_is_no_tools(one):
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight", "train"])
-def test_weights_say_what_is_trained_and_nothing_in_between(one, key):
-    def answer(**fields):
-        return one({"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", **fields}]})
+def test_flags_and_weights_say_what_is_trained(one, key):
+    def answer(ignore=(), **fields):
+        return one({"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", **fields}]}, ignore=ignore)
 
     assert [answer(**{key: value}).turns[1].trained for value in (0, 0.0, False)] == [False] * 3
     assert [answer(**{key: value}).turns[1].trained for value in (1, 1.0, True, None)] == [True] * 4
-    for value in (0.5, "no", -1, 2, []):
-        assert reason(answer(**{key: value})) == "bad weight"
-    assert reason(answer(weight=1, train=False)) == "bad weight"  # they contradict each other
+    graded = key != "train"
+    for value in (0.5, 2, 1e-100, 1e100):
+        found = answer(**{key: value})
+        assert found.turns[1].trained == value if graded else isinstance(found, Skipped)
+    remedy = f"(--data.ignore {key} takes the record without it)"
+    for value in ("no", "0.5", -1, [], -0.5, 1e-101, 1e101, 10**400, {"a": 1}):
+        found = answer(**{key: value})
+        assert found.reason == f"{key} is not 0 or {'a number from 1e-100 to 1e+100' if graded else '1'} {remedy}"
+        assert key in found.detail
+    assert isinstance(answer(ignore=[key], **{key: -1}), Conversation)
+
+
+def test_an_infinite_weight_is_left_out(write):
+    path = write([messages((U, "a"), (A, "b"))])
+    path.write_text(path.read_text().replace('"b"', '"b", "weight": 1e999'))
+    [found] = read(path)
+    assert (found.reason.split(" (")[0], found.line) == ("weight is not 0 or a number from 1e-100 to 1e+100", 1)
+    assert "inf" in found.detail
+
+
+def test_weights_that_contradict_each_other_leave_the_record_out(one):
+    def answer(ignore=(), **fields):
+        return one({"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", **fields}]}, ignore=ignore)
+
+    for fields in ({"weight": 1, "train": False}, {"weight": 0.3, "loss": 0}, {"weight": 0, "loss_weight": 0.5},
+                   {"loss_weight": 0.5, "weight": 1}, {"train": 1, "loss": 0}):
+        names = " and ".join(sorted(fields))
+        assert reason(answer(**fields)) == f"{names} contradict each other (remedy: --data.ignore with one of them)"
+        assert isinstance(answer(**fields, ignore=list(fields)[:1]), Conversation)
+    for fields, trained in (({"weight": 2.5, "train": True}, 2.5), ({"weight": 0.3, "loss": 1}, 0.3),
+                            ({"weight": 0.3, "loss_weight": 0.3}, 0.3), ({"weight": 0, "train": False}, 0)):
+        assert answer(**fields).turns[1].trained == trained
+
+
+def test_too_many_different_weights_are_left_out(one):
+    def talk(count):
+        return one({"messages": [message for i in range(count) for message in (
+            {"role": U, "content": "a"}, {"role": A, "content": "b", "weight": 1 + i})]})
+
+    assert len(talk(254).turns) == 508
+    assert reason(talk(255)) == "more than 254 different weights in a conversation (remedy: round them)"
 
 
 def test_skipped_says_where_and_what(write):

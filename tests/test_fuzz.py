@@ -47,21 +47,22 @@ PLAIN = {"chatml": ("", "<|im_end|>"), "alpaca": ("<|begin_of_text|>", "<|eot_id
 
 
 def segments(name, found, train_on):
-    """The conversation as [text, is it one control token, is it trained], in order."""
-    parts, every, turns = [], train_on == "all", list(found.turns)
+    """The conversation as [text, is it one control token, its weight in the loss], in order."""
+    parts, every, turns = [], found.weight * (train_on == "all"), list(found.turns)
     begin, end = PLAIN[name]
     if begin:
         parts.append([begin, True, False])
     if turns[0].role == "text":
-        return [*parts, [turns[0].content, False, True], [end, True, True]]
+        return [*parts, [turns[0].content, False, found.weight], [end, True, found.weight]]
     spoken = [i for i, turn in enumerate(turns) if turn.role in ("assistant", "call")]
     first_user = next(i for i, turn in enumerate(turns) if turn.role == "user")
     systems = {"llama3.1": "", "alpaca": BELOW + (WITH if turns[0].context else "") + COMPLETES}
     if name in systems and turns[0].role != "system":
         parts += role_segments(name, found, "system", systems[name], "", every, every)
     for i, turn in enumerate(turns):
-        around = every and turn.trained
-        inside = around or (i in spoken and turn.trained and (train_on == "assistant" or i == spoken[-1]))
+        around = every * turn.trained
+        is_trained = i in spoken and (train_on == "assistant" or i == spoken[-1])
+        inside = around or found.weight * turn.trained * is_trained
         content = turn.content
         if turn.context and turn.role == "user":
             content += ("\n\n### Input:\n" if name == "alpaca" else "\n") + turn.context
@@ -190,7 +191,7 @@ def hold(renderer, results, raw):
         assert [tokenizer.decode([t]) for t in ids if t in control] == [text for text, alone, _ in expected if alone]
         plain = [t for t in ids if t not in control]
         assert tokenizer.decode(plain) == "".join(text for text, alone, _ in expected if not alone)
-        assert trained[0] is False  # nothing comes before it that could predict it
+        assert trained[0] == 0  # nothing comes before it that could predict it
         trained[0] = expected[0][2]
         runs = [(mask, tokenizer.decode([token for token, _ in run]))
                 for mask, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])]
@@ -256,6 +257,9 @@ def talks(draw):
     return turns
 
 
+WEIGHT = st.sampled_from([0, 1, 0.5, 2.5, True, "1", "0.5", -1, None])
+
+
 @st.composite
 def records_of_talk(draw):
     turns = draw(talks())
@@ -270,7 +274,9 @@ def records_of_talk(draw):
             for role, value in turns]}
     for turn in next(iter(record.values())):
         if draw(st.integers(0, 9)) == 0:
-            turn["weight"] = draw(st.sampled_from([0, 1, 0.5]))
+            turn["weight"] = draw(WEIGHT)
+    if draw(st.integers(0, 4)) == 0:
+        record["weight"] = draw(WEIGHT)
     if draw(st.booleans()):
         record["tools"] = draw(TOOLS | TOOLS.map(json.dumps) | JSON)
     if draw(st.integers(0, 3)) == 0:

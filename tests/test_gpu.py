@@ -32,14 +32,17 @@ def test_attention(lengths, shared, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("extras", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}])
-def test_loss(dtype, extras):
+def test_loss(dtype, extras, weighted):
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(3000, 64), torch.randn(50_000, 64) * 0.1, torch.randint(50_000, (3000,))
+    weights = torch.rand(3000).double() if weighted else None
     found = []
     for device in DEVICES:
         h, w = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
-        loss = linear_cross_entropy(h, w, targets.to(device), denominator=3000, **extras)
+        loss = linear_cross_entropy(h, w, targets.to(device), denominator=3000, **extras,
+                                    target_weights=weights.to(device) if weighted else None)
         found.append([t.detach().float().cpu() for t in (loss, *torch.autograd.grad(loss, (h, w)))])
     for cpu, gpu in zip(*found, strict=True):
         scale = float(cpu.abs().max())

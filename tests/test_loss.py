@@ -54,6 +54,35 @@ def test_the_chunked_loss_is_the_plain_one(monkeypatch, chunk, options):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 1e-3}])
+@pytest.mark.parametrize("unit", [1.0, 1e-90, 1e90])
+def test_weights_multiply_each_targets_loss_with_all_its_terms(monkeypatch, chunk, options, unit):
+    """Only their ratio counts, even beyond what fp32 holds; the oracle is autograd through the whole logits."""
+    monkeypatch.setattr(loss_module, "CHUNK", chunk * 101)
+    monkeypatch.setattr(loss_module, "CPU_SOFTMAX", 3 * 101)  # three rows at a time
+    hidden, weight, targets = draw()
+    weights = torch.tensor([0.3, 1.0, 2.5, 0.01])[torch.arange(37) % 4].double()
+    total = float(weights.sum())
+    loss = linear_cross_entropy(hidden, weight, targets, denominator=total * unit, target_weights=weights * unit,
+                                **options)
+    got = torch.autograd.grad(loss * 3, (hidden, weight))
+    logits = hidden @ weight.T
+    plain = F.cross_entropy(logits, targets, reduction="none", label_smoothing=options.get("label_smoothing", 0.0))
+    plain = ((plain + options.get("z_loss", 0.0) * logits.logsumexp(-1) ** 2) * weights.float()).sum() / total
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(got, torch.autograd.grad(plain * 3, (hidden, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_one_change_no_bit_of_the_gradients():
+    hidden, weight, targets = draw()
+    plain, weighted = (torch.autograd.grad(linear_cross_entropy(
+        hidden, weight, targets, denominator=37.0, target_weights=weights, z_loss=1e-3), (hidden, weight))
+        for weights in (None, torch.ones(37, dtype=torch.float64)))
+    assert all(map(torch.equal, plain, weighted))
+
+
 def test_bf16_gradients_are_those_of_exact_arithmetic_rounded_once(monkeypatch):
     """Many small chunks: a sum kept in bf16 would drift by far more than a rounding."""
     monkeypatch.setattr(loss_module, "CHUNK", 4 * 101)

@@ -155,6 +155,19 @@ def test_one_beginning_and_every_answer_ends_in_its_stop_token(one_file, models,
             mask for _, _, mask in turns_kept), name
 
 
+def test_weights_are_left_out_and_counted(one_file, models, tmp_path):
+    """The package weighs tokens; this file says that it does not."""
+    data = written(tmp_path / "data.jsonl", [CASES["one question"], [*turns("Hi"), {
+        "role": "assistant", "content": "Hello!", "weight": 0.5}]])
+    with data.open("a") as file:
+        for weight in (2.5, 1):
+            file.write(json.dumps({"messages": turns("Hi", "Yes."), "weight": weight}) + "\n")
+    chosen = one_file.TEMPLATES["llama3"]
+    documents, left_out = one_file.read(data, chosen, one_file.load_tokenizer(models / "untied", chosen), 256)
+    assert len(documents) == 2
+    assert left_out == {"a turn is not plain text with a weight of 0 or 1": 1, "a record with a weight": 1}
+
+
 @pytest.mark.parametrize(("line", "reason"), [
     ("{", "data.jsonl:2: not"), ('{"prompt": "a"}', "data.jsonl:2: not"), ('{"messages": [3]}', "data.jsonl:2: not")])
 def test_what_is_no_conversation_is_an_error_with_its_line(one_file, models, tmp_path, line, reason):

@@ -87,6 +87,66 @@ def test_documents_come_back_as_rendered(opened, renderer, monkeypatch):
     assert report.largest_id == max(dataset.document(i)[0].max() for i in range(32))
 
 
+def weighted(*weights, record=1):
+    """A conversation with an answer of each weight."""
+    talk = [message for i, weight in enumerate(weights) for message in (
+        {"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": "Yes. " * (1 + i), "weight": weight})]
+    return json.dumps({"messages": talk, "weight": record})
+
+
+WEIGHTED = [weighted(0.3, 1, 2.5), weighted(1, 0), weighted(0.5, 1, record=2), weighted(0.1), weighted(0.1, record=0.3)]
+
+
+def test_weights_come_back_exactly_and_cost_a_byte_a_token(opened, renderer, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "BATCH", 2)
+    store = opened(WEIGHTED)
+    expected = plain_documents(renderer, list(read(tmp_path / "data.jsonl")))
+    assert len({weight for _, weights in expected for weight in weights}) == 7
+    for i, (ids, weights) in enumerate(expected):
+        found_ids, found = store.document(i)
+        assert (found_ids.tolist(), found.tolist()) == (ids, weights)
+        assert found.dtype == (np.uint8 if i == 1 else np.float64)
+        assert store.num_loss_tokens[i] == sum(weight > 0 for weight in weights)
+        assert store.loss_weights[i] == pytest.approx(sum(weights), rel=1e-15)
+        assert store.weighted_tokens[i] == sum(weight not in (0, 1) for weight in weights)
+    assert (store.folder / "trained.bin").stat().st_size == store.report.tokens
+    assert len(np.load(store.folder / "weights.npy")) == 3 + 0 + 2 + 1 + 1
+    plain = opened([weighted(1, 0)], name="plain")
+    assert not (plain.folder / "weights.npy").exists()
+    assert plain.loss_weights is plain.num_loss_tokens
+    both = Dataset([plain, store], DataConfig(seq_len=1000))
+    assert both.target_weight == pytest.approx(sum(sum(w) for _, w in (expected[1], *expected)), rel=1e-15)
+    assert Dataset([plain], DataConfig(seq_len=1000)).target_weight is None
+
+
+def test_weights_of_truncated_documents_are_those_of_the_tokens_that_are_left(opened, renderer, tmp_path):
+    expected = plain_documents(renderer, list(read(opened(WEIGHTED).report.path)))
+    first = min(next(i for i, weight in enumerate(weights, 1) if weight) for _, weights in expected)
+    for seq_len in range(first, max(len(ids) for ids, _ in expected), 3):
+        dataset = Dataset([opened(WEIGHTED)], DataConfig(seq_len=seq_len, overlong="truncate"))
+        kept = [weights[:seq_len] for _, weights in expected if any(weights[:seq_len])]
+        assert [dataset.document(i)[1].tolist() for i in range(len(dataset))] == kept
+        assert dataset.loss_weights.tolist() == pytest.approx(list(map(sum, kept)), rel=1e-15)
+        assert dataset.reports[0].weighted_tokens == sum(w not in (0, 1) for weights in kept for w in weights)
+
+
+def test_documents_of_other_weights_are_no_exact_duplicates(opened):
+    store = opened([weighted(0.5), weighted(1), weighted(2), weighted(1, record=0.5), weighted(0.5, record=2)])
+    dataset = Dataset([store, opened([weighted(1)], name="other")], DataConfig(seq_len=1000, dedup="exact"))
+    assert [dataset.origin(i)[1] for i in range(len(dataset))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("file", ["weights.npy", "trained.bin"])
+def test_damaged_weights_are_found(opened, file):
+    store = opened(WEIGHTED)
+    content = bytearray((store.folder / file).read_bytes())
+    content[-16 if file == "weights.npy" else content.index(2)] ^= 3
+    (store.folder / file).write_bytes(content)
+    with pytest.raises(module.DamagedError, match="is not as it was written"):
+        module.Store(store.folder)
+    assert opened(WEIGHTED).document(0)[1].max() == 2.5
+
+
 def test_several_stores_are_numbered_through(opened, tmp_path):
     first, second = opened(), opened([qa("a" * 50), qa()], name="other")
     dataset = Dataset([first, second], DataConfig(seq_len=10_000))

@@ -30,7 +30,9 @@ def run(options: Namespace) -> None:
 
 
 def _dump(dataset: Dataset) -> Iterator[str]:
-    """One JSON object per document: its source, its token ids, and 1 for each trained token."""
+    """One JSON object per document: its source, its token ids, 1 for each trained token, and the weights in the loss if
+    any is neither 0 nor 1."""
     for i in range(len(dataset)):
-        (source, line), (ids, trained) = dataset.origin(i), dataset.document(i)
-        yield json.dumps({"source": source, "line": line, "ids": ids.tolist(), "trained": trained.tolist()}) + "\n"
+        (source, line), (ids, weights) = dataset.origin(i), dataset.document(i)
+        record = {"source": source, "line": line, "ids": ids.tolist(), "trained": (weights > 0).astype(int).tolist()}
+        yield json.dumps(record | ({"weights": weights.tolist()} if weights.dtype == float else {})) + "\n"

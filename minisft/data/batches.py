@@ -5,7 +5,7 @@ a compiled network needs one shape.
 
     tokens      a0 a1 a2 a3 | b0 b1 b2        lengths (4, 3), cu_seqlens 0 4 7
     positions    0  1  2  3 |  0  1  2
-    loss mask    .  .  x  x |  .  x  x        of the store, per token
+    loss weights 0  0  1  1 |  0  1  1        of the store, per token
     target_at       1  2    |  4  5           positions whose next token is trained
     targets         a2 a3   |  b1 b2          those next tokens
 
@@ -14,6 +14,7 @@ host, so the device never has to count. A thread makes the next steps while the 
 """
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +37,7 @@ class TokenDocuments(Protocol):
     lengths: Array  # of each document, in tokens
 
     def document(self, index: int) -> tuple[Array, Array]:
-        """Token ids (L,) and loss mask (L,) of a document."""
+        """Token ids (L,) and loss weights (L,) of a document: float64 if any is neither 0 nor 1."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class MicroBatch:
     targets: Tensor  # (N,) int64: what the model should say ...
     target_at: Tensor  # (N,) int64: ... after these positions
     numbers: Tensor  # (T,) int32: of each token's document (`told_apart`); -1 for padding
+    target_weights: Tensor | None = None  # (N,) float64: of the targets in the loss; None: all 1
 
     @property
     def longest(self) -> int:
@@ -78,6 +80,7 @@ class Step:
     micro_batches: list[MicroBatch]
     tokens: int
     target_tokens: int
+    target_weight: float | None  # the sum of the targets' weights in the loss; None if the data has no weights
 
 
 def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1, longest: int = 1) -> MicroBatch:
@@ -91,11 +94,13 @@ def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1,
     lengths = [len(ids) for ids, _ in parts]
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
-    trained = np.flatnonzero(np.concatenate([loss_mask for _, loss_mask in parts]))  # never a document's first token
+    weights = np.concatenate([loss_weights for _, loss_weights in parts])
+    trained = np.flatnonzero(weights)  # never a document's first token
     numbers = np.array([*documents, *[-1] * len(padding)], dtype=np.int64).astype(np.int32)
     arrays = (offsets.astype(np.int32), np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths), tokens[trained],
               trained - 1, np.repeat(numbers, lengths))
-    return MicroBatch(torch.from_numpy(tokens), tuple(lengths), *map(torch.from_numpy, arrays))
+    batch = MicroBatch(torch.from_numpy(tokens), tuple(lengths), *map(torch.from_numpy, arrays))
+    return replace(batch, target_weights=torch.from_numpy(weights[trained])) if weights.dtype == np.float64 else batch
 
 
 def told_apart(packs: list[Array], count: int) -> list[Array]:
@@ -155,8 +160,10 @@ def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0,
                 batch = micro_batch(dataset, documents, size=micro_packs * plan.seq_len if fixed else 1,
                                     longest=plan.seq_len)
                 batches.append(batch.pinned() if on_gpu else batch)
+            weights = plan.loss_weights[everything]  # summed exactly, so in any order
             yield Step(index, plan.place(index).epoch, batches, int(plan.lengths[everything].sum()),
-                       int(plan.num_loss_tokens[everything].sum()))
+                       int(plan.num_loss_tokens[everything].sum()),
+                       math.fsum(weights) if weights.dtype == np.float64 else None)
 
     return ahead(make(), AHEAD)
 

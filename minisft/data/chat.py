@@ -25,7 +25,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
     text: str
     control: bool
-    trained: bool
+    trained: float  # its weight in the loss; 0: not trained
     answer: bool = False  # the model's own text: tokenised by itself, as it is generated, trained or not
     own: tuple[str, ...] = ()  # the parts of the text that are the template's
 
@@ -55,11 +55,16 @@ class EncodedDocuments:
     """T tokens of D documents, one after another."""
 
     ids: Array  # (T,) uint32
-    loss_mask: Array  # (T,) bool: True where the token is trained
+    weights: Array  # (T,) float64: of each token in the loss; 0 where it is not trained
     controls: Array  # (T,) int64: the control token that the template put there, or -1
     offsets: Array  # (D + 1,) int64: where each document begins and the last one ends
     words: Array  # (D,) int64: words of the contents, separated by white space
     content_tokens: Array  # (D,) int64: tokens of the contents, without the template's own
+
+    @property
+    def loss_mask(self) -> Array:
+        """(T,) bool: True where the token is trained."""
+        return self.weights > 0
 
     @property
     def num_loss_tokens(self) -> Array:
@@ -70,7 +75,7 @@ class EncodedDocuments:
         """The documents where `wanted`, (D,) booleans, is true."""
         lengths = np.diff(self.offsets)
         tokens = np.repeat(wanted, lengths)
-        return EncodedDocuments(self.ids[tokens], self.loss_mask[tokens], self.controls[tokens],
+        return EncodedDocuments(self.ids[tokens], self.weights[tokens], self.controls[tokens],
                                 _offsets(lengths[wanted]), self.words[wanted], self.content_tokens[wanted])
 
 
@@ -79,7 +84,7 @@ class Renderer:
 
     def __init__(self, template: Template, tokenizer: Tokenizer, *, train_on: str = "assistant"):
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
-        self.split = cache(self._split)  # every turn asks for the same markers again
+        self.split = lru_cache(1 << 12)(self._split)  # every turn asks for the same markers; weights may be many
         self._cost = cache(lambda text: len(tokenizer.encode(text)))
         names = sorted(tokenizer.control, key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
@@ -139,13 +144,13 @@ class Renderer:
         tokens = table_ids[np.arange(len(of)) + np.repeat(table_starts[codes] - starts[:-1], lengths)]
         of_pieces = _offsets(np.array([len(pieces) for pieces in documents], np.int64))  # (D + 1,)
         offsets = starts[of_pieces]
-        loss_mask = np.array([piece.trained for piece in distinct], dtype=bool)[of]
-        loss_mask[offsets[:-1][np.diff(offsets) > 0]] = False
+        weights = np.array([piece.trained for piece in distinct], dtype=np.float64)[of]
+        weights[offsets[:-1][np.diff(offsets) > 0]] = 0
         controls = np.array([known[piece.text] if piece.control else -1 for piece in distinct], dtype=np.int64)[of]
         contents = np.array([self._contents(piece, len(ids)) for piece, ids in zip(distinct, table, strict=True)],
                             dtype=np.int64).reshape(-1, 2)
         sums = (np.diff(_offsets(count[codes])[of_pieces]) for count in contents.T)
-        return EncodedDocuments(tokens, loss_mask, controls, offsets, *sums)
+        return EncodedDocuments(tokens, weights, controls, offsets, *sums)
 
     def prompt(self, turns: tuple[Turn, ...]) -> list[int]:
         """Token ids of `turns`, up to where the assistant's answer begins."""
@@ -167,7 +172,7 @@ class Renderer:
         """A marker of the template with the tokenizer's own tokens for {bos} and {eos}."""
         return re.sub(r"\{(bos|eos)\}", lambda role: getattr(self.tokenizer, role[1]), marker)
 
-    def _split(self, marker: str, trained: bool) -> tuple[Piece, ...]:
+    def _split(self, marker: str, trained: float) -> tuple[Piece, ...]:
         """A marker of the template as pieces: `<|eot_id|>\\n` -> control `<|eot_id|>`, text `\\n`."""
         parts = enumerate(self._control.split(self.fill(marker)))  # text, control, text, ...
         return tuple(Piece(part, i % 2 == 1, trained, own=(part,)) for i, part in parts if part)
@@ -190,7 +195,8 @@ class Renderer:
         template, split, builtin = self.template, self.split, conversation.builtin_tools
         yield from split(template.begin, False)
         if conversation.turns[0].role == "text":
-            yield from (Piece(conversation.turns[0].content, False, True), *split(template.document_end, True))
+            trained = conversation.turns[0].trained * conversation.weight
+            yield from (Piece(conversation.turns[0].content, False, trained), *split(template.document_end, trained))
             return
         turns = template.turns(conversation)
         last = max((i for i, turn in enumerate(turns) if turn.role in ANSWERS), default=-1)
@@ -198,8 +204,9 @@ class Renderer:
         for i, turn in enumerate(turns):
             call, own = turn.role == "call", turn.role in ANSWERS
             before, after, *rest = getattr(template, "assistant" if call else turn.role)
-            around = self.train_on == "all" and turn.trained
-            inside = around or (own and turn.trained and (self.train_on != "last_assistant" or i == last))
+            trained = turn.trained * conversation.weight
+            around = trained if self.train_on == "all" else 0
+            inside = trained if own and (self.train_on != "last_assistant" or i == last) else around
             yield from split(before, around)
             if turn.role == "system" and (conversation.tools or builtin):
                 yield from split(template.tools_system, around)
@@ -222,7 +229,7 @@ class Renderer:
             yield from split(template.builtin_stop if call and builtin else after, inside)
             yield from split("".join(rest), around)
 
-    def _call(self, call: Turn, builtin: bool, trained: bool) -> Iterator[Piece]:
+    def _call(self, call: Turn, builtin: bool, trained: float) -> Iterator[Piece]:
         """The template's own control tokens become tokens; name and arguments stay text."""
         arguments = _words(call) if builtin else call.content
         assert arguments is not None, "not a renderable conversation"

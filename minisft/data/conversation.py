@@ -13,6 +13,7 @@ from typing import Any
 from minisft.errors import SHORT
 
 ANSWERS = ("assistant", "call")  # what the model says
+MOST_WEIGHTS = 254  # different ones in a conversation; with 0 and the template's own turn they fit in a byte
 FOLLOWED_BY = {"": ("user",), "user": ANSWERS, "assistant": ("user",), "call": ("result",), "result": ANSWERS}
 
 
@@ -23,7 +24,7 @@ class Turn:
     role: str  # "system" | "user" | "assistant" | "call" | "result" | "text" (a document, alone in its conversation)
     content: str  # of a call: its arguments, of a result: the result, both as JSON
     context: str = ""  # Alpaca's `input`, Dolly's `context`: the template says how it joins; text beside a call
-    trained: bool = True  # False: not trained on. Turns that are not answers are trained on with train_on = all only
+    trained: float = 1.0  # its weight in the loss; 0: not trained on. Other turns than answers: train_on = all only
     tool: str = ""  # the name of the function that a call calls
 
 
@@ -37,6 +38,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()  # definitions of the functions that may be called, as the record has them
     builtin_tools: tuple[str, ...] = ()  # names of those that the model knows without a definition
     notes: tuple[str, ...] = ()  # changes made to the record: fixed phrases, to be counted
+    weight: float = 1.0  # in the loss, times that of each turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ def checked(turns: list[Turn]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
             if not _blank(turn.content):
                 reason = f"{'answer' if turn.role in ANSWERS else 'content'} is not text"
             raise Skip(reason, turn.content)
+    if len(weights := {turn.trained for turn in turns}) > MOST_WEIGHTS:
+        raise Skip(f"more than {MOST_WEIGHTS} different weights in a conversation (remedy: round them)", len(weights))
     return tuple(turns), tuple(notes)
 
 

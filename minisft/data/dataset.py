@@ -24,6 +24,7 @@ class SourceReport(Report):
     """What became of a file in a run: its own report, counted anew for the documents that the run keeps."""
 
     near_duplicates: int = 0  # documents that differ from an earlier one in case, space and punctuation only
+    weighted_tokens: int = 0  # trained tokens with a weight other than 1 in the loss
     longest: int = 0
     median: float = 0.0
     also_trained: int = 0  # held-out documents that are in the training data too, exactly or nearly
@@ -58,7 +59,7 @@ class Dataset:
                 mask = mask & ~repeated
             fitting.append(_fit(store, report, mask, data))
         self.store_of = np.concatenate([np.full(len(kept), i) for i, (kept, *_) in enumerate(fitting)])  # (n,)
-        (self.index_in_store, self.lengths, self.num_loss_tokens,  # each (n,)
+        (self.index_in_store, self.lengths, self.num_loss_tokens, self.loss_weights,  # each (n,), as in Store
          self.too_long) = map(np.concatenate, zip(*fitting, strict=True))  # (m,) the lengths of those over seq_len
         if not len(self.lengths) and not only_held_out:
             raise UserError(f"no conversation is left {purpose}:{self.reasons()}")
@@ -67,9 +68,14 @@ class Dataset:
         return len(self.lengths)
 
     def document(self, index: int) -> tuple[Array, Array]:
-        """Token ids (L,) and loss mask (L,) of a document."""
-        ids, loss_mask = self.stores[self.store_of[index]].document(self.index_in_store[index])
-        return ids[: self.lengths[index]], loss_mask[: self.lengths[index]]
+        """Token ids (L,) and loss weights (L,) of a document, as in Store."""
+        ids, weights = self.stores[self.store_of[index]].document(self.index_in_store[index])
+        return ids[: self.lengths[index]], weights[: self.lengths[index]]
+
+    @property
+    def target_weight(self) -> float | None:
+        """The sum of the loss weights of all tokens; None if all are 0 or 1, so that they only count trained tokens."""
+        return float(self.loss_weights.sum()) if self.loss_weights.dtype == np.float64 else None
 
     def origin(self, index: int) -> tuple[str, int]:
         """File and line that a document came from."""
@@ -114,10 +120,11 @@ def _skip(store: Store, report: SourceReport, reason: str, documents: Array) -> 
         report.count(report.skipped, reason, f"{report.path}:{lines[0]}", len(lines))
 
 
-def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") -> tuple[Array, Array, Array, Array]:
-    """Indices, lengths and trained tokens of the wanted documents that a run keeps, and the lengths that were too long.
-    `report` is updated."""
+def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") -> tuple[Array, ...]:
+    """Indices, lengths, trained tokens and their weights of the wanted documents that a run keeps, and the lengths that
+    were too long. `report` is updated."""
     lengths, num_loss_tokens = np.diff(store.offsets), store.num_loss_tokens.copy()
+    loss_weights, weighted_tokens = store.loss_weights.copy(), store.weighted_tokens
     wanted_loss_tokens = int(num_loss_tokens[wanted].sum())
     long = np.flatnonzero(wanted & (lengths > data.seq_len))
     too_long = lengths[long]
@@ -127,7 +134,9 @@ def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") 
                         'raise data.seq_len, or pass data.overlong = "drop" or "truncate"')
     if data.overlong == "truncate":
         for i in long.tolist():
-            lengths[i], num_loss_tokens[i] = data.seq_len, store.document(i)[1][: data.seq_len].sum()
+            weights = store.document(i)[1][: data.seq_len]
+            lengths[i], num_loss_tokens[i], loss_weights[i] = data.seq_len, np.count_nonzero(weights), weights.sum()
+            weighted_tokens[i] = np.count_nonzero(weights) - np.count_nonzero(weights == 1)
         untrained = long[num_loss_tokens[long] == 0]
         _skip(store, report, "answer beyond the length", untrained)
         report.truncated = len(long) - len(untrained)
@@ -137,7 +146,8 @@ def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") 
     lengths, num_loss_tokens = lengths[kept], num_loss_tokens[kept]
     report.kept, report.turns = len(kept), int(store.turns[kept].sum())
     report.tokens, report.target_tokens = int(lengths.sum()), int(num_loss_tokens.sum())
+    report.weighted_tokens = int(weighted_tokens[kept].sum())
     report.lost_target_tokens = wanted_loss_tokens - report.target_tokens
     report.largest_id = int(store.largest[kept].max(initial=0))
     report.longest, report.median = int(lengths.max(initial=0)), float(np.median(lengths)) if len(kept) else 0.0
-    return kept, lengths, num_loss_tokens, too_long
+    return kept, lengths, num_loss_tokens, loss_weights[kept], too_long

@@ -168,13 +168,16 @@ class Place(NamedTuple):
 
 class Plan:
     """All steps of a run over documents with lengths (n,), each 1 to `seq_len`, and `num_loss_tokens` (n,) each.
-    `weights` (n,) are passes over each document in an epoch, 1 by default. A step has `packs_per_step` packs or fewer,
-    sizes within an epoch differ by at most one, and no step spans two epochs. Epochs are packed when a step of them is
-    asked for, or if needed to count the steps. Raises UserError if that would take more than MOST_EPOCHS."""
+    `weights` (n,) are passes over each document in an epoch, 1 by default; `loss_weights` (n,) are sums of the weights
+    of its tokens in the loss, by default `num_loss_tokens`. A step has `packs_per_step` packs or fewer, sizes within an
+    epoch differ by at most one, and no step spans two epochs. Epochs are packed when a step of them is asked for, or if
+    needed to count the steps. Raises UserError if that would take more than MOST_EPOCHS."""
 
     def __init__(self, lengths: Array, num_loss_tokens: Array, *, seq_len: int, packs_per_step: int, epochs: int,
-                 max_steps: int | None = None, seed: int = 0, shuffle: bool = True, weights: Array | None = None):
+                 max_steps: int | None = None, seed: int = 0, shuffle: bool = True, weights: Array | None = None,
+                 loss_weights: Array | None = None):
         self.lengths, self.num_loss_tokens, self.weights = lengths, num_loss_tokens, weights
+        self.loss_weights = num_loss_tokens if loss_weights is None else loss_weights
         self.seq_len, self.packs_per_step, self.seed, self.shuffle = seq_len, packs_per_step, seed, shuffle
         self._epochs, self._lock = epochs, threading.Lock()
         self._first_step = [0]  # of each epoch that was packed, and of the next one

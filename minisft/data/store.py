@@ -9,8 +9,13 @@
                   lines.npy     (documents,) int64: where each came from
                   hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
                   loose.npy     (documents,) uint64: of letters and digits alone, equal for near duplicates
+                  weights.npy   (rows,) ROW, only if weights other than 0 and 1 are in the file: see below
                   report.json   what was read, kept and left out, with the reasons; the sizes of the files above, and
                                 the digests of the index (.npy) and of report.json itself
+
+In a document with weights other than 1, a byte of trained.bin is not 1 but k, for the k-th of its rows in weights.npy:
+
+    weights of document 7  0 0 .5 .5 0 2 2 2     trained.bin  0 0 1 1 0 2 2 2     rows  (7, .5, 2), (7, 2, 3)
 
 The key is a hash of everything that the tokens depend on: the file's bytes, how it is read, the tokenizer, the
 template, which tokens are trained, the version of the renderer; but not `seq_len`, since a run decides what is too long
@@ -18,7 +23,8 @@ template, which tokens are trained, the version of the renderer; but not `seq_le
 complete; if several processes want it, one makes it and the others wait.
 
 Disks lose bits. So we compare the index with its digests when we open it, and each document with its hash whenever we
-read it. A damaged store is set aside and made again. Memory grows with the file by 56 bytes a document only.
+read it. A damaged store is set aside and made again. Memory grows with the file by 56 bytes a document only (with
+weights 8 more, and 24 a row).
 """
 
 import errno
@@ -60,9 +66,11 @@ BATCH_CHARACTERS = 1 << 22  # or fewer conversations, if they are long
 SAMPLE = 256  # documents that are read when a store is opened
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # what a disk reports for files that it lost
 ARRAYS = ("offsets", "targets", "turns", "largest", "lines", "hashes", "loose")
+ROW = np.dtype([("document", np.int64), ("weight", np.float64), ("tokens", np.int64)])  # tokens of that weight
 BROKEN = ("bad JSON", "invalid UTF-8")  # reasons that count against max_bad: the record itself, not what it says
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system in use: FAT's two seconds
 Array = np.ndarray
+NO_TABLE = np.zeros(0)  # of a document whose weights are 0 and 1
 
 
 @dataclass
@@ -118,12 +126,19 @@ class Store:
             if saved != _with_digest(saved["report"], saved["files"], self.key):
                 raise ValueError("report.json is not as it was written")
             self.report = Report(**saved["report"])
+            if "bad weight" in self.report.skipped:  # the reason until weights between 0 and 1 were read
+                raise ValueError("made by a version that left out weights other than 0 and 1")
             for name, expected in saved["files"].items():
                 if _described(folder / name) != expected:
                     raise ValueError(f"{name} is not as it was written")
             (self.offsets, self.num_loss_tokens, self.turns, self.largest, self.lines, self.hashes,
              self.near_duplicate_hashes) = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
                                             for name in ARRAYS)
+            has_weights = "weights.npy" in saved["files"]
+            self.weight_rows = np.load(folder / "weights.npy") if has_weights else np.zeros(0, ROW)
+            if has_weights:  # a run that was started without them does not resume with them
+                self.key += "-weights"
+                self._first_row = np.searchsorted(self.weight_rows["document"], np.arange(len(self) + 1))
             if len(self):  # an empty file cannot be mapped; slicing a plain array is ten times as fast as a memmap
                 self.tokens, self.loss_mask = (np.asarray(np.memmap(folder / name, dtype, "r")) for name, dtype in
                                                (("tokens.bin", np.uint32), ("trained.bin", np.uint8)))
@@ -138,12 +153,28 @@ class Store:
         return len(self.lines)
 
     def document(self, index: int) -> tuple[Array, Array]:
-        """Token ids (L,) and loss mask (L,) of a document."""
+        """Token ids (L,) and loss weights (L,) of a document: uint8 if all are 0 or 1, otherwise float64."""
         start, stop = self.offsets[index : index + 2].tolist()
-        tokens, loss_mask = self.tokens[start:stop], self.loss_mask[start:stop]
-        if _hash(tokens, loss_mask) != self.hashes[index]:
+        tokens, loss_mask, table = self.tokens[start:stop], self.loss_mask[start:stop], NO_TABLE
+        if len(self.weight_rows) and len(rows := self.weight_rows[slice(*self._first_row[index : index + 2].tolist())]):
+            table = np.append(0.0, rows["weight"])
+        if _hash(tokens, loss_mask, table) != self.hashes[index]:
             raise DamagedError(self.folder, f"document {index + 1:,} of {len(self):,} is not as it was written")
-        return tokens, loss_mask
+        return tokens, table[loss_mask] if len(table) else loss_mask
+
+    @property
+    def loss_weights(self) -> Array:
+        """(documents,) sum of each one's weights: `num_loss_tokens` if all in the file are 0 or 1, or float64."""
+        if not len(rows := self.weight_rows):
+            return self.num_loss_tokens
+        sums = np.bincount(rows["document"], rows["weight"] * rows["tokens"], minlength=len(self))
+        return np.where(sums > 0, sums, self.num_loss_tokens)
+
+    @property
+    def weighted_tokens(self) -> Array:
+        """(documents,) int64: trained tokens of each with a weight other than 1."""
+        rows = self.weight_rows[self.weight_rows["weight"] != 1]
+        return np.bincount(rows["document"], rows["tokens"], minlength=len(self)).astype(np.int64)
 
 
 def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "Reader", *, quiet: bool = False,
@@ -230,7 +261,7 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
            max_bad: int) -> None:
     """Tokenise, check and write everything except report.json; `report` is filled in."""
     parts = {name: [np.zeros(0, np.uint64 if name in ("hashes", "loose") else np.int64)] for name in ARRAYS}
-    batches, end = _batches(found, renderer), 0
+    batches, end, rows = _batches(found, renderer), 0, [np.zeros(0, ROW)]
     with (open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as mask_file,
           ThreadPoolExecutor(max_workers=1) as thread):
         following = thread.submit(next, batches, None)
@@ -257,25 +288,45 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
             report.read += len(batch)
             report.words += int(documents.words.sum())
             report.content_tokens += int(documents.content_tokens.sum())
-            ids, loss_mask, offsets = documents.ids, documents.loss_mask, documents.offsets
+            ids, offsets = documents.ids, documents.offsets
+            codes, hashes, weights = _coded(documents, first=report.kept)
             tokens_file.write(ids.data)
-            mask_file.write(loss_mask.data)
+            mask_file.write(codes.data)
+            rows.append(weights)
             for name, values in {
                     "offsets": end + offsets[:-1], "targets": documents.num_loss_tokens,
                     "turns": [len(conversation.turns) for conversation in kept],
                     "largest": np.maximum.reduceat(ids, offsets[:-1]) if kept else [],  # reduceat needs a document
                     "lines": [conversation.line for conversation in kept],
-                    "hashes": [_hash(ids[i:j], loss_mask[i:j]) for i, j in pairwise(offsets.tolist())],
+                    "hashes": hashes,
                     "loose": np.array([near_duplicate for *_, near_duplicate in batch], np.uint64)[learnable]}.items():
                 parts[name].append(np.array(values, parts[name][0].dtype))
             end += len(ids)
+            report.kept += len(kept)
     parts["offsets"].append(np.array([end]))
     arrays = {name: np.concatenate(part) for name, part in parts.items()}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    report.kept, report.turns, report.tokens = len(arrays["lines"]), int(arrays["turns"].sum()), end
+    if len(weighted := np.concatenate(rows)):
+        np.save(folder / "weights.npy", weighted)
+    report.turns, report.tokens = int(arrays["turns"].sum()), end
     report.target_tokens = int(arrays["targets"].sum())
     report.largest_id = int(arrays["largest"].max(initial=0))
+
+
+def _coded(documents: EncodedDocuments, *, first: int) -> tuple[Array, list[int], Array]:
+    """The bytes of trained.bin for `documents`, their hashes, and their rows of weights.npy. `first` is the number of
+    the first one in the store."""
+    codes, hashes, rows = documents.loss_mask.astype(np.uint8), [], []
+    weighted = documents.weights != codes
+    any_weighted = bool(weighted.any())
+    for number, (i, j) in enumerate(pairwise(documents.offsets.tolist()), first):
+        table = NO_TABLE
+        if any_weighted and weighted[i:j].any():  # 0, that of the first token, comes first in the table
+            table, codes[i:j], counts = np.unique(documents.weights[i:j], return_inverse=True, return_counts=True)
+            rows += [(number, *row) for row in zip(table[1:].tolist(), counts[1:].tolist(), strict=True)]
+        hashes.append(_hash(documents.ids[i:j], codes[i:j], table))
+    return codes, hashes, np.array(rows, ROW)
 
 
 def near_duplicate_hash(conversation: Conversation) -> int:
@@ -291,10 +342,11 @@ _LOWER = bytes(range(256)).lower()
 _DROPPED = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 
 
-def _hash(tokens: Any, loss_mask: Any) -> int:
-    """64 bits of the token ids and the mask of a document, both contiguous in memory."""
+def _hash(tokens: Any, loss_mask: Any, table: Any) -> int:
+    """64 bits of the token ids, the mask and the different weights of a document, each contiguous in memory."""
     digest = hashlib.blake2b(tokens, digest_size=8)
     digest.update(loss_mask)
+    digest.update(table)
     return int.from_bytes(digest.digest(), "little")
 
 

@@ -46,6 +46,9 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
                  fixed: bool = False, check: Callable[[int, int], None] = lambda done, total: None) -> float:
     """Mean loss in nats over the trained tokens of `dataset`. All ranks of `world` call it and get the same number.
 
+    Tokens are weighted as in training, so this is what training lowers: one of weight 0.5 counts half, as one of weight
+    0 does not count.
+
     The sum over all micro-batches and ranks is divided once, so neither packing nor the number of ranks matters. With
     `fixed`, all micro-batches have the same number of tokens, as a compiled `model` needs them. All ranks call `check`
     before each micro-batch with how many are done, and of how many; an exception from it ends the evaluation.
@@ -54,18 +57,22 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
     device = world.device if world else next(model.parameters()).device
     plan = Plan(dataset.lengths, dataset.num_loss_tokens, seq_len=seq_len, packs_per_step=micro_packs * ranks, epochs=1,
                 shuffle=False)
+    tokens = int(dataset.num_loss_tokens.sum())
+    mean_weight = float(dataset.loss_weights.sum()) / tokens  # 1 without weights
     total = torch.zeros((), device=device)
     with closing(steps(dataset, plan, rank=rank, ranks=ranks, micro_packs=micro_packs, fixed=fixed,
                        device=device)) as planned:
         for done, batch in enumerate(batch for step in planned for batch in step.micro_batches):
             check(done, plan.total_steps)
-            total += batch_loss(model, batch, device, 1.0, compiled=fixed)
-    return float(all_sum(total) if world else total) / int(dataset.num_loss_tokens.sum())
+            total += batch_loss(model, batch, device, mean_weight, compiled=fixed)
+    return float(all_sum(total) if world else total) / tokens
 
 
-def loss_figures(loss: float) -> dict[str, float | None]:
-    """The loss and its perplexity, exp(loss), for a record; None if not finite, because JSON has no NaN."""
+def loss_figures(loss: float, target_weight: float | None = None) -> dict[str, float | None]:
+    """The loss, its perplexity, exp(loss), and the sum of the weights if there are any, for a record; None if not
+    finite, because JSON has no NaN."""
     figures = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    figures |= {} if target_weight is None else {"target_weight": target_weight}
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
@@ -123,11 +130,12 @@ def heldout_questions(evals: dict[str, Dataset], count: int) -> list[HeldoutQues
 
 def _questions(name: str, dataset: Dataset) -> Iterator[HeldoutQuestion]:
     for i in range(len(dataset)):
-        ids, trained = dataset.document(i)
+        ids, weights = dataset.document(i)
+        trained = weights > 0
         starts = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0) == 1)  # of its answers
         if len(starts) and starts[0] > 1:  # at 1 only the first token is not trained, which nothing could predict
             start = starts[-1]
-            yield HeldoutQuestion(name, ids[:start].tolist(), ids[start:][trained[start:] == 1].tolist())
+            yield HeldoutQuestion(name, ids[:start].tolist(), ids[start:][trained[start:]].tolist())
 
 
 def sample_answers(model: nn.Module, questions: list[HeldoutQuestion], tokenizer: Tokenizer, *, stop_ids: set[int],
@@ -186,7 +194,8 @@ def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, fo
         dataset = Dataset([store], data)
         check_vocabulary([dataset], model.config, assistant.renderer.tokenizer)
         report = dataset.reports[0]
-        found.append({"name": file, **loss_figures(heldout_loss(model, dataset, seq_len=seq_len)),
+        loss = heldout_loss(model, dataset, seq_len=seq_len)
+        found.append({"name": file, **loss_figures(loss, dataset.target_weight),
                       "target_tokens": report.target_tokens, "documents": report.kept,
                       "left_out": report.read - report.kept})
     return found

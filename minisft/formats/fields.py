@@ -24,7 +24,9 @@ from minisft.data.conversation import Skip
 from minisft.errors import SHORT
 
 SYSTEMS = ("system", "system_prompt", "system_message")
-WEIGHTS = frozenset(("weight", "loss_weight", "loss", "loss_mask", "train", "training", "trainable"))  # 0 or 1
+GRADED = frozenset(("weight", "loss_weight"))  # weights in the loss: 0, or a number in RANGE
+WEIGHTS = GRADED | {"loss", "loss_mask", "train", "training", "trainable"}  # the others are 0 or 1
+RANGE = (1e-100, 1e100)  # so that products and sums of weights neither overflow nor vanish
 # Fields that are read, or that a format defines as labels for people: of a record, a turn, a task, an OASST message.
 RECORD = WEIGHTS | set(SYSTEMS)
 TOOLS = RECORD | {"tools", "functions", "builtin_tools"}
@@ -133,15 +135,24 @@ def flag(value: Any) -> bool | None:
     return bool(value) if isinstance(value, (int, float)) and value in (0, 1) else None
 
 
-def is_trained(item: dict[str, Any]) -> bool:
-    """The weight of a record or a turn; True if it has none. Raises Skip for one that is neither 0 nor 1."""
+def loss_weight(item: dict[str, Any]) -> float:
+    """The weight of a record or a turn in the loss; 1 if it has none. Raises Skip for one that is out of range, and if
+    two contradict each other."""
     if item.keys().isdisjoint(WEIGHTS):  # most often
-        return True
+        return 1.0
     given = {name: value for name, value in item.items() if name in WEIGHTS and value not in (None, "", " ", "null")}
-    flags = set(map(flag, given.values()))
-    if None in flags or len(flags) > 1:
-        raise Skip("bad weight", given)
-    return flags != {False}
+    weights: dict[str, float] = {}
+    for name, value in given.items():
+        weight = value if (on := flag(value)) is None and name in GRADED else on
+        if not (isinstance(weight, int | float) and (weight == 0 or RANGE[0] <= weight <= RANGE[1])):
+            allowed = f"0 or a number from {RANGE[0]:g} to {RANGE[1]:g}" if name in GRADED else "0 or 1"
+            raise Skip(f"{name} is not {allowed} (--data.ignore {name} takes the record without it)", {name: value})
+        weights[name] = float(weight)
+    graded = {weights[name] for name in GRADED & weights.keys()}
+    if len(graded) > 1 or len({weight > 0 for weight in weights.values()}) > 1:
+        names = " and ".join(sorted(given))
+        raise Skip(f"{names} contradict each other (remedy: --data.ignore with one of them)", given)
+    return next(iter(graded), min(weights.values(), default=1.0))
 
 
 def definitions(record: dict[str, Any], fields: Fields) -> tuple[dict[str, Any], ...]:

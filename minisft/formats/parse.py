@@ -17,7 +17,7 @@ from typing import Any
 from minisft.data.conversation import ANSWERS, Conversation, Skip, Skipped, Turn, checked
 from minisft.errors import UserError
 from minisft.formats import fields as of
-from minisft.formats.fields import WEIGHTS, Fields, is_empty, is_trained, listed, parsed, shown
+from minisft.formats.fields import WEIGHTS, Fields, is_empty, listed, loss_weight, parsed, shown
 from minisft.formats.records import SUFFIXES, BadRecord, document, open_data, records
 
 # The fields that tell a format; several groups are alternatives. A record may have more fields than these.
@@ -125,7 +125,7 @@ def _conversations(record: dict[str, Any], format: str, oasst: str, fields: Fiel
     if not _has_fields(record, format):
         raise Skip("wrong fields", list(record))
     fields.look(record, of.READ[format])
-    if not is_trained(record):
+    if not (weight := loss_weight(record)):
         raise Skip("marked as not trained", {name: value for name, value in record.items() if name in WEIGHTS})
     drafts: Iterable[list[Turn]]  # as the record states them: `checked` has yet to look at their contents and order
     match format:
@@ -152,7 +152,7 @@ def _conversations(record: dict[str, Any], format: str, oasst: str, fields: Fiel
             return
         try:  # each on its own: one bad instance of a task does not take the others with it
             turns, notes = checked(draft)
-            yield Conversation(turns, source, line, *tools, (*notes, *sorted(fields.notes)))
+            yield Conversation(turns, source, line, *tools, (*notes, *sorted(fields.notes)), weight)
         except Skip as skip:
             yield Skipped(skip.reason, skip.detail, source, line)
 
@@ -197,7 +197,7 @@ def _prompt_completion(record: dict[str, Any], fields: Fields) -> list[Turn]:
     given = _turns(prompt, fields, "prompt[].")
     if not (answer := _turns(completion, fields, f"{name}[].")):
         raise Skip("no answer", completion)
-    return [replace(turn, trained=turn.trained and turn.role not in ANSWERS) for turn in given] + answer
+    return [replace(turn, trained=turn.trained * (turn.role not in ANSWERS)) for turn in given] + answer
 
 
 def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
@@ -207,10 +207,10 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
         if not isinstance(item, dict):
             raise Skip("wrong fields", items)
         role, content = _role(_either(item, "role", "from"), ROLES), _either(item, "content", "value")
-        calls, beside, tool, trained = [], "", "", True
+        calls, beside, tool, trained = [], "", "", 1.0
         if len(item) > 2 or content is None:  # seldom: most turns have a role and a content
             fields.look(item, of.OF_ROLE.get(role, of.TURN), where)
-            trained = is_trained(item)
+            trained = loss_weight(item)
             if role == "assistant":
                 calls = [found for name in ("tool_calls", "function_call")
                          if (found := parsed(item.get(name), "bad tool call"))]

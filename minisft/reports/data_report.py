@@ -178,7 +178,8 @@ def _notes(source: Figures, found: Figures) -> list[str]:
                                   ("near_duplicates", "near-exact duplicates", ("near",))):
         if source[key] and found["dedup"] not in removed_by:
             notes.append(f"{text}: {source[key]:,} (kept; data.dedup = {removed_by[0]} leaves them out)")
-    counts = {f"cut to {found['seq_len']:,} tokens": "truncated",
+    counts = {"trained tokens with a weight other than 1 in the loss": "weighted_tokens",
+              f"cut to {found['seq_len']:,} tokens": "truncated",
               "trained tokens lost to the length limit": "lost_target_tokens",
               "also in the training data, exactly or nearly": "also_trained"}
     return [*notes, *(f"{text}: {source[key]:,}" for text, key in counts.items() if source[key])]

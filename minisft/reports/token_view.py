@@ -215,8 +215,11 @@ def _within(option: str, value: int, choices: range | np.ndarray, what: str) -> 
 def _view(prepared: Prepared, dataset: Dataset, chosen: np.ndarray, title: str, *, room: int = 0) -> View:
     documents = []
     for i in chosen.tolist():
-        ids, trained = dataset.document(i)
+        ids, weights = dataset.document(i)
+        trained = weights > 0
         [origin] = visible(["{}:{}".format(*dataset.origin(i))])
+        if weights.dtype == np.float64:
+            origin += f" · loss weights {weights[trained].min():g} to {weights.max():g}"
         documents.append(Document(i, origin, trained, spans(ids, trained, prepared.tokenizer)))
     return View(visible([title])[0], documents, room)
 

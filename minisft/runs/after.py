@@ -74,7 +74,7 @@ class AfterStep:
                 loss = heldout_loss(run.model, dataset, run.world, seq_len=config.data.seq_len,
                                     check=partial(self._check, tell), micro_packs=config.batch.micro_packs,
                                     fixed=parallel.is_compiled(config.parallel, run.world.device))
-            record = {"kind": "eval", "step": step, "name": name, **loss_figures(loss),
+            record = {"kind": "eval", "step": step, "name": name, **loss_figures(loss, dataset.target_weight),
                       "target_tokens": int(dataset.num_loss_tokens.sum()), "seconds": time.perf_counter() - started}
             warning = self.forgetting.add(record)
             monitor.write(record)

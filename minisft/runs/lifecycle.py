@@ -201,7 +201,8 @@ def check_trained(run: Run, monitor: Monitor) -> None:
     with torch.no_grad(), closing(planned_steps(run.prepared.train, plan, config, world)) as planned:
         step = next(planned)
         for batch in step.micro_batches:
-            loss += batch_loss(run.model, batch, world.device, step.target_tokens, config.optim, compiled=compiled)
+            loss += batch_loss(run.model, batch, world.device, step.target_weight or step.target_tokens, config.optim,
+                               compiled=compiled)
     if not parallel.all_sum(loss).isfinite():
         raise NumericsError(f"the last {monitor.skipped_in_a_row} of {plan.total_steps} steps had no finite loss or "
                             f"gradient, and neither has the model on the documents of the first step: {advice}")
@@ -210,7 +211,8 @@ def check_trained(run: Run, monitor: Monitor) -> None:
 def record_of(run: Run, result: StepResult, *, seconds: float) -> dict[str, Any]:
     """The log's record of a step; loss and gradient norm are still on the device."""
     record = {"kind": "train", "step": result.step, "epoch": result.epoch, "loss": None, "lr": result.lr,
-              "grad_norm": None, "tokens": result.tokens, "target_tokens": result.target_tokens, "seconds": seconds,
+              "grad_norm": None, "tokens": result.tokens, "target_tokens": result.target_tokens,
+              **({} if result.target_weight is None else {"target_weight": result.target_weight}), "seconds": seconds,
               "tokens_per_second": result.tokens / seconds, "memory_gib": memory_gib(run.world.device)}
     if not run.world.is_main:
         return record

@@ -1,7 +1,8 @@
 """THE training loop: a generator of steps without input or output.
 
     for each step of the plan:
-        forward and backward of each micro-batch, its loss divided by the trained tokens of the whole step
+        forward and backward of each micro-batch, its loss divided by the trained tokens (the sum of their weights, if
+        they have any) of the whole step
         clip by the global norm, update
         yield what happened
 
@@ -33,7 +34,8 @@ class StepResult:
     lr: float
     tokens: int  # of all ranks
     target_tokens: int  # trained ones, of all ranks
-    loss: Tensor  # () mean over the step's trained tokens, in nats
+    target_weight: float | None  # the sum of their weights in the loss; None if the data has no weights
+    loss: Tensor  # () weighted mean over the step's trained tokens, in nats
     grad_norm: Tensor  # () before clipping; if it is not finite, AdamW skipped the step
 
 
@@ -46,14 +48,15 @@ def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, 
             lr = learning_rate(step.index, plan.total_steps, config.optim)
             optimizer.begin(lr, step.index)
             loss_sum = torch.zeros((), device=world.device)
+            denominator = step.target_weight or step.target_tokens
             for batch in step.micro_batches:
-                loss = batch_loss(model, batch, world.device, step.target_tokens, config.optim, compiled=compiled)
+                loss = batch_loss(model, batch, world.device, denominator, config.optim, compiled=compiled)
                 loss.backward()  # adds to .grad, over micro-batches and ranks: sums, never means
                 loss_sum += loss.detach()
             grad_norm = optimizer.clip(config.optim.clip_norm)
             optimizer.step()
-            yield StepResult(step.index + 1, step.epoch, lr, step.tokens, step.target_tokens, all_sum(loss_sum),
-                             grad_norm)
+            yield StepResult(step.index + 1, step.epoch, lr, step.tokens, step.target_tokens, step.target_weight,
+                             all_sum(loss_sum), grad_norm)
 
 
 def planned_steps(dataset: TokenDocuments, plan: Plan, config: Config, world: World, *,

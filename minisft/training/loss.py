@@ -7,12 +7,13 @@ would take 4.2 GB in fp32, and their gradient as much again. The gradients are c
 chunk's logits are at hand, so nothing is computed twice and nothing large waits for the backward pass.
 
 Losses are sums, divided once by the trained tokens of the whole step. A mean of means over micro-batches or ranks would
-weigh a token by how few others happen to share its micro-batch.
+weigh a token by how few others happen to share its micro-batch. If the data gives tokens weights w, the loss of a step
+is the sum of w times each token's loss, divided once by the sum of the w of the whole step.
 """
 
 # N trained tokens, D model width, V vocabulary, whose entries are called words
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import repeat
 from typing import Any
@@ -41,15 +42,18 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, denominator: float,
-                         label_smoothing: float = 0.0, z_loss: float = 0.0, compiled: bool = False) -> Tensor:
+                         target_weights: Tensor | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0,
+                         compiled: bool = False) -> Tensor:
     """Sum of the cross-entropies of `hidden @ weight.T` against `targets`, divided by `denominator`.
 
     hidden (N, D), weight (V, D), targets (N,) -> scalar in fp32. With N = 0, the loss and its gradients are 0.
+    `target_weights` (N,) multiply each target's loss, with all its terms; None: all 1.
     `label_smoothing` spreads that much of the target over all words (Szegedy et al. 2016, section 7); `z_loss` times
     the squared log-partition keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5). `compiled` fuses the
     softmax with its gradient, which then reads the logits twice and writes them once: 6 bytes per logit instead of 60.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, denominator, label_smoothing, z_loss, compiled)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, denominator, target_weights, label_smoothing, z_loss,
+                                     compiled)
 
 
 def batch_loss(model: nn.Module, batch: MicroBatch, device: torch.device, denominator: float,
@@ -58,8 +62,8 @@ def batch_loss(model: nn.Module, batch: MicroBatch, device: torch.device, denomi
     offsets, batch = batch.cu_seqlens, batch.to(device)
     documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, batch.numbers)
     return model(batch.tokens, documents, lambda hidden, head: linear_cross_entropy(
-        hidden[batch.target_at], head, batch.targets, denominator=denominator, label_smoothing=optim.label_smoothing,
-        z_loss=optim.z_loss, compiled=compiled))
+        hidden[batch.target_at], head, batch.targets, denominator=denominator, target_weights=batch.target_weights,
+        label_smoothing=optim.label_smoothing, z_loss=optim.z_loss, compiled=compiled))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -70,13 +74,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: float, label_smoothing: float,
-                z_loss: float, compiled: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, denominator: float,
+                target_weights: Tensor | None, label_smoothing: float, z_loss: float, compiled: bool) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dtype = product_dtype(hidden)
         matrix = cast(cast(weight, hidden.dtype), dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        scale = torch.full_like(total, 1 / denominator)  # filled on the device: the host does not wait
+        if target_weights is None:
+            scale = torch.full_like(total, 1 / denominator)  # filled on the device: the host does not wait
+        else:  # divided in fp64: weights may be larger than fp32 holds
+            scale = (target_weights[:, None] / denominator).float()  # (N, 1)
         tokens = chunk_tokens(len(weight))
         # In fp32, because bf16 sums over words and chunks would lose small gradients. A single chunk is no sum.
         sums = weight.dtype if len(targets) <= tokens else torch.float32
@@ -88,15 +95,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_at_once = max(softmax // len(weight), 1)
         buffer = torch.empty(min(tokens, len(targets)), len(weight), dtype=dtype, device=hidden.device)
         grads = grad_hidden.split(tokens) if grad_hidden is not None else repeat(None)
-        for i, (x, target, grad_x) in enumerate(zip(hidden.split(tokens), targets.split(tokens), grads, strict=False)):
+        for i, (x, target, grad_x, factor) in enumerate(zip(hidden.split(tokens), targets.split(tokens), grads,
+                                                            _split(scale, tokens), strict=False)):
             x = x.to(dtype)
             logits = torch.mm(x, matrix.T, out=buffer[: len(x)])  # (n, V), then its own gradient
             if compiled:
-                logits, loss = _compiled_gradient(logits, target[:, None], scale, label_smoothing, z_loss)
+                logits, loss = _compiled_gradient(logits, target[:, None], factor, label_smoothing, z_loss)
                 total += loss
             else:
-                for rows, at in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once), strict=True):
-                    gradient, at_target, loss = _gradient(rows, at, scale, label_smoothing, z_loss)
+                for rows, at, f in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once),
+                                       _split(factor, rows_at_once), strict=False):
+                    gradient, at_target, loss = _gradient(rows, at, f, label_smoothing, z_loss)
                     rows.copy_(gradient).scatter_(-1, at, at_target)
                     total += loss
             one_product = grad_x is not None and words_at_once == len(weight)
@@ -111,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None and sum_x is not grad_x:
                 grad_x.copy_(sum_x)
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
-        return total / denominator
+        return total / denominator if target_weights is None else total
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient in (grad_hidden, grad_weight):
             if gradient is not None:
                 gradient *= grad_loss.to(gradient.dtype)
-        return grad_hidden, grad_weight, *[None] * 5
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor, *, begins: bool) -> None:
@@ -134,6 +143,11 @@ def _add_product(sums: Tensor, left: Tensor, right: Tensor, *, begins: bool) -> 
         sums += left @ right
 
 
+def _split(scale: Tensor, rows: int) -> Iterable[Tensor]:
+    """The parts of a scale (N, 1), each of `rows` rows; a scale () goes with every part."""
+    return scale.split(rows) if scale.dim() else repeat(scale)
+
+
 def chunk_tokens(vocabulary: int) -> int:
     """The number of trained tokens whose logits exist at one time."""
     tokens = max(CHUNK // vocabulary, 1)
@@ -142,8 +156,8 @@ def chunk_tokens(vocabulary: int) -> int:
 
 def _gradient(logits: Tensor, target: Tensor, scale: Tensor, label_smoothing: float,
               z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the losses against `target` (n, 1), times `scale` (), by logits (n, V) as if no word were the
-    target; its values at the targets (n, 1); and the sum of the losses.
+    """The gradient of the losses against `target` (n, 1), times `scale` () or (n, 1), by logits (n, V) as if no word
+    were the target; its values at the targets (n, 1); and the sum of the losses, times a `scale` (n, 1).
 
     The values at the targets come separately so that the compiler can fuse the rest into one pass. No argument is
     changed: torch 2.11 fuses a gather from a tensor with the write to that tensor, and reads what was written.
@@ -161,14 +175,14 @@ def _gradient(logits: Tensor, target: Tensor, scale: Tensor, label_smoothing: fl
     if label_smoothing:
         everywhere = scale * (label_smoothing / logits.shape[1])
         gradient, at_target = gradient.sub_(everywhere), at_target - everywhere
-    return gradient.to(logits.dtype), at_target.to(logits.dtype), loss.sum()
+    return gradient.to(logits.dtype), at_target.to(logits.dtype), (loss * scale if scale.dim() else loss).sum()
 
 
-def _compiled_gradient(logits: Tensor, target: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _compiled_gradient(logits: Tensor, target: Tensor, scale: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     """The complete gradient, and the sum of the losses. The logits are read twice, the gradient is written once."""
-    for tensor in (logits, target):
+    for tensor in (logits, target, *[scale] * scale.dim()):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or a step's last, shorter chunk would be compiled anew
-    gradient, at_target, loss = _compiler()(logits, target, *settings)
+    gradient, at_target, loss = _compiler()(logits, target, scale, *settings)
     return gradient.scatter_(-1, target, at_target), loss
 
 
