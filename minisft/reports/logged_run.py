@@ -30,8 +30,8 @@ DATA = {"seq_len": int, "overlong": str, "lengths": [{"to": int, "kept": int, "t
         "packing_efficiency": float, "pack_fill?": [int], "packs_per_step?": int, "steps_per_epoch?": int,
         "total_steps?": int, "train": [SOURCE], "replay": [SOURCE], "epoch_documents": int, "epoch_tokens": int,
         "epoch_target_tokens": int}
-CONFIG = {"model?": {}, "data?": {}, "lora?": {"rank?": int}, "optim?": {"clip_norm?": float},
-          "eval?": {"forgetting_bound?": float}}
+CONFIG = {"model?": {}, "data?": {"seq_len?": int}, "batch?": {"packs?": int}, "lora?": {"rank?": int},
+          "optim?": {"lr?": float, "clip_norm?": float}, "eval?": {"forgetting_bound?": float}}
 KINDS = {dict: "an object", list: "a list", int: "a whole number", float: "a number", str: "text"}
 LARGEST = 2**53  # fp64 skips whole numbers beyond it, and no figure of a run is as large
 
@@ -114,9 +114,13 @@ def column(records: list[Record], name: str) -> np.ndarray:
 def read_runs(paths: list[Path]) -> list[LoggedRun]:
     """The runs in the folders `paths`, with different names. Raises UserError for a folder without a run."""
     short = [printable(path.resolve().name) for path in paths]
-    names = short if len(set(short)) == len(short) else [printable(path, PATH) for path in paths]
+    names = short
+    if len(set(short)) < len(short):
+        within = os.path.commonpath([path.resolve().parent for path in paths])
+        names = [printable(os.path.relpath(path.resolve(), within), PATH) for path in paths]
     if len(set(names)) < len(names):
-        raise UserError(f"a run is named twice: {', '.join(names)}; name each folder once")
+        raise UserError(f"a run is named twice: {', '.join(printable(path, PATH) for path in paths)}; name each folder "
+                        "once")
     return list(starmap(_read_run, zip(paths, names, strict=True)))
 
 

@@ -6,6 +6,7 @@ Also the files that a command writes: none replaces a file that the command read
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -59,6 +60,18 @@ def _identity(file: Path) -> object:
         return (found := file.stat()).st_dev, found.st_ino
     except OSError:  # it does not exist yet
         return file.resolve()
+
+
+def relative(text: str) -> str:
+    """`text` without the folders of this machine, because a page is passed on: "/data/llama/8b"  ->  "…/llama/8b".
+
+    What lies in the working folder or in a home stays whole: "runs/a/final", "~/models/llama".
+    """
+    def shorten(match: re.Match[str]) -> str:
+        path = match[0].removeprefix(f"{os.getcwd()}/")
+        path = re.sub(r"^/(root|(home|Users)/[^/]+)/", "~/", path)
+        return "…/" + "/".join(path.rstrip("/").split("/")[-2:]) if path.startswith("/") else path
+    return re.sub(r'''(?<=")/[^"\n]+/[^"\n]*(?=")|(?<![\w.:/<~…])/(?:[^\s/"'<>,:;]+/)+[^\s/"'<>,:;]*''', shorten, text)
 
 
 def style(*names: str) -> str:
