@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-
 from browser import CONTRAST, browser, in_browser
 
 from minisft.__main__ import main
@@ -249,7 +249,8 @@ def test_several_runs_are_overlaid(write_run, tmp_path):
 
 
 def test_only_the_settings_that_differ_are_listed(write_run, tmp_path, undrawn):
-    one, two = write_run("one/run"), write_run("two/run", config=CONFIG.replace("lr = 1e-4", "lr = 3e-4") + "every = 5\n")
+    other = CONFIG.replace("lr = 1e-4", "lr = 3e-4") + "every = 5\n"
+    one, two = write_run("one/run"), write_run("two/run", config=other)
     page = report(one, two, out=tmp_path / "both.html")
     [head] = [i for i, row in enumerate(page.rows) if row[0] == "optim.lr"]
     assert page.rows[head : head + 2] == [["optim.lr", "0.0001", "0.0003"], ["eval.every", "", "5"]]
@@ -262,8 +263,8 @@ def test_only_the_settings_that_differ_are_listed(write_run, tmp_path, undrawn):
 
 @pytest.mark.parametrize(("path", "shown"), [
     ("/home/ann/models/Llama 3/8b", "~/models/Llama 3/8b"), ("/Users/ann/x.jsonl", "~/x.jsonl"),
-    ("/root/runs/a/final", "~/runs/a/final"), ("/mnt/disk/ann/llama/8b", "…/llama/8b"), ("runs/a/final", "runs/a/final"),
-    ("CWD/runs/a/final", "runs/a/final")])
+    ("/root/runs/a/final", "~/runs/a/final"), ("/mnt/disk/ann/llama/8b", "…/llama/8b"),
+    ("runs/a/final", "runs/a/final"), ("CWD/runs/a/final", "runs/a/final")])
 def test_no_folder_of_this_machine_is_on_a_page(write_run, monkeypatch, tmp_path, path, shown):
     """Not in the table, the configuration, an error, the command or a heading."""
     monkeypatch.chdir(tmp_path)
@@ -352,7 +353,7 @@ def test_a_phone_shows_a_page_of_readable_panels(write_run, tmp_path):
                 assert min(size for _, size in tab.ask(LABELS)) >= 11
                 boxes = tab.ask(BOXES)
                 assert len(boxes) > 8
-                for (left, _, right, bottom), below in zip(boxes, boxes[1:], strict=False):
+                for (left, _, right, bottom), below in pairwise(boxes):
                     assert (below[0], below[1] >= bottom, right <= 400) == (left, True, True)
                 contrast, text = tab.ask(CONTRAST)
                 assert contrast >= 4.5, text
@@ -449,6 +450,8 @@ def test_a_folder_without_a_run_is_refused(write_run, tmp_path, capsys):
     ("data.json", "[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     ("config.toml", "optim = 3", "optim is 3, expected an object"),
     ("config.toml", "eval.forgetting_bound = 'low'", "eval.forgetting_bound is 'low', expected a number"),
+    ("config.toml", "optim.lr = 'fast'", "optim.lr is 'fast', expected a number"),
+    ("config.toml", "batch.packs = 0.5", "batch.packs is 0.5, expected a whole number"),
     ("config.toml", "lora = {rank = 8.5}", "lora.rank is 8.5, expected a whole number")])
 def test_a_broken_file_is_one_line(write_run, capsys, file, text, expected):
     run = write_run()

@@ -1,7 +1,8 @@
 """A page that is one file: it needs no network, runs no script, and reads well in light and dark mode.
 
 The page's own policy forbids the browser to load or run anything; whoever writes the body escapes what comes from data.
-Also the files that a command writes: none replaces a file that the command reads.
+Pages are passed on, so paths on them are relative. Also the files that a command writes: none replaces a file that the
+command reads.
 """
 
 import json
@@ -71,7 +72,8 @@ def relative(text: str) -> str:
         path = match[0].removeprefix(f"{os.getcwd()}/")
         path = re.sub(r"^/(root|(home|Users)/[^/]+)/", "~/", path)
         return "…/" + "/".join(path.rstrip("/").split("/")[-2:]) if path.startswith("/") else path
-    return re.sub(r'''(?<=")/[^"\n]+/[^"\n]*(?=")|(?<![\w.:/<~…])/(?:[^\s/"'<>,:;]+/)+[^\s/"'<>,:;]*''', shorten, text)
+    path = r'''(?<=")/[^"\n]++(?=")|(?<![\w.:/<~…])/(?:[^\s/"'<>,:;]++/)++[^\s/"'<>,:;]*+'''
+    return re.sub(path, shorten, text)
 
 
 def style(*names: str) -> str:

@@ -54,19 +54,17 @@ def _facts(run: LoggedRun, held_out: list[str]) -> dict[str, str]:
     skipped = f', <span class="failed">{run.skipped.sum():,} skipped</span>' if run.skipped.any() else ""
     seconds, tokens, trained = map(run.total, ("seconds", "tokens", "target_tokens"))
     losses, mfu, memory = (run.finite(name) for name in ("loss", "mfu", "memory_gib"))
-    optim, packs, seq_len = (run.config.get("optim", {}), run.config.get("batch", {}).get("packs"),
-                             run.config.get("data", {}).get("seq_len"))
+    optim, packs = run.config.get("optim", {}), run.config.get("batch", {}).get("packs")
+    seq_len, evaluating = run.config.get("data", {}).get("seq_len"), _evaluating(run)
     evals = {name: column(run.evals.get(name, []), "loss") for name in held_out}
-    evaluating = _evaluating(run)
     return {
         "state": f'<span class="{kind}">{_safe(state)}</span>' + written * (state in ("running", "dead"))
         + (f": {_safe(error)}" if error else ""),
         "model": _safe(f"{base}, LoRA of rank {rank}" if rank else base),
         "data": _safe(", ".join(run.sources())),
         "steps": f"{last:,}" + (f" of {planned:,}" if planned else "") + skipped,
-        "batch": f"{packs:,} pack{'s' * (packs != 1)} × {seq_len:,} tokens" if packs and seq_len else "",
-        "learning rate": _safe(", ".join([f"{optim['lr']:g}", *filter(None, [optim.get("schedule")])])) if "lr" in optim
-        else "",
+        "batch": f"{packs:,} pack{'s'[packs == 1 :]} × {seq_len:,} tokens" if packs and seq_len else "",
+        "learning rate": _safe(f"{optim['lr']:g}, {optim.get('schedule', '')}".rstrip(", ")) if "lr" in optim else "",
         "tokens": f"{tokens:,.0f}, {trained:,.0f} of them trained",
         "training loss": f"{losses[0]:.4f} → {losses[-LAST:].mean():.4f} (mean of the last {min(LAST, len(losses))} "
         "steps)" if losses.size else "none yet",
@@ -97,7 +95,8 @@ def _evaluating(run: LoggedRun) -> float:
 
 def _differences(runs: Runs) -> str:
     """The settings that are not the same in all runs, except the folder."""
-    settings = [{f"{section}.{key}": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    settings = [{f"{section}.{key}": value if isinstance(value, str) else
+                 json.dumps(value, ensure_ascii=False, default=str)
                  for section, values in run.config.items() if isinstance(values, dict)
                  for key, value in values.items()} for run in runs]
     rows = {key: [_safe(each.get(key, "")) for each in settings]
@@ -322,16 +321,16 @@ def _stroke(i: int) -> str:
 
 def _table(runs: Runs, rows: dict[str, list[str]]) -> str:
     """A row for each figure, a column for each run; cells are HTML, names are not."""
-    head = "".join(f"<th>{_key(i, name)}</th>" for i, name in enumerate(_names(runs)))
+    keys = "".join(f"<th>{_key(i, name)}</th>" for i, name in enumerate(_names(runs)))
+    head = f"<thead><tr><th></th>{keys}</tr></thead>" if keys else ""
     body = "".join(f"<tr><th>{_safe(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
                    for name, cells in rows.items() if any(cells))
-    head = head and f"<thead><tr><th></th>{head}</tr></thead>"
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>\n'
 
 
 def _details(title: str, text: str) -> str:
-    return (f"<details><summary>{_safe(title)}</summary><pre>{escape(relative(text))}</pre></details>\n" if text
-            else "")
+    text = escape(relative(text))
+    return f"<details><summary>{_safe(title)}</summary><pre>{text}</pre></details>\n" if text else ""
 
 
 def _drawn(panels: list[Panel], caption: str, names: list[str]) -> str:
@@ -342,14 +341,13 @@ def _drawn(panels: list[Panel], caption: str, names: list[str]) -> str:
 
 
 def _shared(rows: dict[str, dict[str, float]], caption: str) -> str:
-    """For each row a bar divided into named shares, with its figures below."""
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(name for parts in rows.values() for name in parts))}
+    """For each row a bar divided into named shares, the same names in each, with its figures below."""
     html = ""
     for row, parts in rows.items():
         html += f"<h3>{_safe(row)}</h3>" if len(rows) > 1 else ""
-        bar = "".join(f'<i style="--k: {_stroke(numbers[name])}; flex-grow: {share:.5f}"></i>'
-                      for name, share in parts.items())
-        keys = " ".join(_key(numbers[name], f"{name} {share:.1%}") for name, share in parts.items())
+        bar = "".join(f'<i style="--k: {_stroke(i)}; flex-grow: {share:.5f}"></i>'
+                      for i, share in enumerate(parts.values()))
+        keys = " ".join(_key(i, f"{name} {share:.1%}") for i, (name, share) in enumerate(parts.items()))
         html += f'<div class="bar">{bar}</div><p>{keys}</p>\n'
     return _figure(html, caption) if rows else ""
 
