@@ -88,6 +88,10 @@ class Browser:
         """Move the pointer there, in pixels of the window."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+    def tap(self, x, y):
+        """Touch there."""
+        self.call("Input.synthesizeTapGesture", x=x, y=y)
+
     def picture(self, file):
         """The whole page as PNG: for people."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]

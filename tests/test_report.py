@@ -385,6 +385,9 @@ def test_a_pointer_shows_one_value(write_run):
             assert tab.ask(SHOWN) == [wanted]
         tab.point(1, 1)
         assert tab.ask(SHOWN) == []
+        tab.open(folder / "report.html", width=400, touch=True)
+        tab.tap(left + 0.6 * (right - left), (top + bottom) / 2)
+        assert tab.ask(SHOWN) == ["step 2 1.5"]
 
 
 @pytest.mark.parametrize("records", [
