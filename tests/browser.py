@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -89,8 +90,10 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def tap(self, x, y):
-        """Touch there."""
-        self.call("Input.synthesizeTapGesture", x=x, y=y)
+        """Touch there, long enough for the browser to make a tap of it."""
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        time.sleep(1)
 
     def picture(self, file):
         """The whole page as PNG: for people."""

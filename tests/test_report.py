@@ -386,6 +386,7 @@ def test_a_pointer_shows_one_value(write_run):
         tab.point(1, 1)
         assert tab.ask(SHOWN) == []
         tab.open(folder / "report.html", width=400, touch=True)
+        left, top, right, bottom = tab.ask(BOXES)[0]
         tab.tap(left + 0.6 * (right - left), (top + bottom) / 2)
         assert tab.ask(SHOWN) == ["step 2 1.5"]
 
