@@ -6,6 +6,7 @@ Writes docs/images/RUN-loss.svg, and RUN-forgetting.svg if the log records forge
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -15,11 +16,15 @@ from minisft.reports.logged_run import read_runs
 from minisft.reports.page import style, write
 
 
-def standalone(svg: str) -> str:
-    """A figure as a file of its own, with its colours and a background."""
-    head, _, rest = svg.partition(">")
-    return (f'{head} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-            f"\n<style>\n{style('colours')}svg {{ background: var(--page) }}</style>{rest}\n")
+def standalone(panels: list[drawing.Panel]) -> str:
+    """Panels side by side as a file of its own, with its colours and a background."""
+    drawn = [re.sub('<g class="at">.*?</g>', "", drawing.lines(panel)).replace('pt"', '"', 2) for panel in panels]
+    width, height = map(float, re.findall(r"[\d.]+", drawn[0])[:2])
+    inner = "".join(svg.replace("<svg", f'<svg x="{width * i:g}"', 1) for i, svg in enumerate(drawn))
+    whole = width * len(drawn)
+    return (f'<svg width="{whole:g}pt" height="{height:g}pt" viewBox="0 0 {whole:g} {height:g}" '
+            'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">\n'
+            f"<style>\n{style('colours')}svg {{ background: var(--page) }}</style>{inner}</svg>\n")
 
 
 def main() -> int:
@@ -35,7 +40,7 @@ def main() -> int:
                                  ("forgetting", run_report.forgetting_panels([run]))):
                 if panels:
                     file = options.out / f"{Path(run.name).name}-{name}.svg"
-                    write(file, standalone(drawing.lines(panels)))
+                    write(file, standalone(panels))
                     print(file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

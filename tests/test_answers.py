@@ -56,7 +56,7 @@ def test_a_line_has_fastchats_fields(tmp_path):
     assert len({line["answer_id"] for line in lines}) == 3
     found = read_answers(tmp_path / "a.jsonl")
     assert (found.model_id, found.turns[2]) == ("m", ("ONLY?",))
-    assert found.cut == [False, True, False, False, True, True]
+    assert found.all_cut == [False, True, False, False, True, True]
 
 
 def test_an_interrupted_command_resumes_after_the_last_whole_line(tmp_path):
@@ -134,7 +134,7 @@ def test_answers_of_two_models_in_one_file_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl: holds no answers"):
         read_answers(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_text(lines[0])
-    assert read_answers(tmp_path / "a.jsonl").cut is None, "the file does not say it"
+    assert read_answers(tmp_path / "a.jsonl").all_cut is None, "the file does not say it"
 
 
 @pytest.mark.parametrize(("name", "language", "start"), [("mt-en", "en", 1001), ("mt-tr", "tr", 2001)])

@@ -4,12 +4,11 @@ import json
 import math
 import random
 import re
-import shutil
-import subprocess
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from browser import CONTRAST, browser, in_browser
 
 from minisft.__main__ import main
 from minisft.errors import UserError
@@ -21,7 +20,7 @@ NASTY = "</script><script>alert(1)</script><!-- {{POLICY}} {{DATA}} & \u2028 <b>
 
 
 def answers(name, count, text="answer {}"):
-    return Answers(name, {i: (f"{name[-1]} " + text.format(i), "second") for i in range(count)}, None)
+    return Answers(name, {i: (f"{name[-1]} " + text.format(i), "second") for i in range(count)}, {})
 
 
 def key_file(page):
@@ -75,7 +74,7 @@ def test_neither_names_nor_sides_are_in_the_page(tmp_path):
 
 def test_answers_stay_text(tmp_path):
     page = tmp_path / "p.html"
-    write_page(page, [Prompt(1, (NASTY,))], Answers("a", {1: (NASTY,)}, None), Answers("b", {1: ("fine",)}, None),
+    write_page(page, [Prompt(1, (NASTY,))], Answers("a", {1: (NASTY,)}, {}), Answers("b", {1: ("fine",)}, {}),
                seed=0)
     assert sorted(data_of(page)["pairs"][0]["turns"][0].values()) == sorted([NASTY, NASTY, "fine"])
     html = page.read_text(encoding="utf-8")
@@ -97,18 +96,60 @@ def test_the_policy_allows_the_pages_script_alone(tmp_path):
     assert f'content="{policy}"' in html
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_an_answer_that_was_cut_off_says_so(tmp_path):
+    a, b = answers("x", 4), answers("y", 4)
+    a.cut.update({0: [True, False], 1: [False, True]})
+    key = write_page(tmp_path / "p.html", questions(4), a, b, seed=0)
+    pairs = data_of(tmp_path / "p.html")["pairs"]
+    for shown, hidden in zip(pairs, key["pairs"], strict=True):
+        side = "left" if hidden["left"] == "a" else "right"
+        cut = {name: turn for turn, each in enumerate(shown["turns"]) for name in each if name.endswith("_cut")}
+        assert cut == ({f"{side}_cut": hidden["question_id"]} if hidden["question_id"] < 2 else {})
+
+
+@in_browser
 def test_a_browser_shows_the_pair_as_text(tmp_path):
     page = tmp_path / "p.html"
-    write_page(page, [Prompt(1, ("asked",))], Answers("a", {1: (NASTY,)}, None), Answers("b", {1: ("fine",)}, None),
-               seed=0)
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--dump-dom", page.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "Question 1 of 1; 0 rated." in shown
-    assert '<p class="asked">asked</p>' in shown
-    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in shown
+    nasty, fine = Answers("a", {1: (NASTY,)}, {1: [True]}), Answers("b", {1: ("fine",)}, {})
+    write_page(page, [Prompt(1, ("asked",))], nasty, fine, seed=0)
+    with browser() as tab:
+        tab.open(page, width=1400)
+        shown = tab.ask("document.body.innerText")
+        assert tab.requests == [page.as_uri()]
+        for text in ("Question 1 of 1; 0 rated.", "asked", NASTY, "fine", "Left is better 1", "the keys 1, 2 and 3"):
+            assert text in shown
+        assert shown.count("cut off at the token limit") == 1
+        assert tab.ask("document.querySelector('.answers .cut').previousSibling.textContent") == NASTY
+
+
+@in_browser
+def test_a_phone_rates_the_first_and_the_second(tmp_path):
+    page = tmp_path / "p.html"
+    key = write_page(page, questions(3), answers("x", 3, "long " * 100 + "{}"), answers("y", 3), seed=0)
+    press = "document.querySelector('{}').click()"
+    with browser() as tab:
+        for dark in (False, True):
+            tab.open(page, width=400, dark=dark, touch=True)
+            assert tab.requests == [page.as_uri()]
+            tab.requests.clear()
+            assert tab.ask("document.documentElement.scrollWidth") <= 400
+            shown = tab.ask("document.body.innerText")
+            assert not re.search(r"\bleft\b|\bright\b|\bkeys\b|[123]$", shown, re.IGNORECASE)
+            labels = [tab.ask(f"getComputedStyle(document.querySelectorAll('.answers > *')[{i}], '::before').content")
+                      for i in (0, 1)]
+            assert labels == ['"First"', '"Second"']
+            assert tab.ask("""[...document.querySelectorAll('.answers > *')].slice(0, 2).map(
+                (each) => each.getBoundingClientRect().left)""") == [16, 16]
+            assert tab.ask("document.querySelector('footer').getBoundingClientRect().height") < 150
+            contrast, text = tab.ask(CONTRAST)
+            assert contrast >= 4.5, text
+        tab.ask(press.format("[data-choice=right]"))
+        assert tab.ask("document.getElementById('saved').innerText") == ""
+        tab.ask(press.format("#save"))
+        assert tab.ask("document.getElementById('saved').innerText") == (
+            f"Saved 1 of 3 ratings as ratings-{key['page']}.json.")
+        tab.ask(press.format("[data-choice=tie]"))
+        assert tab.ask("document.getElementById('saved').innerText") == "", "the file lacks this one"
 
 
 def test_the_seed_decides_the_order(tmp_path):
@@ -126,7 +167,7 @@ def test_same_answers_are_ties_and_not_shown(tmp_path):
     with pytest.raises(UserError, match="all 3 answers of the two models are the same"):
         write_page(tmp_path / "p.html", questions(3), a, a, seed=0)
     with pytest.raises(UserError, match="have answered no question of --questions in common"):
-        write_page(tmp_path / "p.html", questions(3), a, Answers("y", {9: ("z",)}, None), seed=0)
+        write_page(tmp_path / "p.html", questions(3), a, Answers("y", {9: ("z",)}, {}), seed=0)
 
 
 def rate(folder, name, key, favourite):

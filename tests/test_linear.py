@@ -13,10 +13,12 @@ from minisft.evals import answers, questions
 from minisft.evals.instructions import CHECKS, sentences
 from minisft.evals.language import detect
 from minisft.reports import run_report
+from minisft.reports.page import relative
 
 UNITS = ("a", ".", "a.", ".a", "e.g. ", "Mr. ", " ", "\n", " \n", "[", "[]", "<<", "<<a", "*", "*a", "* \n", "**a",
-         "- ", "{", "'", "<|", "<|a", "&lt;|", "çok ", "what a very ", "A ", "P. S", "***", "a-", "Section ", "1", "_1")
-HEADS = ("", "[", "Great ", "çok", "what a", "A")
+         "- ", "{", "'", "<|", "<|a", "&lt;|", "çok ", "what a very ", "A ", "P. S", "***", "a-", "Section ", "1", "_1",
+         "/", "/a", "\"/")
+HEADS = ("", "[", "Great ", "çok", "what a", "A", "\"/")
 GIVEN = {"keywords": ["aa"], "keyword": "aa", "frequency": 9, "relation": "at least", "forbidden_words": ["aaa", "..."],
          "letter": "a", "let_frequency": 9, "let_relation": "at least", "num_sentences": 9, "num_paragraphs": 2,
          "num_words": 9, "nth_paragraph": 1, "first_word": "a", "num_placeholders": 9, "postscript_marker": "P.P.S",
@@ -39,7 +41,7 @@ READERS = {
     "capital words": check("change_case:capital_word_frequency"),
     "sentences": sentences, "flatters": answers.flatters, "loops": answers.loops,
     "chosen": answers.chosen, "signals": lambda text: answers.signals([text]), "printable": printable,
-    "answers of a page": run_report._text, "subject of a file": questions.subject_of,
+    "answers of a page": run_report._text, "paths of a page": relative, "subject of a file": questions.subject_of,
     "the nearest key": lambda text: nearest(text, ("optim.lr", "data.train", "train.epochs")),
 }
 

@@ -8,15 +8,18 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CONTRAST, browser, in_browser
 
 from minisft.__main__ import main
 from minisft.errors import UserError
 from minisft.reports import drawing, run_report
 from minisft.reports.logged_run import LoggedRun, column, read_runs
+from minisft.reports.page import relative
 
 pytest.importorskip("matplotlib")
 
@@ -26,7 +29,12 @@ CONFIG = """
 path = "base/model"
 [data]
 train = ["chat.jsonl", "code.jsonl"]
+seq_len = 128
+[batch]
+packs = 4
 [optim]
+lr = 1e-4
+schedule = "linear"
 clip_norm = 0.5
 [eval]
 forgetting_bound = 0.25
@@ -90,7 +98,8 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.attributes, self.headings, self.rows, self.labels, self._open = set(), [], [], [], [], []
+        self.tags, self.attributes, self.headings, self.rows, self._open = set(), [], [], [], []
+        self.labels, self.keys = [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -109,7 +118,9 @@ class Page(HTMLParser):
                 pass
 
     def handle_data(self, text):
-        if self._open[-1:] == ["text"]:
+        if self._open[-1:] == ["span"]:
+            self.keys.append(text)
+        if self._open[-1:] in (["text"], ["tspan"]):
             self.labels.append(text.strip())
         if "td" in self._open or "th" in self._open:
             self.rows[-1][-1] += text
@@ -128,7 +139,7 @@ def report(*folders, out=None):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without their figures, which take most of the time."""
-    for name in ("lines", "histogram", "shares"):
+    for name in ("lines", "histogram"):
         monkeypatch.setattr(run_report, name, lambda *args, **named: "<svg></svg>")
 
 
@@ -142,8 +153,8 @@ def test_every_figure_is_there(write_run):
     page = report(write_run(records=[*steps(skipped=(3, 7)), *evaluations(), *samples()]))
     assert page.headings == SECTIONS
     assert set(TITLES) <= set(page.labels)
-    assert {"optim.clip_norm = 0.5", "eval.forgetting_bound = 0.25", "left out", "chat", "code",
-            "skipped step"} <= set(page.labels)
+    assert {"optim.clip_norm = 0.5", "eval.forgetting_bound = 0.25", "left out", "skipped step"} <= set(page.labels)
+    assert {"steps at their pace 66.7%", "trained 28.1%", "chat", "code 50.0%"} <= set(page.keys)
 
 
 def test_the_numbers_are_the_logs(write_run, undrawn):
@@ -157,7 +168,10 @@ def test_the_numbers_are_the_logs(write_run, undrawn):
     last = sum(3 / step for step in range(31, 41)) / 10
     assert page.row("training loss") == [f"3.0000 → {last:.4f} (mean of the last 10 steps)"]
     assert page.row("loss on general") == ["2.0000 → 2.4000"]
-    assert page.row("time in steps") == ["24.0 s"]  # 40 halves and four whole ones
+    assert page.row("wall time") == ["30.0 s: 24.0 s in steps, 6.0 s in held-out losses"]  # 40 halves and four wholes
+    assert page.row("forgetting on general") == ["+0.4000 nats, above the bound of 0.25"]
+    assert page.row("batch") == ["4 packs × 128 tokens"]
+    assert page.row("learning rate") == ["0.0001, linear"]
     assert page.row("speed") == [f"{tokens / 24:,.0f} tokens/s, {trained / 24:,.0f} of them trained"]
     assert page.row("memory") == ["at most 1.40 GiB"]
     assert page.row("gpus") == ["2 × H9"]
@@ -191,7 +205,7 @@ def test_the_page_runs_nothing_and_loads_nothing(write_run):
     assert page.row("command") == [HOSTILE]
     assert page.row("step 40") == [HOSTILE]
     assert f"loss on {HOSTILE}"[:39] + "…" in page.labels
-    assert "_$b_{$" in page.labels, "not a formula, and not hidden because of its underscore"
+    assert HOSTILE in page.keys
     names = [value for name, value in page.attributes if name == "id"]
     assert len(names) == len(set(names)) > 0
     used = set(re.findall(r"url\(#(\w+)\)", text)) | {v[1:] for n, v in page.attributes if n.endswith("href")}
@@ -227,10 +241,154 @@ def test_several_runs_are_overlaid(write_run, tmp_path):
     assert page.row("state") == ["done", "failed: disk full"]
     assert page.row("steps") == ["40 of 40", "20 of 40"]
     assert page.row("loss on other") == ["", "2.0000 → 2.4000"]
-    assert [label[:39] for label in page.labels].count(str(two)[:39]) >= 3
+    assert page.keys.count("two/run") >= 4
+    assert page.row("forgetting on other") == ["", "+0.4000 nats, above the bound of 0.25"]
     assert page.labels.count("documents by length") == 1, "the data are the same"
-    assert page.row(f"{two}, step 40") == ["no"]
+    assert page.row("two/run, step 40") == ["no"]
     assert not (one / "report.html").exists()
+
+
+def test_only_the_settings_that_differ_are_listed(write_run, tmp_path, undrawn):
+    other = CONFIG.replace("lr = 1e-4", "lr = 3e-4") + "every = 5\n"
+    one, two = write_run("one/run"), write_run("two/run", config=other)
+    page = report(one, two, out=tmp_path / "both.html")
+    [head] = [i for i, row in enumerate(page.rows) if row[0] == "optim.lr"]
+    assert page.rows[head : head + 2] == [["optim.lr", "0.0001", "0.0003"], ["eval.every", "", "5"]]
+    assert not [row for row in page.rows if row[0] in ("optim.schedule", "data.seq_len", "model.path")]
+    same = (tmp_path / "same.html")
+    (two / "config.toml").write_text(CONFIG)
+    report(one, two, out=same)
+    assert "None: all runs have the same." in same.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("path", "shown"), [
+    ("/home/ann/models/Llama 3/8b", "~/models/Llama 3/8b"), ("/Users/ann/x.jsonl", "~/x.jsonl"),
+    ("/root/runs/a/final", "~/runs/a/final"), ("/mnt/disk/ann/llama/8b", "…/llama/8b"),
+    ("runs/a/final", "runs/a/final"), ("CWD/runs/a/final", "runs/a/final")])
+def test_no_folder_of_this_machine_is_on_a_page(write_run, monkeypatch, tmp_path, path, shown):
+    """Not in the table, the configuration, an error, the command or a heading."""
+    monkeypatch.chdir(tmp_path)
+    path = path.replace("CWD", str(tmp_path))
+    config = CONFIG.replace('"base/model"', f'"{path}"')
+    one, two = (write_run(f"{name}/run", config=config, environment={"command": f"{path.replace(' ', '')} --x"},
+                          status={"state": "failed", "error": f"cannot read {path.replace(' ', '')}: no space"})
+                for name in "ab")
+    page = report(one, two, out=tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert page.row("model") == [shown] * 2
+    assert page.row("state") == [f"failed: cannot read {shown.replace(' ', '')}: no space"] * 2
+    assert page.row("command") == [f"{shown.replace(' ', '')} --x"] * 2
+    assert f"path = &quot;{shown}&quot;" in text
+    assert not re.search("/ann|ann/|/mnt|/root", text)
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("text", ["https://a.b/c/d", "and/or/not", "</p></b>", "a /b", "…/a/b", "1/2/3", "/"])
+def test_what_is_no_path_stays(text):
+    assert relative(text) == text
+
+
+def readings(svg):
+    return [re.sub("<.*?>", "", text) for text in re.findall('<g class="at">.*?(<text.*?</text>)', svg)]
+
+
+def test_the_pointer_reads_the_log():
+    x, y = np.arange(1.0, 1001), np.linspace(5, 1, 1000)
+    y[500] = np.nan
+    curve = drawing.Curve("loss", x, y, mean=y + 1)
+    texts = readings(drawing.lines(drawing.Panel("loss", [curve])))
+    assert len(texts) == drawing.STRIPS
+    assert texts[0] == "step 1 5 (mean 6)"
+    assert texts[-1] == "step 1,000 1 (mean 2)"
+    for text in texts:
+        step, value, mean = map(float, re.findall(r"\d+(?:\.\d+)?", text.replace(",", "")))
+        assert (value, mean) == pytest.approx((y[int(step) - 1], y[int(step) - 1] + 1), rel=1e-3)
+    crosses = drawing.Curve("skipped step", x[500:501], np.array([1.0]), style="crosses")
+    few = [drawing.Curve("a", x[:2], y[:2]), drawing.Curve("b", x[1:3] + 0.0, 20_000 + y[1:3]), crosses]
+    assert readings(drawing.lines(drawing.Panel("both", few))) == [
+        "step 1 5", "step 2 4.996 20,005", "step 3 20,005", "step 501 skipped step"]
+    bars = drawing.histogram("h", ["≤1", "≤2"], {"kept": [3, 0], "cut": [0, 1]}, xlabel="tokens")
+    assert readings(bars) == ["≤1: 3 kept, 0 cut", "≤2: 0 kept, 1 cut"]
+
+
+@pytest.mark.parametrize("step", [0, 1, 20])
+def test_one_evaluation_is_a_dot_with_its_step_and_value(step):
+    svg = drawing.lines(drawing.Panel("loss", [drawing.Curve("r", np.array([float(step)]), np.array([2.34567]))]))
+    labels = re.findall("<text[^>]*>([^<]*)</text>", svg.partition('<g class="at">')[0])
+    assert labels == [str(step), "step", "2.346", "loss"]
+    assert svg.count("<use") >= 2, "a mark for the point besides that of a tick"
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 7, 12, 100])
+def test_ticks_are_whole_steps(last):
+    x = np.arange(last + 1.0)
+    svg = drawing.lines(drawing.Panel("loss", [drawing.Curve("r", x, x)]))
+    ticks = re.findall("<text[^>]*>([^<]*)</text>", svg.partition('<g class="at">')[0].partition(">step<")[0])
+    assert all(tick.isdigit() for tick in ticks)
+    assert len(ticks) >= 2
+
+
+LABELS = """[...document.querySelectorAll("svg text")].map(
+    (t) => [t.textContent, parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a])"""
+BOXES = """[...document.querySelectorAll(".panels svg")].map((svg) => {
+    const box = svg.getBoundingClientRect(); return [box.left, box.top + scrollY, box.right, box.bottom + scrollY] })"""
+SHOWN = """[...document.querySelectorAll(".at text")].filter((t) => getComputedStyle(t).visibility === "visible")
+    .map((t) => t.textContent)"""
+
+
+@in_browser
+def test_a_phone_shows_a_page_of_readable_panels(write_run, tmp_path):
+    records = [*steps(skipped=(3,)), *evaluations("a-longer-name-of-a-source"), *evaluations("b"), *evaluations("c"),
+               *samples()]
+    one, two = write_run("one/run", records), write_run("two/run", [*steps(20), *evaluations("b")])
+    report(one)
+    report(one, two, *(write_run(f"{i}/run", list(steps(4))) for i in range(4)), out=tmp_path / "both.html")
+    with browser() as tab:
+        for file in (one / "report.html", tmp_path / "both.html"):
+            for dark in (False, True):
+                tab.requests.clear()
+                tab.open(file, width=400, dark=dark, touch=True)
+                assert tab.requests == [file.as_uri()]
+                assert tab.ask("document.documentElement.scrollWidth") <= 400
+                assert min(size for _, size in tab.ask(LABELS)) >= 11
+                boxes = tab.ask(BOXES)
+                assert len(boxes) > 8
+                for (left, _, right, bottom), below in pairwise(boxes):
+                    assert (below[0], below[1] >= bottom, right <= 400) == (left, True, True)
+                contrast, text = tab.ask(CONTRAST)
+                assert contrast >= 4.5, text
+
+
+@in_browser
+def test_a_wide_screen_leaves_no_fourth_panel_alone(write_run):
+    folder = write_run(records=[*steps(), *(record for name in "abc" for record in evaluations(name))])
+    report(folder)
+    with browser() as tab:
+        tab.open(folder / "report.html", width=1400)
+        assert tab.ask("document.documentElement.scrollWidth") <= 1400
+        tops = [top for _, top, _, _ in tab.ask(BOXES)]
+        assert [tops[:4].count(top) for top in tops[:4]] == [2] * 4  # training loss, a, b, c
+        assert [tops[4:7].count(top) for top in tops[4:7]] == [3] * 3  # their forgetting
+        assert min(size for _, size in tab.ask(LABELS)) >= 11
+
+
+@in_browser
+def test_a_pointer_shows_one_value(write_run):
+    folder = write_run(records=[*steps(3), *evaluations()])
+    report(folder)
+    with browser() as tab:
+        tab.open(folder / "report.html", width=400)
+        assert tab.ask(SHOWN) == []
+        left, top, right, bottom = tab.ask(BOXES)[0]
+        for share, wanted in ((0.2, "step 1 3"), (0.6, "step 2 1.5"), (0.97, "step 3 1")):
+            tab.point(left + share * (right - left), (top + bottom) / 2)
+            assert tab.ask(SHOWN) == [wanted]
+        tab.point(1, 1)
+        assert tab.ask(SHOWN) == []
+        tab.open(folder / "report.html", width=400, touch=True)
+        left, top, right, bottom = tab.ask(BOXES)[0]
+        tab.tap(left + 0.6 * (right - left), (top + bottom) / 2)
+        assert tab.ask(SHOWN) == ["step 2 1.5"]
 
 
 @pytest.mark.parametrize("records", [
@@ -296,6 +454,8 @@ def test_a_folder_without_a_run_is_refused(write_run, tmp_path, capsys):
     ("data.json", "[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     ("config.toml", "optim = 3", "optim is 3, expected an object"),
     ("config.toml", "eval.forgetting_bound = 'low'", "eval.forgetting_bound is 'low', expected a number"),
+    ("config.toml", "optim.lr = 'fast'", "optim.lr is 'fast', expected a number"),
+    ("config.toml", "batch.packs = 0.5", "batch.packs is 0.5, expected a whole number"),
     ("config.toml", "lora = {rank = 8.5}", "lora.rank is 8.5, expected a whole number")])
 def test_a_broken_file_is_one_line(write_run, capsys, file, text, expected):
     run = write_run()
@@ -441,7 +601,7 @@ def test_running_mean(window):
 def test_a_long_run_is_a_light_page_with_its_peaks():
     """The extremes stand where a curve of nothing else has them."""
     def drawn(x, y):
-        svg = drawing.lines([drawing.Panel("", [drawing.Curve("", x, y)])])
+        svg = drawing.lines(drawing.Panel("", [drawing.Curve("", x, y)]))
         longest = max(re.findall('<path d="([^"z]*)"', svg), key=len)
         return svg, np.array(re.findall(r"[ML] (\S+) (\S+)", longest), dtype=float)
     x = np.arange(100_000.0)

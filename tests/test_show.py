@@ -434,6 +434,15 @@ def test_names_of_files_are_escaped_too(here):
     assert text.count("&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;amp;&#x27;") == 4, "title, h1, h2, triangle"
 
 
+def test_the_page_names_no_folder_of_this_machine(here):
+    (here / "my").mkdir()
+    (here / "my" / "talks.jsonl").write_text(conversation("Hi", "Hello!"))
+    prepared = prepare(config_io.load(["r.toml", "--data.train", str(here / "my" / "talks.jsonl")]), quiet=True)
+    text = token_view.as_page(choose(prepared, source="talks"))
+    assert Page(text).headings[0].startswith("document 0 · my/talks.jsonl:1 · ")
+    assert str(here) not in text
+
+
 def test_the_attention_is_to_scale(prepared):
     [view] = choose(prepared, pack=0)
     page = Page(token_view.as_page([view]))

@@ -17,7 +17,7 @@ def run(options: Namespace) -> None:
     prompts = questions.load_prompts(options.questions)[: options.limit]
     found, assistant = answer(options.model, prompts, options.out, options, model_id=options.model_id,
                               always_load=options.flips)
-    figures = answers.signals((turn for turns in found.turns.values() for turn in turns), found.cut)
+    figures = answers.signals((turn for turns in found.turns.values() for turn in turns), found.all_cut)
     flips = answers.flip_figures(assistant, batch=options.batch, max_new_tokens=min(64, options.max_new_tokens)
                                  ) if options.flips and assistant else None
     print(f"{printable(options.out, PATH)}: {printable(found.model_id)}, {len(found.turns)} questions")

@@ -59,7 +59,13 @@ class Answers:
 
     model_id: str
     turns: dict[int | str, tuple[str, ...]]  # by prompt
-    cut: list[bool] | None  # of all turns; None unless the file has it for every one
+    cut: dict[int | str, list[bool]]  # turns that reached the token limit, by prompt, if the file says it
+
+    @property
+    def all_cut(self) -> list[bool] | None:
+        """`cut` of all turns; None unless it is known for every one."""
+        known = self.cut.keys() == self.turns.keys()
+        return [flag for number in self.turns for flag in self.cut[number]] if known else None
 
 
 def in_batches(assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int, batch: int,
@@ -171,8 +177,7 @@ def read_answers(file: Path, *, end: int | None = None) -> Answers:
     if len(models) != 1:
         raise UserError(f"{file}: holds the answers of {len(models)} models; keep one model per file" if models else
                         f"{file}: holds no answers")
-    is_known = cut.keys() == turns.keys()
-    return Answers(models.pop(), turns, [flag for flags in cut.values() for flag in flags] if is_known else None)
+    return Answers(models.pop(), turns, cut)
 
 
 def model_name(path: str | Path) -> str:

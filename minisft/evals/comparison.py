@@ -51,8 +51,10 @@ def blind_page(prompts: list[Prompt], a: Answers, b: Answers, *, seed: int) -> t
     lefts = (["a", "b"] * len(shown))[: len(shown)]
     draw.shuffle(lefts)
     sides = [(a, b) if left == "a" else (b, a) for left in lefts]
-    pairs = [{"turns": [{"question": question, "left": one, "right": other} for question, one, other in
-                        zip(prompt.turns, left.turns[prompt.id], right.turns[prompt.id], strict=False)]}
+    pairs = [{"turns": [{"question": question, "left": one, "right": other,
+                         **{f"{side}_cut": True for side, answers in (("left", left), ("right", right))
+                            if answers.cut.get(prompt.id, {turn: False})[turn]}} for turn, (question, one, other) in
+                        enumerate(zip(prompt.turns, left.turns[prompt.id], right.turns[prompt.id], strict=False))]}
              for prompt, (left, right) in zip(shown, sides, strict=True)]
     number = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]
     return _html({"page": number, "pairs": pairs}), {

@@ -30,8 +30,8 @@ DATA = {"seq_len": int, "overlong": str, "lengths": [{"to": int, "kept": int, "t
         "packing_efficiency": float, "pack_fill?": [int], "packs_per_step?": int, "steps_per_epoch?": int,
         "total_steps?": int, "train": [SOURCE], "replay": [SOURCE], "epoch_documents": int, "epoch_tokens": int,
         "epoch_target_tokens": int}
-CONFIG = {"model?": {}, "data?": {}, "lora?": {"rank?": int}, "optim?": {"clip_norm?": float},
-          "eval?": {"forgetting_bound?": float}}
+CONFIG = {"model?": {}, "data?": {"seq_len?": int}, "batch?": {"packs?": int}, "lora?": {"rank?": int},
+          "optim?": {"lr?": float, "schedule?": str, "clip_norm?": float}, "eval?": {"forgetting_bound?": float}}
 KINDS = {dict: "an object", list: "a list", int: "a whole number", float: "a number", str: "text"}
 LARGEST = 2**53  # fp64 skips whole numbers beyond it, and no figure of a run is as large
 
@@ -113,11 +113,11 @@ def column(records: list[Record], name: str) -> np.ndarray:
 
 def read_runs(paths: list[Path]) -> list[LoggedRun]:
     """The runs in the folders `paths`, with different names. Raises UserError for a folder without a run."""
-    short = [printable(path.resolve().name) for path in paths]
-    names = short if len(set(short)) == len(short) else [printable(path, PATH) for path in paths]
-    if len(set(names)) < len(names):
-        raise UserError(f"a run is named twice: {', '.join(names)}; name each folder once")
-    return list(starmap(_read_run, zip(paths, names, strict=True)))
+    for parts in range(1, max(len(path.resolve().parts) for path in paths) + 1):
+        names = [printable(Path(*path.resolve().parts[-parts:]), PATH) for path in paths]
+        if len(set(names)) == len(names):  # "a" and "b", or "a/run" and "b/run"
+            return list(starmap(_read_run, zip(paths, names, strict=True)))
+    raise UserError(f"a run is named twice: {', '.join(names)}; name each folder once")
 
 
 def _read_run(path: Path, name: str) -> LoggedRun:

@@ -1,11 +1,13 @@
 """A page that is one file: it needs no network, runs no script, and reads well in light and dark mode.
 
 The page's own policy forbids the browser to load or run anything; whoever writes the body escapes what comes from data.
-Also the files that a command writes: none replaces a file that the command reads.
+Pages are passed on, so paths on them are relative. Also the files that a command writes: none replaces a file that the
+command reads.
 """
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -59,6 +61,19 @@ def _identity(file: Path) -> object:
         return (found := file.stat()).st_dev, found.st_ino
     except OSError:  # it does not exist yet
         return file.resolve()
+
+
+def relative(text: str) -> str:
+    """`text` without the folders of this machine, because a page is passed on: "/data/llama/8b"  ->  "…/llama/8b".
+
+    What lies in the working folder or in a home stays whole: "runs/a/final", "~/models/llama".
+    """
+    def shorten(match: re.Match[str]) -> str:
+        path = match[0].removeprefix(f"{os.getcwd()}/")
+        path = re.sub(r"^/(root|(home|Users)/[^/]+)/", "~/", path)
+        return "…/" + "/".join(path.rstrip("/").split("/")[-2:]) if path.startswith("/") else path
+    path = r'''(?<=")/[^"\n]++(?=")|(?<![\w.:/<~…])/(?:[^\s/"'<>,:;]++/)++[^\s/"'<>,:;]*+'''
+    return re.sub(path, shorten, text)
 
 
 def style(*names: str) -> str:

@@ -6,6 +6,7 @@ Several runs are overlaid, one colour each. The page of a run that is still goin
 shows what there is: a section with nothing to show is left out. Everything from the run is escaped.
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -13,14 +14,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
+from itertools import starmap
 from typing import Any
 
 import numpy as np
 
 from minisft.errors import PATH, printable
-from minisft.reports.drawing import Curve, Panel, histogram, lines, running_mean, shares, window
+from minisft.reports.drawing import COLOURS, Curve, Panel, histogram, lines, running_mean, window
 from minisft.reports.logged_run import LoggedRun, column
-from minisft.reports.page import render
+from minisft.reports.page import relative, render
 
 LAST = 10  # steps whose mean is the final loss
 
@@ -30,7 +32,8 @@ Runs = Sequence[LoggedRun]
 def page(runs: Runs) -> str:
     """The whole page as HTML."""
     title = " · ".join(run.name for run in runs)
-    sections = (_summary, _losses, _forgetting, _optimisation, _throughput, _data, _samples, _environment)
+    sections = (_summary, _differences, _losses, _forgetting, _optimisation, _throughput, _data, _samples,
+                _environment)
     body = "".join(section(runs) for section in sections)
     return render(f"minisft report: {title}", "report", f"<h1>{_safe(title)}</h1>\n{body}")
 
@@ -51,6 +54,8 @@ def _facts(run: LoggedRun, held_out: list[str]) -> dict[str, str]:
     skipped = f', <span class="failed">{run.skipped.sum():,} skipped</span>' if run.skipped.any() else ""
     seconds, tokens, trained = map(run.total, ("seconds", "tokens", "target_tokens"))
     losses, mfu, memory = (run.finite(name) for name in ("loss", "mfu", "memory_gib"))
+    optim, packs = run.config.get("optim", {}), run.config.get("batch", {}).get("packs")
+    seq_len, evaluating = run.config.get("data", {}).get("seq_len"), _evaluating(run)
     evals = {name: column(run.evals.get(name, []), "loss") for name in held_out}
     return {
         "state": f'<span class="{kind}">{_safe(state)}</span>' + written * (state in ("running", "dead"))
@@ -58,15 +63,48 @@ def _facts(run: LoggedRun, held_out: list[str]) -> dict[str, str]:
         "model": _safe(f"{base}, LoRA of rank {rank}" if rank else base),
         "data": _safe(", ".join(run.sources())),
         "steps": f"{last:,}" + (f" of {planned:,}" if planned else "") + skipped,
+        "batch": f"{packs:,} pack{'s'[packs == 1 :]} × {seq_len:,} tokens" if packs and seq_len else "",
+        "learning rate": _safe(f"{optim['lr']:g}, {optim.get('schedule', '')}".rstrip(", ")) if "lr" in optim else "",
         "tokens": f"{tokens:,.0f}, {trained:,.0f} of them trained",
         "training loss": f"{losses[0]:.4f} → {losses[-LAST:].mean():.4f} (mean of the last {min(LAST, len(losses))} "
         "steps)" if losses.size else "none yet",
         **{f"loss on {name}": " → ".join(f"{loss:.4f}" for loss in (*values[:1], *values[1:][-1:]))
            for name, values in evals.items()},
-        "time in steps": _duration(seconds),
+        **{f"forgetting on {name}": _forgotten(run, name) for name in held_out},
+        "wall time": f"{_duration(seconds + evaluating)}: {_duration(seconds)} in steps, {_duration(evaluating)} in "
+        "held-out losses",
         "speed": f"{tokens / seconds:,.0f} tokens/s, {trained / seconds:,.0f} of them trained"
         + (f"; MFU {np.median(mfu):.1%}" if mfu.size else "") if seconds else "",
         "memory": f"at most {memory.max():.2f} GiB" if memory.size else ""}
+
+
+def _forgotten(run: LoggedRun, name: str) -> str:
+    """How far the loss on general text `name` has risen, and whether that is more than the bound."""
+    rises = column(run.evals.get(name, []), "forgetting")
+    if not (rises := rises[np.isfinite(rises)]).size:
+        return ""
+    bound = run.config.get("eval", {}).get("forgetting_bound") or math.inf
+    beyond = f', <span class="failed">above the bound of {bound:g}</span>' if rises[-1] > bound else ""
+    return f"{rises[-1]:+.4f} nats{beyond}"
+
+
+def _evaluating(run: LoggedRun) -> float:
+    """Seconds that the held-out losses took."""
+    return sum(float(np.nansum(column(records, "seconds"))) for records in run.evals.values())
+
+
+def _differences(runs: Runs) -> str:
+    """The settings that are not the same in all runs, except the folder."""
+    settings = [{f"{section}.{key}": value if isinstance(value, str) else
+                 json.dumps(value, ensure_ascii=False, default=str)
+                 for section, values in run.config.items() if isinstance(values, dict)
+                 for key, value in values.items()} for run in runs]
+    rows = {key: [_safe(each.get(key, "")) for each in settings]
+            for key in dict.fromkeys(key for each in settings for key in each)
+            if key != "run.dir" and len({each.get(key) for each in settings}) > 1}
+    if len(runs) == 1 or not any(settings):
+        return ""
+    return _section("Settings that differ", _table(runs, rows) if rows else "<p>None: all runs have the same.</p>\n")
 
 
 def _duration(seconds: float) -> str:
@@ -78,18 +116,15 @@ def _duration(seconds: float) -> str:
 def _step_panel(title: str, runs: Runs, name: str, *, smooth: bool = True, extra: Sequence[Curve] = (),
                 **options: Any) -> list[Panel]:
     """Figure `name` of each step, pale, and its running mean (not without `smooth`); no panel if no run has it."""
-    curves: list[Curve] = []
-    for i, run in enumerate(runs):
-        if run.finite(name).size:
-            raw, mean = ("each step", "running mean") if len(runs) == 1 else ("", run.name)
-            x, y = run.steps, run.column(name)
-            curves += [Curve(raw, x, y, i, "raw"), Curve(mean, x, running_mean(y, window(len(y))) if smooth else y, i)]
+    curves = [Curve(run.name, run.steps, y := run.column(name), i,
+                    mean=running_mean(y, window(len(y))) if smooth else None)
+              for i, run in enumerate(runs) if run.finite(name).size]
     return [Panel(title, [*extra, *curves], **options)] if curves else []
 
 
 def _eval_panels(title: str, runs: Runs, name: str) -> list[Panel]:
     """A panel for each held-out source that has figure `name`."""
-    panels = {source: [Curve(run.name if len(runs) > 1 else "held-out", column(records, "step"), y, i, "points")
+    panels = {source: [Curve(run.name, column(records, "step"), y, i, "points")
                        for i, run in enumerate(runs) if (records := run.evals.get(source))
                        and np.isfinite(y := column(records, name)).any()] for source in _held_out(runs)}
     return [Panel(title.format(source), curves) for source, curves in panels.items() if curves]
@@ -109,15 +144,16 @@ def forgetting_panels(runs: Runs) -> list[Panel]:
 
 def _losses(runs: Runs) -> str:
     mean = " or ".join(map(str, sorted({window(len(run.train)) for run in runs})))
-    figures = _drawn(loss_panels(runs), f"Nats per trained token; the strong line is a mean over {mean} steps. Look "
-                     "for a training loss that falls while a held-out loss rises: from there on the run memorises.")
+    figures = _drawn(loss_panels(runs), f"Nats per trained token. Here and below, pale lines are each step and strong "
+                     f"ones a mean over {mean} steps. Look for a training loss that falls while a held-out loss rises: "
+                     "from there on the run memorises.", _names(runs))
     return _section("Loss", figures or "<p>No step has been logged yet.</p>\n")
 
 
 def _forgetting(runs: Runs) -> str:
     return _section("Forgetting", _drawn(
         forgetting_panels(runs), "Nats per token on general text, above the loss before the first step. Look for where "
-        "the curve levels off, and whether it stays below the bound, if there is one."))
+        "the curve levels off, and whether it stays below the bound, if there is one.", _names(runs)))
 
 
 def _optimisation(runs: Runs) -> str:
@@ -132,7 +168,7 @@ def _optimisation(runs: Runs) -> str:
     return _section("Learning rate and gradient", _drawn(
         panels, "The norm before clipping, on a logarithmic scale. Look for peaks long after warmup: the learning rate "
         "is too high, or some documents are unlike the others (crosses are skipped steps; metrics.jsonl names their "
-        "documents)."))
+        "documents).", _names(runs)))
 
 
 def _throughput(runs: Runs) -> str:
@@ -143,7 +179,7 @@ def _throughput(runs: Runs) -> str:
     return _section(
         "Throughput and its losses",
         _drawn(panels, "Look for slow steps at regular intervals (checkpoints, which the next step pays for) and for a "
-               "speed that falls.")
+               "speed that falls.", _names(runs))
         + _shared({run.name: time_shares(run) for run in timed}, "Where the time went. The pace is the median step; "
                   "what slower steps took beyond it is waiting: warm-up, checkpoints, a disk or a neighbour.")
         + _shared({run.name: parts for run in timed if (parts := token_shares(run))}, "Where the room in the packs "
@@ -156,9 +192,8 @@ def time_shares(run: LoggedRun) -> dict[str, float]:
     """The logged time by what it was spent on."""
     seconds = run.finite("seconds")
     pace = float(np.minimum(seconds, np.median(seconds)).sum())
-    evaluation = sum(float(np.nansum(column(records, "seconds"))) for records in run.evals.values())
     parts = {"steps at their pace": pace, "steps beyond it": float(seconds.sum()) - pace,
-             "held-out losses": evaluation}
+             "held-out losses": _evaluating(run)}
     return {name: part / sum(parts.values()) for name, part in parts.items()}
 
 
@@ -181,7 +216,7 @@ def _data(runs: Runs) -> str:
     for i, run in enumerate(runs):
         if run.data and run.data not in [other.data for other in runs[:i]]:
             parts += f"<h3>{_safe(run.name)}</h3>\n" * (len(runs) > 1)
-            parts += f'<div class="pair">{_by_length(run.data)}{_by_fill(run.data)}</div>\n'
+            parts += f'<div class="panels">{_by_length(run.data)}{_by_fill(run.data)}</div>\n'
             parts += _first_epoch(run.data) + _sources_over_steps(run)
     return _section("Data", parts)
 
@@ -225,7 +260,7 @@ def _sources_over_steps(run: LoggedRun) -> str:
     curves = [Curve(name, run.steps, running_mean(parts[:, i], window(len(parts))), i) for i, name in enumerate(names)]
     panels = [Panel("share of trained tokens, running mean", curves, percent=True)] if curves else []
     return _drawn(panels, "Look for sources that come and go: the mixture should stay the same from the first step to "
-                  "the last.")
+                  "the last.", names)
 
 
 def _samples(runs: Runs) -> str:
@@ -271,30 +306,54 @@ def _held_out(runs: Runs) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.evals))
 
 
+def _names(runs: Runs) -> list[str]:
+    return [run.name for run in runs] if len(runs) > 1 else []
+
+
+def _key(i: int, name: str) -> str:
+    """A name with the colour and the dashes that drawing.py gives to curve i."""
+    return f'<span class="key" style="--k: {_stroke(i)}">{_safe(name)}</span>'
+
+
+def _stroke(i: int) -> str:
+    return f"{('solid', 'dashed', 'dotted')[i // COLOURS % 3]} var(--c{i % COLOURS})"
+
+
 def _table(runs: Runs, rows: dict[str, list[str]]) -> str:
     """A row for each figure, a column for each run; cells are HTML, names are not."""
-    names = "".join(f'<th><span class="key" style="--k: var(--c{i % 6})">{_safe(run.name)}</span></th>'
-                    for i, run in enumerate(runs))
-    head = f"<thead><tr><th></th>{names}</tr></thead>" if len(runs) > 1 else ""
+    keys = "".join(f"<th>{_key(i, name)}</th>" for i, name in enumerate(_names(runs)))
+    head = f"<thead><tr><th></th>{keys}</tr></thead>" if keys else ""
     body = "".join(f"<tr><th>{_safe(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
                    for name, cells in rows.items() if any(cells))
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>\n'
 
 
 def _details(title: str, text: str) -> str:
-    return f"<details><summary>{_safe(title)}</summary><pre>{escape(text)}</pre></details>\n" if text else ""
+    text = escape(relative(text))
+    return f"<details><summary>{_safe(title)}</summary><pre>{text}</pre></details>\n" if text else ""
 
 
-def _drawn(panels: list[Panel], caption: str) -> str:
-    return _figure(lines(panels), caption) if panels else ""
+def _drawn(panels: list[Panel], caption: str, names: list[str]) -> str:
+    """Panels side by side, as many as there is room for; `names` are those of their curves, if they need a legend."""
+    drawn = "".join(map(lines, panels))
+    legend = "<p>" + " ".join(starmap(_key, enumerate(names))) + "</p>\n" if names else ""
+    return _figure(f'{legend}<div class="panels">{drawn}</div>', caption) if drawn else ""
 
 
 def _shared(rows: dict[str, dict[str, float]], caption: str) -> str:
-    return _figure(shares(rows), caption) if rows else ""
+    """For each row a bar divided into named shares, the same names in each, with its figures below."""
+    html = ""
+    for row, parts in rows.items():
+        html += f"<h3>{_safe(row)}</h3>" if len(rows) > 1 else ""
+        bar = "".join(f'<i style="--k: {_stroke(i)}; flex-grow: {share:.5f}"></i>'
+                      for i, share in enumerate(parts.values()))
+        keys = " ".join(_key(i, f"{name} {share:.1%}") for i, (name, share) in enumerate(parts.items()))
+        html += f'<div class="bar">{bar}</div><p>{keys}</p>\n'
+    return _figure(html, caption) if rows else ""
 
 
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}\n<figcaption>{escape(caption)}</figcaption></figure>\n"
+def _figure(html: str, caption: str) -> str:
+    return f"<figure>{html}\n<figcaption>{escape(caption)}</figcaption></figure>\n"
 
 
 def _section(title: str, html: str) -> str:
@@ -303,4 +362,4 @@ def _section(title: str, html: str) -> str:
 
 def _safe(name: object) -> str:
     """A name, or another line from outside, as HTML."""
-    return escape(printable(name, PATH))
+    return escape(relative(printable(name, PATH)))

@@ -40,7 +40,7 @@ from minisft.data.dataset import Dataset
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.prepare import Prepared
-from minisft.reports.page import render
+from minisft.reports.page import relative, render
 
 FEW = 3  # documents shown by default
 TRAINED, CONTROL, HEADING = "32", "2", "1"  # green, dim, bold
@@ -286,9 +286,9 @@ def _section(view: View, numbers: Iterator[int]) -> str:
     tokens, start, triangles, texts = len(view.trained), 0, "", ""
     size = max(tokens, view.room)
     for document, number in zip(view.documents, numbers, strict=False):
-        triangles += f'<a href="#d{number}"><title>{escape(document.heading)}</title>{_triangle(document, start)}</a>'
-        texts += (f'<h2 id="d{number}">{escape(document.heading)}</h2>\n'
-                  f'<pre>{"".join(map(_span, document.spans))}</pre>\n')
+        heading = escape(relative(document.heading))
+        triangles += f'<a href="#d{number}"><title>{heading}</title>{_triangle(document, start)}</a>'
+        texts += f'<h2 id="d{number}">{heading}</h2>\n<pre>{"".join(map(_span, document.spans))}</pre>\n'
         start += len(document.trained)
     bars = "".join(f'<rect class="{kind}" width="{width}" height="1"/>' for kind, width in
                    (("room", size), ("block", tokens), ("target", int(view.trained.sum()))))
