@@ -73,8 +73,7 @@ class Dataset:
 
     def origin(self, index: int) -> tuple[str, int]:
         """File and line that a document came from."""
-        store = self.stores[self.store_of[index]]
-        return store.report.path, int(store.lines[self.index_in_store[index]])
+        return self.stores[self.store_of[index]].origin(self.index_in_store[index])
 
     def per_source(self, figures: Array, documents: Array | slice = slice(None)) -> Array:
         """(stores,) int64: the sum of `figures` (n,), over all documents or over `documents` (m,), for each source."""
@@ -110,8 +109,8 @@ def _repeated(hashes: list[Array], wanted: list[Array]) -> list[Array]:
 
 
 def _skip(store: Store, report: SourceReport, reason: str, documents: Array) -> None:
-    if len(lines := store.lines[documents]):
-        report.count(report.skipped, reason, f"{report.path}:{lines[0]}", len(lines))
+    if len(found := np.arange(len(store))[documents]):
+        report.count(report.skipped, reason, "{}:{}".format(*store.origin(found[0])), len(found))
 
 
 def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") -> tuple[Array, Array, Array, Array]:
@@ -122,7 +121,7 @@ def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") 
     long = np.flatnonzero(wanted & (lengths > data.seq_len))
     too_long = lengths[long]
     if len(long) and data.overlong == "error":
-        raise UserError(f"{report.path}:{store.lines[long[0]]}: {too_long[0]} tokens, but data.seq_len is "
+        raise UserError("{}:{}".format(*store.origin(long[0])) + f": {too_long[0]} tokens, but data.seq_len is "
                         f"{data.seq_len} ({len(long)} conversations are too long, the longest has {too_long.max()}); "
                         'raise data.seq_len, or pass data.overlong = "drop" or "truncate"')
     if data.overlong == "truncate":

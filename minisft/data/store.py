@@ -6,7 +6,7 @@
                   targets.npy   (documents,) int64: trained tokens of each
                   turns.npy     (documents,) int64: turns of each
                   largest.npy   (documents,) int64: the largest token id of each
-                  lines.npy     (documents,) int64: where each came from
+                  lines.npy     (documents,) int64: the line each came from, plus LINES times the number of its file
                   hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
                   loose.npy     (documents,) uint64: of letters and digits alone, equal for near duplicates
                   report.json   what was read, kept and left out, with the reasons; the sizes of the files above, and
@@ -46,7 +46,7 @@ from minisft.data.checks import validate
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.tokenizer import TokenizerError
 from minisft.errors import UserError
-from minisft.files import regular_file, sync
+from minisft.files import data_files, file_and_split, regular_file, sync
 
 if TYPE_CHECKING:
     from minisft.config import DataConfig, Source
@@ -60,7 +60,8 @@ BATCH_CHARACTERS = 1 << 22  # or fewer conversations, if they are long
 SAMPLE = 256  # documents that are read when a store is opened
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # what a disk reports for files that it lost
 ARRAYS = ("offsets", "targets", "turns", "largest", "lines", "hashes", "loose")
-BROKEN = ("bad JSON", "invalid UTF-8")  # reasons that count against max_bad: the record itself, not what it says
+BROKEN = ("bad JSON", "invalid UTF-8", "bad row")  # what counts against max_bad: the record itself, not what it says
+LINES = 2**40  # more than a file has
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system in use: FAT's two seconds
 Array = np.ndarray
 
@@ -72,7 +73,7 @@ class Report:
     name: str
     path: str
     template: str
-    sha256: str = ""  # of the file's bytes
+    sha256: str = ""  # of the file's bytes; of several files, of their names and digests
     read: int = 0
     kept: int = 0
     turns: int = 0
@@ -88,6 +89,7 @@ class Report:
     changed: dict[str, int] = field(default_factory=dict)  # what was done to a conversation -> conversations
     examples: dict[str, str] = field(default_factory=dict)  # reason -> where it first occurred
     unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> records that have it
+    files: list[str] = field(default_factory=list)  # of a folder or a glob
 
     def count(self, counts: dict[str, int], reason: str, where: str, number: int = 1) -> None:
         """Count conversations in `skipped` or `changed`, and remember where the first one is."""
@@ -137,6 +139,11 @@ class Store:
     def __len__(self) -> int:
         return len(self.lines)
 
+    def origin(self, index: int) -> tuple[str, int]:
+        """File and line that a document came from."""
+        number, line = divmod(int(self.lines[index]), LINES)
+        return (self.report.files or [self.report.path])[number], line
+
     def document(self, index: int) -> tuple[Array, Array]:
         """Token ids (L,) and loss mask (L,) of a document."""
         start, stop = self.offsets[index : index + 2].tolist()
@@ -151,12 +158,14 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
     """The tokenised documents of a file; tokenised now if that has not been done before, or if the store is damaged.
     `verify` checks every stored document instead of some. Raises UserError for a file that cannot be read, that has
     more than data.max_bad broken records, or whose tokens break a law (checks.py)."""
-    path, cache, state = source.path, Path(data.cache), _file_state(source.path)
+    path, cache, state = source.path, Path(data.cache), _source_state(source.path)
     report = Report(source.name, path, renderer.template.name)
+    report.files = [file for file in data_files(path) if file != path]
     conversations = read(source, data, report.unread)  # a file of another kind is rejected before all of it is hashed
-    report.sha256 = _content_digest(path, cache)
+    digests = [(file, _content_digest(file_and_split(file)[0], cache)) for file in report.files or [path]]
+    report.sha256 = hashlib.sha256(json.dumps(digests).encode()).hexdigest() if digests[1:] else digests[0][1]
     settings = [LAYOUT, report.sha256, source.name, path, source.format, data.skip_bad, data.max_bad, data.oasst,
-                sorted(data.ignore), renderer.fingerprint()]
+                sorted(data.ignore), renderer.fingerprint(), *([source.fields] if source.fields else [])]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder, partial, sample = cache / key, cache / f"{key}.partial", None if verify else SAMPLE
     if store := _opened(folder, sample):
@@ -176,7 +185,7 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
             (partial / "report.json").write_text(json.dumps(signed, ensure_ascii=False), encoding="utf-8")
             for written in (*partial.iterdir(), partial):
                 sync(written)
-            if _file_state(path) != state:  # or its tokens would be found under the key of what it was before
+            if _source_state(path) != state:  # or its tokens would be found under the key of what it was before
                 raise UserError(f"{path}: changed while it was read; start again when it is complete")
             os.rename(partial, folder)
             sync(cache)
@@ -231,6 +240,7 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
     """Tokenise, check and write everything except report.json; `report` is filled in."""
     parts = {name: [np.zeros(0, np.uint64 if name in ("hashes", "loose") else np.int64)] for name in ARRAYS}
     batches, end = _batches(found, renderer), 0
+    numbers = {file: i for i, file in enumerate(report.files)}
     with (open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as mask_file,
           ThreadPoolExecutor(max_workers=1) as thread):
         following = thread.submit(next, batches, None)
@@ -264,7 +274,7 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                     "offsets": end + offsets[:-1], "targets": documents.num_loss_tokens,
                     "turns": [len(conversation.turns) for conversation in kept],
                     "largest": np.maximum.reduceat(ids, offsets[:-1]) if kept else [],  # reduceat needs a document
-                    "lines": [conversation.line for conversation in kept],
+                    "lines": [numbers.get(each.source, 0) * LINES + each.line for each in kept],
                     "hashes": [_hash(ids[i:j], loss_mask[i:j]) for i, j in pairwise(offsets.tolist())],
                     "loose": np.array([near_duplicate for *_, near_duplicate in batch], np.uint64)[learnable]}.items():
                 parts[name].append(np.array(values, parts[name][0].dtype))
@@ -312,6 +322,11 @@ def _file_state(path: str) -> list[int]:
     """What changes when the file does; no program can set ctime back. Raises UserError if there is no such file."""
     found = regular_file(path)
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _source_state(path: str) -> list[tuple[str, list[int]]]:
+    """`_file_state` of every file of a source."""
+    return [(file, _file_state(file_and_split(file)[0])) for file in data_files(path)]
 
 
 def _content_digest(path: str, cache: Path) -> str:
