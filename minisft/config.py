@@ -59,7 +59,8 @@ class DataConfig:
     templates: str = key("", "TOML file with your own templates")
     train_on: str = key("assistant", "tokens to train on", choices=("assistant", "last_assistant", "all"))
     seq_len: int = key(2048, "tokens in a pack", low=2, high=2**24)
-    overlong: str = key("drop", "what to do with documents longer than seq_len", choices=("drop", "truncate", "error"))
+    overlong: str = key("drop", "what to do with documents longer than seq_len; split: texts into parts, drop others",
+                        choices=("drop", "truncate", "split", "error"))
     shuffle: bool = key(True, "shuffle the documents anew in every epoch")
     oasst: str = key("all", "conversations to take from an OASST tree", choices=("all", "best"))
     dedup: str = key("none", "duplicates to drop; near: also if case, spaces or punctuation differ; true: exact",

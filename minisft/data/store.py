@@ -42,7 +42,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minisft.data.chat import EncodedDocuments, Piece, Renderer
-from minisft.data.checks import validate
+from minisft.data.checks import oddities, validate
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.tokenizer import TokenizerError
 from minisft.errors import UserError
@@ -89,6 +89,7 @@ class Report:
     changed: dict[str, int] = field(default_factory=dict)  # what was done to a conversation -> conversations
     examples: dict[str, str] = field(default_factory=dict)  # reason -> where it first occurred
     unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> records that have it
+    odd: dict[str, int] = field(default_factory=dict)  # what is seldom meant (checks.ODD) -> conversations that have it
     files: list[str] = field(default_factory=list)  # of a folder or a glob
 
     def count(self, counts: dict[str, int], reason: str, where: str, number: int = 1) -> None:
@@ -146,9 +147,20 @@ class Store:
 
     def document(self, index: int) -> tuple[Array, Array]:
         """Token ids (L,) and loss mask (L,) of a document."""
-        start, stop = self.offsets[index : index + 2].tolist()
-        tokens, loss_mask = self.tokens[start:stop], self.loss_mask[start:stop]
-        if _hash(tokens, loss_mask) != self.hashes[index]:
+        return self._tokens(index, 0, int(self.offsets[index + 1] - self.offsets[index]), self.hashes[index])
+
+    def part(self, index: int, first: int, length: int, digest: int) -> tuple[Array, Array]:
+        """Token ids (length,) and loss mask (length,) of a part of a document, whose `hash_of` is `digest`. Its first
+        token is not trained: nothing in the part could predict it."""
+        tokens, loss_mask = self._tokens(index, first, length, digest)
+        loss_mask = loss_mask.copy()
+        loss_mask[:1] = 0
+        return tokens, loss_mask
+
+    def _tokens(self, index: int, first: int, length: int, digest: int) -> tuple[Array, Array]:
+        start = int(self.offsets[index]) + first
+        tokens, loss_mask = self.tokens[start : start + length], self.loss_mask[start : start + length]
+        if hash_of(tokens, loss_mask) != digest:
             raise DamagedError(self.folder, f"document {index + 1:,} of {len(self):,} is not as it was written")
         return tokens, loss_mask
 
@@ -256,6 +268,8 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                     kept.append(item)
                     for note in item.notes:
                         report.count(report.changed, note, where)
+                    for what, text in oddities(item):
+                        report.count(report.odd, what, f"{where}: {text}")
                 else:
                     report.count(report.skipped, "nothing trained", where)
             broken = [reason for reason in report.skipped if reason in BROKEN]
@@ -275,7 +289,7 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                     "turns": [len(conversation.turns) for conversation in kept],
                     "largest": np.maximum.reduceat(ids, offsets[:-1]) if kept else [],  # reduceat needs a document
                     "lines": [numbers.get(each.source, 0) * LINES + each.line for each in kept],
-                    "hashes": [_hash(ids[i:j], loss_mask[i:j]) for i, j in pairwise(offsets.tolist())],
+                    "hashes": [hash_of(ids[i:j], loss_mask[i:j]) for i, j in pairwise(offsets.tolist())],
                     "loose": np.array([near_duplicate for *_, near_duplicate in batch], np.uint64)[learnable]}.items():
                 parts[name].append(np.array(values, parts[name][0].dtype))
             end += len(ids)
@@ -301,8 +315,8 @@ _LOWER = bytes(range(256)).lower()
 _DROPPED = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 
 
-def _hash(tokens: Any, loss_mask: Any) -> int:
-    """64 bits of the token ids and the mask of a document, both contiguous in memory."""
+def hash_of(tokens: Any, loss_mask: Any) -> int:
+    """64 bits of the token ids and the mask of a document or a part of it, both contiguous in memory."""
     digest = hashlib.blake2b(tokens, digest_size=8)
     digest.update(loss_mask)
     return int.from_bytes(digest.digest(), "little")

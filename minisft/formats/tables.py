@@ -15,7 +15,7 @@ from itertools import chain
 
 from minisft.errors import SHORT, UserError
 from minisft.files import TABLES, TEXTS, file_and_split, is_data
-from minisft.formats import records as reader
+from minisft.formats import records
 from minisft.formats.records import RECORD_BYTES, BadRecord, File, Row
 
 BATCH = 256  # rows of Parquet or Arrow that become Python objects at a time
@@ -34,7 +34,7 @@ def rows(source: str, skip_bad: bool) -> Iterator[Iterator[Row]]:
     name = file.lower().removesuffix(".gz")
     is_csv, is_table = name.endswith((".csv", ".tsv")), name.endswith(TABLES)
     is_json = not (is_csv or is_table or is_text(file))
-    with reader.open_data(file, json_expected=is_json and not skip_bad, table=is_table) as opened:
+    with records.open_data(file, json_expected=is_json and not skip_bad, table=is_table) as opened:
         if not is_data(file):
             raise UserError(f"{file}: unknown kind of file (known: {', '.join(TEXTS)}, and .gz of each; "
                             f"{', '.join(TABLES)}; remedy: rename the file if it is JSON, or else convert it to JSON "
@@ -42,11 +42,11 @@ def rows(source: str, skip_bad: bool) -> Iterator[Iterator[Row]]:
         if is_table:
             yield _arrow(file)
         elif is_text(file):
-            yield iter(reader.document(opened, file))
+            yield iter(records.document(opened, file))
         elif is_csv:
-            yield reader.sound(_cells(opened, file, "\t" if name.endswith(".tsv") else ""), file, skip_bad)
+            yield records.sound(_cells(opened, file, "\t" if name.endswith(".tsv") else ""), file, skip_bad)
         else:
-            yield reader.records(opened, source, skip_bad, split)
+            yield records.records(opened, source, skip_bad, split)
 
 
 def _cells(file: File, source: str, delimiter: str) -> Iterator[Row]:
@@ -59,7 +59,7 @@ def _cells(file: File, source: str, delimiter: str) -> Iterator[Row]:
         nonlocal line, size
         while raw := file.readline(RECORD_BYTES + 1):
             line, size = line + 1, size + len(raw)
-            reader.refuse_large(size, source, line)
+            records.refuse_large(size, source, line)
             yield raw.decode("utf-8-sig" if line == 1 else "utf-8", "surrogateescape")
 
     text = lines()
@@ -70,12 +70,12 @@ def _cells(file: File, source: str, delimiter: str) -> Iterator[Row]:
     if len(found) > 1 and not delimiter:
         raise UserError(f"{source}:{line}: the header has {' and '.join(map(repr, found))} outside of quotes, so it "
                         "does not tell what separates the columns (remedy: quote the names of columns that have one)")
-    reader = csv.reader(chain([head], text), delimiter=delimiter or (found or ",")[0], strict=True)
+    parser = csv.reader(chain([head], text), delimiter=delimiter or (found or ",")[0], strict=True)
     names: list[str] = []
     while True:
         start, size = line + bool(names), 0
         try:
-            row = next(reader)
+            row = next(parser)
             "".join(row).encode("utf-8")
         except StopIteration:
             return
