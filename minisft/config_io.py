@@ -308,9 +308,10 @@ def _with_inherited(config: Config, *, run_name: str) -> Config:
             sources[key] = ()
             for source in getattr(data, key):
                 path, split = file_and_split(source.path)
-                parts = [re.sub(r"[*?]+[-_]?|[-_][*?]+", "", part) for part in Path(path).parts]  # of a glob
-                stem = ((parts or [""])[-1].lstrip(".").split(".")[0] or "".join(parts[-2:-1]) or "data")
-                stem += f"-{split}" * bool(split)
+                stems = [part.lstrip("./").split(".")[0] for part in reversed(Path(path).parts)]
+                # part-*.jsonl -> part, d/*.csv -> d
+                bare = (re.sub(r"[*?]+[-_]?|[-_][*?]+", "", stem) for stem in stems)
+                stem = next(filter(None, bare), "data") + f"-{split}" * bool(split)
                 name = source.name or next(n for i in count(1) if (n := stem + f"-{i}" * (i > 1)) not in taken)
                 taken.add(name)
                 sources[key] += (replace(source, name=name, format=source.format or data.format,

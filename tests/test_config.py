@@ -322,7 +322,8 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
      "checkpoint, parallel, eval, run"),
     ("optim = \"" + "x" * 200 + "\"", "optim: expected a section [optim], got '" + "x" * 78 + "…"),
     ("[[data.eval]]\npath = 'a'\nformt = ''",
-     "data.eval[0].formt: unknown key (did you mean format?); a source has path, format, fields, template, weight, name"),
+     "data.eval[0].formt: unknown key (did you mean format?); a source has path, format, fields, template, weight, "
+     "name"),
     ("[data]\neval = [{path = 'a', name = 'n'}, {path = 'b', name = 'n'}]",
      "data.eval: several sources are named n; give each its own name"),
 ])

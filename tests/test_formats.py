@@ -527,7 +527,7 @@ def test_a_record_of_many_chunks_is_read_in_linear_work(write, monkeypatch):
 def test_files_that_cannot_be_opened_are_named(tmp_path, write):
     with pytest.raises(UserError, match=r"none\.json: No such file or directory \(remedy: name a file that can be"):
         list(read(tmp_path / "none.json"))
-    with pytest.raises(UserError, match=rf"{tmp_path.name}: names no data file; there are none \(remedy: name a file, a"):
+    with pytest.raises(UserError, match=rf"{tmp_path.name}: names no data file; there are none \(remedy: name a"):
         list(read(tmp_path))
     with pytest.raises(UserError, match=r"a\.log: unknown kind of file \(known: \.json, \.jsonl, .*rename the file if"):
         list(read(write("{}", "a.log")))

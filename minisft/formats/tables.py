@@ -66,7 +66,7 @@ def _cells(file: File, source: str, delimiter: str) -> Iterator[Row]:
     head = next((one for one in text if one.strip()), "")
     if said := re.fullmatch(r"sep=(.)\s*", head):  # a line of Excel's own
         delimiter, head = said[1], next(text, "")
-    found = [mark for mark in ",;\t" if len(next(csv.reader([head], delimiter=mark), ())) > 1]
+    found = [mark for mark in ",;\t" if mark in re.sub(r'"[^"]*+"?', "", head)]
     if len(found) > 1 and not delimiter:
         raise UserError(f"{source}:{line}: the header has {' and '.join(map(repr, found))} outside of quotes, so it "
                         "does not tell what separates the columns (remedy: quote the names of columns that have one)")
@@ -81,8 +81,8 @@ def _cells(file: File, source: str, delimiter: str) -> Iterator[Row]:
             return
         except csv.Error as error:
             if "end of data" in str(error) or not names:  # nobody knows how many rows the open quote has swallowed
-                raise UserError(f'{source}:{start}: a quote that is opened here is not closed: {error} (remedy: close '
-                                'it; inside quotes, " is written "")') from None
+                raise UserError(f'{source}:{start}: {error}, in lines {start} to {line} (remedy: look for a quote that '
+                                'is not closed; inside quotes, " is written "")') from None
             yield start, BadRecord("bad row", f'{error}, in lines {start} to {line}; inside quotes, " is written ""')
             continue
         except UnicodeEncodeError as error:
