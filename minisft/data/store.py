@@ -73,7 +73,7 @@ class Report:
     name: str
     path: str
     template: str
-    sha256: str = ""  # of the file's bytes; of several files, of their names and digests
+    sha256: str = ""  # of the file's bytes; of several files, of their digests
     read: int = 0
     kept: int = 0
     turns: int = 0
@@ -174,10 +174,11 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
     report = Report(source.name, path, renderer.template.name)
     report.files = [file for file in data_files(path) if file != path]
     conversations = read(source, data, report.unread)  # a file of another kind is rejected before all of it is hashed
-    digests = [(file, _content_digest(file_and_split(file)[0], cache)) for file in report.files or [path]]
-    report.sha256 = hashlib.sha256(json.dumps(digests).encode()).hexdigest() if digests[1:] else digests[0][1]
+    digests = [_content_digest(file_and_split(file)[0], cache) for file in report.files or [path]]
+    report.sha256 = hashlib.sha256(json.dumps(digests).encode()).hexdigest() if digests[1:] else digests[0]
+    more = {"fields": source.fields, "files": report.files}
     settings = [LAYOUT, report.sha256, source.name, path, source.format, data.skip_bad, data.max_bad, data.oasst,
-                sorted(data.ignore), renderer.fingerprint(), *([source.fields] if source.fields else [])]
+                sorted(data.ignore), renderer.fingerprint(), *([more] if any(more.values()) else [])]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder, partial, sample = cache / key, cache / f"{key}.partial", None if verify else SAMPLE
     if store := _opened(folder, sample):

@@ -177,6 +177,7 @@ def _after_value(raw: bytes) -> str | None:
 # A string (to its quote, or to the end of its line: a raw newline is an error, and the next line starts afresh) or a
 # mark of structure. Group 1 is the string's end: without it the string continues in the next chunk.
 _TOKEN = re.compile(rb'"(?:[^"\\\n]++|\\.)*+(["\n])?|[\[\]{},]', re.DOTALL)
+_VALUE = re.compile(rb"[ \t\r\n]*+:[ \t\r\n]*+")  # what is between a name and its value
 
 
 def _seek_split(file: File, source: str, split: str, line: int) -> int:
@@ -187,7 +188,7 @@ def _seek_split(file: File, source: str, split: str, line: int) -> int:
     for token in _TOKEN.finditer(raw):
         if raw[token.start()] in b"[]{}":
             depth += 1 if raw[token.start()] in b"[{" else -1
-        elif depth == 1 and (value := re.compile(rb"[ \t\r\n]*+:[ \t\r\n]*+").match(raw, token.end())):
+        elif depth == 1 and (value := _VALUE.match(raw, token.end())):
             with suppress(ValueError):
                 found.setdefault(json.loads(token[0]), []).append(value.end())
     names = ", ".join(SHORT.repr(name) for name, [at, *_] in list(found.items())[:20] if raw[at : at + 1] == b"[")

@@ -18,7 +18,7 @@ from minisft.files import TABLES, TEXTS, file_and_split, is_data
 from minisft.formats import records
 from minisft.formats.records import RECORD_BYTES, BadRecord, File, Row
 
-BATCH = 256  # rows of Parquet or Arrow that become Python objects at a time
+BATCH = 16  # rows of Parquet or Arrow in memory at a time: few, since a small file may repeat a huge value
 
 
 def is_text(source: str) -> bool:
@@ -135,7 +135,8 @@ def _arrow(source: str) -> Iterator[Row]:
         try:
             for batch in batches:
                 for start in range(0, batch.num_rows, BATCH):
-                    for row in batch.slice(start, BATCH).to_pylist():
+                    records.refuse_large((part := batch.slice(start, BATCH)).nbytes, source, number)
+                    for row in part.to_pylist():
                         yield number, row
                         number += 1
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
