@@ -15,7 +15,7 @@ import stat
 from itertools import pairwise
 from pathlib import Path
 
-from minisft.errors import UserError
+from minisft.errors import PATH, UserError, printable
 
 TEXTS = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv")  # also .gz of each
 TABLES = (".parquet", ".arrow", ".feather")
@@ -69,12 +69,13 @@ def data_files(path: str, *, key: str = "") -> list[str]:
         there = sorted(os.listdir(folder)) if os.path.isdir(folder := file) or os.path.isdir(
             folder := os.path.dirname(file) or ".") else []
         more = f" and {len(there) - 10} more" * (len(there) > 10)
-        raise UserError(f"{key}{path}: names no data file; there are {', '.join(there[:10]) or 'none'}{more} (remedy: "
+        names = ", ".join(map(printable, there[:10])) or "none"
+        raise UserError(f"{key}{path}: names no data file; there are {names}{more} (remedy: "
                         f"name a file, a folder or a glob of {', '.join(TEXTS + TABLES)} files)")
     for one, other in pairwise(sorted(found, key=_stem)):
         if _stem(one) == _stem(other):
-            raise UserError(f"{key}{path}: has {one} and {other}, the same data twice by their names (remedy: name one "
-                            "of them, or a glob that matches one)")
+            raise UserError(f"{key}{path}: has {printable(one, PATH)} and {printable(other, PATH)}, the same data "
+                            "twice by their names (remedy: name one of them, or a glob that matches one)")
     return [f"{each}#{split}" if split else each for each in found]
 
 

@@ -257,7 +257,7 @@ PLAIN = b'{"text": "a"}\n{"text": "b"}\n'
     (POINTER, "a.json", r"Git LFS pointer, .*git lfs pull"),
     (POINTER, "a.txt", r"Git LFS pointer, .*git lfs pull"),
     (b"PAR1\x15", "a.jsonl", r"this is Parquet \(remedy: name it so: mv .*a\.jsonl NEW\.parquet\)"),
-    (b"PAR1\x15", "a.parquet", r"a\.parquet: not a whole Parquet or Arrow file: .*\(remedy: fetch"),
+    (b"PAR1\x15", "a.parquet", r"a\.parquet: pyarrow cannot read this: .*\(remedy: fetch"),
     (b"PK\x03\x04", "a.json", r"this is a zip archive \(remedy: unzip "),
     (b"\x28\xb5\x2f\xfd", "a.jsonl.zst", r"this is compressed with zstd \(remedy: zstd -d "),
     (gzip.compress(gzip.compress(PLAIN, mtime=0), mtime=0), "a.jsonl.gz", r"this is gzip inside gzip"),

@@ -123,14 +123,14 @@ def test_a_column_that_no_record_has_is_an_error_with_the_nearest_first(write):
     wrong = TURKISH | {"input": "girs"}
     for options in ({}, {"format": "alpaca"}):
         message = refused(write(rows), columns=wrong.items(), **options)
-        assert "data.fields says that input is the column 'girs', which no record has; the columns are ' giriş', " \
-            in message
+        assert "data.fields says that input is the column 'girs', which no record so far has; the " \
+               "columns are ' giriş', " in message
         assert message.endswith("(remedy: name one of these, or give this source fields of its own)")
         assert "'ek'" in message
     assert [len(turns) for turns in talks(write(rows), columns=TURKISH.items())] == [2, 2]
     message = refused(write(rows), columns=(TURKISH | {"instruction": "talimt"}).items())  # no format, for that reason
-    assert ":1: data.fields says that instruction is the column 'talimt', which no record has; the columns are " \
-           "'talimat', " in message
+    assert ":1: data.fields says that instruction is the column 'talimt', which no record so far has; the " \
+           "columns are 'talimat', " in message
     message = refused(write(rows), columns=(TURKISH | {"response": "ek"}).items())
     assert "data.fields: format alpaca reads no field response (remedy: map a column to one of context, " in message
     assert talks(write("plain", "a.txt"), columns=TURKISH.items(), format="text")[0][0].content == "plain"
@@ -271,7 +271,6 @@ def test_large_cells_are_read_and_a_cell_without_end_is_refused(write, monkeypat
     long = "x" * (1 << 18)  # more than the csv module takes by itself
     assert talks(write(f'prompt,completion\na,"{long}"\n', "a.csv"))[0][1].content == long
     monkeypatch.setattr(tables.records, "RECORD_BYTES", 1000)
-    monkeypatch.setattr(tables, "RECORD_BYTES", 1000)
     assert "is not a conversation" in refused(write('prompt,completion\na,"' + "x\n" * 600, "a.csv"))
 
 
@@ -331,9 +330,9 @@ def test_a_damaged_table_a_column_twice_and_another_kind_are_refused(tmp_path):
     path = written(tmp_path / "a.parquet")
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    assert "a.parquet: not a whole Parquet or Arrow file: " in refused(path)
+    assert "a.parquet: pyarrow cannot read this: " in refused(path)
     path.write_bytes(whole[:300] + bytes(200) + whole[500:])
-    assert "a.parquet: not a whole Parquet or Arrow file: " in refused(path)
+    assert "a.parquet: pyarrow cannot read this: " in refused(path)
     twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     parquet.write_table(twice, path)
     assert "several of its columns have one name: 'text', 'text' (remedy: give" in refused(path)
@@ -341,7 +340,34 @@ def test_a_damaged_table_a_column_twice_and_another_kind_are_refused(tmp_path):
     assert "a.parquet: this is a Git LFS pointer" in refused(path)
     arrow = written(tmp_path / "b.arrow")
     arrow.write_bytes(arrow.read_bytes()[:-2000])
-    assert "b.arrow: not a whole Parquet or Arrow file" in refused(arrow)
+    assert "b.arrow: pyarrow cannot read this" in refused(arrow)
+
+
+def test_values_that_json_lacks_are_counted_or_refused_but_never_a_traceback(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    path = tmp_path / "a.parquet"
+    for values in (pa.array([10**18 + 1], pa.timestamp("ns")), pa.array([2**60], pa.timestamp("ms")),
+                   pa.array([b"\xff"]), pa.array([float("nan")]), pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+                   pa.array([3], pa.decimal128(5, 2)), pa.array([0], pa.timestamp("s", "Nowhere/None"))):
+        for table in (pa.table({"text": ["a"], "other": values}), pa.table({"text": values})):
+            parquet.write_table(table, path)
+            unread, problem = {}, "a.parquet: pyarrow cannot read this: "
+            try:
+                [found] = read(path, unread=unread)
+                assert unread == {"other": 1} or found.reason == "content is not text"
+            except UserError as error:
+                problem = str(error)
+            assert "a.parquet: pyarrow cannot read this: " in problem
+
+
+def test_names_from_a_file_or_a_folder_do_not_steer_the_terminal(write, tmp_path):
+    for path in (write(json.dumps({"\x1b[2J": [{"a": 1}]}), "a.json"),
+                 write([{"\x1b[2J": [{"role": "user", "content": "a"}]}]), write([{"\x1b[2J": "a", "\x9b": "b"}])):
+        assert not {"\x1b", "\x9b"} & set(refused(path))
+        assert not {"\x1b", "\x9b"} & set(refused(path, columns=[("text", "x")]))
+    write("", "d/\x1b[2J")
+    assert "\x1b" not in refused(tmp_path / "d")
 
 
 def test_a_small_file_that_repeats_a_huge_value_is_refused(tmp_path, monkeypatch):

@@ -134,8 +134,8 @@ class Columns:
             near = sorted(self._seen, key=lambda name: -difflib.SequenceMatcher(
                 None, _plain(name).casefold()[:80], _plain(column).casefold()[:80]).ratio())
             raise UserError(f"{where}: data.fields says that {shown(field)} is the column {SHORT.repr(column)}, which "
-                            f"no record has; the columns are {', '.join(map(SHORT.repr, near[:20]))} (remedy: name one "
-                            "of these, or give this source fields of its own)")
+                            f"no record so far has; the columns are {', '.join(map(SHORT.repr, near[:20]))} (remedy: "
+                            "name one of these, or give this source fields of its own)")
 
 
 def _plain(name: str) -> str:

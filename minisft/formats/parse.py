@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.data.conversation import ANSWERS, Conversation, Skip, Skipped, Turn, checked
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
 from minisft.files import data_files
 from minisft.formats import fields as of
 from minisft.formats.fields import WEIGHTS, Columns, Fields, is_empty, is_trained, listed, parsed, shown
@@ -111,13 +111,13 @@ def _detect(record: dict[str, Any], source: str, line: int, columns: Columns, fi
             return matches[0]
     columns.check_columns(f"{source}:{line}")
     lists = [name for name, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    talks = [name for name in lists if {"role", "from"} & record[name][0].keys()]
+    talks = [name for name in lists if name.isprintable() and {"role", "from"} & record[name][0].keys()]
     if matches:
         remedy = f"name the format with --data.format {matches[0]}"
     elif lists and not talks and len(lists) == sum(isinstance(value, list | dict) for value in record.values()):
         splits = ", ".join(f"{shown(name)} ({len(record[name])} records)" for name in lists)
         remedy = (f"the file is one object with lists of records, {splits}; name one of them in the path, as in "
-                  f"--data.train {shlex.quote(f'{source}#{lists[0]}')}")
+                  f"--data.train {shlex.quote(f'{source}#{printable(lists[0])}')}")
     elif {"chosen", "preferred_output"} & record.keys():
         remedy = ("these are preferences, and minisft trains on answers only: write the question to a field prompt and "
                   "the preferred answer to a field completion")

@@ -16,7 +16,7 @@ from itertools import chain
 from minisft.errors import SHORT, UserError
 from minisft.files import TABLES, TEXTS, file_and_split, is_data
 from minisft.formats import records
-from minisft.formats.records import RECORD_BYTES, BadRecord, File, Row
+from minisft.formats.records import BadRecord, File, Row
 
 BATCH = 16  # rows of Parquet or Arrow in memory at a time: few, since a small file may repeat a huge value
 
@@ -52,12 +52,12 @@ def rows(source: str, skip_bad: bool) -> Iterator[Iterator[Row]]:
 def _cells(file: File, source: str, delimiter: str) -> Iterator[Row]:
     """(line, row) of each row below the header; a row of another length is a BadRecord. Without a `delimiter` the
     header tells it."""
-    csv.field_size_limit(RECORD_BYTES)  # of the whole process; a row is bounded below
+    csv.field_size_limit(records.RECORD_BYTES)  # of the whole process; a row is bounded below
     line, size = 0, 0  # lines read, and the bytes of the row that is being read
 
     def lines() -> Iterator[str]:
         nonlocal line, size
-        while raw := file.readline(RECORD_BYTES + 1):
+        while raw := file.readline(records.RECORD_BYTES + 1):
             line, size = line + 1, size + len(raw)
             records.refuse_large(size, source, line)
             yield raw.decode("utf-8-sig" if line == 1 else "utf-8", "surrogateescape")
@@ -139,7 +139,9 @@ def _arrow(source: str) -> Iterator[Row]:
                     for row in part.to_pylist():
                         yield number, row
                         number += 1
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        except UserError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:  # also odd dates
             raise _damaged(source, error) from None
 
     return numbered()
@@ -147,4 +149,5 @@ def _arrow(source: str) -> Iterator[Row]:
 
 def _damaged(source: str, error: Exception) -> UserError:
     reason = SHORT.repr(str(error))
-    return UserError(f"{source}: not a whole Parquet or Arrow file: {reason} (remedy: fetch the file again)")
+    return UserError(f"{source}: pyarrow cannot read this: {reason} (remedy: fetch the file again, or convert it to "
+                     "JSON lines)")
