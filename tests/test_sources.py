@@ -348,8 +348,9 @@ def test_values_that_json_lacks_are_counted_or_refused_but_never_a_traceback(tmp
     from pyarrow import parquet
     path = tmp_path / "a.parquet"
     for values in (pa.array([10**18 + 1], pa.timestamp("ns")), pa.array([2**60], pa.timestamp("ms")),
-                   pa.array([b"\xff"]), pa.array([float("nan")]), pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
-                   pa.array([3], pa.decimal128(5, 2)), pa.array([0], pa.timestamp("s", "Nowhere/None"))):
+                   pa.array([b"\xff"]), pa.array([float("nan")]),
+                   pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), pa.array([3], pa.decimal128(5, 2)),
+                   pa.array([0], pa.timestamp("s", "Nowhere/None"))):
         for table in (pa.table({"text": ["a"], "other": values}), pa.table({"text": values})):
             parquet.write_table(table, path)
             unread, problem = {}, "a.parquet: pyarrow cannot read this: "

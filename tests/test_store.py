@@ -658,7 +658,8 @@ def test_too_long_documents_may_be_an_error(opened, tmp_path):
     store = opened(answers(1, 100, 50))
     lengths = np.diff(store.offsets)
     message = (f"{tmp_path / 'data.jsonl'}:2: {lengths[1]} tokens, but data.seq_len is 40 (2 conversations are too "
-               f'long, the longest has {lengths[1]}); raise data.seq_len, or pass data.overlong = "drop" or "truncate"')
+               f'long, the longest has {lengths[1]}); raise data.seq_len, or pass data.overlong = "drop", "truncate" '
+               'or "split"')
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         Dataset([store], DataConfig(seq_len=40, overlong="error"))
     assert len(Dataset([store], DataConfig(seq_len=int(lengths[1]), overlong="error"))) == 3
