@@ -272,6 +272,7 @@ def test_large_cells_are_read_and_a_cell_without_end_is_refused(write, monkeypat
     assert talks(write(f'prompt,completion\na,"{long}"\n', "a.csv"))[0][1].content == long
     monkeypatch.setattr(tables.records, "RECORD_BYTES", 1000)
     assert "is not a conversation" in refused(write('prompt,completion\na,"' + "x\n" * 600, "a.csv"))
+    assert len(talks(write("prompt,completion\n" + "aaaa,bbbb\n" * 600, "a.csv"))) == 600  # each row by itself
 
 
 @given(content=st.binary(max_size=60) | st.lists(st.sampled_from(
@@ -411,6 +412,8 @@ def test_a_folder_and_a_glob_are_one_source_of_all_their_files_in_order(write, o
     write([PAIR], "d/d.jsonl")
     after = opened(folder)
     assert (after.key != before.key, len(after)) == (True, 5)
+    (folder / "d.jsonl").rename(folder / "e.jsonl")  # the same bytes in the same order
+    assert opened(folder).origin(4) == (str(folder / "e.jsonl"), 1)
     config = load(["--model.path", "m", "--data.train", "data/,x/part-*.jsonl,y/*.csv,z/**/*.json,/*.csv"])
     assert [source.name for source in config.data.train] == ["data", "part", "y", "z", "data-2"]
 
