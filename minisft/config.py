@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+TABLE = tuple[tuple[str, str], ...]  # what a TOML table of strings becomes: hashable, in its order
 FORMATS = ("auto", "alpaca", "dolly", "sharegpt", "oasst", "messages", "prompt_completion", "text")
 AUTO = ("auto", "true", "false")
 
@@ -23,9 +24,10 @@ def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), aliases: Mappi
 
 @dataclass(frozen=True)
 class Source:
-    """One file of data.train, data.eval, data.general or data.replay."""
-    path: str = key(MISSING, "the file")
+    """One file of data.train, data.eval, data.general or data.replay; or a folder or a glob of several."""
+    path: str = key(MISSING, "the file; a.json#train: the list named train in one JSON object")
     format: str = key("", "empty: data.format", choices=FORMATS)
+    fields: tuple[tuple[str, str], ...] = key((), "empty: data.fields")
     template: str = key("", "empty: data.template")
     weight: float = key(1.0, "passes over it in an epoch; part of a pass is sampled anew", above=0, high=10**4)
     name: str = key("", "name in reports; empty: the file's name without suffixes")
@@ -51,11 +53,14 @@ class DataConfig:
     replay: tuple[Source, ...] = key((), "general text or chats mixed in to reduce forgetting")
     replay_ratio: float = key(0.05, "fraction of an epoch's tokens that comes from data.replay", above=0, below=1)
     format: str = key("auto", "format of the files", choices=FORMATS)
+    fields: tuple[tuple[str, str], ...] = key(
+        (), 'what columns are called here: {instruction = "soru", output = "cevap"}; empty: as the format has them')
     template: str = key("", "chat template; empty: the one that the model folder names")
     templates: str = key("", "TOML file with your own templates")
     train_on: str = key("assistant", "tokens to train on", choices=("assistant", "last_assistant", "all"))
     seq_len: int = key(2048, "tokens in a pack", low=2, high=2**24)
-    overlong: str = key("drop", "what to do with documents longer than seq_len", choices=("drop", "truncate", "error"))
+    overlong: str = key("drop", "what to do with documents longer than seq_len; split: texts into parts, drop others",
+                        choices=("drop", "truncate", "split", "error"))
     shuffle: bool = key(True, "shuffle the documents anew in every epoch")
     oasst: str = key("all", "conversations to take from an OASST tree", choices=("all", "best"))
     dedup: str = key("none", "duplicates to drop; near: also if case, spaces or punctuation differ; true: exact",

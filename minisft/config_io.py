@@ -14,6 +14,7 @@ import difflib
 import json
 import operator
 import os
+import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable
@@ -24,8 +25,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from minisft.config import Config, Source, problems
+from minisft.config import TABLE, Config, Source, problems
 from minisft.errors import PATH, UserError, printable
+from minisft.files import file_and_split
 
 SECTIONS: dict[str, type[Any]] = {section.name: type(section.default) for section in fields(Config)}
 KEYS: dict[str, Field[Any]] = {f"{section}.{spec.name}": spec for section, cls in SECTIONS.items()
@@ -83,6 +85,7 @@ def to_toml(config: Config) -> str:
     model, data = config.model, config.data
     sources: dict[str, Any] = {
         key: tuple(replace(source, format=source.format * (source.format != data.format),
+                           fields=source.fields * (source.fields != data.fields),
                            template=source.template * (source.template != data.template))
                    for source in getattr(data, key)) for key in ("train", "replay", "eval", "general")}
     written = replace(config, model=replace(model, tokenizer=model.tokenizer * (model.tokenizer != model.path)),
@@ -91,7 +94,7 @@ def to_toml(config: Config) -> str:
     for section, cls in SECTIONS.items():
         lines += ["", f"[{section}]  # {cls.__doc__}"]
         for spec in fields(cls):
-            first, *rest = _toml(getattr(getattr(written, section), spec.name)).split("\n")
+            first, *rest = _toml(getattr(getattr(written, section), spec.name), spec.type).split("\n")
             lines += [f"{spec.name} = {first}  # {spec.metadata['doc']} [{_accepted(spec)}]", *rest]
     return "\n".join(lines) + "\n"
 
@@ -109,7 +112,7 @@ def help_text() -> str:
     for section, cls in SECTIONS.items():
         lines += ["", f"{section}: {cls.__doc__}"]
         for spec in fields(cls):
-            default = _toml(spec.default).strip('[]"').replace('", "', ",")
+            default = _toml(spec.default, spec.type).strip('[]"').replace('", "', ",")
             lines.append(f"{f'  --{section}.{spec.name} = {default}':<42}  {spec.metadata['doc']} [{_accepted(spec)}]")
     return "\n".join(lines)
 
@@ -223,6 +226,10 @@ def _typed(where: str, value: Any, spec: Field[Any], wrong: list[str]) -> list[A
     if NoneType in kinds and value == "none":
         return [None]
     parts = value if is_tuple and isinstance(value, list) else [value]
+    if spec.type == TABLE:
+        if isinstance(value, dict) and all(text and _fits(text, str, spec) for pair in value.items() for text in pair):
+            return [tuple(value.items())]
+        parts = [""]  # fits nothing
     if kinds[0] is Source:
         sources = [_source(f"{where}[{i}]", part, wrong) for i, part in enumerate(parts)]
         return [tuple(sources)] if all(sources) else []
@@ -266,6 +273,8 @@ def _source(where: str, item: Any, wrong: list[str]) -> Source | None:
 def _accepted(spec: Field[Any]) -> str:
     """What a key accepts, in words: 'int >= 1 or none'."""
     kinds = get_args(spec.type) or (spec.type,)
+    if spec.type == TABLE:
+        return '{field = "column", ...}'
     if Ellipsis in kinds:
         return "paths" if kinds[0] is Source else "names"
     kind = f"{len(kinds)} floats" if get_origin(spec.type) is tuple else kinds[0].__name__
@@ -274,11 +283,15 @@ def _accepted(spec: Field[Any]) -> str:
     return kind + " or none" * (NoneType in kinds)
 
 
-def _toml(value: Any) -> str:
+def _toml(value: Any, kind: Any = None) -> str:
     """A value as TOML. Sources stand one a line, with the keys that differ from the default."""
+    if kind == TABLE:
+        return "{" + ", ".join(f"{name if re.fullmatch('[A-Za-z0-9_-]+', name) else _toml(name)} = {_toml(column)}"
+                               for name, column in value) + "}"
     if isinstance(value, Source):
         items = [(spec, getattr(value, spec.name)) for spec in fields(Source)]
-        return "{" + ", ".join(f"{spec.name} = {_toml(own)}" for spec, own in items if own != spec.default) + "}"
+        return "{" + ", ".join(f"{spec.name} = {_toml(own, spec.type)}" for spec, own in items
+                               if own != spec.default) + "}"
     if isinstance(value, tuple):
         lines = "\n".join(f"    {_toml(part)}," for part in value if isinstance(part, Source))
         return f"[\n{lines}\n]" if lines else f"[{', '.join(map(_toml, value))}]"
@@ -295,10 +308,15 @@ def _with_inherited(config: Config, *, run_name: str) -> Config:
         for key in together:
             sources[key] = ()
             for source in getattr(data, key):
-                stem = Path(source.path).name.lstrip(".").split(".")[0] or "data"
+                path, split = file_and_split(source.path)
+                stems = [part.lstrip("./").split(".")[0] for part in reversed(Path(path).parts)]
+                # part-*.jsonl -> part, d/*.csv -> d
+                bare = (re.sub(r"[*?]+[-_]?|[-_][*?]+", "", stem) for stem in stems)
+                stem = next(filter(None, bare), "data") + f"-{split}" * bool(split)
                 name = source.name or next(n for i in count(1) if (n := stem + f"-{i}" * (i > 1)) not in taken)
                 taken.add(name)
                 sources[key] += (replace(source, name=name, format=source.format or data.format,
+                                         fields=source.fields or data.fields,
                                          template=source.template or data.template),)
     return replace(config, run=replace(config.run, dir=config.run.dir or f"runs/{run_name}"),
                    data=replace(data, **sources, cache=data.cache or _default_cache()),

@@ -18,7 +18,7 @@ from minisft.data.store import Store, open_store
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
-from minisft.files import regular_file
+from minisft.files import data_files, named_files
 from minisft.formats.jinja import choose_template
 from minisft.formats.parse import read
 from minisft.lora import targets
@@ -69,14 +69,15 @@ def adapters_of(config: Config) -> LoraConfig | None:
 def inputs(config: Config, arguments: Sequence[str] = ()) -> list[str]:
     """The files and folders that are read to prepare `config`, with the recipe if `arguments` begin with one."""
     data, model = config.data, config.model
-    return [*(source.path for source in (*data.train, *data.replay, *data.eval, *data.general)),
+    sources = (*data.train, *data.replay, *data.eval, *data.general)
+    return [*(file for source in sources for file in named_files(source.path)),
             model.tokenizer, model.path, model.config, data.templates, data.cache, *arguments[:1]]
 
 
 def read_source(source: Source, data: DataConfig, unread: dict[str, int]) -> Iterator[Conversation | Skipped]:
-    """The conversations of a file, for `open_store`; `unread` counts the records that have a field nothing reads."""
+    """The conversations of a source, for `open_store`; `unread` counts the records that have a field nothing reads."""
     return read(source.path, format=source.format, skip_bad=data.skip_bad, oasst=data.oasst, ignore=data.ignore,
-                unread=unread)
+                unread=unread, columns=source.fields)
 
 
 def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Prepared:
@@ -89,7 +90,7 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
     tokenizer = Tokenizer(config.model.tokenizer)
     for key in ("train", "replay", "eval", "general"):  # all files must be there before the first one is read
         for source in getattr(data, key):
-            regular_file(source.path, key=f"data.{key}: ")
+            data_files(source.path, key=f"data.{key}: ")
     templates = load_templates(data.templates or None)
     sources = (*data.train, *data.replay)
     renderers = {name: Renderer(choose_template(name, templates, tokenizer), tokenizer, train_on=data.train_on)

@@ -26,7 +26,8 @@ def plain_documents(renderer, conversations):
     return documents
 
 
-def store_of(path, renderer, cache, *, name="data", format="auto", read=read_source, verify=False, **settings):
+def store_of(path, renderer, cache, *, name="data", format="auto", read=read_source, verify=False, fields=(),
+             **settings):
     """The store of a file; `settings` are keys of data."""
-    return open_store(Source(str(path), format=format, name=name), DataConfig(cache=str(cache), **settings), renderer,
-                      read, quiet=True, verify=verify)
+    return open_store(Source(str(path), format=format, name=name, fields=fields), DataConfig(
+        cache=str(cache), **settings), renderer, read, quiet=True, verify=verify)

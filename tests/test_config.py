@@ -219,14 +219,17 @@ finite = st.floats(0, 1e18)
 
 
 @settings(database=None)
-@given(path=printable, files=st.lists(st.tuples(printable, st.floats(1e-9, 1e4)), min_size=1, max_size=3), lr=finite,
-       steps=st.none() | st.integers(1, 2**62), shuffle=st.booleans())
-def test_any_configuration_survives_toml(tmp_path_factory, path, files, lr, steps, shuffle):
-    sources = tuple(Source(file, weight=weight, format="text", name=f"n{i}") for i, (file, weight) in enumerate(files))
+@given(path=printable, files=st.lists(st.tuples(printable, st.floats(1e-9, 1e4), st.dictionaries(printable, printable)),
+                                      min_size=1, max_size=3), lr=finite,
+       steps=st.none() | st.integers(1, 2**62), shuffle=st.booleans(), columns=st.dictionaries(printable, printable))
+def test_any_configuration_survives_toml(tmp_path_factory, path, files, lr, steps, shuffle, columns):
+    sources = tuple(Source(file, weight=weight, format="text", name=f"n{i}", fields=tuple((own or columns).items()))
+                    for i, (file, weight, own) in enumerate(files))
     default = Config()
     config = replace(
         default, model=replace(default.model, path=path, init="pretrained", tokenizer=path),
-        run=RunConfig("r"), data=replace(default.data, train=sources, shuffle=shuffle, cache="c"),
+        run=RunConfig("r"), data=replace(
+            default.data, train=sources, shuffle=shuffle, cache="c", fields=tuple(columns.items())),
         optim=replace(default.optim, lr=lr), train=replace(default.train, max_steps=steps))
     file = tmp_path_factory.getbasetemp() / "any.toml"
     file.write_text(to_toml(config), encoding="utf-8")
@@ -312,14 +315,15 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     ("[[data.eval]]\npath = 'a'\nweight = 1e18",
      "data.eval[0].weight: expected float > 0 and <= 10000, got 1e+18"),
     ("[data]\ntrain = [{path = 'a', \"\\u001b[31m\" = 1}]",
-     "data.train[0].\\x1b[31m: unknown key; a source has path, format, template, weight, name"),
+     "data.train[0].\\x1b[31m: unknown key; a source has path, format, fields, template, weight, name"),
     ("learning_rate = 1", "learning_rate: unknown key outside a section (here: optim.lr)"),
     ("[optim]\nlearning_rate = 1", "optim.learning_rate: unknown key (here: optim.lr); --help lists them all"),
     ("[\"\\u001b]0;x\"]\na = 1", "\\x1b]0;x: unknown section; sections are model, data, batch, train, optim, lora, "
      "checkpoint, parallel, eval, run"),
     ("optim = \"" + "x" * 200 + "\"", "optim: expected a section [optim], got '" + "x" * 78 + "…"),
     ("[[data.eval]]\npath = 'a'\nformt = ''",
-     "data.eval[0].formt: unknown key (did you mean format?); a source has path, format, template, weight, name"),
+     "data.eval[0].formt: unknown key (did you mean format?); a source has path, format, fields, template, weight, "
+     "name"),
     ("[data]\neval = [{path = 'a', name = 'n'}, {path = 'b', name = 'n'}]",
      "data.eval: several sources are named n; give each its own name"),
 ])

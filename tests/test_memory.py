@@ -142,7 +142,7 @@ MEASURED = LlamaConfig(vocab_size=32_000, hidden_size=512, intermediate_size=179
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(kernels.product_dtype(torch.bfloat16) != torch.bfloat16, reason="this CPU multiplies copies in fp32")
+@pytest.mark.skipif(kernels.product_dtype(torch.bfloat16) != torch.bfloat16, reason="bf16 is multiplied in fp32 here")
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_the_peak_is_what_a_process_takes(recompute):
     """Resident memory on a CPU: its peak in two steps, above what was resident before the model was built.

@@ -349,7 +349,8 @@ def test_bad_data(here, capsys, content, message):
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data.train", "missing.jsonl"], "data.train: missing.jsonl: No such file or directory"),
-    (["--data.train", "model"], "model: Is a directory"),
+    (["--data.train", "model"], "if this is no data, name a glob that leaves it out, such as *.json)"),
+    (["--data.train", "cache"], "data.train: cache: names no data file; there are none (remedy: name a file, a folder"),
     (["--data.train", "chats.jsonl,missing.jsonl"], "missing.jsonl: No such file or directory"),
     (["--data.general", "missing.jsonl"], "data.general: missing.jsonl: No such file or directory"),
     (["--data.eval", "missing.jsonl"], "data.eval: missing.jsonl: No such file or directory"),
@@ -368,6 +369,7 @@ def test_bad_data(here, capsys, content, message):
 ])
 def test_bad_settings(here, capsys, argv, message):
     Path("empty.jsonl").write_text("")
+    Path("cache").mkdir()
     assert message in refused(capsys, *argv)
 
 

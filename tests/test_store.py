@@ -665,9 +665,10 @@ def test_max_bad_counts_broken_records_of_every_kind(opened, tmp_path):
     assert store.report.skipped == {"bad JSON": 2, "invalid UTF-8": 1}
 
 
-@pytest.mark.parametrize(("path", "reason"), [("missing.jsonl", "No such file or directory"), (".", "Is a directory")])
+@pytest.mark.parametrize(("path", "reason"), [("missing.jsonl", "No such file or directory (remedy: name a file that"),
+                                              (".", "names no data file; there are none (remedy: name a file")])
 def test_no_file(opened, tmp_path, path, reason):
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / path}: {reason} (remedy: name a file that")):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / path}: {reason}")):
         opened(tmp_path / path)
     assert not (tmp_path / "cache").exists()
 
@@ -717,7 +718,8 @@ def test_too_long_documents_may_be_an_error(opened, tmp_path):
     store = opened(answers(1, 100, 50))
     lengths = np.diff(store.offsets)
     message = (f"{tmp_path / 'data.jsonl'}:2: {lengths[1]} tokens, but data.seq_len is 40 (2 conversations are too "
-               f'long, the longest has {lengths[1]}); raise data.seq_len, or pass data.overlong = "drop" or "truncate"')
+               f'long, the longest has {lengths[1]}); raise data.seq_len, or pass data.overlong = "drop", "truncate" '
+               'or "split"')
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         Dataset([store], DataConfig(seq_len=40, overlong="error"))
     assert len(Dataset([store], DataConfig(seq_len=int(lengths[1]), overlong="error"))) == 3

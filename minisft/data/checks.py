@@ -9,9 +9,11 @@ is checked once more, from its ids and its mask alone and from what the template
     trained stop         a trained answer ends in a stop token, which is trained too
     something to learn   at least one token is trained
 
-A breach ends the run: its cause is the template or the program, so many documents would have it.
+A breach ends the run: its cause is the template or the program, so many documents would have it. What a person wrote
+may break no law and still be seldom meant (ODD); that is counted, and reported if a hundredth of the records has it.
 """
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,7 +23,25 @@ from minisft.data.conversation import Conversation
 from minisft.errors import UserError
 
 Array = np.ndarray
+ODD = {  # what a message contains -> marks of which one must be there, a pattern of it, why it matters
+    "placeholders": (("{{",), r"\{\{ ?[^\W\d][\w. -]{0,40}\}\}", "the model would learn to write them; fill them in"),
+    "prompts that another program has rendered": (
+        ("###", "<|", "[INST]", "<start_of_turn>"),
+        r"(?m:^)### ?(?:Instruction|Input|Response|Human|Assistant|User|Talimat|Girdi|Yanıt|Soru|Cevap)\b|\[INST\]|"
+        r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant|system|endoftext)\|>|<start_of_turn>",
+        "the template is written around them once more, and their marks stay text; give the turns alone"),
+}
 OURS = "this is a fault of minisft, please report it"
+
+
+def oddities(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    """(key of ODD, the first place) for what is seldom meant in the messages of a conversation."""
+    texts = [text for turn in conversation.turns if turn.role in ("system", "user", "assistant")
+             for text in (turn.content, turn.context)]
+    for what, (marks, pattern, _) in ODD.items():
+        likely = (text for text in texts if any(mark in text for mark in marks))
+        if found := next(filter(None, (re.search(pattern, text) for text in likely)), None):
+            yield what, repr(found[0])
 
 
 def validate(documents: EncodedDocuments, conversations: list[Conversation], renderer: Renderer) -> None:

@@ -1,11 +1,18 @@
 """The documents of a run: those of several stores that fit, under one numbering.
 
 A store knows nothing of a run. Which documents are too long, repeated, held out or left without an answer is decided
-here, each time a run opens its data, from the index: lengths, counts of trained tokens, hashes. Only truncation looks
-at the documents themselves.
+here, each time a run opens its data, from the index: lengths, counts of trained tokens, hashes. Only truncation and
+splitting look at the documents themselves.
+
+A plain text may be split (data.overlong = "split"). Its parts follow each other without a gap or an overlap, each a
+document of its own, so the first token of a later part is not trained: nothing in its part could predict it.
+
+    seq_len 4    <bos> a b c d e f <eos>    ->    <bos> a b c | d e f <eos>        d is lost, and counted
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +30,8 @@ Array = np.ndarray
 class SourceReport(Report):
     """What became of a file in a run: its own report, counted anew for the documents that the run keeps."""
 
+    split: int = 0  # texts that became several documents
+    parts: int = 0  # those documents
     near_duplicates: int = 0  # documents that differ from an earlier one in case, space and punctuation only
     weighted_tokens: int = 0  # trained tokens with a weight other than 1 in the loss
     longest: int = 0
@@ -44,6 +53,7 @@ class Dataset:
         for store, report, held in zip(stores, self.reports, held_out, strict=True):
             if only_held_out:  # the report of the other side has what was left out before the split
                 report.read, report.skipped, report.examples, report.unread = int(held.sum()), {}, {}, {}
+                report.odd = {}
             else:
                 _skip(store, report, "held out", held)
         wanted = held_out if only_held_out else [~held for held in held_out]
@@ -59,7 +69,8 @@ class Dataset:
                 mask = mask & ~repeated
             fitting.append(_fit(store, report, mask, data))
         self.store_of = np.concatenate([np.full(len(kept), i) for i, (kept, *_) in enumerate(fitting)])  # (n,)
-        (self.index_in_store, self.lengths, self.num_loss_tokens, self.loss_weights,  # each (n,), as in Store
+        (self.index_in_store, self.starts, self.digests, self.lengths, self.num_loss_tokens,  # each (n,)
+         self.loss_weights,  # (n,), as in Store
          self.too_long) = map(np.concatenate, zip(*fitting, strict=True))  # (m,) the lengths of those over seq_len
         if not len(self.lengths) and not only_held_out:
             raise UserError(f"no conversation is left {purpose}:{self.reasons()}")
@@ -69,8 +80,11 @@ class Dataset:
 
     def document(self, index: int) -> tuple[Array, Array]:
         """Token ids (L,) and loss weights (L,) of a document, as in Store."""
-        ids, weights = self.stores[self.store_of[index]].document(self.index_in_store[index])
-        return ids[: self.lengths[index]], weights[: self.lengths[index]]
+        store, inside, length = self.stores[self.store_of[index]], self.index_in_store[index], int(self.lengths[index])
+        if self.digests[index]:
+            return store.part(inside, int(self.starts[index]), length, self.digests[index])
+        ids, weights = store.document(inside)
+        return ids[:length], weights[:length]
 
     @property
     def target_weight(self) -> float | None:
@@ -79,8 +93,7 @@ class Dataset:
 
     def origin(self, index: int) -> tuple[str, int]:
         """File and line that a document came from."""
-        store = self.stores[self.store_of[index]]
-        return store.report.path, int(store.lines[self.index_in_store[index]])
+        return self.stores[self.store_of[index]].origin(self.index_in_store[index])
 
     def per_source(self, figures: Array, documents: Array | slice = slice(None)) -> Array:
         """(stores,) int64: the sum of `figures` (n,), over all documents or over `documents` (m,), for each source."""
@@ -102,7 +115,7 @@ class Dataset:
             lines += f"\n  {report.path}: {report.read} read; {why or 'the file is empty'}"
         if any("over length" in report.skipped for report in reports):
             lines += ("\n  remedy for documents over length: raise data.seq_len, write shorter records, or pass "
-                      "--data.overlong truncate, which keeps the beginning of each")
+                      "--data.overlong truncate, which keeps the beginning of each; split keeps plain text, in parts")
         return lines
 
 
@@ -116,22 +129,24 @@ def _repeated(hashes: list[Array], wanted: list[Array]) -> list[Array]:
 
 
 def _skip(store: Store, report: SourceReport, reason: str, documents: Array) -> None:
-    if len(lines := store.lines[documents]):
-        report.count(report.skipped, reason, f"{report.path}:{lines[0]}", len(lines))
+    if len(found := np.arange(len(store))[documents]):
+        report.count(report.skipped, reason, "{}:{}".format(*store.origin(found[0])), len(found))
 
 
 def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") -> tuple[Array, ...]:
-    """Indices, lengths, trained tokens and their weights of the wanted documents that a run keeps, and the lengths that
-    were too long. `report` is updated."""
+    """Indices, first tokens, hashes (0 for a whole document), lengths, trained tokens and their weights of what a run
+    keeps of the wanted documents, and the lengths of those that were too long. `report` is updated."""
     lengths, num_loss_tokens = np.diff(store.offsets), store.num_loss_tokens.copy()
     loss_weights, weighted_tokens = store.loss_weights.copy(), store.weighted_tokens
     wanted_loss_tokens = int(num_loss_tokens[wanted].sum())
     long = np.flatnonzero(wanted & (lengths > data.seq_len))
+    split = long[store.turns[long] == 1] if data.overlong == "split" else long[:0]  # only a text has one turn
+    long = np.setdiff1d(long, split)
     too_long = lengths[long]
     if len(long) and data.overlong == "error":
-        raise UserError(f"{report.path}:{store.lines[long[0]]}: {too_long[0]} tokens, but data.seq_len is "
+        raise UserError("{}:{}".format(*store.origin(long[0])) + f": {too_long[0]} tokens, but data.seq_len is "
                         f"{data.seq_len} ({len(long)} conversations are too long, the longest has {too_long.max()}); "
-                        'raise data.seq_len, or pass data.overlong = "drop" or "truncate"')
+                        'raise data.seq_len, or pass data.overlong = "drop", "truncate" or "split"')
     if data.overlong == "truncate":
         for i in long.tolist():
             weights = store.document(i)[1][: data.seq_len]
@@ -143,11 +158,32 @@ def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") 
     else:
         _skip(store, report, "over length", long)
     kept = np.flatnonzero(wanted & (lengths <= data.seq_len) & (num_loss_tokens > 0))
-    lengths, num_loss_tokens = lengths[kept], num_loss_tokens[kept]
+    lengths, num_loss_tokens, loss_weights = lengths[kept], num_loss_tokens[kept], loss_weights[kept]
+    starts, digests = np.zeros_like(kept), np.zeros(len(kept), np.uint64)
+    if parts := [part for i in split.tolist() for part in _parts(store, i, data.seq_len)]:
+        whole = kept, starts, digests, lengths, num_loss_tokens, loss_weights
+        together = [np.append(one, np.array(new, one.dtype)) for one, new in zip(whole, zip(*parts, strict=True),
+                                                                                 strict=True)]
+        kept, starts, digests, lengths, num_loss_tokens, loss_weights = (
+            one[np.argsort(together[0], kind="stable")] for one in together)  # in the file's order
+        report.split, report.parts = len(split), len(parts)
     report.kept, report.turns = len(kept), int(store.turns[kept].sum())
     report.tokens, report.target_tokens = int(lengths.sum()), int(num_loss_tokens.sum())
-    report.weighted_tokens = int(weighted_tokens[kept].sum())
+    report.weighted_tokens = int(np.minimum(weighted_tokens[kept], num_loss_tokens).sum())  # a text's are all alike
     report.lost_target_tokens = wanted_loss_tokens - report.target_tokens
     report.largest_id = int(store.largest[kept].max(initial=0))
     report.longest, report.median = int(lengths.max(initial=0)), float(np.median(lengths)) if len(kept) else 0.0
-    return kept, lengths, num_loss_tokens, loss_weights[kept], too_long
+    return kept, starts, digests, lengths, num_loss_tokens, loss_weights, too_long
+
+
+def _parts(store: Store, index: int, seq_len: int) -> Iterator[tuple[int, int, int, int, int, float]]:
+    """(index, first token, hash, tokens, trained tokens, the sum of their weights) of each part of a text: seq_len
+    tokens, in the last one the rest. A rest of one token could not be trained on, so the part before it leaves it
+    another."""
+    ids, weights = store.document(index)
+    bounds = [*range(0, len(ids), seq_len), len(ids)]
+    bounds[-2] -= bounds[-1] - bounds[-2] == 1
+    for start, stop in pairwise(bounds):
+        if trained := int(np.count_nonzero(weights[start + 1 : stop])):
+            yield (index, start, store.part_hash(index, start, stop - start), stop - start, trained,
+                   float(weights[start + 1 : stop].sum()))

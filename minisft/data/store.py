@@ -6,7 +6,7 @@
                   targets.npy   (documents,) int64: trained tokens of each
                   turns.npy     (documents,) int64: turns of each
                   largest.npy   (documents,) int64: the largest token id of each
-                  lines.npy     (documents,) int64: where each came from
+                  lines.npy     (documents,) int64: the line each came from, plus LINES times the number of its file
                   hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
                   loose.npy     (documents,) uint64: of letters and digits alone, equal for near duplicates
                   weights.npy   (rows,) ROW, only if weights other than 0 and 1 are in the file: see below
@@ -48,11 +48,11 @@ import numpy as np
 from tqdm import tqdm
 
 from minisft.data.chat import EncodedDocuments, Piece, Renderer
-from minisft.data.checks import validate
+from minisft.data.checks import oddities, validate
 from minisft.data.conversation import Conversation, Skipped
 from minisft.data.tokenizer import TokenizerError
 from minisft.errors import UserError
-from minisft.files import regular_file, sync
+from minisft.files import data_files, file_and_split, regular_file, sync
 
 if TYPE_CHECKING:
     from minisft.config import DataConfig, Source
@@ -67,7 +67,8 @@ SAMPLE = 256  # documents that are read when a store is opened
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # what a disk reports for files that it lost
 ARRAYS = ("offsets", "targets", "turns", "largest", "lines", "hashes", "loose")
 ROW = np.dtype([("document", np.int64), ("weight", np.float64), ("tokens", np.int64)])  # tokens of that weight
-BROKEN = ("bad JSON", "invalid UTF-8")  # reasons that count against max_bad: the record itself, not what it says
+BROKEN = ("bad JSON", "invalid UTF-8", "bad row")  # what counts against max_bad: the record itself, not what it says
+LINES = 2**40  # more than a file has
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system in use: FAT's two seconds
 Array = np.ndarray
 NO_TABLE = np.zeros(0)  # of a document whose weights are 0 and 1
@@ -80,7 +81,7 @@ class Report:
     name: str
     path: str
     template: str
-    sha256: str = ""  # of the file's bytes
+    sha256: str = ""  # of the file's bytes; of several files, of their digests
     read: int = 0
     kept: int = 0
     turns: int = 0
@@ -96,6 +97,8 @@ class Report:
     changed: dict[str, int] = field(default_factory=dict)  # what was done to a conversation -> conversations
     examples: dict[str, str] = field(default_factory=dict)  # reason -> where it first occurred
     unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> records that have it
+    odd: dict[str, int] = field(default_factory=dict)  # what is seldom meant (checks.ODD) -> conversations that have it
+    files: list[str] = field(default_factory=list)  # of a folder or a glob
 
     def count(self, counts: dict[str, int], reason: str, where: str, number: int = 1) -> None:
         """Count conversations in `skipped` or `changed`, and remember where the first one is."""
@@ -152,15 +155,39 @@ class Store:
     def __len__(self) -> int:
         return len(self.lines)
 
+    def origin(self, index: int) -> tuple[str, int]:
+        """File and line that a document came from."""
+        number, line = divmod(int(self.lines[index]), LINES)
+        return (self.report.files or [self.report.path])[number], line
+
     def document(self, index: int) -> tuple[Array, Array]:
         """Token ids (L,) and loss weights (L,) of a document: uint8 if all are 0 or 1, otherwise float64."""
-        start, stop = self.offsets[index : index + 2].tolist()
-        tokens, loss_mask, table = self.tokens[start:stop], self.loss_mask[start:stop], NO_TABLE
+        return self._read(index, 0, int(self.offsets[index + 1] - self.offsets[index]), self.hashes[index])
+
+    def part(self, index: int, first: int, length: int, digest: int) -> tuple[Array, Array]:
+        """The same of `length` tokens of a document from `first` on, whose `part_hash` is `digest`. The first one is
+        not trained: nothing in the part could predict it."""
+        tokens, weights = self._read(index, first, length, digest)
+        weights = weights.copy()
+        weights[:1] = 0
+        return tokens, weights
+
+    def part_hash(self, index: int, first: int, length: int) -> int:
+        """64 bits of a part of a document."""
+        return _hash(*self._slice(index, first, length))
+
+    def _slice(self, index: int, first: int, length: int) -> tuple[Array, Array, Array]:
+        """Token ids and bytes of trained.bin, and the weights that the bytes stand for, if not for 0 and 1."""
+        start, table = int(self.offsets[index]) + first, NO_TABLE
         if len(self.weight_rows) and len(rows := self.weight_rows[slice(*self._first_row[index : index + 2].tolist())]):
             table = np.append(0.0, rows["weight"])
-        if _hash(tokens, loss_mask, table) != self.hashes[index]:
+        return self.tokens[start : start + length], self.loss_mask[start : start + length], table
+
+    def _read(self, index: int, first: int, length: int, digest: int) -> tuple[Array, Array]:
+        tokens, codes, table = self._slice(index, first, length)
+        if _hash(tokens, codes, table) != digest:
             raise DamagedError(self.folder, f"document {index + 1:,} of {len(self):,} is not as it was written")
-        return tokens, table[loss_mask] if len(table) else loss_mask
+        return tokens, table[codes] if len(table) else codes
 
     @property
     def loss_weights(self) -> Array:
@@ -182,12 +209,15 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
     """The tokenised documents of a file; tokenised now if that has not been done before, or if the store is damaged.
     `verify` checks every stored document instead of some. Raises UserError for a file that cannot be read, that has
     more than data.max_bad broken records, or whose tokens break a law (checks.py)."""
-    path, cache, state = source.path, Path(data.cache), _file_state(source.path)
+    path, cache, state = source.path, Path(data.cache), _source_state(source.path)
     report = Report(source.name, path, renderer.template.name)
+    report.files = [file for file in data_files(path) if file != path]
     conversations = read(source, data, report.unread)  # a file of another kind is rejected before all of it is hashed
-    report.sha256 = _content_digest(path, cache)
+    digests = [_content_digest(file_and_split(file)[0], cache) for file in report.files or [path]]
+    report.sha256 = hashlib.sha256(json.dumps(digests).encode()).hexdigest() if digests[1:] else digests[0]
+    more = {"fields": source.fields, "files": report.files}
     settings = [LAYOUT, report.sha256, source.name, path, source.format, data.skip_bad, data.max_bad, data.oasst,
-                sorted(data.ignore), renderer.fingerprint()]
+                sorted(data.ignore), renderer.fingerprint(), *([more] if any(more.values()) else [])]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder, partial, sample = cache / key, cache / f"{key}.partial", None if verify else SAMPLE
     if store := _opened(folder, sample):
@@ -207,7 +237,7 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
             (partial / "report.json").write_text(json.dumps(signed, ensure_ascii=False), encoding="utf-8")
             for written in (*partial.iterdir(), partial):
                 sync(written)
-            if _file_state(path) != state:  # or its tokens would be found under the key of what it was before
+            if _source_state(path) != state:  # or its tokens would be found under the key of what it was before
                 raise UserError(f"{path}: changed while it was read; start again when it is complete")
             os.rename(partial, folder)
             sync(cache)
@@ -262,6 +292,7 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
     """Tokenise, check and write everything except report.json; `report` is filled in."""
     parts = {name: [np.zeros(0, np.uint64 if name in ("hashes", "loose") else np.int64)] for name in ARRAYS}
     batches, end, rows = _batches(found, renderer), 0, [np.zeros(0, ROW)]
+    numbers = {file: i for i, file in enumerate(report.files)}
     with (open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "trained.bin", "wb") as mask_file,
           ThreadPoolExecutor(max_workers=1) as thread):
         following = thread.submit(next, batches, None)
@@ -277,6 +308,8 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                     kept.append(item)
                     for note in item.notes:
                         report.count(report.changed, note, where)
+                    for what, text in oddities(item):
+                        report.count(report.odd, what, f"{where}: {text}")
                 else:
                     report.count(report.skipped, "nothing trained", where)
             broken = [reason for reason in report.skipped if reason in BROKEN]
@@ -297,7 +330,7 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                     "offsets": end + offsets[:-1], "targets": documents.num_loss_tokens,
                     "turns": [len(conversation.turns) for conversation in kept],
                     "largest": np.maximum.reduceat(ids, offsets[:-1]) if kept else [],  # reduceat needs a document
-                    "lines": [conversation.line for conversation in kept],
+                    "lines": [numbers.get(each.source, 0) * LINES + each.line for each in kept],
                     "hashes": hashes,
                     "loose": np.array([near_duplicate for *_, near_duplicate in batch], np.uint64)[learnable]}.items():
                 parts[name].append(np.array(values, parts[name][0].dtype))
@@ -343,7 +376,8 @@ _DROPPED = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 
 
 def _hash(tokens: Any, loss_mask: Any, table: Any) -> int:
-    """64 bits of the token ids, the mask and the different weights of a document, each contiguous in memory."""
+    """64 bits of the token ids, the mask and the different weights of a document or a part of it, each contiguous in
+    memory."""
     digest = hashlib.blake2b(tokens, digest_size=8)
     digest.update(loss_mask)
     digest.update(table)
@@ -364,6 +398,11 @@ def _file_state(path: str) -> list[int]:
     """What changes when the file does; no program can set ctime back. Raises UserError if there is no such file."""
     found = regular_file(path)
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _source_state(path: str) -> list[tuple[str, list[int]]]:
+    """`_file_state` of every file of a source."""
+    return [(file, _file_state(file_and_split(file)[0])) for file in data_files(path)]
 
 
 def _content_digest(path: str, cache: Path) -> str:

@@ -16,12 +16,14 @@ Fields that `data.ignore` names count as absent, whichever of the three they are
 The JSON inside of strings is data, not text: it is parsed and written again, in one way for every source.
 """
 
+import difflib
 import json
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
 from minisft.data.conversation import Skip
-from minisft.errors import SHORT
+from minisft.errors import SHORT, UserError
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 GRADED = frozenset(("weight", "loss_weight"))  # weights in the loss: 0, or a number in RANGE
@@ -97,6 +99,50 @@ class Fields:
             self.unread[name] = self.unread.get(name, 0) + 1
         self._names.clear()
         self.notes.clear()
+
+
+class Columns:
+    """The columns of a source under the names of a format's fields, as data.fields maps them: (field, column) pairs."""
+
+    def __init__(self, mapping: Iterable[tuple[str, str]] = ()):
+        self.mapping = tuple(mapping)
+        self.absent = dict(self.mapping)  # those whose column no record had so far
+        self._seen: dict[str, None] = {}  # columns of the records so far
+
+    def mapped(self, record: dict[str, Any]) -> dict[str, Any]:
+        """`record` under the names of fields. A column has the name that is mapped, or one that differs only in its
+        Unicode form and in blanks around it. Columns that a mapped field displaces keep a name that nothing reads."""
+        if not self.mapping:
+            return record
+        if len(self._seen) < MAX_NAMES:
+            self._seen.update(dict.fromkeys(record))
+        names = {_plain(name): name for name in record}
+        found = {field: name for field, column in self.mapping
+                 if (name := column if column in record else names.get(_plain(column))) is not None}
+        self.absent = {field: column for field, column in self.absent.items() if field not in found}
+        rest = {f"{name} (displaced)" if name in found else name: value
+                for name, value in record.items() if name not in found.values()}
+        return {field: record[name] for field, name in found.items()} | rest
+
+    def check_fields(self, format: str) -> None:
+        """Raise UserError if a column is mapped to a field that `format` does not read."""
+        if wrong := [field for field, _ in self.mapping if field not in READ[format]]:
+            raise UserError(f"data.fields: format {format} reads no field {shown(wrong[0])} (remedy: map a column to "
+                            f"one of {', '.join(sorted(READ[format] - WEIGHTS))})")
+
+    def check_columns(self, where: str) -> None:
+        """Raise UserError if a mapped column is in none of the records so far; it names the nearest columns first."""
+        for field, column in self.absent.items() if self._seen else ():
+            near = sorted(self._seen, key=lambda name: -difflib.SequenceMatcher(
+                None, _plain(name).casefold()[:80], _plain(column).casefold()[:80]).ratio())
+            raise UserError(f"{where}: data.fields says that {shown(field)} is the column {SHORT.repr(column)}, which "
+                            f"no record so far has; the columns are {', '.join(map(SHORT.repr, near[:20]))} (remedy: "
+                            "name one of these, or give this source fields of its own)")
+
+
+def _plain(name: str) -> str:
+    """A column's name to be compared: composed, and without the blanks around it."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 def shown(name: str) -> str:

@@ -1,6 +1,6 @@
 """Files of many layouts become one thing, a `Conversation`; what cannot be trained on becomes a counted `Skipped`.
 
-    bytes --records--> JSON objects --format--> drafts of turns --rules--> Conversation | Skipped
+    bytes --records, tables--> JSON objects --format--> drafts of turns --rules--> Conversation | Skipped
 
 Nothing is guessed and nothing is lost silently. The fields of the first record tell the format; exactly one may match,
 and it holds for the whole file. A record that is not JSON stops the run (or is counted, with `skip_bad`). Text is never
@@ -8,17 +8,20 @@ normalised. What a format states is a draft, until `conversation.checked` has lo
 time; a `.txt` file is one record.
 """
 
+import json
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minisft.data.conversation import ANSWERS, Conversation, Skip, Skipped, Turn, checked
-from minisft.errors import UserError
+from minisft.errors import UserError, printable
+from minisft.files import data_files
 from minisft.formats import fields as of
-from minisft.formats.fields import WEIGHTS, Fields, is_empty, listed, loss_weight, parsed, shown
-from minisft.formats.records import SUFFIXES, BadRecord, document, open_data, records
+from minisft.formats.fields import WEIGHTS, Columns, Fields, is_empty, listed, loss_weight, parsed, shown
+from minisft.formats.records import BadRecord
+from minisft.formats.tables import is_text, rows
 
 # The fields that tell a format; several groups are alternatives. A record may have more fields than these.
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -46,75 +49,90 @@ TURN_CHARACTERS = 16  # what a turn costs in addition to its text
 
 
 def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oasst: str = "all",
-         ignore: Iterable[str] = (), unread: dict[str, int] | None = None) -> Iterator[Conversation | Skipped]:
-    """The conversations of a .json, .jsonl, .ndjson or .txt file (or .gz of these), in the file's order.
+         ignore: Iterable[str] = (), unread: dict[str, int] | None = None,
+         columns: Iterable[tuple[str, str]] = ()) -> Iterator[Conversation | Skipped]:
+    """The conversations of a file, or of the files in a folder or of a glob (files.py), in their order.
 
     `skip_bad` turns broken JSON and invalid UTF-8 into `Skipped`. `oasst` "all" takes every path from the root to a
     leaf, "best" the one path of the lowest ranks; trees of any `tree_state` are taken, deleted messages never.
     `ignore` names fields to treat as absent; `unread` is filled with the fields that nothing reads: name -> records.
+    `columns` are pairs (field, column): what a field of the format is called here; a .txt file has no columns.
     Raises UserError at once for a file of another kind, and while iterating for its content.
     """
     if format not in ("auto", *FORMATS):
         raise UserError(f"data.format: unknown format {format!r} (choices: auto, {', '.join(FORMATS)})")
     assert oasst in ("all", "best"), oasst
-    source, name = str(path), str(path).lower().removesuffix(".gz")
-    is_text = name.endswith(".txt")
-    opened = partial(open_data, source, json_expected=not skip_bad and not is_text)
-    with opened():
-        if not name.endswith(SUFFIXES):
-            raise UserError(f"{source}: unknown kind of file (known: {', '.join(SUFFIXES)}, and .gz of each; "
-                            "remedy: rename the file if it is JSON, or else convert it to JSON lines)")
-    if is_text and format not in ("auto", "text"):
-        raise UserError(f"{source}: a .txt file has no records of format {format!r} (remedy: --data.format text)")
+    mapping, files = Columns(columns), data_files(str(path))
+    for file in files:
+        with rows(file, skip_bad):
+            if is_text(file) and format not in ("auto", "text"):
+                raise UserError(f"{file}: a .txt file has no records of format {format!r} (remedy: --data.format text)")
+    if format != "auto" and not all(map(is_text, files)):
+        mapping.check_fields(format)
 
-    def conversations(format: str) -> Iterator[Conversation | Skipped]:
-        fields = Fields(ignore, unread)
-        with opened() as file:
-            for line, record in document(file, source) if is_text else records(file, source, skip_bad):
-                if isinstance(record, BadRecord):
-                    yield Skipped(record.reason, record.detail, source, line)
-                    continue
-                for name in fields.ignored:  # before the format is known
-                    record.pop(name, None)
-                if format == "auto":
-                    format = _detect(record, f"{source}:{line}")
-                try:
-                    yield from _conversations(record, format, oasst, fields, source, line)
-                except Skip as skip:
-                    yield Skipped(skip.reason, skip.detail, source, line)
-                fields.end_record()
+    def conversations() -> Iterator[Conversation | Skipped]:
+        fields, of_all = Fields(ignore, unread), format
+        for source in files:
+            first = format == "auto"  # each file is looked at, but all must have one format
+            with rows(source, skip_bad) as found:
+                for line, record in found:
+                    if isinstance(record, BadRecord):
+                        yield Skipped(record.reason, record.detail, source, line)
+                        continue
+                    for name in fields.ignored:  # before the format is known
+                        record.pop(name, None)
+                    record = record if is_text(source) else mapping.mapped(record)
+                    if first:
+                        before, of_all, first = of_all, _detect(record, source, line, mapping, files), False
+                        if before not in ("auto", of_all):
+                            raise UserError(f"{source}:{line}: is of format {of_all}, and the files before it in "
+                                            f"{path} of {before} (remedy: name them as two sources)")
+                        if not is_text(source):
+                            mapping.check_fields(of_all)
+                    try:
+                        yield from _conversations(record, of_all, oasst, fields, source, line)
+                    except Skip as skip:
+                        yield Skipped(skip.reason, skip.detail, source, line)
+                    fields.end_record()
+        mapping.check_columns(str(path))
 
-    return conversations(format)
+    return conversations()
 
 
 def _has_fields(record: dict[str, Any], format: str) -> bool:
     return any(record.keys() >= set(group) for group in FIELDS[format])
 
 
-def _detect(record: dict[str, Any], where: str) -> str:
+def _detect(record: dict[str, Any], source: str, line: int, columns: Columns, files: list[str]) -> str:
     """The one format whose fields the record has. Raises UserError, with a remedy, if none or several match."""
     for fields in ({name: value for name, value in record.items() if value is not None}, record):  # null may be padding
         matches = [name for name in FORMATS if _has_fields(fields, name)]
         if len(matches) == 1:
             return matches[0]
+    columns.check_columns(f"{source}:{line}")
     lists = [name for name, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    talks = [name for name in lists if name.isprintable() and {"role", "from"} & record[name][0].keys()]
     if matches:
         remedy = f"name the format with --data.format {matches[0]}"
-    elif lists and len(lists) == len([value for value in record.values() if isinstance(value, list | dict)]):
+    elif lists and not talks and len(lists) == sum(isinstance(value, list | dict) for value in record.values()):
         splits = ", ".join(f"{shown(name)} ({len(record[name])} records)" for name in lists)
-        remedy = (f"the file is one object with lists of records, {splits}; write one to a file of its own: python -c "
-                  f"\"import json; print(json.dumps(json.load(open('FILE'))['{shown(lists[0])}']))\" > NEW.json")
+        remedy = (f"the file is one object with lists of records, {splits}; name one of them in the path, as in "
+                  f"--data.train {shlex.quote(f'{source}#{printable(lists[0])}')}")
     elif {"chosen", "preferred_output"} & record.keys():
         remedy = ("these are preferences, and minisft trains on answers only: write the question to a field prompt and "
                   "the preferred answer to a field completion")
     else:
-        texts = [shown(name) for name, value in record.items() if isinstance(value, str)]
-        one, other = texts if len(texts) == 2 else ("QUESTION", "ANSWER")
-        remedy = (f"rename the fields, as in sed -e 's/\"{one}\" *:/\"prompt\":/g' "
-                  f"-e 's/\"{other}\" *:/\"completion\":/g' FILE > NEW.jsonl")
+        texts = [name for name, value in record.items() if isinstance(value, str) and name.isprintable() and name]
+        own = {1: ("text",), 2: ("prompt", "completion"), 3: ("instruction", "input", "output")}.get(len(texts))
+        pairs = [("messages", talks[0])] if talks else list(zip(own, texts, strict=True)) if own else [
+            ("instruction", "QUESTION"), ("output", "ANSWER")]
+        table = ", ".join(f"{field} = {json.dumps(name, ensure_ascii=False)}" for field, name in pairs)
+        remedy = f"say which column is which field, as in --data.fields {shlex.quote(f'{{{table}}}')}"
+        if len(files) > 1:
+            remedy += f"; or, if this is no data, name a glob that leaves it out, such as *{Path(files[0]).suffix}"
     known = "; ".join(f"{name}: {' or '.join(' + '.join(group) for group in FIELDS[name])}" for name in FORMATS)
     raise UserError(
-        f"{where}: {'more than one' if matches else 'no'} format matches a record with the fields "
+        f"{source}:{line}: {'more than one' if matches else 'no'} format matches a record with the fields "
         f"{', '.join(map(shown, list(record)[:20])) or '(none)'}: {', '.join(matches) or 'none'} of [{known}] "
         f"(remedy: {remedy})")
 

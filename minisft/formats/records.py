@@ -14,7 +14,7 @@ import re
 import shlex
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -28,10 +28,8 @@ CHUNK_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"  # JSON's blanks: bytes.strip() alone would also take vertical tabs, which are errors
 RECORD_BYTES = 1 << 28  # more is not a record, but a file that unpacks to blanks, or one without its line breaks
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt")
 
 ICONV = "iconv -f {encoding} -t UTF-8 {file} > NEW{suffix}"  # the encoding is the first word of the kind's name
-JSON_LINES = "to_json('NEW.jsonl', orient='records', lines=True)"
 # What a file of another kind begins with (a regular expression), what it is, and the remedy.
 KINDS = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "git lfs pull"),
@@ -40,8 +38,8 @@ KINDS = (
     (rb"\0\0", "zero bytes, as an interrupted copy leaves behind", "fetch the file again"),
     (rb"\0[{[]", "UTF-16BE without a byte-order mark", ICONV),
     (rb"[^\0]\0", "UTF-16LE without a byte-order mark", ICONV),
-    (rb"PAR1", "Parquet", "pandas.read_parquet({source!r})." + JSON_LINES),
-    (rb"ARROW1", "Arrow", "pandas.read_feather({source!r})." + JSON_LINES),
+    (rb"PAR1", "Parquet", "name it so: mv {file} NEW.parquet"),
+    (rb"ARROW1", "Arrow", "name it so: mv {file} NEW.arrow"),
     (rb"PK\x03\x04", "a zip archive", "unzip {file}, then name the file that was in it"),
     (rb".{257}ustar", "a tar archive", "tar -xf {file}, then name the file that was in it"),
     (rb"\x1f\x8b", "gzip inside gzip", "gunzip it once"),
@@ -68,17 +66,21 @@ class BadRecord:
     lines_down: int = 0
 
 
+Row = tuple[int, dict[str, Any] | BadRecord]  # with the line that it begins in
+
+
 @contextmanager
-def open_data(source: str, *, json_expected: bool) -> Iterator[File]:
-    """Open a file, unpacking it if its bytes are gzip, whatever its name. Raises UserError if it is of another kind, or
-    if it does not begin like JSON although that is `json_expected`."""
+def open_data(source: str, *, json_expected: bool, table: bool = False) -> Iterator[File]:
+    """Open a file, unpacking it if its bytes are gzip, whatever its name. Raises UserError if it is of another kind
+    (Parquet and Arrow are of another kind unless it is a `table`), or if it does not begin like JSON although that is
+    `json_expected`."""
     regular_file(source)
     try:
         with open(source, "rb") as plain:
             file = gzip.GzipFile(fileobj=plain) if plain.peek(2)[:2] == b"\x1f\x8b" else plain
             head = file.read(600)
             for beginning, what, remedy in KINDS + NOT_JSON * json_expected:
-                if re.match(beginning, head, re.DOTALL):
+                if re.match(beginning, head, re.DOTALL) and not (table and what in ("Parquet", "Arrow")):
                     begins = SHORT.repr(head.removeprefix(BOM).lstrip(BLANK)[:40].decode("utf-8", "replace"))
                     remedy = remedy.format(source=source, file=shlex.quote(source), suffix=Path(source).suffix,
                                            encoding=what.split()[0])
@@ -93,7 +95,7 @@ def open_data(source: str, *, json_expected: bool) -> Iterator[File]:
 
 def document(file: File, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The whole file as one record of text; no record if it is empty."""
-    _refuse_large(raw := file.read(RECORD_BYTES + 1), source, 1)
+    refuse_large(len(raw := file.read(RECORD_BYTES + 1)), source, 1)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -103,13 +105,22 @@ def document(file: File, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield 1, {"text": text}
 
 
-def records(file: File, source: str, skip_bad: bool) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
+def records(file: File, source: str, skip_bad: bool, split: str = "") -> Iterator[Row]:
     """(line, object) of each record of an array or of JSON lines; the first byte tells which, because names often lie.
-    With `skip_bad` a record that is not a JSON object is a BadRecord; otherwise it raises UserError."""
+    `split` names the array, in a file that is one object with several. With `skip_bad` a record that is not a JSON
+    object is a BadRecord; otherwise it raises UserError."""
     file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
     start = 1 + _skip_blanks(file)
-    for line, raw in (_array if file.peek(1)[:1] == b"[" else _lines)(file, source, start):
-        record = _parse(raw)
+    if split:
+        found = _array(file, source, _seek_split(file, source, split, start), inside=True)
+    else:
+        found = (_array if file.peek(1)[:1] == b"[" else _lines)(file, source, start)
+    return sound(((line, _parse(raw)) for line, raw in found), source, skip_bad)
+
+
+def sound(found: Iterator[Row], source: str, skip_bad: bool) -> Iterator[Row]:
+    """`found`, up to the first BadRecord, which raises UserError; with `skip_bad`, all of it."""
+    for line, record in found:
         if isinstance(record, BadRecord) and not skip_bad:
             raise UserError(f"{source}:{line + record.lines_down}: {record.reason}: {record.detail} "
                             "(remedy: fix the line or pass --data.skip_bad true)")
@@ -125,8 +136,9 @@ def _skip_blanks(file: File) -> int:
     return lines
 
 
-def _refuse_large(raw: bytes, source: str, line: int) -> None:
-    if len(raw) > RECORD_BYTES:
+def refuse_large(size: int, source: str, line: int) -> None:
+    """Raise UserError if a record of `size` bytes is too large to be one."""
+    if size > RECORD_BYTES:
         raise UserError(f"{source}:{line}: a record of more than {RECORD_BYTES >> 20} MiB is not a conversation "
                         "(remedy: check that this is the right file; one record a line)")
 
@@ -134,7 +146,7 @@ def _refuse_large(raw: bytes, source: str, line: int) -> None:
 def _lines(file: File, source: str, line: int) -> Iterator[tuple[int, bytes]]:
     """(line, bytes) of each line that is not blank, or of the whole file if it is one object over several lines."""
     start, first = file.tell(), file.readline(RECORD_BYTES + 1)
-    _refuse_large(first, source, line)
+    refuse_large(len(first), source, line)
     if _after_value(first) is None:
         rest = _after_value(whole := first + file.read(RECORD_BYTES))
         if rest == "":
@@ -145,7 +157,7 @@ def _lines(file: File, source: str, line: int) -> Iterator[tuple[int, bytes]]:
                             "one whole record a line (remedy: jq -c . FILE > NEW.jsonl)")
     file.seek(start)
     while raw := file.readline(RECORD_BYTES + 1):  # splits on \n alone; str.splitlines would also on U+2028
-        _refuse_large(raw, source, line)
+        refuse_large(len(raw), source, line)
         if record := raw.rstrip(BLANK):
             yield line, record
         else:
@@ -165,18 +177,43 @@ def _after_value(raw: bytes) -> str | None:
 # A string (to its quote, or to the end of its line: a raw newline is an error, and the next line starts afresh) or a
 # mark of structure. Group 1 is the string's end: without it the string continues in the next chunk.
 _TOKEN = re.compile(rb'"(?:[^"\\\n]++|\\.)*+(["\n])?|[\[\]{},]', re.DOTALL)
+_VALUE = re.compile(rb"[ \t\r\n]*+:[ \t\r\n]*+")  # what is between a name and its value
 
 
-def _array(file: File, source: str, line: int) -> Iterator[tuple[int, bytes]]:
+def _seek_split(file: File, source: str, split: str, line: int) -> int:
+    """Move `file`, which stands in `line` at the beginning of one JSON object, to the [ of its array named `split`; the
+    line of that. Raises UserError if there is no such array, or if the object is not whole."""
+    start, depth, found = file.tell(), 0, dict[str, list[int]]()  # name -> where its values begin
+    refuse_large(len(raw := file.read(RECORD_BYTES + 1)), source, line)
+    for token in _TOKEN.finditer(raw):
+        if raw[token.start()] in b"[]{}":
+            depth += 1 if raw[token.start()] in b"[{" else -1
+        elif depth == 1 and (value := _VALUE.match(raw, token.end())):
+            with suppress(ValueError):
+                found.setdefault(json.loads(token[0]), []).append(value.end())
+    names = ", ".join(SHORT.repr(name) for name, [at, *_] in list(found.items())[:20] if raw[at : at + 1] == b"[")
+    where, at = source.removesuffix(f"#{split}"), found.get(split, [])
+    if raw[:1] != b"{" or depth:
+        raise UserError(f"{where}:{line}: is not one whole JSON object, so it has no part {split!r} (remedy: name the "
+                        f"file without #{split})")
+    if len(at) != 1 or raw[at[0] : at[0] + 1] != b"[":
+        problem = "several values" if len(at) > 1 else "no list of records"
+        raise UserError(f"{where}:{line}: has {problem} named {split!r}; "
+                        f"its lists are {names or 'none'} (remedy: name one of them, or the file without #{split})")
+    file.seek(start + at[0])
+    return line + raw.count(b"\n", 0, at[0])
+
+
+def _array(file: File, source: str, line: int, inside: bool = False) -> Iterator[tuple[int, bytes]]:
     """(line, bytes) of each record of a JSON array, found by counting brackets outside strings. `file` stands at the
-    array's [, in `line`. The brackets are counted here because a parser that stops at a bad record, or at the end of a
-    chunk, cannot tell where the next record begins."""
+    array's [, in `line`; if it is `inside` an object, more may follow. The brackets are counted here because a parser
+    that stops at a bad record, or at the end of a chunk, cannot tell where the next record begins."""
     file.read(1)
     buffer, scan, depth, count = b"", 0, 0, 0  # depth 0: between the array's brackets
     # As much again as is pending: a huge record costs its size a constant number of times, not squared.
     while chunk := file.read(max(CHUNK_BYTES, len(buffer))):
         buffer, start = buffer + chunk, 0
-        _refuse_large(buffer, source, line)  # at most one record is pending
+        refuse_large(len(buffer), source, line)  # at most one record is pending
         for token in _TOKEN.finditer(buffer, scan):
             mark, scan = buffer[token.start()], token.end()
             if mark == ord('"'):
@@ -195,6 +232,8 @@ def _array(file: File, source: str, line: int) -> Iterator[tuple[int, bytes]]:
                     count += 1
                 line, start = line + raw.count(b"\n"), scan
                 if mark == ord("]"):
+                    if inside:
+                        return
                     rest = buffer[scan:].lstrip(BLANK)
                     line += buffer.count(b"\n", scan, len(buffer) - len(rest)) + (0 if rest else _skip_blanks(file))
                     if rest or file.peek(1):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from minisft.data.checks import ODD
 from minisft.data.dataset import Dataset
 from minisft.errors import PATH, printable
 from minisft.lora import targets
@@ -23,6 +24,7 @@ CHECKS = ("one beginning-of-text token per document if the template has one",
           "every trained answer ends in a trained stop token", "no control token comes from content",
           "every document has a trained token", "every token id is in the vocabulary")
 MAX_NAMES = 12  # fields listed by name
+MANY = 0.05  # share of the documents or of the tokens that may be too long without a warning
 BAR, EIGHTHS = 36, " ▏▎▍▌▋▊▉"
 
 Figures = dict[str, Any]
@@ -63,7 +65,7 @@ def figures(prepared: Prepared) -> Figures:
                                    "most": int(step_targets.max())},
         "recompute": recompute, "flops_per_epoch": flops,
         "flops": flops and round(flops * plan.total_steps / plan.steps_per_epoch), "checks": list(CHECKS),
-        "beware": [*unread_fields(prepared), *_warnings(prepared)]}
+        "beware": [*unread_fields(prepared), *_odd_contents(prepared), *_left_out(prepared), *_warnings(prepared)]}
 
 
 def unread_fields(prepared: Prepared) -> list[str]:
@@ -74,6 +76,28 @@ def unread_fields(prepared: Prepared) -> list[str]:
             named = ", ".join(f"{name} ({count:,})" for name, count in names[:MAX_NAMES])
             more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
             lines.append(f"{report.name} has fields that nothing reads: {named}{more}")
+    return lines
+
+
+def _odd_contents(prepared: Prepared) -> list[str]:
+    """For each file with much that is seldom meant in a message: what, in how many records, where first."""
+    reports = [report for dataset in (prepared.train, *prepared.evals.values()) for report in dataset.reports]
+    return [f"{report.name} has {what} in {count:,} of {report.read:,} records (first: {report.examples[what]}): "
+            f"{ODD[what][2]}" for report in reports for what, count in report.odd.items() if count * 100 >= report.read]
+
+
+def _left_out(prepared: Prepared) -> list[str]:
+    """For training and each evaluation: the documents that are too long, if they are many, and what would keep them."""
+    lines = []
+    for name, dataset in {"data.train": prepared.train, **prepared.evals}.items():
+        long, reports = dataset.too_long, [report for report in dataset.reports if "over length" in report.skipped]
+        share = long.sum() / max(long.sum() + dataset.lengths.sum(), 1)
+        if reports and max(share, len(long) / (len(long) + len(dataset))) > MANY:
+            most = int(np.quantile(long, 0.9, method="higher"))
+            nearly = f", and {most:,} nine in ten of them" * bool(most * 2 < long.max())
+            lines.append(f"{name}: {len(long):,} documents with {share:.0%} of the tokens are longer than data.seq_len "
+                         f"= {prepared.plan.seq_len:,} and left out (first: {reports[0].examples['over length']}); "
+                         f"{long.max():,} would keep them all{nearly}; data.overlong = split keeps plain text in parts")
     return lines
 
 
@@ -170,14 +194,17 @@ def _source_rows(found: Figures) -> list[list[str] | str]:
 
 def _notes(source: Figures, found: Figures) -> list[str]:
     """Facts about a source that its counts do not show."""
-    first = source["examples"]
-    notes = [f"{'left out, ' * (reason != 'held out')}{reason}: {count:,} (first: {first[reason]})"
+    first, files = source["examples"], source["files"]
+    notes = [f"files: {len(files):,} ({files[0]}{f' to {files[-1]}' * (len(files) > 1)})"] if files else []
+    notes += [f"{'left out, ' * (reason != 'held out')}{reason}: {count:,} (first: {first[reason]})"
              for reason, count in source["skipped"].items()]
     notes += [f"changed, {note}: {count:,} (first: {first[note]})" for note, count in source["changed"].items()]
     for key, text, removed_by in (("duplicates", "exact duplicates", ("exact", "near")),
                                   ("near_duplicates", "near-exact duplicates", ("near",))):
         if source[key] and found["dedup"] not in removed_by:
             notes.append(f"{text}: {source[key]:,} (kept; data.dedup = {removed_by[0]} leaves them out)")
+    if source["split"]:
+        notes.append(f"texts split into parts: {source['split']:,} into {source['parts']:,} documents")
     counts = {"trained tokens with a weight other than 1 in the loss": "weighted_tokens",
               f"cut to {found['seq_len']:,} tokens": "truncated",
               "trained tokens lost to the length limit": "lost_target_tokens",
