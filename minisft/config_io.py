@@ -134,7 +134,8 @@ def _in_recipe(recipe: str, label: str, wrong: list[str]) -> list[Given] | None:
             raise ValueError(f"it has more than {LARGEST:,} bytes")
         table = tomllib.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # bad TOML, not UTF-8, nested too deep
-        wrong.append(f"{label}: not a TOML file: {error}")
+        yaml = "; YAML is not read, and `minisft recipes` lists recipes to begin with" * recipe.endswith((".yaml", ".yml"))
+        wrong.append(f"{label}: not a TOML file: {error}{yaml}")
         return None
     given: list[Given] = []
     for section, content in table.items():

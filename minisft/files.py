@@ -1,17 +1,32 @@
 """Files that can be read twice and to their end: a pipe would block forever, and a device never ends."""
 
 import os
+import re
 import stat
 from pathlib import Path
 
 from minisft.errors import UserError
 
 SMALL = 2**26  # bytes of a configuration, an index, a template
+HUB_ID = re.compile(r"[a-z0-9][\w.-]*/([\w.-]+)", re.ASCII | re.IGNORECASE)
+
+
+def from_hub(path: str | Path, option: str = "", *, dataset: bool = False) -> str:
+    """How to download what `path` names if it is missing and looks like an id on the Hugging Face hub (org/name), and
+    which `option` to pass then; empty for other paths."""
+    found = HUB_ID.fullmatch(str(path))
+    if not found or Path(path).parent.exists() or Path(path).suffix[1:].isalpha():  # a.jsonl is a file
+        return ""
+    folder = f"{'data' if dataset else 'models'}/{found[1]}"
+    more = "--repo-type dataset" if dataset else '--exclude "original/*"'
+    return (f"\nIf {path} is on the Hugging Face hub, download it, and pass{f' {option}' * bool(option)} {folder}{'/FILE' * dataset}:\n"
+            f"  hf download {path} --local-dir {folder} {more}"
+            + "\nLlama is gated: accept its licence on the model's page first, then run `hf auth login`." * (not dataset))
 
 
 def regular_file(path: str | Path, *, key: str = "") -> os.stat_result:
     """The stat of a regular file. Raises UserError, whose message starts with `key`, for anything else."""
-    remedy = "name a file that can be read"
+    remedy, download = "name a file that can be read", ""
     try:
         found = os.stat(path)
         if stat.S_ISREG(found.st_mode):
@@ -21,7 +36,8 @@ def regular_file(path: str | Path, *, key: str = "") -> os.stat_result:
             problem, remedy = "a pipe or a device, not a regular file", "write its content to a file"
     except OSError as error:
         problem = str(error.strerror)
-    raise UserError(f"{key}{path}: {problem} (remedy: {remedy})")
+        download = from_hub(path, f"--{key.partition(':')[0]}", dataset=True) if key else ""
+    raise UserError(f"{key}{path}: {problem} (remedy: {remedy}){download}")
 
 
 def read_small(path: str | Path, errors: str = "strict") -> str:

@@ -22,6 +22,7 @@ from minisft.export.hf_folder import try_export
 from minisft.export.provenance import environment
 from minisft.lora import adapters
 from minisft.model.flops import peak_flops
+from minisft.model.weights import check_folder
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
 from minisft.runs import assemble, resume
@@ -54,6 +55,8 @@ def train(config: Config) -> int:
             read_log(run_dir.path)  # a line that is no record ends the run here, not hours later
         warn_if_untested()
         check_ranks(config)
+        if config.model.init != "random" and config.model.format == "hf":
+            check_folder(Path(config.model.path))
         if config.train.deterministic:
             assemble.make_deterministic()
         prepared = prepare(config, quiet=not is_main)
