@@ -134,8 +134,9 @@ def _in_recipe(recipe: str, label: str, wrong: list[str]) -> list[Given] | None:
             raise ValueError(f"it has more than {LARGEST:,} bytes")
         table = tomllib.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # bad TOML, not UTF-8, nested too deep
-        yaml = "; YAML is not read, and `minisft recipes` lists recipes to begin with" * recipe.endswith((".yaml", ".yml"))
-        wrong.append(f"{label}: not a TOML file: {error}{yaml}")
+        is_yaml = recipe.endswith((".yaml", ".yml"))
+        wrong.append(f"{label}: not a TOML file: {error}"
+                     + "; YAML is not read, and `minisft recipes` lists recipes to begin with" * is_yaml)
         return None
     given: list[Given] = []
     for section, content in table.items():

@@ -17,11 +17,14 @@ def from_hub(path: str | Path, option: str = "", *, dataset: bool = False) -> st
     found = HUB_ID.fullmatch(str(path))
     if not found or Path(path).parent.exists() or Path(path).suffix[1:].isalpha():  # a.jsonl is a file
         return ""
-    folder = f"{'data' if dataset else 'models'}/{found[1]}"
-    more = "--repo-type dataset" if dataset else '--exclude "original/*"'
-    return (f"\nIf {path} is on the Hugging Face hub, download it, and pass{f' {option}' * bool(option)} {folder}{'/FILE' * dataset}:\n"
-            f"  hf download {path} --local-dir {folder} {more}"
-            + "\nLlama is gated: accept its licence on the model's page first, then run `hf auth login`." * (not dataset))
+    if dataset:
+        folder = f"data/{found[1]}"
+        how = f"{folder}/FILE:\n  hf download {path} --local-dir {folder} --repo-type dataset"
+    else:
+        folder = f"models/{found[1]}"
+        how = (f"{folder}:\n  hf download {path} --local-dir {folder} --exclude \"original/*\"\nLlama is gated: accept "
+               "its licence on the model's page first, then run `hf auth login`.")
+    return f"\nIf {path} is on the Hugging Face hub, download it, and pass{f' {option}' * bool(option)} {how}"
 
 
 def regular_file(path: str | Path, *, key: str = "") -> os.stat_result:

@@ -1,4 +1,4 @@
-"""The commands as a newcomer meets them: help, versions, recipes, training from anywhere, ids of the Hugging Face hub."""
+"""The commands as a newcomer meets them: help, versions, recipes, training from anywhere, ids of the hub."""
 
 import json
 import os
@@ -33,7 +33,8 @@ def run(command, folder, **environment):
 def test_no_help_waits_for_torch(argv):
     code = ("import atexit, os, resource, sys; from minisft.__main__ import main; end = os._exit\n"
             "def check(code=0):\n"
-            "    print('torch' in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_utime < 1, file=sys.stderr)\n"
+            "    seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime\n"
+            "    print('torch' in sys.modules, seconds < 1, file=sys.stderr)\n"
             "    sys.stdout.flush(); sys.stderr.flush(); end(code)\n"
             f"os._exit = check; atexit.register(check); sys.exit(main({argv}))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT)
@@ -69,8 +70,8 @@ def test_recipes_are_listed_with_what_they_are_for_and_printed(capsys):
         assert text == file.read_text(encoding="utf-8")
         assert tomllib.loads(text)
     assert main(["recipes", "llama3-8b-lor"]) == 2
-    assert capsys.readouterr().err.startswith("error: llama3-8b-lor: not a shipped recipe (did you mean llama3-8b-lora?); "
-                                              "they are demo-base, demo, ")
+    assert capsys.readouterr().err.startswith(
+        "error: llama3-8b-lor: not a shipped recipe (did you mean llama3-8b-lora?); they are demo-base, demo, ")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -321,18 +321,23 @@ def test_one_mistake_in_a_recipe_is_one_line(recipe, text, expected):
     assert complaints(recipe(text), "--model.path", "m", "--data.train", "a") == [f"mine.toml: {expected}"]
 
 
-@pytest.mark.parametrize("name", """
-    learning_rate max_length max_seq_length per_device_train_batch_size gradient_accumulation_steps packing num_train_epochs
-    warmup_ratio lr_scheduler_type max_grad_norm adam_beta1 adam_epsilon bf16 fp16 gradient_checkpointing output_dir
-    save_steps save_total_limit eval_strategy eval_steps logging_steps report_to assistant_only_loss completion_only_loss
-    eos_token pad_token chat_template_path model_name_or_path dataset_name use_peft lora_r lora_alpha lora_dropout
-    lora_target_modules use_liger_kernel attn_implementation padding_free push_to_hub resume_from_checkpoint deepspeed fsdp
-    base_model datasets sequence_len sample_packing val_set_size micro_batch_size num_epochs optimizer lr_scheduler adapter
+THEIRS = """
+    learning_rate max_length max_seq_length per_device_train_batch_size gradient_accumulation_steps packing
+    num_train_epochs warmup_ratio lr_scheduler_type max_grad_norm adam_beta1 adam_epsilon bf16 fp16
+    gradient_checkpointing output_dir save_steps save_total_limit eval_strategy eval_steps logging_steps
+    report_to assistant_only_loss completion_only_loss eos_token pad_token chat_template_path model_name_or_path
+    dataset_name use_peft lora_r lora_alpha lora_dropout lora_target_modules use_liger_kernel
+    attn_implementation padding_free push_to_hub resume_from_checkpoint deepspeed fsdp base_model datasets
+    sequence_len sample_packing val_set_size micro_batch_size num_epochs optimizer lr_scheduler adapter
     load_in_4bit load_in_8bit lora_target_linear train_on_inputs flash_attention special_tokens evals_per_epoch
     saves_per_epoch dataset_prepared_path pad_to_sequence_len group_by_length roles_to_train cosine_min_lr_ratio
-    cutoff_len dataset finetuning_type lora_rank lora_target quantization_bit neat_packing val_size overwrite_cache
-    preprocessing_num_workers mask_history flash_attn overwrite_output_dir ddp_timeout enable_liger_kernel use_dora
-    """.split())  # of TRL's SFTConfig, axolotl's and LLaMA-Factory's recipes
+    cutoff_len dataset finetuning_type lora_rank lora_target quantization_bit neat_packing val_size
+    overwrite_cache preprocessing_num_workers mask_history flash_attn overwrite_output_dir ddp_timeout
+    enable_liger_kernel use_dora
+"""  # of TRL's SFTConfig, axolotl's and LLaMA-Factory's recipes
+
+
+@pytest.mark.parametrize("name", THEIRS.split())
 def test_the_names_of_other_trainers_are_answered_in_a_recipe_and_on_the_command_line(recipe, name):
     own = ("--model.path", "m", "--data.train", "a")
     in_recipe, = complaints(recipe(f"{name} = 1"), *own)
@@ -368,9 +373,10 @@ def test_yaml_is_answered_with_recipes(recipe):
     ("--packing true", "--packing: unknown option (here: documents are always packed, and never see each other); "
      "--help lists them all"),
     ("--num_train_epochs 1", "--num_train_epochs: unknown option (here: --train.epochs); --help lists them all"),
-    ("--warmup_ratio 1", "--warmup_ratio: unknown option (here: --optim.warmup_steps, in steps); --help lists them all"),
-    ("--val_set_size 0.1", "--val_set_size: unknown option (here: --data.eval_fraction, a share from 0 to 1); --help lists "
-     "them all"),
+    ("--warmup_ratio 1", "--warmup_ratio: unknown option (here: --optim.warmup_steps, in steps); --help lists them "
+     "all"),
+    ("--val_set_size 0.1", "--val_set_size: unknown option (here: --data.eval_fraction, a share from 0 to 1); --help "
+     "lists them all"),
     ("--lora_r=8", "--lora_r: unknown option (here: --lora.rank); --help lists them all"),
     ("--output-dir x", "--output-dir: unknown option (here: --run.dir); --help lists them all"),
     ("--\x1b[31mx 1", "--\\x1b[31mx: unknown option; --help lists them all"),

@@ -50,7 +50,7 @@ def train(config: Config) -> int:
     is_main = parallel.launched_rank()[0] == 0
     preemption = run_dir = world = None
     try:
-        if is_main:  # before the data is prepared, which may take long
+        if is_main and Path(config.run.dir).exists():  # before the data is prepared, which may take long
             run_dir = RunDir(Path(config.run.dir), config.train)
             read_log(run_dir.path)  # a line that is no record ends the run here, not hours later
         warn_if_untested()
@@ -62,8 +62,9 @@ def train(config: Config) -> int:
         prepared = prepare(config, quiet=not is_main)
         base, preemption = open_base(config, prepared), Preemption()
         data = figures(prepared) if is_main else {}
-        if run_dir:
+        if is_main:
             print(describe(data, short=True), flush=True)
+            run_dir = run_dir or RunDir(Path(config.run.dir), config.train)
             run_dir.check_steps(prepared.plan.total_steps)
             run_dir.status("running")
         world = parallel.start(config.parallel)
@@ -93,8 +94,8 @@ def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: d
     """Write to the run folder which checkpoint the run starts from. From now on it resumes from nothing else."""
     step = saved.step if saved else 0
     if not saved and (run.folder / "final").exists():
-        raise UserError(f"{run.folder}: holds a finished run, but no complete checkpoint to train it longer from; choose "
-                        "another folder with run.dir")
+        raise UserError(f"{run.folder}: holds a finished run, but no complete checkpoint to train it longer from; "
+                        "choose another folder with run.dir")
     if run.config.run.export:  # what could not be exported fails now, not after the training
         try_export(run.base.network, run.prepared.renderer, run.folder / "final",
                    record=record_of_model(run, data, step=step, log=[]))

@@ -84,7 +84,7 @@ class RunDir:
 
     def _was_cut_off(self) -> bool:
         """True if the last start did not come to its end, and can."""
-        with suppress(OSError, ValueError, LookupError, TypeError):
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             state = json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"]
             return state != "done" and bool(saved_checkpoints(self.path / "checkpoints"))
         return False
@@ -96,7 +96,7 @@ class RunDir:
             was = tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))["train"]
             epochs, steps = was["epochs"], was["max_steps"]
             longer = train.epochs > epochs or (steps != "none" and (train.max_steps or 2**63) > steps)
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             raise UserError(text) from None
         if not saved_checkpoints(self.path / "checkpoints"):
             raise UserError(f"{text}; it cannot be trained longer, because its checkpoints are gone")
