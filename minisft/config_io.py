@@ -1,6 +1,6 @@
 """Reading and writing a configuration: a TOML recipe, overridden key by key on the command line.
 
-    train.py my.toml --optim.lr 1e-5 --data.train a.jsonl,b.jsonl
+    minisft train my.toml --optim.lr 1e-5 --data.train a.jsonl,b.jsonl
 
     given    ("my.toml: optim.lr", "optim.lr", 0.001): where it stands, the key, the value as TOML has it, unchecked
     typed    converted and checked by the declaration of the key (config.py)
@@ -102,7 +102,8 @@ def to_toml(config: Config) -> str:
 def help_text() -> str:
     """Usage, the shipped recipes, and every key with default, doc and what it accepts."""
     lines = [
-        "usage: train.py [RECIPE] [--section.key value | --section.key=value ...]\n",
+        "usage: minisft train [RECIPE] [--section.key value | --section.key=value ...]",
+        "       torchrun --nproc-per-node N -m minisft train ...    (train.py in a clone does the same)\n",
         "RECIPE is a TOML file or the name of a shipped recipe. Without one, the demo runs; with --model.* or --data.*",
         "and no recipe, every other key has the default below.",
         f"Shipped recipes: {', '.join(shipped_recipes())}",
@@ -137,7 +138,9 @@ def _in_recipe(recipe: str, label: str, wrong: list[str]) -> list[Given] | None:
             raise ValueError(f"it has more than {LARGEST:,} bytes")
         table = tomllib.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # bad TOML, not UTF-8, nested too deep
-        wrong.append(f"{label}: not a TOML file: {error}")
+        is_yaml = recipe.endswith((".yaml", ".yml"))
+        wrong.append(f"{label}: not a TOML file: {error}"
+                     + "; YAML is not read, and `minisft recipes` lists recipes to begin with" * is_yaml)
         return None
     given: list[Given] = []
     for section, content in table.items():

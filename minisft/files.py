@@ -20,11 +20,28 @@ from minisft.errors import PATH, UserError, printable
 TEXTS = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv")  # also .gz of each
 TABLES = (".parquet", ".arrow", ".feather")
 SMALL = 2**26  # bytes of a configuration, an index, a template
+HUB_ID = re.compile(r"[a-z0-9][\w.-]*/([\w.-]+)", re.ASCII | re.IGNORECASE)
+
+
+def from_hub(path: str | Path, option: str = "", *, dataset: bool = False) -> str:
+    """How to download what `path` names if it is missing and looks like an id on the Hugging Face hub (org/name), and
+    which `option` to pass then; empty for other paths."""
+    found = HUB_ID.fullmatch(str(path))
+    if not found or Path(path).parent.exists() or Path(path).suffix[1:].isalpha():  # a.jsonl is a file
+        return ""
+    if dataset:
+        folder = f"data/{found[1]}"
+        how = f"{folder}/FILE:\n  hf download {path} --local-dir {folder} --repo-type dataset"
+    else:
+        folder = f"models/{found[1]}"
+        how = (f"{folder}:\n  hf download {path} --local-dir {folder} --exclude \"original/*\"\nLlama is gated: accept "
+               "its licence on the model's page first, then run `hf auth login`.")
+    return f"\nIf {path} is on the Hugging Face hub, download it, and pass{f' {option}' * bool(option)} {how}"
 
 
 def regular_file(path: str | Path, *, key: str = "") -> os.stat_result:
     """The stat of a regular file. Raises UserError, whose message starts with `key`, for anything else."""
-    remedy = "name a file that can be read"
+    remedy, download = "name a file that can be read", ""
     try:
         found = os.stat(path)
         if stat.S_ISREG(found.st_mode):
@@ -34,7 +51,8 @@ def regular_file(path: str | Path, *, key: str = "") -> os.stat_result:
             problem, remedy = "a pipe or a device, not a regular file", "write its content to a file"
     except OSError as error:
         problem = str(error.strerror)
-    raise UserError(f"{key}{path}: {problem} (remedy: {remedy})")
+        download = from_hub(path, f"--{key.partition(':')[0]}", dataset=True) if key else ""
+    raise UserError(f"{key}{path}: {problem} (remedy: {remedy}){download}")
 
 
 def is_data(path: str) -> bool:

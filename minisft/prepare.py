@@ -87,7 +87,9 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
     for path in map(Path, inputs(config)):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: is a device, a pipe or a socket; name a regular file")
-    tokenizer = Tokenizer(config.model.tokenizer)
+    model = config.model
+    own = "--model.tokenizer" if model.tokenizer != model.path else "--model.path"
+    tokenizer = Tokenizer(model.tokenizer, option=own)
     for key in ("train", "replay", "eval", "general"):  # all files must be there before the first one is read
         for source in getattr(data, key):
             data_files(source.path, key=f"data.{key}: ")

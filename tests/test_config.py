@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train
 from minisft import config_io
+from minisft.cli import train_command
 from minisft.config import Config, RunConfig, Source
 from minisft.config_io import help_text, load, to_toml
 from minisft.errors import UserError
@@ -169,17 +169,11 @@ def test_a_model_or_data_without_a_recipe_start_from_plain_defaults(recipe, monk
     for name in ("runs.lifecycle", "demo.demo_run"):
         monkeypatch.setattr(f"minisft.{name}.main", lambda argv, name=name: started.append((name, argv)))
     for argv in (options, [], ["--optim.lr", "1"], ["demo", "--data.eval", ""], ["mine.toml"], ["--data.train=a"]):
-        train.main(argv)
+        train_command.main(argv)
     assert started == [
         ("runs.lifecycle", options), ("demo.demo_run", []), ("demo.demo_run", ["--optim.lr", "1"]),
         ("demo.demo_run", ["--data.eval", ""]), ("runs.lifecycle", ["mine.toml"]),
         ("runs.lifecycle", ["--data.train=a"])]
-
-
-def test_help_of_training_does_not_wait_for_torch():
-    code = "import sys, train; assert train.main(['--help']) == 0; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == help_text() + "\n"
 
 
 def test_the_demo_is_shipped():
@@ -331,6 +325,44 @@ def test_one_mistake_in_a_recipe_is_one_line(recipe, text, expected):
     assert complaints(recipe(text), "--model.path", "m", "--data.train", "a") == [f"mine.toml: {expected}"]
 
 
+THEIRS = """
+    learning_rate max_length max_seq_length per_device_train_batch_size gradient_accumulation_steps packing
+    num_train_epochs warmup_ratio lr_scheduler_type max_grad_norm adam_beta1 adam_epsilon bf16 fp16
+    gradient_checkpointing output_dir save_steps save_total_limit eval_strategy eval_steps logging_steps
+    report_to assistant_only_loss completion_only_loss eos_token pad_token chat_template_path model_name_or_path
+    dataset_name use_peft lora_r lora_alpha lora_dropout lora_target_modules use_liger_kernel
+    attn_implementation padding_free push_to_hub resume_from_checkpoint deepspeed fsdp base_model datasets
+    sequence_len sample_packing val_set_size micro_batch_size num_epochs optimizer lr_scheduler adapter
+    load_in_4bit load_in_8bit lora_target_linear train_on_inputs flash_attention special_tokens evals_per_epoch
+    saves_per_epoch dataset_prepared_path pad_to_sequence_len group_by_length roles_to_train cosine_min_lr_ratio
+    cutoff_len dataset finetuning_type lora_rank lora_target quantization_bit neat_packing val_size
+    overwrite_cache preprocessing_num_workers mask_history flash_attn overwrite_output_dir ddp_timeout
+    enable_liger_kernel use_dora
+"""  # of TRL's SFTConfig, axolotl's and LLaMA-Factory's recipes
+
+
+@pytest.mark.parametrize("name", THEIRS.split())
+def test_the_names_of_other_trainers_are_answered_in_a_recipe_and_on_the_command_line(recipe, name):
+    own = ("--model.path", "m", "--data.train", "a")
+    in_recipe, = complaints(recipe(f"{name} = 1"), *own)
+    assert in_recipe.startswith(f"mine.toml: {name}: unknown key outside a section (here: ")
+    on_line, = complaints(recipe(""), *own, f"--{name}", "1")
+    assert on_line.startswith(f"command line: --{name}: unknown option (here: ")
+
+
+def test_what_is_meant_exists():
+    """An answer that looks like a key is one, and no name of ours has another meaning elsewhere."""
+    assert {word for answer in config_io.ELSEWHERE.values() if "." in (word := answer.split()[0].strip(","))} <= \
+        set(config_io.KEYS)
+    assert not {name for key in config_io.KEYS for name in (key, key.partition(".")[2])} & set(config_io.ELSEWHERE)
+
+
+def test_yaml_is_answered_with_recipes(recipe):
+    problem, = complaints(recipe("base_model: x\n", "axolotl.yaml"))
+    assert problem.startswith("axolotl.yaml: not a TOML file: ")
+    assert problem.endswith("; YAML is not read, and `minisft recipes` lists recipes to begin with")
+
+
 @pytest.mark.parametrize(("argv", "expected"), [
     ("--lr 1", "--lr: unknown option (did you mean --optim.lr?); --help lists them all"),
     ("--epoch=1", "--epoch: unknown option (did you mean --train.epochs?); --help lists them all"),
@@ -340,12 +372,17 @@ def test_one_mistake_in_a_recipe_is_one_line(recipe, text, expected):
     ("--max-length 1", "--max-length: unknown option (here: --data.seq_len); --help lists them all"),
     ("--train.gradient_accumulation_steps 1", "--train.gradient_accumulation_steps: unknown option (here: "
      "--batch.packs, over all ranks (accumulation is derived)); --help lists them all"),
-    ("--per_device_train_batch_size 1", "--per_device_train_batch_size: unknown option (here: --batch.micro_packs); "
-     "--help lists them all"),
+    ("--per_device_train_batch_size 1", "--per_device_train_batch_size: unknown option (here: --batch.micro_packs, in "
+     "packs of data.seq_len tokens); --help lists them all"),
     ("--packing true", "--packing: unknown option (here: documents are always packed, and never see each other); "
      "--help lists them all"),
     ("--num_train_epochs 1", "--num_train_epochs: unknown option (here: --train.epochs); --help lists them all"),
-    ("--warmup_ratio 1", "--warmup_ratio: unknown option (here: --optim.warmup_steps); --help lists them all"),
+    ("--warmup_ratio 1", "--warmup_ratio: unknown option (here: --optim.warmup_steps, in steps); --help lists them "
+     "all"),
+    ("--val_set_size 0.1", "--val_set_size: unknown option (here: --data.eval_fraction, a share from 0 to 1); --help "
+     "lists them all"),
+    ("--lora_r=8", "--lora_r: unknown option (here: --lora.rank); --help lists them all"),
+    ("--output-dir x", "--output-dir: unknown option (here: --run.dir); --help lists them all"),
     ("--\x1b[31mx 1", "--\\x1b[31mx: unknown option; --help lists them all"),
     ("--data.template \x1b[31m", "--data.template: expected str, got '\\x1b[31m'"),
     ("--data.seq_len 16777217", "--data.seq_len: expected int >= 2 and <= 16777216, got 16777217"),

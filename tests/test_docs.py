@@ -292,7 +292,7 @@ def test_the_readmes_recipe_and_command_line_are_ones_that_can_be_loaded(tmp_pat
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     [recipe] = [fence["body"] for fence in FENCE.finditer(text) if fence["kind"] == "toml"]
     (tmp_path / "my.toml").write_text(recipe)
-    options = re.search(r"train.py my.toml (.*)", text)[1].split()
+    options = re.search(r"minisft train my.toml (.*)", text)[1].split()
     assert config_io.load(["my.toml", *options]).optim.lr == 1e-5
     assert tomllib.loads(recipe)["data"]["template"] == "llama3"
 

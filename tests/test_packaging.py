@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from small_runs import options
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,7 +20,7 @@ def shipped():
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_the_package_and_runs(tmp_path):
+def test_a_wheel_holds_the_package_and_runs(base, tmp_path):
     copy = tmp_path / "copy"  # building leaves files behind
     shutil.copytree(ROOT / "minisft", copy / "minisft")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -39,6 +40,11 @@ def test_a_wheel_holds_the_package_and_runs(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert str(tmp_path) in ran.stdout
     assert "GiB" in ran.stdout
+    train = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", "127.0.0.1:0", "-m", "minisft", "train", *options(base, tmp_path, train__max_steps=1)]
+    ran = subprocess.run(train, cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "run/final/config.json").exists()
 
 
 def test_every_file_of_the_package_has_a_pattern(monkeypatch):

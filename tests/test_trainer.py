@@ -186,7 +186,7 @@ def test_weights_that_do_not_fit_are_refused(base, tmp_path, capsys):
 def test_a_finished_run_is_never_overwritten(base, tmp_path, capsys):
     train(base, tmp_path, train__max_steps=1)
     before = final_weights(tmp_path)
-    assert main(options(base, tmp_path, train__max_steps=2)) == 2
+    assert main(options(base, tmp_path, train__max_steps=1, optim__lr=1)) == 2
     assert "holds a finished run; choose another folder with run.dir" in capsys.readouterr().err
     assert all(torch.equal(weight, before[name]) for name, weight in final_weights(tmp_path).items())
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"

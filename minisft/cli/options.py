@@ -74,7 +74,7 @@ def command(help: str, usage: str | None, epilog: str | None, *options: Option |
 def recipe_command(name: str, help: str, usage: str, *options: Option) -> Command:
     """A command that reads a recipe."""
     return command(help, f"minisft {name} RECIPE [--section.key value ...] {usage}",
-                   "Every key of a recipe is an option too, such as --data.train a.jsonl; `python train.py --help` "
+                   "Every key of a recipe is an option too, such as --data.train a.jsonl; `minisft train --help` "
                    "lists them all.", *options)
 
 
@@ -85,6 +85,9 @@ ANSWER_OPTIONS = (
     option("--batch", **POSITIVE, default=8, help="questions side by side (8)"), JSON, *model_options(1024))
 RECIPES = ("prepare", "show", "plan")
 COMMANDS = {
+    "train": command(  # cli/train_command.py reads the arguments itself
+        "train, as a recipe says; without arguments, the demo", "minisft train [RECIPE] [--section.key value ...]",
+        None),
     "prepare": recipe_command(
         "prepare", "read, render and pack the data of a recipe, and report", "[--dump FILE] [--json FILE] [--verify]",
         option("--dump", **FILE, help="write each document's token ids and mask, one JSON object per line"),
@@ -183,6 +186,10 @@ COMMANDS = {
         option("--out", **FILE, help="the page (report.html in the first run's folder)"),
         option("--tensorboard", type=Path, metavar="FOLDER",
                help="write event files instead, into a folder for each run")),
+    "recipes": command(
+        "the recipes that come with minisft, or the text of one", "minisft recipes [NAME]",
+        "`minisft recipes NAME > my.toml` copies a recipe, for you to change.",
+        option("name", nargs="?", metavar="NAME", help="print this recipe")),
     "convert": command(
         "a model in another form: an adapter merged, Meta's files as Hugging Face's, another precision",
         "minisft convert SOURCE TARGET [--merge] [--base FOLDER] [--format hf|meta] [--dtype bf16|fp32]",

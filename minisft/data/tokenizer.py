@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from minisft.errors import UserError, printable
-from minisft.files import read_small, regular_file
+from minisft.files import from_hub, read_small, regular_file
 
 LARGEST = 2**28  # bytes; Llama-3's has 17 MB
 FOLDER = "model.tokenizer, or else model.path, is a folder with a tokenizer.json"
@@ -27,13 +27,14 @@ class TokenizerError(UserError):
 
 
 class Tokenizer:
-    """The tokenizer in `path`, a model folder or a `tokenizer.json`. Raises UserError if it cannot be read."""
+    """The tokenizer in `path`, a model folder or a `tokenizer.json`; `option` names it on the command line. Raises
+    UserError if it cannot be read."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, option: str = "--model.path"):
         path = Path(path)
         if not path.exists():
             raise UserError(f"{path}: no such folder; {FOLDER}, of a model that was downloaded or trained "
-                            "(`torchrun train.py` makes the demo's)")
+                            f"(`minisft train` makes the demo's){from_hub(path, option)}")
         self.file = path / "tokenizer.json" if path.is_dir() else path
         try:
             if self.file.exists() and regular_file(self.file).st_size > LARGEST:

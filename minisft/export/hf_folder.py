@@ -91,12 +91,12 @@ def atomic_dir(folder: Path, *, is_main: bool) -> Iterator[Path]:
             raise OSError(f"{folder}: holds something other than a model; move it elsewhere and run the same command "
                           "again")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)  # of steps that are repeated after a resume
         partial.mkdir(parents=True)
     yield partial
     if is_main:
         for file in partial.iterdir():
             sync(file)
+        shutil.rmtree(folder, ignore_errors=True)  # of steps that are repeated, or of a run that has become longer
         os.rename(partial, folder)
     dist.barrier()  # no rank reads a folder that is not there yet
 

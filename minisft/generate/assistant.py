@@ -28,6 +28,7 @@ from minisft.data.conversation import Turn
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import SHORT, UserError
+from minisft.files import from_hub
 from minisft.formats.jinja import choose_template
 from minisft.generate.decoding import CachedDecoder
 from minisft.lora.adapters import PeftFolder, is_adapter
@@ -171,7 +172,8 @@ class Assistant:
         UserError for broken folders and an unknown template.
         """
         if not Path(path).is_dir():
-            raise UserError(f"{path}: no such folder; name a Hugging Face folder, such as runs/my/final")
+            raise UserError(f"{path}: no such folder; name a Hugging Face folder, such as runs/my/final"
+                            f"{from_hub(path)}")
         has_tokenizer = (Path(path) / "tokenizer.json").exists() or not is_adapter(path)
         tokenizer = Tokenizer(path if has_tokenizer else PeftFolder(path).base_folder())
         chosen = choose_template(template, load_templates(templates or None), tokenizer, option="--template")

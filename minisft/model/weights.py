@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minisft.errors import NumericsError, UserError, printable
-from minisft.files import read_small, regular_file
+from minisft.files import from_hub, read_small, regular_file
 from minisft.model.llama_config import LlamaConfig, read_config
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -125,11 +125,16 @@ def finite(rows: Tensor, name: str, file: Path) -> Tensor:
     return rows
 
 
-def _index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name; empty if the folder holds a single file."""
+def check_folder(folder: Path) -> None:
+    """Raise UserError unless `folder`, a base model, is one."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; model.path is a Hugging "
-                        "Face model folder, with safetensors")
+                        f"Face model folder, with safetensors{from_hub(folder, '--model.path')}")
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name; empty if the folder holds a single file."""
+    check_folder(folder)
     file = folder / "model.safetensors.index.json"
     if not file.exists():
         if (folder / "model.safetensors").exists():

@@ -23,6 +23,7 @@ from minisft.export.hf_folder import try_export
 from minisft.export.provenance import environment
 from minisft.lora import adapters
 from minisft.model.flops import peak_flops
+from minisft.model.weights import check_folder
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
 from minisft.runs import assemble, resume, summary
@@ -50,8 +51,13 @@ def train(config: Config) -> int:
     is_main, started = parallel.launched_rank()[0] == 0, time.monotonic()
     preemption = run_dir = world = None
     try:
+        if is_main and Path(config.run.dir).exists():  # before the data is prepared, which may take long
+            run_dir = RunDir(Path(config.run.dir), config.train)
+            read_log(run_dir.path)  # a line that is no record ends the run here, not hours later
         warn_if_untested()
         check_ranks(config)
+        if config.model.init != "random" and config.model.format == "hf":
+            check_folder(Path(config.model.path))
         if config.train.deterministic:
             assemble.make_deterministic()
         prepared = prepare(config, quiet=not is_main)
@@ -59,9 +65,9 @@ def train(config: Config) -> int:
         data = figures(prepared) if is_main else {}
         if is_main:
             print(describe(data, short=True), flush=True)
-            run_dir = RunDir(Path(config.run.dir))
+            run_dir = run_dir or RunDir(Path(config.run.dir), config.train)
+            run_dir.check_steps(prepared.plan.total_steps)
             run_dir.status("running")
-            read_log(run_dir.path)  # a line that is no record ends the run here, not hours later
         world = parallel.start(config.parallel)
         listen(world, run_dir)
         watch(config.parallel.timeout)
@@ -78,7 +84,6 @@ def train(config: Config) -> int:
                   flush=True)
         return code
     except Exception as error:
-        run_dir = run_dir or (previous_run_dir(config) if is_main else None)
         fail(error, world, run_dir)
         raise
     finally:
@@ -93,6 +98,9 @@ def train(config: Config) -> int:
 def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: dict[str, Any]) -> None:
     """Write to the run folder which checkpoint the run starts from. From now on it resumes from nothing else."""
     step = saved.step if saved else 0
+    if not saved and (run.folder / "final").exists():
+        raise UserError(f"{run.folder}: holds a finished run, but no complete checkpoint to train it longer from; "
+                        "choose another folder with run.dir")
     if run.config.run.export:  # what could not be exported fails now, not after the training
         try_export(run.base.network, run.prepared.renderer, run.folder / "final",
                    record=record_of_model(run, data, step=step, log=[]))
@@ -121,14 +129,6 @@ def finish(run: Run, run_dir: RunDir | None, *, finished: bool, stop_requested: 
     if run_dir:
         run_dir.status("done", exit_code=0)
     return 0
-
-
-def previous_run_dir(config: Config) -> RunDir | None:
-    """The folder of an earlier attempt, which must not stay "preempted": a scheduler would restart it forever. None if
-    there is no such folder, it holds a finished run, or another process uses it."""
-    with suppress(UserError, OSError):
-        return RunDir(Path(config.run.dir)) if Path(config.run.dir, "status.json").exists() else None
-    return None
 
 
 def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None) -> bool:

@@ -4,19 +4,23 @@
     checkpoints/step-000100/  final/  profile/  .lock
 
 One run at a time holds a folder, by a lock that the kernel releases when the process dies. A folder with other content,
-or a finished run, is never overwritten.
+or a finished run, is never overwritten. A finished run resumes if train.epochs or train.max_steps is raised: it stays
+"done" until it is known that there are more steps, and its final/ stays until the new one is written.
 """
 
 import fcntl
 import json
 import os
+import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from minisft.config import TrainConfig
 from minisft.errors import UserError
 from minisft.reports.logged_run import is_number, misfit
+from minisft.training.checkpoint import saved_checkpoints
 
 # Fields that a run needs when it resumes and records its model; the loss may also be null.
 SHAPES = {"train": {"step": int, "tokens": int, "target_tokens": int, "seconds": float},
@@ -55,10 +59,11 @@ def _records(log: BinaryIO, file: Path) -> Iterator[tuple[bytes, dict[str, Any]]
 class RunDir:
     """Locked by the main rank from construction until `close`.
 
-    Raises UserError if another run uses the folder or it holds something else, OSError if it cannot be written.
+    Raises UserError if another run uses the folder, or it holds something else or a run that was finished and is not to
+    become longer by `train`; OSError if it cannot be written.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, train: TrainConfig):
         self.path = path
         foreign = [name for name in OURS if (path / name).exists()]
         if foreign and not (path / "status.json").exists():
@@ -71,10 +76,39 @@ class RunDir:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise UserError(f"{path}: in use by {holder}; wait for it, or choose another folder with run.dir") from None
-        if (path / "final").exists():
-            raise UserError(f"{path}: holds a finished run; choose another folder with run.dir, or delete it")
+        self.is_finished = (path / "final").exists() and not self._was_cut_off()
+        if self.is_finished:
+            self._check_longer(train)
         self._lock.truncate(0)
         self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
+
+    def _was_cut_off(self) -> bool:
+        """True if the last start did not come to its end, and can."""
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            state = json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"]
+            return state != "done" and bool(saved_checkpoints(self.path / "checkpoints"))
+        return False
+
+    def _check_longer(self, train: TrainConfig) -> None:
+        """Raise UserError unless `train` asks for more than the finished run had, and there is a checkpoint of it."""
+        text = f"{self.path}: holds a finished run; choose another folder with run.dir, or delete it"
+        try:
+            was = tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))["train"]
+            epochs, steps = was["epochs"], was["max_steps"]
+            longer = train.epochs > epochs or (steps != "none" and (train.max_steps or 2**63) > steps)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            raise UserError(text) from None
+        if not saved_checkpoints(self.path / "checkpoints"):
+            raise UserError(f"{text}; it cannot be trained longer, because its checkpoints are gone")
+        if not longer:
+            raise UserError(f"{text}; to train it longer, raise train.epochs (it had {epochs}) or train.max_steps "
+                            f"({steps})")
+
+    def check_steps(self, total: int) -> None:
+        """Raise UserError if this run is finished and `total` steps are not more than it had."""
+        if self.is_finished and total <= (had := self.last_step()):
+            raise UserError(f"{self.path}: holds a finished run of {had} steps, and with train.epochs and "
+                            f"train.max_steps as they are now it has {total}; raise the one that ends it")
 
     def was_started_with(self, effective_config: str) -> bool:
         """True if the last accepted start had this configuration."""
@@ -82,13 +116,18 @@ class RunDir:
         return file.exists() and file.read_bytes() == effective_config.encode()
 
     def begin(self, effective_config: str, *, data: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Record what the run is made of at this start."""
+        """Record what the run is made of at this start, and that it is running."""
+        self.is_finished = False
+        self.status("running")  # before the configuration: a finished run with the new one could not become longer
         self._write("config.toml", effective_config)
         self._write("data.json", json.dumps(data, indent=1) + "\n")
         self._write("environment.json", json.dumps(environment, indent=1) + "\n")
 
     def status(self, state: str, *, exit_code: int | None = None, error: str = "") -> None:
-        """Replace `status.json`, which also keeps the exit code, because torchrun hides it."""
+        """Replace `status.json`, which also keeps the exit code, because torchrun hides it. That of a finished run
+        stays until a longer one begins."""
+        if self.is_finished:
+            return
         content = {"state": state, "exit_code": exit_code, "step": self.last_step(), "error": error}
         self._write("status.json.tmp", json.dumps(content))
         os.replace(self.path / "status.json.tmp", self.path / "status.json")
