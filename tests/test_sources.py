@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -522,6 +523,17 @@ def test_the_parts_of_a_text_are_the_text_without_loss_or_repetition(opened, wri
     assert (report.split, report.parts) == (sum(len(p) > 1 for p in found.values()), sum(
         len(p) for p in found.values() if len(p) > 1))
     assert (report.kept, len(dataset.too_long), report.skipped) == (len(dataset), 0, {})
+
+
+def test_the_parts_of_a_weighted_text_have_its_weight(opened, write):
+    store = opened(write([{"text": "x y " * 40, "weight": 0.3}, {"text": "x y " * 40}]))
+    dataset = Dataset([store], DataConfig(seq_len=16, overlong="split"))
+    for i in range(len(dataset)):
+        weights = dataset.document(i)[1]
+        assert set(weights[1:]) == {0.3 if dataset.origin(i)[1] == 1 else 1}
+        assert (weights[0], math.fsum(weights)) == (0, pytest.approx(dataset.loss_weights[i], rel=1e-12))
+    first = [i for i in range(len(dataset)) if dataset.origin(i)[1] == 1]
+    assert dataset.reports[0].weighted_tokens == sum(dataset.num_loss_tokens[i] for i in first)
 
 
 def test_conversations_are_not_split_but_left_out_and_counted(opened, write):
