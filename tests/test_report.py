@@ -48,7 +48,7 @@ DATA = {"seq_len": 128, "overlong": "drop", "packs": 10, "packs_per_step": 4, "s
                     {"from": 65, "to": 128, "kept": 10, "too_long": 0},
                     {"from": 129, "to": 256, "kept": 0, "too_long": 4}]}
 SECTIONS = ["Loss", "Forgetting", "Learning rate and gradient", "Throughput and its losses", "Data",
-            "Answers before and after", "Environment"]
+            "Answers", "Environment"]
 TITLES = ["training loss", "loss on general", "rise of the loss on general", "learning rate", "gradient norm",
           "tokens per second", "seconds per step", "documents by length", "packs by fill",
           "share of trained tokens, running mean"]

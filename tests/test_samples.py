@@ -1,4 +1,4 @@
-"""Answers before and after a run are the model's own, and a run says what it was made of."""
+"""Answers in the log of a run are the model's own, and a run says what it was made of."""
 
 import json
 import platform
@@ -44,12 +44,15 @@ def heldout(tmp_path):
     return file
 
 
-def test_answers_before_and_after(base, tmp_path, heldout):
-    train(base, tmp_path, data__eval=heldout, eval__samples=2, eval__every=1, train__max_steps=3)
+def test_answers_at_each_evaluation(base, tmp_path, heldout):
+    train(base, tmp_path, data__eval=heldout, eval__samples=2, eval__every=2, checkpoint__export_every=2,
+          train__max_steps=3)
     run = tmp_path / "run"
     records = log(tmp_path, "sample")
-    assert [(record["step"], record["name"]) for record in records] == [(step, "heldout") for step in (0, 0, 3, 3)]
-    for record, folder, document in zip(records, [base] * 2 + [run / "final"] * 2, DOCUMENTS[:2] * 2, strict=True):
+    assert [(record["step"], record["name"]) for record in records] == [
+        (step, "heldout") for step in (0, 0, 2, 2, 3, 3)]
+    folders = [folder for folder in (base, run / "exports/step-000002", run / "final") for _ in range(2)]
+    for record, folder, document in zip(records, folders, DOCUMENTS[:2] * 3, strict=True):
         assert [record["prompt"], record["answer"], record["reference"]] == expected(folder, document)
     assert all(record["seconds"] > 0 for record in log(tmp_path, "eval"))
 

@@ -264,7 +264,7 @@ def _sources_over_steps(run: LoggedRun) -> str:
 
 
 def _samples(runs: Runs) -> str:
-    """Each question once, with every run's answers before its first step and after its last."""
+    """Each question once, with every run's answers at each evaluation."""
     asked: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
     for run in runs:
         for record in run.samples:
@@ -278,7 +278,7 @@ def _samples(runs: Runs) -> str:
         rows = "".join(f'<tr><th>{_safe(who)}</th><td class="text{" right" * right}">{_text(text)}</td></tr>\n'
                        for who, text, right in ((name, prompt, False), *said))
         html += f'<div class="wide"><table>{rows}</table></div><br>\n'
-    return _section("Answers before and after", html and "<p>Held-out questions, answered greedily. A tick marks an "
+    return _section("Answers", html and "<p>Held-out questions, answered greedily. A tick marks an "
                     f"answer that is exactly the expected one.</p>\n{html}")
 
 

@@ -54,8 +54,8 @@ class AfterStep:
         config, at_end = self.run.config, number in (0, self.run.prepared.plan.total_steps)
         if at_end or is_due(number, config.eval.every):
             self._evaluate(number, done)
-        if at_end and config.eval.samples and ("sample", "") not in done:
-            self._answer(number)
+            if config.eval.samples and ("sample", "") not in done:
+                self._answer(number)
         if is_due(number, config.checkpoint.export_every) and not (at_end or ("export", "") in done):
             self.monitor.settle()  # or this step would not be in the log, which the model's record is made from
             folder = self._export_folder(number)
