@@ -448,9 +448,11 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread_and_copied_without_waiting(m
     ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, (None, "max_split_size_mb:64")),
 ])
 def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise(given, found):
-    code = ("import os, sys, train; assert 'torch' not in sys.modules; "
-            "print((os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('PYTORCH_CUDA_ALLOC_CONF')))")
+    code = ("import os, sys, types; run = types.SimpleNamespace(main=lambda argv: print("
+            "('torch' in sys.modules, *map(os.environ.get, ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'))))); "
+            "sys.modules['minisft.runs.lifecycle'] = run; "
+            "from minisft.cli.train_command import main; main(['my.toml'])")
     environment = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k} | given
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                              cwd=HERE.parent, env=environment).stdout
-    assert printed.strip() == str(found)
+    assert printed.strip() == str((False, *found))
