@@ -229,11 +229,14 @@ def gradients_of(config: Any, s: Setting, *, compiled: bool, recompute: str, ran
 
 
 def network(config: Any, s: Setting, *, compiled: bool, recompute: str = "none", rank: int = 0, sharded: bool = False,
-            parameters: str = "fp32", moments: str = "fp32", in_backward: bool = False, base: str = "bf16") -> Any:
-    """Build a random network and its optimizer as a run does. `sharded`: with FSDP even for one rank."""
+            parameters: str = "fp32", moments: str = "fp32", in_backward: bool = False, base: str = "bf16",
+            fp8: str = "") -> Any:
+    """Build a random network and its optimizer as a run does. `sharded`: with FSDP even for one rank; `fp8`: the scale
+    of its products in FP8."""
     import torch
     import torch.distributed as dist
 
+    from minisft import fp8 as products
     from minisft.config import Config, LoraConfig, OptimConfig, ParallelConfig
     from minisft.lora import adapters as lora
     from minisft.model.llama import DTYPES
@@ -248,8 +251,14 @@ def network(config: Any, s: Setting, *, compiled: bool, recompute: str = "none",
     settings = Config(optim=OptimConfig(parameters=parameters, moments=moments, in_backward=in_backward),
                       parallel=ParallelConfig(activation_checkpointing=recompute,
                                               compile="true" if compiled else "false"))
-    model = parallel.build_model(config, replace(world, ranks=2) if sharded else world, settings, adapt=partial(
-        lora.adapt, lora=adapters, trained=DTYPES[parameters]) if adapters else None)
+
+    def adapt(model: Any) -> None:
+        if adapters:
+            lora.adapt(model, adapters, trained=DTYPES[parameters])
+        if fp8:
+            products.use(model, fp8)
+
+    model = parallel.build_model(config, replace(world, ranks=2) if sharded else world, settings, adapt=adapt)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -388,6 +397,48 @@ def block(s: Setting) -> Figures:
         yield name, flops / seconds / 1e12, "TFLOP/s"
         yield f"{name}: beyond weights and input", peak_gib(on) - before, "GiB"
         del layer, run, x, grad, work
+
+
+def fp8(s: Setting) -> Figures:
+    """Measure FP8 against bf16, in turns: a block and adapters of Llama-3-8B, Llama-3.2-1B, FSDP2 with one rank."""
+    import torch
+
+    from minisft import fp8 as products
+    from minisft.model.llama import Block, Linear, rotations
+
+    config, on, tokens = s.config("llama-3-8b"), s.device, s.size(8192, 64)
+    documents = documents_of(lengths_of(tokens, s.size(500, 20)), on)
+    rotation = rotations(documents.positions, config)
+    x = torch.randn(tokens, config.hidden_size, device=on).bfloat16().requires_grad_()
+    grad, expected = torch.randn_like(x), {}
+    for name in ("bf16", "tensor", "row", "bf16 again"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        layer = Block(config).to(on, torch.bfloat16)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        for module in layer.modules():
+            if isinstance(module, Linear) and name in ("tensor", "row"):
+                module.multiply = products.by_row if name == "row" else products.by_tensor
+        run = torch.compile(layer.forward, fullgraph=True)
+
+        def work(run=run, layer=layer) -> None:
+            layer.zero_grad()
+            run(x, rotation, documents).backward(grad)
+
+        work()
+        found = {key: parameter.grad.clone() for key, parameter in layer.named_parameters()}
+        expected = expected or found
+        yield f"block, {name}", 1e3 * timed(work, on=on), "ms"
+        yield f"block, {name}: largest error of a gradient", max(near(found[k], expected[k]) for k in found), ""
+        del layer, run, work, found
+    for what, preset, options in (("1B", "llama-3.2-1b", {}), ("1B, FSDP2", "llama-3.2-1b", {"sharded": True}),
+                                  ("8B LoRA r16", "llama-3-8b", {"rank": 16})):
+        for scale in ("", "tensor", "row"):
+            torch._dynamo.reset()
+            found = steps(s, f"{what}, {f'fp8 by {scale}' if scale else 'bf16'}", preset, tokens=8192, count=4,
+                          fp8=scale, **options)
+            yield from (figure for figure in found if figure[0].endswith(("tokens a second", "allocated")))
 
 
 def head(s: Setting) -> Figures:
@@ -689,7 +740,7 @@ ROWS: dict[str, tuple[Callable[[Setting], Figures], int]] = {  # with each row's
     "ceilings": (ceilings, 40), "gradients": (gradients, 120), "sync": (sync, 120), "block": (block, 120),
     "lora8b": (lora8b, 120), "peers8192": (partial(peers, seq_len=8192), 180), "train1b": (train1b, 120),
     "head": (head, 100), "optimizer": (optimizer, 60), "fsdp": (fsdp, 120), "full8b": (full8b, 120),
-    "resume": (resume, 150), "tests": (tests, 150), "generation": (generation, 60),
+    "resume": (resume, 150), "tests": (tests, 150), "generation": (generation, 60), "fp8": (fp8, 180),
     "peers4096": (partial(peers, seq_len=4096), 180), "many": (many, 900),
 }
 

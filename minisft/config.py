@@ -86,7 +86,10 @@ class TrainConfig:
     seed: int = key(0, "seed of random weights, data order, dropout and stochastic rounding", low=0, high=2**32 - 1)
     max_skipped: int = key(10, "NaN or infinite steps in a row that the run survives", low=0)
     deterministic: bool = key(False, "the same bits in every run, also on a GPU; slower there")
-    precision: str = key("bf16", "compute precision; optim.parameters is that of the weights", choices=("bf16", "fp32"))
+    precision: str = key("bf16", "compute precision; optim.parameters is that of the weights",
+                         choices=("bf16", "fp32", "fp8"))
+    fp8_scale: str = key("tensor", "fp8: one scale for each tensor, or for each row of it, which loses less",
+                         choices=("tensor", "row"))
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,8 @@ def problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
          "is 0, so the other keys of [lora] do nothing; set it to 8, say"),
         (lora.rank > 0 and random, "lora.rank model.init",
          "adapters change what a pretrained model does, and model.init is random; set lora.rank to 0"),
+        (lora.base == "nf4" and config.train.precision == "fp8", "train.precision lora.base",
+         "an nf4 base is unpacked to bf16 and multiplied as such; set train.precision to bf16"),
         (lora.base == "nf4" and on_host, "lora.base parallel.offload",
          "an nf4 base stays on the device; set parallel.offload to none or optimizer"),
         (on_host and (lora.dropout > 0 or lora.dora), "parallel.offload lora.dropout lora.dora",

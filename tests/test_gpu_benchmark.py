@@ -9,7 +9,7 @@ from small_runs import HERE
 
 QUICK = ("ceilings", "head", "optimizer")
 SLOW = ("gradients", "sync", "block", "lora8b", "peers8192", "train1b", "fsdp", "full8b", "resume", "tests",
-        "generation", "peers4096", "many")
+        "generation", "fp8", "peers4096", "many")
 
 
 def check(folder, *rows):

@@ -39,6 +39,14 @@ def refused(capsys, *options):
     return capsys.readouterr().err
 
 
+def test_fp8_computes_faster_and_takes_the_same_memory(recipe):
+    bf16, fp8 = (planned("--tokens", "50M", "--train.precision", precision) for precision in ("bf16", "fp8"))
+    for policy in ("none", "selective", "full"):
+        before, after = bf16["memory"][policy], fp8["memory"][policy]
+        assert sum(after["compute_seconds"]) == pytest.approx(sum(before["compute_seconds"]) / 1.25)
+        assert after["allocated_gib"] == before["allocated_gib"]
+
+
 def test_the_figures_of_8b_on_eight_h100_by_hand(recipe):
     found = planned("--tokens", "50M", "--document-length", "500", "--hours-price", "3", "--utilisation", "0.4")
     parts = found["memory"]["selective"]["parts_gib"]
@@ -282,7 +290,7 @@ def test_memory_savers_of_one_gpu(recipe, capsys):
      "on a listed card, name it with --gpu: h100,"),
     (["--gpus", "6", "--parallel.shard", "4"], "--gpus 6 is not parallel.shard = 4 times parallel.replicate = 1"),
     (["--gpus", "64"], "batch.packs = 32 cannot be split over 64 GPUs; raise it to at least 64"),
-    (["--train.precision", "fp32"], "the plan knows only the speed of bf16: add --train.precision bf16"),
+    (["--train.precision", "fp32"], "the plan knows only the speed of bf16 and fp8: add --train.precision bf16"),
     (["--model.config", "away.json"], "away.json: no such file; a Hugging Face model folder has a config.json. To plan "
      "without the weights: a folder with only the model's config.json, or add --model.init random --model.config "
      "llama-3-8b (or llama-3-70b,"),

@@ -122,7 +122,7 @@ class FrozenLinear(Linear):
             if self.dropout and self.dropout.draws is not None:
                 z = dropped(x, self.dropout.draws, self.channels, self.dropout.share)
             beside = linear(self.scale * linear(z, self.lora_A), self.lora_B)
-        y = linear(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4)
+        y = self.multiply(x, self.weight) if self.nf4 is None else nf4_linear(x, self.weight, self.nf4)
         if self.dora:
             with torch.no_grad():
                 lengths = self.sum(self.weight, self.lora_A, self.lora_B).norm(dim=1)

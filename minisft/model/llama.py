@@ -32,7 +32,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from minisft.model.llama_config import LlamaConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that recipes and options give them
+# By the names that recipes and options give them. fp8 is bf16, except in the products of blocks (fp8.py).
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 VARLEN_WANTS_GQA = torch.__version__ >= "2.12"  # 2.11's varlen_attn shares key/value heads without being told
 KeysValues = list[tuple[Tensor, Tensor]]  # keys and values (T, K, E) of each layer
 
@@ -109,8 +110,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """`nn.Linear` that computes in the dtype of its input, whichever dtype its parameters are kept in."""
 
+    multiply: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)  # FP8 sets another
+
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight)
+        y = self.multiply(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -226,7 +229,7 @@ class SwiGLU(nn.Module):
 
 
 ATTENTION = ("torch_attn::_varlen_attn", "minisft::document_attention")
-PRODUCTS = ("aten::mm", "aten::addmm")
+PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::_scaled_mm": 1}  # and which argument is the matrix
 
 
 def selective(shapes: tuple[tuple[int, int], ...]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -247,7 +250,7 @@ def selective(shapes: tuple[tuple[int, int], ...]) -> tuple[AbstractContextManag
 
     def keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operation.name()
-        is_product = name in PRODUCTS and tuple(args[-1].shape) in shapes
+        is_product = name in PRODUCTS and tuple(args[PRODUCTS[name]].shape) in shapes
         kept = name in ATTENTION or (is_product and next(products[context.is_recompute]) <= 5)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -27,7 +27,7 @@ from minisft.errors import PATH, UserError, printable
 from minisft.lora import targets
 from minisft.model.flops import Sizes, known_gpus, training_flops
 from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
-from minisft.planning import UTILISATION, UTILISATION_ALONE
+from minisft.planning import FP8, UTILISATION, UTILISATION_ALONE
 from minisft.planning.memory import FP32, POLICIES, Bytes, Memory, StepMemory
 from minisft.prepare import adapters_of, inputs, prepare
 from minisft.pretrained import MetaFolder
@@ -207,9 +207,9 @@ class Scenario:
     @classmethod
     def of(cls, config: Config, options: PlanOptions) -> "Scenario":
         """Raises UserError for what cannot be planned."""
-        if config.train.precision != "bf16":
-            raise UserError(f"train.precision is {config.train.precision}, but the plan knows only the speed of bf16: "
-                            "add --train.precision bf16")
+        if config.train.precision == "fp32":
+            raise UserError("train.precision is fp32, but the plan knows only the speed of bf16 and fp8: add "
+                            "--train.precision bf16")
         shard, replicate, gpus = config.parallel.shard, config.parallel.replicate, options.gpus
         copies = parallel.copies(gpus, config.parallel)
         if gpus % copies or shard not in (0, gpus // copies):
@@ -262,6 +262,7 @@ class Scenario:
         micro_steps = full + (rest > 0)
         memory = self.memory(policy, micro_packs, accumulates=micro_steps > 1)
         seconds = work.tokens_per_pack * micro_packs / (gpu.bf16_tflops * 1e12 * self.utilisation)
+        seconds /= FP8 if self.config.train.precision == "fp8" else 1
         # A frozen matrix has half a backward pass.
         forward = seconds * work.flops["none"] / (2 if self.config.lora.rank else 3)
         backward = seconds * work.flops[policy] - forward
@@ -395,6 +396,7 @@ def figures(config: Config, options: PlanOptions) -> dict[str, Any]:
         "usable_gib": scenario.usable / GIB, "reserved_factor": RESERVED, "utilisation": scenario.utilisation,
         "utilisation_is": "as given" if options.utilisation else "assumed: as one H200 reached" if gpus == 1
                           else "assumed: as eight H100s reached",
+        "faster_by_fp8": FP8 if config.train.precision == "fp8" else 1,
         "assumed": work.assumed, "tokens": work.tokens, "steps": work.steps, "trained_share": float(work.trained),
         "tokens_per_step": work.tokens_per_pack * config.batch.packs, "flops_per_token": work.flops,
         "flops_per_step": work.flops[best["activation_checkpointing"]] * work.tokens_per_pack * config.batch.packs,
@@ -434,7 +436,8 @@ def describe(found: dict[str, Any]) -> str:
         "work": f"{needed / 1e9:.1f} GFLOP a token, {flops / needed - 1:.0%} more with recomputation; "
                 f"{found['flops_per_step']:.3g} FLOPs a step of {found['tokens_per_step']:,.0f} tokens; {how}",
         "compute": f"{forward * 1e3:,.0f} ms forward and {backward * 1e3:,.0f} backward a micro-batch, at "
-                   f"{found['utilisation']:.0%} of {gpu['bf16_tflops']:g} TFLOP/s ({found['utilisation_is']})",
+                   f"{found['utilisation']:.0%} of {gpu['bf16_tflops']:g} TFLOP/s ({found['utilisation_is']})"
+                   + f", {found['faster_by_fp8']:g} times as fast by FP8 (assumed)" * (found["faster_by_fp8"] > 1),
         "sent": f"{sum(sent):.1f} GiB a micro-batch by each GPU (weights {sent[0]:.1f} forward and {sent[1]:.1f} "
                 f"backward, gradients {sent[2]:.1f}, between copies {sent[3]:.1f}), "
                 f"{found['traffic_per_step'] / GIB:.1f} a step: {traffic['forward_seconds'] * 1e3:,.0f} ms forward and "

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minisft import fp8
 from minisft.config import Config
 from minisft.data import packing
 from minisft.errors import NumericsError, UserError
@@ -140,9 +141,13 @@ def open_base(config: Config, prepared: Prepared) -> Base:
 
 def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Run:
     """The model, allocated but not filled yet, and its optimizer. Raises OSError if the disk has no room."""
-    lora = adapters_of(config)
-    model = parallel.build_model(base.network, world, config, adapt=partial(
-        adapters.adapt, lora=lora, trained=DTYPES[config.optim.parameters]) if lora else None)
+    def adapt(model: Llama) -> None:
+        if lora := adapters_of(config):
+            adapters.adapt(model, lora, trained=DTYPES[config.optim.parameters])
+        if config.train.precision == "fp8":
+            fp8.use(model, config.train.fp8_scale)
+
+    model = parallel.build_model(base.network, world, config, adapt=adapt)
     if world.is_main:
         check_room(Path(config.run.dir), room_needed(config, model, prepared.plan.total_steps), "the run needs")
     return Run(config, prepared, world, base, model, open_optimizer(model, config, world))
@@ -196,7 +201,8 @@ def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaCo
     if config.lora.rank and base:  # as JSON, where a tuple is a list
         frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
         frozen |= {"lora.targets": list(config.lora.targets), "base": weights.fingerprint(base)}
-    return {**frozen,
+    scale = {"train.fp8_scale": config.train.fp8_scale} if config.train.precision == "fp8" else {}
+    return {**frozen, **scale,
             "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
             "packing": packing.VERSION,
             "data.replay": [source.path for source in config.data.replay],

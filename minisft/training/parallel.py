@@ -140,17 +140,16 @@ def build_model(network: LlamaConfig, world: World, config: Config = Config(), *
                 adapt: Callable[[Llama], None] | None = None) -> Llama:
     """The network as `config` wants it, in this order: recomputation, adapters, compilation, sharding.
 
-    Its parameters are allocated but not filled yet (`weights.load` or `.initialize`). `adapt`, if given, replaces
-    modules while the network is on the meta device (lora/adapters.py), and settles the dtype of what is trained.
+    Its parameters are allocated but not filled yet (`weights.load` or `.initialize`). `adapt`, if given, changes
+    modules while the network is on the meta device (lora/adapters.py, fp8.py).
     """
     parallel, dtype = config.parallel, DTYPES[config.train.precision]
     on_host = parallel.offload == "parameters"
     with torch.device("meta"):
         model = Llama(network, recompute=parallel.activation_checkpointing, dtype=dtype)
+        model.to(DTYPES[config.optim.parameters])
         if adapt:
             adapt(model)
-    if config.optim.parameters != "fp32" and not adapt:
-        model.to(DTYPES[config.optim.parameters])
     if is_compiled(parallel, world.device):
         compile_blocks(model)
     if world.ranks > 1 or on_host:  # a lone process has nothing to gather: layers convert weights as they use them
