@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from browser import CONTRAST, browser, in_browser
 from minisft.__main__ import main
 from minisft.errors import UserError
 from minisft.reports import drawing, run_report
-from minisft.reports.logged_run import LoggedRun, column, read_runs
+from minisft.reports.logged_run import EventFiles, LoggedRun, column, read_runs
 from minisft.reports.page import relative
 
 pytest.importorskip("matplotlib")
@@ -529,7 +530,59 @@ def test_tensorboard(write_run, tmp_path, capsys):
     assert found["train/sources/code"][40] == 80
     assert f"{sum(map(len, found.values())):,} values" in capsys.readouterr().out
     assert len([tag for tag in events.Tags()["tensors"] if tag.startswith("sample/general/")]) == 2
-    assert "already holds event files" in failing(capsys, run, "--tensorboard", out)
+    (out / "run" / "events.out.tfevents.1.host.1.0").write_bytes(b"")
+    assert "holds event files of another program" in failing(capsys, run, "--tensorboard", out)
+
+
+def scalars(folder):
+    """Tag -> [(step, value)] as TensorBoard shows them, which drops what a later file purges."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    return ({tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]},
+            {tag: [event.step for event in events.Tensors(tag)] for tag in events.Tags()["tensors"]})
+
+
+def test_tensorboard_again_and_while_the_log_grows_or_is_rewound(write_run, tmp_path):
+    """However the log came to be what it is, TensorBoard shows it once."""
+    pytest.importorskip("tensorboard")
+    whole = sorted([*steps(skipped=(3,)), *evaluations(), *samples()], key=lambda record: record["step"])
+    run, log = write_run(records=whole), tmp_path / "run" / "metrics.jsonl"
+    once = tmp_path / "once"
+    assert main(["report", str(run), "--tensorboard", str(once)]) == 0
+    expected = scalars(once / "run")
+    assert main(["report", str(run), "--tensorboard", str(once)]) == 0
+    assert scalars(once / "run") == expected
+    lines = log.read_text().splitlines(keepends=True)
+    files = EventFiles(tmp_path / "live")
+    other = [line.replace('"loss": ', '"loss": 7') for line in lines[30:35]]  # steps of an abandoned future
+    for seen in (lines[:1], lines[:20], [*lines[:30], *other], lines[:30], lines):
+        log.write_text("".join(seen))
+        files.update(read_runs([run])[0])
+    assert scalars(tmp_path / "live") == expected
+
+
+def test_tensorboard_follows_a_run_to_its_end(write_run, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = write_run(records=list(steps(9)))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))
+    (run / "status.json").write_text(json.dumps({"state": "running", "exit_code": None, "step": 3, "error": ""}))
+    command = [sys.executable, "-m", "minisft", "report", run, "--tensorboard", tmp_path / "live", "--follow", "0.1"]
+    with open(run / ".lock", "wb") as lock:  # or it would count as killed
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        while not list(tmp_path.glob("live/run/*")):
+            time.sleep(0.05)
+        (run / "metrics.jsonl").write_text("".join(lines))
+        (run / "status.json").write_text(json.dumps({"state": "done", "exit_code": 0, "step": 9, "error": ""}))
+        assert process.communicate(timeout=60)[0].startswith(f"{tmp_path / 'live' / 'run'}: ")
+    assert process.returncode == 0
+    assert [step for step, _ in scalars(tmp_path / "live" / "run")[0]["train/loss"]] == list(range(1, 10))
+
+
+def test_follow_is_for_tensorboard(write_run, capsys):
+    assert failing(capsys, write_run(), "--follow") == "error: --follow goes with --tensorboard"
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e308, -1e308, 10**400, 2**63 - 1])

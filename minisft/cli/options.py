@@ -181,11 +181,13 @@ COMMANDS = {
         option("--judge", **FILE, help="verdicts in FastChat's layout, of pairs or scores"), *ANSWER_OPTIONS),
     "report": command(
         "a page of a run's curves, throughput, data and answers; compares several runs",
-        "minisft report RUN [RUN ...] [--out FILE | --tensorboard FOLDER]", None,
+        "minisft report RUN [RUN ...] [--out FILE | --tensorboard FOLDER [--follow]]", None,
         option("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run (run.dir)"),
         option("--out", **FILE, help="the page (report.html in the first run's folder)"),
         option("--tensorboard", type=Path, metavar="FOLDER",
-               help="write event files instead, into a folder for each run")),
+               help="write event files instead, into a folder for each run"),
+        option("--follow", nargs="?", type=number(float, 0.1, 3600, "a number of seconds from 0.1 to 3600"), const=5.0,
+               metavar="SECONDS", help="go on writing what is new, every 5 seconds, until the runs have ended")),
     "recipes": command(
         "the recipes that come with minisft, or the text of one", "minisft recipes [NAME]",
         "`minisft recipes NAME > my.toml` copies a recipe, for you to change.",

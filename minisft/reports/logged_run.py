@@ -16,7 +16,7 @@ import reprlib
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,10 @@ CONFIG = {"model?": {}, "data?": {"seq_len?": int}, "batch?": {"packs?": int}, "
 KINDS = {dict: "an object", list: "a list", int: "a whole number", float: "a number", str: "text"}
 LARGEST = 2**53  # fp64 skips whole numbers beyond it, and no figure of a run is as large
 
+SUFFIX = ".minisft"  # of our event files
+
 Record = dict[str, Any]
+Event = tuple[str, Any, int]
 
 
 def is_number(value: Any) -> bool:
@@ -138,32 +141,64 @@ def _read_run(path: Path, name: str) -> LoggedRun:
                      _text(path / "profile" / "table.txt"), os.stat(log if log.exists() else path).st_mtime)
 
 
-def write_events(run: LoggedRun, folder: Path) -> int:
-    """Write every number of every record, as `train/loss` or `eval/NAME/loss`, and the answers as text, into `folder`.
+class EventFiles:
+    """Every number of every record of a run, as `train/loss` or `eval/NAME/loss`, and the answers as text, for
+    TensorBoard in `folder`. What an earlier call wrote there is replaced; a TensorBoard that has read it drops it.
 
-    Returns the number of values. Raises UserError without tensorboard, and if `folder` already holds event files.
+    Raises UserError without tensorboard, and if `folder` holds event files of another program.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("event files need tensorboard, which is not installed; pip install -e '.[tensorboard]'"
-                        ) from None
-    if printable(folder, PATH) != str(folder):
-        raise UserError(f"{folder}: TensorBoard does not accept this name; choose another folder")
-    if any(folder.glob("events.out.tfevents.*")):
-        raise UserError(f"{folder}: already holds event files, and TensorBoard would show both; delete them, or choose "
-                        "another folder")
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("event files need tensorboard, which is not installed; pip install -e '.[tensorboard]'"
+                            ) from None
+        if printable(folder, PATH) != str(folder):
+            raise UserError(f"{folder}: TensorBoard does not accept this name; choose another folder")
+        if any(file.suffix != SUFFIX for file in folder.glob("events.out.tfevents.*")):
+            raise UserError(f"{folder}: holds event files of another program, and TensorBoard would show both; delete "
+                            "them, or choose another folder")
+        for file in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
+            file.unlink()
+        self._open = partial(SummaryWriter, str(folder), filename_suffix=SUFFIX)
+        self._written: list[Event] = []
+        self._texts: set[Event] = set()  # TensorBoard drops numbers, but never a text
+        self._writer = self._open(purge_step=0)
+
+    def update(self, run: LoggedRun) -> int:
+        """Write what is new since the last call; returns the number of values of the run. Steps that a resumed run
+        takes again replace the earlier ones."""
+        events = _events(run)
+        same = next((i for i, pair in enumerate(zip(events, self._written, strict=False)) if pair[0] != pair[1]),
+                    min(len(events), len(self._written)))
+        if same < len(self._written):
+            self._writer.close()
+            step = min(event[2] for event in (self._written[same], *events[same : same + 1]))
+            self._writer = self._open(purge_step=step)
+            same = next((i for i in range(same) if events[i][2] >= step), same)
+        for event in events[same:]:
+            if not isinstance(event[1], str):
+                self._writer.add_scalar(*event)
+            elif event not in self._texts:
+                self._writer.add_text(*event)
+                self._texts.add(event)
+        self._writer.flush()
+        self._written = events
+        return sum(not isinstance(value, str) for _, value, _ in events)
+
+
+def _events(run: LoggedRun) -> list[Event]:
+    """(tag, number or text, step), in the order in which a log grows."""
     logs = {"train": run.train, **{f"eval/{name}": records for name, records in run.evals.items()}}
-    values = [(f"{prefix}/{name}", value, record["step"]) for prefix, records in logs.items() for record in records
-              for name, value in (*record.items(), *((f"sources/{k}", v) for k, v in record.get("sources", {}).items()))
-              if name != "step" and is_number(value)]
-    with SummaryWriter(str(folder)) as writer:
-        for tag, value, step in values:
-            writer.add_scalar(tag, value, step)
-        for number, sample in enumerate(run.samples):
-            text = "\n\n".join(f"**{key}**\n\n{sample.get(key, '')}" for key in ("prompt", "answer", "reference"))
-            writer.add_text(f"sample/{sample.get('name')}/{number}", text, sample["step"])
-    return len(values)
+    found: list[Event] = [
+        (f"{prefix}/{name}", value, record["step"]) for prefix, records in logs.items() for record in records
+        for name, value in (*record.items(), *((f"sources/{k}", v) for k, v in record.get("sources", {}).items()))
+        if name != "step" and is_number(value)]
+    found += [(f"sample/{sample.get('name')}/{number}", "\n\n".join(
+        f"**{key}**\n\n{sample.get(key, '')}" for key in ("prompt", "answer", "reference")), sample["step"])
+              for number, sample in enumerate(run.samples)]
+    return sorted(found, key=lambda event: event[2])
 
 
 def _status(path: Path) -> Record:
