@@ -155,6 +155,7 @@ class EvalConfig:
     """Evaluation on data.eval and data.general."""
     every: int = key(0, "steps between evaluations; 0: only at the start and the end", low=0)
     samples: int = key(0, "questions of each data.eval to answer in the log, at each evaluation", low=0)
+    max_tokens: int = key(0, "tokens of each held-out set to evaluate on, chosen by train.seed; 0: all", low=0)
     forgetting_bound: float = key(0.1, "warn if data.general's loss rises by more nats a token; 0: never", low=0)
 
 

@@ -117,6 +117,8 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
         dataset.reports[0].name = name
         dataset.reports[0].also_trained = int(np.isin(dataset.near_duplicate_hashes(),
                                                       train.near_duplicate_hashes()).sum())
+        if config.eval.max_tokens:
+            dataset.keep(config.eval.max_tokens, config.train.seed)
     weights = _weights(config, train)
     plan = Plan(train.lengths, train.num_loss_tokens, seq_len=data.seq_len, packs_per_step=config.batch.packs,
                 epochs=config.train.epochs, max_steps=config.train.max_steps, seed=config.train.seed,

@@ -219,3 +219,36 @@ def test_minisft_eval_prints_and_writes_them(base, tmp_path, general, capsys):
     assert "choose with --template" in capsys.readouterr().err
     assert command(["eval", str(base), "--template", "llama3", "--data", str(tmp_path / "nowhere")]) == 2
     assert "nowhere: No such file or directory" in capsys.readouterr().err
+
+
+def test_only_so_many_tokens_are_evaluated_and_always_the_same(base, tmp_path, general):
+    """On one rank and on two; the oracle reads the chosen documents one by one."""
+    general.write_text("".join(json.dumps({"text": f"{text} {'Then again. ' * (i % 5)}"}) + "\n"
+                               for i in range(12) for text in TEXTS))
+    settings = {"data__general": general, "train__max_steps": 3, "eval__every": 1, "eval__max_tokens": 150}
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        train(base, folder, ranks=ranks, batch__packs=2, **settings)
+        found[ranks] = [(r["step"], r["target_tokens"]) for r in log(folder, "eval")]
+        for record, model in ((log(folder, "eval")[0], base), (log(folder, "eval")[-1], folder / "run" / "final")):
+            assert record["loss"] == pytest.approx(naive(model, options(base, folder, **settings)), abs=1e-5)
+    assert found[1] == found[2]
+    assert [step for step, _ in found[1]] == [0, 1, 2, 3]
+    chosen = {seed: prepare(config_io.load(options(base, tmp_path, train__seed=seed, **settings)), quiet=True)
+              .evals["general"] for seed in range(8)}
+    whole = prepare(config_io.load(options(base, tmp_path, **settings | {"eval__max_tokens": 0})), quiet=True)
+    lengths = whole.evals["general"].lengths
+    for dataset in chosen.values():
+        assert 150 - lengths.max() < dataset.lengths.sum() <= 150
+        lines = [dataset.origin(i)[1] for i in range(len(dataset))]
+        assert lines == sorted(set(lines))
+        assert [int(lengths[line - 1]) for line in lines] == dataset.lengths.tolist()
+    assert len({tuple(dataset.index_in_store.tolist()) for dataset in chosen.values()}) > 4
+    assert found[1][0][1] == int(chosen[0].num_loss_tokens.sum())
+
+
+def test_a_run_does_not_resume_on_other_held_out_documents(base, tmp_path, general, capsys):
+    train(base, tmp_path, data__general=general, train__max_steps=2, eval__max_tokens=20)
+    assert main(options(base, tmp_path, data__general=general, train__max_steps=3, eval__max_tokens=30)) == 2
+    assert "eval.max_tokens: was 20, is 30" in capsys.readouterr().err

@@ -14,7 +14,7 @@ def follow(monitor, losses):
     """Take steps of these losses; a gradient norm of NaN where the loss is."""
     for step, loss in enumerate(losses, 1):
         figures = torch.tensor(float(loss))
-        monitor.step({"kind": "train", "step": step, "tokens": 10, "lr": 1e-3, "memory_gib": 0.5}, figures,
+        monitor.step({"kind": "train", "step": step, "tokens": 10, "lr": 1e-3, "seconds": 0.1, "memory_gib": 0.5}, figures,
                      figures * 0 + 1)
     monitor.settle()
 
@@ -63,7 +63,8 @@ def test_without_a_terminal_the_first_steps_and_the_last_have_a_line_and_a_long_
         tmp_path, capsys, start, total):
     following = monitor(tmp_path / "log", start=start, total=total)
     for step in range(start + 1, total + 1):
-        following.step({"kind": "train", "step": step, "tokens": 10, "lr": 2.5e-5, "memory_gib": 1.25},
+        following.step({"kind": "train", "step": step, "tokens": 10, "lr": 2.5e-5, "seconds": 0.1,
+                        "memory_gib": 1.25},
                        torch.tensor(0.5), torch.tensor(3.0))
     following.close()
     told = capsys.readouterr()
@@ -80,3 +81,21 @@ def test_without_a_terminal_the_first_steps_and_the_last_have_a_line_and_a_long_
 def test_only_the_main_rank_prints(tmp_path, capsys):
     follow(monitor(None), [1.0] * 10 + [9.0] * 5 + [float("nan")])
     assert capsys.readouterr() == ("", "")
+
+
+def test_records_of_one_kind_are_all_in_the_log_or_none(tmp_path):
+    """A resumed run takes the first answer of a step to mean that the others are there too."""
+    log = monitor(tmp_path / "log")
+
+    class Counted:
+        name, writes = "log", []
+
+        def write(self, text):
+            self.writes.append(text)
+
+        def flush(self):
+            pass
+
+    log._file = Counted()
+    log.write({"kind": "sample", "step": 1, "name": "a"}, {"kind": "sample", "step": 1, "name": "b"})
+    assert [len(text.splitlines()) for text in Counted.writes] == [2]

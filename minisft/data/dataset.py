@@ -91,6 +91,16 @@ class Dataset:
         """The sum of the loss weights of all tokens; None if all are 0 or 1, so that they only count trained tokens."""
         return float(self.loss_weights.sum()) if self.loss_weights.dtype == np.float64 else None
 
+    def keep(self, tokens: int, seed: int) -> None:
+        """Keep documents of at most so many tokens in all, at least one, drawn by `seed`. The reports stay."""
+        drawn = np.random.default_rng([seed, len(self)]).permutation(len(self))
+        fits = np.cumsum(self.lengths[drawn]) <= tokens
+        kept = np.sort(drawn[: max(int(fits.sum()), 1)])
+        (self.store_of, self.index_in_store, self.starts, self.digests, self.lengths, self.num_loss_tokens,
+         self.loss_weights) = (each[kept] for each in (
+             self.store_of, self.index_in_store, self.starts, self.digests, self.lengths, self.num_loss_tokens,
+             self.loss_weights))
+
     def origin(self, index: int) -> tuple[str, int]:
         """File and line that a document came from."""
         return self.stores[self.store_of[index]].origin(self.index_in_store[index])

@@ -97,8 +97,7 @@ class AfterStep:
                       shown=run.world.is_main) as tell:
             answers = sample_answers(run.model, questions, run.prepared.tokenizer, device=run.world.device,
                                      stop_ids=run.prepared.renderer.stop_ids(), check=partial(self._check, tell))
-        for answer in answers:
-            self.monitor.write({"kind": "sample", "step": step, **answer})
+        self.monitor.write(*({"kind": "sample", "step": step, **answer} for answer in answers))
         self.monitor.lap()
 
     def _check(self, tell: Callable[[int, int], None], done: int, total: int) -> None:

@@ -202,7 +202,9 @@ def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaCo
         frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
         frozen |= {"lora.targets": list(config.lora.targets), "base": weights.fingerprint(base)}
     scale = {"train.fp8_scale": config.train.fp8_scale} if config.train.precision == "fp8" else {}
-    return {**frozen, **scale,
+    # Forgetting is measured against the loss at step 0, on the same documents.
+    limit = {"eval.max_tokens": config.eval.max_tokens} if config.eval.max_tokens else {}
+    return {**frozen, **scale, **limit,
             "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
             "packing": packing.VERSION,
             "data.replay": [source.path for source in config.data.replay],

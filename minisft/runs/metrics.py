@@ -97,6 +97,7 @@ class Monitor:
                          bar_format="{n}/{total} {desc}" if self._is_narrow else "step {n}/{total} |{bar}| {desc}")
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # seconds, tokens per second
         self._since = time.perf_counter()  # when the step before was complete
+        self._on_gpu = False
         self._max_skipped, self._documents = max_skipped, documents
         self._consequence = ("parameters whose gradient is not finite stay as they are, the others are updated"
                              if in_backward else "the step is skipped")
@@ -114,14 +115,15 @@ class Monitor:
         return self._lapped - before
 
     def resume(self) -> None:
-        """Start the clock of the pace again, unless a step is still in flight: something else was done since it."""
+        """Start the clock again, unless a step is still in flight: something else was done since it."""
         if self._waiting is None:
             self._since = time.perf_counter()
+            self._lapped = self._lapped if self._on_gpu else self._since
 
     def step(self, record: dict[str, Any], loss: Tensor, grad_norm: Tensor) -> None:
         """Take the record of a step and its figures, and settle the step before."""
         self.settle()
-        self._waiting = record, AsyncScalars(torch.stack((loss, grad_norm)))
+        self._waiting, self._on_gpu = (record, AsyncScalars(torch.stack((loss, grad_norm)))), loss.is_cuda
 
     def settle(self) -> None:
         """Log the step whose figures are still on their way. Raises NumericsError after too many skipped in a row."""
@@ -130,6 +132,7 @@ class Monitor:
         (record, figures), self._waiting = self._waiting, None
         loss, grad_norm = figures.read()
         seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
+        seconds = seconds if self._on_gpu else record["seconds"]  # a CPU was done when the step was taken
         self._recent.append((seconds, record["tokens"] / seconds))
         skipped = not math.isfinite(grad_norm)  # as the optimizer saw it
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
@@ -169,9 +172,9 @@ class Monitor:
         if self._spikes == 0:
             self._mean = loss if self._mean is None else MEMORY * self._mean + (1 - MEMORY) * loss
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record to the log."""
-        self._on_file(lambda file: (file.write(json.dumps(record) + "\n"), file.flush()))
+    def write(self, *records: Mapping[str, Any]) -> None:
+        """Append records to the log in one go: a run that is killed meanwhile has written all of them or none."""
+        self._on_file(lambda file: (file.write("".join(json.dumps(record) + "\n" for record in records)), file.flush()))
 
     def sync(self) -> None:
         """Make the log durable, as the checkpoint that relies on it will be."""
