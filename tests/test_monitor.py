@@ -14,8 +14,8 @@ def follow(monitor, losses):
     """Take steps of these losses; a gradient norm of NaN where the loss is."""
     for step, loss in enumerate(losses, 1):
         figures = torch.tensor(float(loss))
-        monitor.step({"kind": "train", "step": step, "tokens": 10, "lr": 1e-3, "seconds": 0.1, "memory_gib": 0.5}, figures,
-                     figures * 0 + 1)
+        monitor.step({"kind": "train", "step": step, "tokens": 10, "lr": 1e-3, "seconds": 0.1, "memory_gib": 0.5},
+                     figures, figures * 0 + 1)
     monitor.settle()
 
 
