@@ -147,7 +147,8 @@ def build_model(network: LlamaConfig, world: World, config: Config = Config(), *
     on_host = parallel.offload == "parameters"
     with torch.device("meta"):
         model = Llama(network, recompute=parallel.activation_checkpointing, dtype=dtype)
-        model.to(DTYPES[config.optim.parameters])
+        if config.optim.parameters != "fp32":
+            model.to(DTYPES[config.optim.parameters])
         if adapt:
             adapt(model)
     if is_compiled(parallel, world.device):
