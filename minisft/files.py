@@ -34,8 +34,9 @@ def from_hub(path: str | Path, option: str = "", *, dataset: bool = False) -> st
         how = f"{folder}/FILE:\n  hf download {path} --local-dir {folder} --repo-type dataset"
     else:
         folder = f"models/{found[1]}"
-        how = (f"{folder}:\n  hf download {path} --local-dir {folder} --exclude \"original/*\"\nLlama is gated: accept "
-               "its licence on the model's page first, then run `hf auth login`.")
+        how = f"{folder}:\n  hf download {path} --local-dir {folder} --exclude \"original/*\""
+        if "llama" in str(path).lower():
+            how += "\nLlama is gated: accept its licence on the model's page first, then run `hf auth login`."
     return f"\nIf {path} is on the Hugging Face hub, download it, and pass{f' {option}' * bool(option)} {how}"
 
 
