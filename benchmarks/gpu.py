@@ -236,29 +236,22 @@ def network(config: Any, s: Setting, *, compiled: bool, recompute: str = "none",
     import torch
     import torch.distributed as dist
 
-    from minisft import fp8 as products
-    from minisft.config import Config, LoraConfig, OptimConfig, ParallelConfig
+    from minisft.config import Config, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
     from minisft.lora import adapters as lora
-    from minisft.model.llama import DTYPES
-    from minisft.runs.assemble import open_optimizer
+    from minisft.runs.assemble import adapt, open_optimizer
     from minisft.training import parallel
 
     global WORLD  # one process, one group
     if not dist.is_initialized():
         WORLD = parallel.start()
     world = WORLD
-    adapters = LoraConfig(rank=rank, base=base) if rank else None
-    settings = Config(optim=OptimConfig(parameters=parameters, moments=moments, in_backward=in_backward),
+    settings = Config(lora=LoraConfig(rank=rank, base=base),
+                      train=TrainConfig(precision="fp8" if fp8 else "bf16", fp8_scale=fp8 or "tensor"),
+                      optim=OptimConfig(parameters=parameters, moments=moments, in_backward=in_backward),
                       parallel=ParallelConfig(activation_checkpointing=recompute,
                                               compile="true" if compiled else "false"))
-
-    def adapt(model: Any) -> None:
-        if adapters:
-            lora.adapt(model, adapters, trained=DTYPES[parameters])
-        if fp8:
-            products.use(model, fp8)
-
-    model = parallel.build_model(config, replace(world, ranks=2) if sharded else world, settings, adapt=adapt)
+    model = parallel.build_model(config, replace(world, ranks=2) if sharded else world, settings,
+                                 adapt=partial(adapt, config=settings))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -404,7 +397,7 @@ def fp8(s: Setting) -> Figures:
     import torch
 
     from minisft import fp8 as products
-    from minisft.model.llama import Block, Linear, rotations
+    from minisft.model.llama import Block, rotations
 
     config, on, tokens = s.config("llama-3-8b"), s.device, s.size(8192, 64)
     documents = documents_of(lengths_of(tokens, s.size(500, 20)), on)
@@ -417,9 +410,8 @@ def fp8(s: Setting) -> Figures:
         layer = Block(config).to(on, torch.bfloat16)
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        for module in layer.modules():
-            if isinstance(module, Linear) and name in ("tensor", "row"):
-                module.multiply = products.by_row if name == "row" else products.by_tensor
+        if name in ("tensor", "row"):
+            products.use(layer, name)
         run = torch.compile(layer.forward, fullgraph=True)
 
         def work(run=run, layer=layer) -> None:

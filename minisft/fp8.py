@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisft.errors import UserError
-from minisft.model.llama import Linear, Llama, cast
+from minisft.model.llama import Linear, cast
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ALIGNED = 16  # numbers: of a row, for the tensor cores
@@ -87,17 +87,15 @@ def by_row(x: Tensor, weight: Tensor) -> Tensor:
     return _Fp8Linear.apply(x, weight, True)
 
 
-def use(model: Llama, scale: str) -> None:
-    """Let the seven matrices of each block multiply in FP8, frozen ones too; `scale`: tensor or row.
-
-    Raises UserError for a GPU or a shape that has no such products.
-    """
+def use(model: nn.Module, scale: str) -> None:
+    """Let the matrices of the blocks in `model` multiply in FP8, frozen ones too; `scale`: tensor or row. Raises
+    UserError for a GPU or a shape that has no such products."""
     if torch.cuda.is_available() and (has := torch.cuda.get_device_capability()) < NEEDS:
         raise UserError(f"train.precision = fp8: {torch.cuda.get_device_name()} has compute capability "
                         f"{has[0]}.{has[1]}, FP8 needs {NEEDS[0]}.{NEEDS[1]} (Ada, Hopper or newer); set it to bf16")
-    for name, module in model.model.layers.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, Linear):
             if module.in_features % ALIGNED or module.out_features % ALIGNED:
-                raise UserError(f"train.precision = fp8: model.layers.{name} is {module.out_features} x "
+                raise UserError(f"train.precision = fp8: {name} is {module.out_features} x "
                                 f"{module.in_features}, and FP8 products take multiples of {ALIGNED}; set it to bf16")
             module.multiply = by_row if scale == "row" else by_tensor

@@ -68,18 +68,24 @@ def world():
 
 def gradients(world, setting, recompute, *, compiled, sharded, precision=None):
     own, adapters = SETTINGS[setting]
-    precision = precision or own
-    config = Config(train=TrainConfig(precision=precision), parallel=ParallelConfig(
-        activation_checkpointing=recompute, compile="true" if compiled else "false"))
+    config = Config(train=TrainConfig(precision=precision or own), lora=adapters or LoraConfig(),
+                    parallel=ParallelConfig(activation_checkpointing=recompute,
+                                            compile="true" if compiled else "false"))
+    return gradients_of(config, world, Drawn(CONFIG), sharded=sharded)
+
+
+def gradients_of(config, world, source, *, sharded):
+    """The loss of one micro-batch, and its gradients by everything that is trained."""
+    compiled = config.parallel.compile == "true"
     model = parallel.build_model(CONFIG, replace(world, ranks=2) if sharded else world, config,
-                                 adapt=partial(lora.adapt, lora=adapters) if adapters else None)
-    if adapters:
-        lora.load(model, Drawn(CONFIG), seed=0)
+                                 adapt=partial(assemble.adapt, config=config))
+    if config.lora.rank:
+        lora.load(model, source, seed=0)
         for _, module in lora.adapters(model):
             with torch.no_grad():  # begins at zero, which would leave A without a gradient
                 weights.local_rows(module.lora_B)[0].fill_(0.1)
     else:
-        weights.load(model, Drawn(CONFIG))
+        weights.load(model, source)
     batch = micro_batch(Documents(), [0, 1, 2])
     loss = batch_loss(model, batch, world.device, len(batch.targets), compiled=compiled)
     loss.backward()

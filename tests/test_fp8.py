@@ -8,19 +8,17 @@ import numpy as np
 import pytest
 import torch
 from small_runs import final_weights, train
-from test_compiled_gradients import CONFIG, Documents, Drawn
+from test_compiled_gradients import CONFIG, Drawn, gradients_of
+from test_compiled_gradients import world as world  # a fixture
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft import fp8
 from minisft.config import Config, LoraConfig, ParallelConfig, TrainConfig
-from minisft.data.batches import micro_batch
 from minisft.errors import UserError
 from minisft.lora import adapters as lora
-from minisft.model import llama, weights
+from minisft.model import llama
 from minisft.model.llama import Llama
-from minisft.training import parallel
-from minisft.training.loss import batch_loss
 
 MULTIPLY = {"tensor": fp8.by_tensor, "row": fp8.by_row}
 
@@ -100,35 +98,11 @@ class Small(Drawn):
 
 def gradients(world, *, scale="tensor", recompute="none", compiled=False, sharded=False, precision="fp8",
               adapters=None):
-    config = Config(train=TrainConfig(precision=precision, fp8_scale=scale), parallel=ParallelConfig(
-        activation_checkpointing=recompute, compile="true" if compiled else "false"))
-
-    def adapt(model):
-        if adapters:
-            lora.adapt(model, adapters)
-        if precision == "fp8":
-            fp8.use(model, scale)
-
-    model = parallel.build_model(CONFIG, replace(world, ranks=2) if sharded else world, config, adapt=adapt)
-    if adapters:
-        lora.load(model, Small(CONFIG), seed=0)
-        for _, module in lora.adapters(model):
-            with torch.no_grad():
-                weights.local_rows(module.lora_B)[0].fill_(0.1)
-    else:
-        weights.load(model, Small(CONFIG))
-    batch = micro_batch(Documents(), [0, 1, 2])
-    loss = batch_loss(model, batch, world.device, len(batch.targets), compiled=compiled)
-    loss.backward()
-    return {"loss": loss.detach(), **{name: weights.whole(p.grad) for name, p in model.named_parameters()
-                                      if p.requires_grad}}
-
-
-@pytest.fixture
-def world():
-    yield parallel.start()
-    parallel.stop()
-    torch._dynamo.reset()
+    return gradients_of(Config(
+        train=TrainConfig(precision=precision, fp8_scale=scale), lora=adapters or LoraConfig(),
+        parallel=ParallelConfig(
+            activation_checkpointing=recompute, compile="true" if compiled else "false")), world, Small(CONFIG),
+        sharded=sharded)
 
 
 def distance(found, expected):

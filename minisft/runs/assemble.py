@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +141,18 @@ def open_base(config: Config, prepared: Prepared) -> Base:
 
 def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Run:
     """The model, allocated but not filled yet, and its optimizer. Raises OSError if the disk has no room."""
-    def adapt(model: Llama) -> None:
-        if lora := adapters_of(config):
-            adapters.adapt(model, lora, trained=DTYPES[config.optim.parameters])
-        if config.train.precision == "fp8":
-            fp8.use(model, config.train.fp8_scale)
-
-    model = parallel.build_model(base.network, world, config, adapt=adapt)
+    model = parallel.build_model(base.network, world, config, adapt=partial(adapt, config=config))
     if world.is_main:
         check_room(Path(config.run.dir), room_needed(config, model, prepared.plan.total_steps), "the run needs")
     return Run(config, prepared, world, base, model, open_optimizer(model, config, world))
+
+
+def adapt(model: Llama, config: Config) -> None:
+    """Give `model`, on the meta device, its adapters and FP8 products, if the configuration wants them."""
+    if lora := adapters_of(config):
+        adapters.adapt(model, lora, trained=DTYPES[config.optim.parameters])
+    if config.train.precision == "fp8":
+        fp8.use(model, config.train.fp8_scale)
 
 
 def open_optimizer(model: Llama, config: Config, world: World) -> AdamW:
