@@ -53,8 +53,9 @@ def test_the_versions(capsys):
 
     import minisft
 
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith(f"minisft {minisft.__version__}, torch {torch.__version__}, Python 3.")
+    assert main(["--version"]) == 0  # an index's wheel is known as 2.14.1 to pip and calls itself 2.14.1+cu130
+    release = torch.__version__.split("+")[0]
+    assert capsys.readouterr().out.startswith(f"minisft {minisft.__version__}, torch {release}")
 
 
 def test_recipes_are_listed_with_what_they_are_for_and_printed(capsys):
