@@ -14,6 +14,7 @@ from typing import Any
 TABLE = tuple[tuple[str, str], ...]  # what a TOML table of strings becomes: hashable, in its order
 FORMATS = ("auto", "alpaca", "dolly", "sharegpt", "oasst", "messages", "prompt_completion", "text")
 AUTO = ("auto", "true", "false")
+FORGETTING = "forgetting"  # in eval.stop_on
 
 
 def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), aliases: Mapping[str, str] = MappingProxyType({}),
@@ -131,6 +132,7 @@ class CheckpointConfig:
     every: int = key(200, "steps between checkpoints; 0: only at the last step, or when asked to stop", low=0)
     keep: int = key(2, "number of checkpoints to keep, the newest; 0: all", low=0)
     export_every: int = key(0, "steps between Hugging Face folders during the run; 0: only the final one", low=0)
+    keep_best: str = key("", "a held-out set: the model of its lowest loss is kept in best/")
     resume: str = key("auto", "auto: from the newest intact checkpoint; never; or a checkpoint's folder")
     allow_change: bool = key(False, "resume even if data, batch, seed or model have changed")
 
@@ -156,6 +158,9 @@ class EvalConfig:
     every: int = key(0, "steps between evaluations; 0: only at the start and the end", low=0)
     samples: int = key(0, "questions of each data.eval to answer in the log, at each evaluation", low=0)
     max_tokens: int = key(0, "tokens of each held-out set to evaluate on, chosen by train.seed; 0: all", low=0)
+    stop_on: tuple[str, ...] = key((), "held-out sets of which one without a new lowest loss ends the run; forgetting: "
+                                   "crossing eval.forgetting_bound does")
+    patience: int = key(3, "evaluations in a row without a new lowest loss that end it", low=1)
     forgetting_bound: float = key(0.1, "warn if data.general's loss rises by more nats a token; 0: never", low=0)
 
 
@@ -193,6 +198,7 @@ def problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     random, on_host = model.init == "random", config.parallel.offload == "parameters"
     held = bool(data.eval or data.eval_fraction)
     every, samples, bound = config.eval.every, config.eval.samples, config.eval.forgetting_bound
+    best, stop_on = config.checkpoint.keep_best, config.eval.stop_on
     checks = [
         (not data.train, "data.train", "no training data; name at least one file"),
         (not (random or model.path), "model.path model.init",
@@ -209,6 +215,12 @@ def problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
          f"{samples} questions of each file to answer, but data.eval names no file"),
         (bound not in (0, EvalConfig.forgetting_bound) and not data.general, "eval.forgetting_bound data.general",
          f"a bound of {bound:g} nats on forgetting, but data.general names no file to measure it on"),
+        (bool(best or stop_on) and not every, "eval.every checkpoint.keep_best eval.stop_on",
+         "is 0, so no loss before the end tells checkpoint.keep_best or eval.stop_on anything; set it to 100, say"),
+        (FORGETTING in stop_on and not (data.general and bound), "eval.stop_on data.general eval.forgetting_bound",
+         "forgetting is measured on data.general and ends the run above eval.forgetting_bound; set both"),
+        (config.eval.patience != EvalConfig.patience and not {*stop_on} - {FORGETTING}, "eval.patience eval.stop_on",
+         f"patience for {config.eval.patience} evaluations, but eval.stop_on names no held-out set"),
         (data.replay_ratio != DataConfig.replay_ratio and not data.replay, "data.replay_ratio data.replay",
          f"{data.replay_ratio:g} of the tokens should be replayed, but data.replay names no file"),
         (optim.parameters == "bf16" and config.train.precision == "fp32", "optim.parameters train.precision",
@@ -229,9 +241,17 @@ def problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
          "gradients reach the host only after the backward pass; set one of the two to its default"),
     ]
     yield from ((tuple(keys.split()), message) for wrong, keys, message in checks if wrong)
+    yield from _name_problems(data, best, stop_on)
+
+
+def _name_problems(data: DataConfig, best: str, stop_on: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
     names = {key: [source.name for source in getattr(data, key)] for key in ("train", "eval", "general", "replay")}
     held_out = [heldout_name(source) for source in data.train if data.eval_fraction]
     beside = {"eval": held_out, "general": names["eval"] + held_out, "replay": names["train"]}  # in the same report
+    sets = [*beside["general"], *names["general"]]
+    for key, wanted in (("checkpoint.keep_best", {best} - {""}), ("eval.stop_on", {*stop_on} - {FORGETTING})):
+        if unknown := sorted(wanted - {*sets}):
+            yield (key,), f"{', '.join(unknown)}: no held-out set has this name; there are: {', '.join(sets) or 'none'}"
     for key, own in names.items():
         if not all(source.path for source in getattr(data, key)):
             yield (f"data.{key}",), "a path is empty"

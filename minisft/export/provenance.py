@@ -4,6 +4,7 @@
     recipe, seed                       the effective configuration, as TOML
     data                               every file: its sha256, documents, tokens, trained tokens, passes per epoch
     steps, tokens, ..., losses         the result, from the run's own log; logged_steps if the log lacks some
+    stopped                            why the run ended before total_steps, if eval.stop_on ended it
     history                            settings changed when the run was resumed: from_step, key, was, is
     base                               the model it began with: path, config, and the `training.json` found there
 
@@ -67,22 +68,24 @@ def training_record(known: Record, *, data: dict[str, list[Record]], log: list[R
     report; `log`: the run's records.
     """
     trained = [record for record in log if record["kind"] == "train"]
+    stops = [record["reason"] for record in log if record["kind"] == "stop" and record["step"] == step]
     sources = {use: [{"file": Path(source["path"]).name, "documents": source["kept"],
                       **{name: source[name] for name in FIGURES if name in source}} for source in found]
                for use, found in data.items()}
     return {**{key: value for key, value in known.items() if key != "base"}, "data": sources, "steps": step,
             **({"logged_steps": len(trained)} if len(trained) < step else {}),
+            **({"stopped": stops[0]} if stops else {}),
             "skipped_steps": sum(record.get("skipped") is True for record in trained),
             **{name: sum(record[name] for record in trained) for name in ("tokens", "target_tokens", "seconds")},
             "final_loss": trained[-1]["loss"] if trained else None, "losses": _losses(log), "base": known["base"]}
 
 
 def model_name(folder: Path) -> str:
-    """A model folder's name for people: runs/mine/final -> mine, runs/mine/exports/step-000100 -> mine-step-000100."""
+    """A model folder's name for people: runs/mine/final -> mine, runs/mine/best/step-000100 -> mine-step-000100."""
     folder = folder.absolute()
     if folder.name == "final":
         return folder.parent.name or folder.name
-    return f"{folder.parents[1].name}-{folder.name}" if folder.parent.name == "exports" else folder.name
+    return f"{folder.parents[1].name}-{folder.name}" if folder.parent.name in ("exports", "best") else folder.name
 
 
 def environment() -> Record:
@@ -186,6 +189,7 @@ def _summary(record: Record) -> str:
     code = f"minisft {record['minisft']}" + (f" at commit {record['commit']}" if record["commit"] else "")
     return (f"{origin} with {code} and torch {record['torch']}, in {record['ranks']} "
             f"process{'es' * (record['ranks'] > 1)}: {record['steps']:,} of {record['total_steps']:,} steps"
+            + (f" (ended early: {literal(record['stopped'], 200)})" if "stopped" in record else "")
             + (f" ({skipped:,} skipped: not finite)" if skipped else "")
             + (f" (the log of {lost:,} is lost; none of these figures include them)" if lost else "")
             + f", {record['tokens']:,} tokens seen, {record['target_tokens']:,} of them trained, in "

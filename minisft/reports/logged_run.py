@@ -77,6 +77,7 @@ class LoggedRun:
     samples: list[Record]
     profile: str
     written: float  # when the log last changed, in seconds since 1970
+    stopped: str = ""  # why it ended early
 
     @cached_property
     def steps(self) -> np.ndarray:
@@ -128,17 +129,19 @@ def _read_run(path: Path, name: str) -> LoggedRun:
         wrong = "not a run folder (no status.json, metrics.jsonl or config.toml)" if path.is_dir() else "no such folder"
         raise UserError(f"{path}: {wrong}; name the folder of a run (run.dir)")
     config = _read(path / "config.toml", CONFIG)
-    kinds: dict[str, dict[tuple[int, str, str], Record]] = {"train": {}, "eval": {}, "sample": {}}
+    kinds: dict[str, dict[tuple[int, str, str], Record]] = {"train": {}, "eval": {}, "sample": {}, "stop": {}}
     for record in _records(log := path / "metrics.jsonl"):  # a step that was repeated replaces the earlier one
         key = (record["step"], str(record.get("name")), str(record.get("prompt")))
         kinds.get(str(record.get("kind")), {})[key] = record
-    train, evals, samples = (sorted(found.values(), key=lambda record: record["step"]) for found in kinds.values())
+    by_step = (sorted(found.values(), key=lambda record: record["step"]) for found in kinds.values())
+    train, evals, samples, stops = by_step
+    stopped = next((str(stop.get("reason")) for stop in stops if train and stop["step"] == train[-1]["step"]), "")
     by_source: dict[str, list[Record]] = {}
     for record in evals:
         by_source.setdefault(str(record.get("name")), []).append(record)
     return LoggedRun(name, config, _text(path / "config.toml"), _read(path / "data.json", DATA),
                      _read(path / "environment.json", {}), _status(path), train, by_source, samples,
-                     _text(path / "profile" / "table.txt"), os.stat(log if log.exists() else path).st_mtime)
+                     _text(path / "profile" / "table.txt"), os.stat(log if log.exists() else path).st_mtime, stopped)
 
 
 class EventFiles:

@@ -62,7 +62,8 @@ def _facts(run: LoggedRun, held_out: list[str]) -> dict[str, str]:
         + (f": {_safe(error)}" if error else ""),
         "model": _safe(f"{base}, LoRA of rank {rank}" if rank else base),
         "data": _safe(", ".join(run.sources())),
-        "steps": f"{last:,}" + (f" of {planned:,}" if planned else "") + skipped,
+        "steps": f"{last:,}" + (f" of {planned:,}" if planned else "") + skipped
+        + (f": {_safe(run.stopped)}" if run.stopped else ""),
         "batch": f"{packs:,} pack{'s'[packs == 1 :]} × {seq_len:,} tokens" if packs and seq_len else "",
         "learning rate": _safe(f"{optim['lr']:g}, {optim.get('schedule', '')}".rstrip(", ")) if "lr" in optim else "",
         "tokens": f"{tokens:,.0f}, {trained:,.0f} of them trained",

@@ -1,9 +1,10 @@
-"""What happens after a step when it is due: held-out losses, answers, and a Hugging Face folder.
+"""What happens after a step when it is due: held-out losses, answers, Hugging Face folders, an early end.
 
 An evaluation stops at once when some rank is asked to stop. The log tells a resumed run what is left to do.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ from minisft.export.hf_folder import export, export_adapter
 from minisft.model.llama import DTYPES
 from minisft.prepare import adapters_of
 from minisft.reports.data_report import figures
-from minisft.runs import resume
+from minisft.runs import best, resume
 from minisft.runs.assemble import Run
 from minisft.runs.failure import watch
 from minisft.runs.metrics import Monitor, progress
@@ -26,40 +27,75 @@ from minisft.runs.preemption import Preemption
 from minisft.runs.run_dir import read_log
 from minisft.training import parallel
 
-Done = frozenset[tuple[str, str]]  # ("eval", name), ("sample", ""), ("export", "")
+Done = frozenset[tuple[str, str]]  # ("eval", name), ("sample", ""), ("stop", ""), ("exports", ""), ("best", "")
 
 
 class AfterStep:
-    """Does what is due after a step."""
+    """Does what is due after a step; `ended` is why the run ends there, before the last step of its plan."""
 
     def __init__(self, run: Run, monitor: Monitor, preemption: Preemption):
         self.run, self.monitor, self.preemption = run, monitor, preemption
-        # A resumed run measures against the base model's losses in its log.
-        self.forgetting = Forgetting(
-            (source.name for source in run.config.data.general), bound=run.config.eval.forgetting_bound,
-            log=read_log(run.folder) if run.world.is_main else ())
+        self.ended = ""
+        # A resumed run measures against the base model's losses in its log, and knows which step was the best.
+        log = read_log(run.folder) if run.world.is_main else []
+        self.evals = resume.from_main([record for record in log if record["kind"] == "eval"], run.world)
+        self.forgetting = Forgetting((source.name for source in run.config.data.general),
+                                     bound=run.config.eval.forgetting_bound, log=self.evals)
 
     def done(self, number: int) -> Done:
         """What an earlier start did after `number` steps, as the main rank sees it."""
         report: set[tuple[str, str]] = set()
         if self.run.world.is_main:
             report = {(record["kind"], record["name"] if record["kind"] == "eval" else "")
-                      for record in read_log(self.run.folder) if record["step"] == number}
-            report |= {("export", "")} if self._export_folder(number).exists() else set()
+                      for record in read_log(self.run.folder)
+                      if record["step"] == number and (record["kind"] != "eval" or record["loss"] is not None)}
+            report |= {(kind, "") for kind in ("exports", "best")
+                       if best.model_folder(self.run.folder, kind, number).exists()}
         return resume.from_main(frozenset(report), self.run.world)
 
     def step(self, number: int, *, done: Done = frozenset()) -> None:
         """Do what is due after `number` steps, except for what is `done`. Raises Stopped if some rank is asked to stop
         during an evaluation, which is then left to the next start."""
-        config, at_end = self.run.config, number in (0, self.run.prepared.plan.total_steps)
-        if at_end or is_due(number, config.eval.every):
+        config, total = self.run.config, self.run.prepared.plan.total_steps
+        if (at_end := number in (0, total)) or is_due(number, config.eval.every):
             self._evaluate(number, done)
             if config.eval.samples and ("sample", "") not in done:
                 self._answer(number)
-        if is_due(number, config.checkpoint.export_every) and not (at_end or ("export", "") in done):
-            self.monitor.settle()  # or this step would not be in the log, which the model's record is made from
-            folder = self._export_folder(number)
-            export_as(self.run, folder, adapter=f"{folder.name}-adapter", step=number)
+            self._choose(number, done)
+        if is_due(number, config.checkpoint.export_every) and not (at_end or ("exports", "") in done):
+            self._export("exports", number)
+
+    def _choose(self, number: int, done: Done) -> None:
+        """Export the model if it is the best so far, and end the run if more steps do not help. Raises NumericsError
+        rather than end it with a held-out loss that is not finite."""
+        run, config = self.run, self.run.config
+        lowest = best.lowest(self.evals, config.checkpoint.keep_best)
+        if lowest and lowest["step"] == number > 0:
+            if ("best", "") not in done:
+                self._export("best", number)
+            self.keep_best(resumable=True)
+        if 0 < number < run.prepared.plan.total_steps and (reason := best.stop_reason(self.evals, config.eval)):
+            losses = {record["name"]: record["loss"] for record in self.evals if record["step"] == number}
+            for name, loss in losses.items():
+                _check_finite(number, name, loss)
+            self.monitor.say(f"step {number}: the run ends here: {reason}")
+            if ("stop", "") not in done:
+                self.monitor.write({"kind": "stop", "step": number, "reason": reason})
+            self.ended = reason
+
+    def keep_best(self, *, resumable: bool) -> None:
+        """Delete the models in best/ that are not the best, nor at a checkpoint that the run is `resumable` from."""
+        if self.run.world.is_main and (name := self.run.config.checkpoint.keep_best):
+            best.delete_worse(self.run.folder, self.evals, name, resumable=resumable)
+
+    def _export(self, kind: str, number: int) -> None:
+        self.monitor.settle()  # or this step would not be in the log, which the model's record is made from
+        folder = best.model_folder(self.run.folder, kind, number)
+        export_as(self.run, folder, adapter=f"{folder.name}-adapter", step=number)
+        if self.run.world.is_main:
+            for aside in folder.parent.glob(f"{folder.name}*.given-up"):
+                shutil.rmtree(aside)
+        self.monitor.lap()
 
     def _evaluate(self, step: int, done: Done) -> None:
         """Log the held-out loss of each source, and how much of the general text is forgotten."""
@@ -77,15 +113,14 @@ class AfterStep:
             record = {"kind": "eval", "step": step, "name": name, **loss_figures(loss, dataset.target_weight),
                       "target_tokens": int(dataset.num_loss_tokens.sum()), "seconds": time.perf_counter() - started}
             warning = self.forgetting.add(record)
+            self.evals.append(record)
             monitor.write(record)
             above = f" ({record['forgetting']:+.4f} against the base model)" if record.get("forgetting") else ""
             monitor.say(f"step {step}: held-out loss on {name}: {loss:.4f}{above}")
             if warning:
                 monitor.say(warning)
-            if not math.isfinite(loss) and step in (0, run.prepared.plan.total_steps):
-                raise NumericsError(f"step {step}: the held-out loss on {name} is {loss}: "
-                                    + ("the base model cannot be trained; check its files, or set train.precision to "
-                                       "fp32" if step == 0 else "nothing is exported; lower optim.lr"))
+            if step in (0, run.prepared.plan.total_steps):
+                _check_finite(step, name, loss)
         monitor.lap()  # the next step's time begins here
 
     def _answer(self, step: int) -> None:
@@ -104,8 +139,12 @@ class AfterStep:
         tell(done, total)
         self.preemption.check(self.run.world.device)
 
-    def _export_folder(self, number: int) -> Path:
-        return self.run.folder / "exports" / f"step-{number:06}"
+
+def _check_finite(step: int, name: str, loss: float | None) -> None:
+    if loss is None or not math.isfinite(loss):
+        raise NumericsError(f"step {step}: the held-out loss on {name} is {math.nan if loss is None else loss}: "
+                            + ("the base model cannot be trained; check its files, or set train.precision to fp32"
+                               if step == 0 else "nothing is exported; lower optim.lr"))
 
 
 def export_as(run: Run, folder: Path, *, adapter: str, step: int) -> None:

@@ -228,7 +228,10 @@ def room_needed(config: Config, model: Llama, steps: int) -> int:
     folder, keep = Path(config.run.dir), config.checkpoint.keep
     saves = -(-steps // (config.checkpoint.every or steps))
     exports = steps // (config.checkpoint.export_every or steps + 1)
-    models = config.run.export + max(exports - len([*folder.glob("exports/step-*[0-9]")]), 0)
+    bests = steps // config.eval.every if config.checkpoint.keep_best else 0
+    bests = min(bests, keep + 2) if keep else bests  # of each checkpoint, of the run now, and the one being written
+    models = config.run.export + sum(max(count - len([*folder.glob(f"{kind}/step-*[0-9]")]), 0)
+                                     for kind, count in (("exports", exports), ("best", bests)))
     states = max((min(keep + 1, saves) if keep else saves) - len(saved_checkpoints(folder / "checkpoints")), 0)
     # The remains of a save or an export that was killed make room for the next one.
     unfinished = sum(file.stat().st_size for file in folder.glob("**/*.tmp/*"))

@@ -26,7 +26,7 @@ from minisft.model.flops import peak_flops
 from minisft.model.weights import check_folder
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
-from minisft.runs import assemble, resume, summary
+from minisft.runs import assemble, best, resume, summary
 from minisft.runs.after import AfterStep, export_as, is_due, record_of_model
 from minisft.runs.assemble import Run, check_finite, check_ranks, fill, open_base, open_run
 from minisft.runs.failure import fail, guarded, listen, watch
@@ -52,7 +52,7 @@ def train(config: Config) -> int:
     preemption = run_dir = world = None
     try:
         if is_main and Path(config.run.dir).exists():  # before the data is prepared, which may take long
-            run_dir = RunDir(Path(config.run.dir), config.train)
+            run_dir = RunDir(Path(config.run.dir), config)
             read_log(run_dir.path)  # a line that is no record ends the run here, not hours later
         warn_if_untested()
         check_ranks(config)
@@ -65,7 +65,7 @@ def train(config: Config) -> int:
         data = figures(prepared) if is_main else {}
         if is_main:
             print(describe(data, short=True), flush=True)
-            run_dir = run_dir or RunDir(Path(config.run.dir), config.train)
+            run_dir = run_dir or RunDir(Path(config.run.dir), config)
             run_dir.check_steps(prepared.plan.total_steps)
             run_dir.status("running")
         world = parallel.start(config.parallel)
@@ -77,9 +77,9 @@ def train(config: Config) -> int:
         run.history.extend(resume.history(saved, run.settings, run.fingerprint))
         if run_dir:
             record_start(run, run_dir, saved, data=data)
-        finished = run_steps(run, preemption, saved)
-        code = finish(run, run_dir, finished=finished, stop_requested=preemption.requested)
-        if is_main and finished:
+        last = run_steps(run, preemption, saved)
+        code = finish(run, run_dir, last=last, stop_requested=preemption.requested)
+        if is_main and last is not None:
             print(summary.describe(run, start=saved.step if saved else 0, seconds=time.monotonic() - started),
                   flush=True)
         return code
@@ -101,10 +101,11 @@ def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: d
     if not saved and (run.folder / "final").exists():
         raise UserError(f"{run.folder}: holds a finished run, but no complete checkpoint to train it longer from; "
                         "choose another folder with run.dir")
-    if run.config.run.export:  # what could not be exported fails now, not after the training
+    if run.config.run.export or run.config.checkpoint.keep_best:  # what cannot be exported fails now, not hours later
         try_export(run.base.network, run.prepared.renderer, run.folder / "final",
                    record=record_of_model(run, data, step=step, log=[]))
     set_aside(resume.abandoned(saved, saved_checkpoints(run_dir.path / "checkpoints")))
+    best.set_aside_later(run_dir.path, step)
     run_dir.begin(to_toml(run.config), data=data, environment=environment())
     logged = run_dir.rewind_log(step if saved else -1)  # step 0 is evaluated again
     for change in run.history:
@@ -117,23 +118,23 @@ def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: d
               "the log, and the model's record will say so", flush=True)
 
 
-def finish(run: Run, run_dir: RunDir | None, *, finished: bool, stop_requested: bool) -> int:
-    """Export the model of a `finished` run, and record how the run ended; returns the exit code."""
-    if run_dir and (stop_requested or not finished):  # it has saved, and may be killed while it exports
+def finish(run: Run, run_dir: RunDir | None, *, last: int | None, stop_requested: bool) -> int:
+    """Export the model of a run that is complete after step `last`, and record how it ended; returns the exit code."""
+    if run_dir and (stop_requested or last is None):  # it has saved, and may be killed while it exports
         run_dir.status("preempted", exit_code=EXIT_PREEMPTED)
-    if not finished:
+    if last is None:
         dist.barrier()  # torchrun ends all ranks as soon as one leaves: not before the main one has recorded that
         return EXIT_PREEMPTED
     if run.config.run.export:
-        export_as(run, run.folder / "final", adapter="adapter", step=run.prepared.plan.total_steps)
+        export_as(run, run.folder / "final", adapter="adapter", step=last)
     if run_dir:
         run_dir.status("done", exit_code=0)
     return 0
 
 
-def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None) -> bool:
-    """Take the steps of the plan after `saved`, with their evaluations and checkpoints. Returns True if the run is
-    complete: all steps trained, and evaluated."""
+def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None) -> int | None:
+    """Take the steps of the plan after `saved`, with their evaluations and checkpoints. Returns the last step if the
+    run is complete: evaluated, and the plan's last or the one where eval.stop_on ends it."""
     config, world, total = run.config, run.world, run.prepared.plan.total_steps
     number = start = saved.step if saved else 0
     saver = Saver(run.folder / "checkpoints", world, keep=config.checkpoint.keep)
@@ -149,50 +150,57 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
             if config.lora.dropout:
                 adapters.set_step(run.model, config.train.seed, start)
             monitor.resume()
-            for result in profiled(taken, run.folder / "profile" if config.run.profile and world.is_main else None):
+            steps = () if after.ended else taken
+            for result in profiled(steps, run.folder / "profile" if config.run.profile and world.is_main else None):
                 number = result.step
                 monitor.step(record_of(run, result, seconds=monitor.lap()), result.loss, result.grad_norm)
                 saver.check()
                 if is_due(number, config.checkpoint.every) or number == total:  # before an export, which may fail
-                    save(run, saver, monitor, number)
+                    save(run, saver, monitor, number, is_last=number == total)
                 after.step(number)
+                if after.ended:
+                    break
                 watch(config.parallel.timeout)
                 if config.lora.dropout:
                     adapters.set_step(run.model, config.train.seed, number)
                 if number < total:
                     preemption.check(world.device)
                 monitor.resume()
-            complete = number == total
+            complete = number == total or bool(after.ended)
+        if after.ended:
+            check_trained(run, monitor, number)
         if number > start and saver.step != number:
-            save(run, saver, monitor, number)
+            save(run, saver, monitor, number, is_last=complete)
         saver.finish()
+        if complete:
+            after.keep_best(resumable=False)
     if not complete and world.is_main:  # below the bar
         print(f"saved step {number}; the same command resumes from there" if number else
               "stopped before the first step; the same command starts again", flush=True)
-    return complete
+    return number if complete else None
 
 
-def save(run: Run, saver: Saver, monitor: Monitor, number: int) -> None:
+def save(run: Run, saver: Saver, monitor: Monitor, number: int, *, is_last: bool) -> None:
     """Begin a checkpoint of the run after `number` steps. Raises NumericsError rather than replace older checkpoints
     with a broken model."""
     monitor.settle()  # or this step would be in the checkpoint but not in the log
     check_finite(run.optimizer.rows, run.world, f"after step {number}", "lower optim.lr")
     if number == run.prepared.plan.total_steps:
-        check_trained(run, monitor)
+        check_trained(run, monitor, number)
     monitor.sync()
-    if number == run.prepared.plan.total_steps and not (run.config.run.export or run.config.checkpoint.every):
+    if is_last and not (run.config.run.export or run.config.checkpoint.every):
         return  # there is no export that could fail, and nobody asked for checkpoints
     saver.save(number, run.optimizer, {
         "adam_steps": run.optimizer.steps(), "fingerprint": run.fingerprint, "settings": run.settings,
         "history": run.history, **monitor.progress()})
 
 
-def check_trained(run: Run, monitor: Monitor) -> None:
-    """Raise NumericsError if no step of the run was finite, or if its last one was not and neither is the loss now on
-    the documents of its first one."""
+def check_trained(run: Run, monitor: Monitor, steps: int) -> None:
+    """Raise NumericsError if none of the run's `steps` was finite, or if its last one was not and neither is the loss
+    now on the documents of its first one."""
     plan, advice = run.prepared.plan, "nothing is exported; check the base model, or lower optim.lr"
     if not monitor.finite_steps:
-        raise NumericsError(f"none of the {plan.total_steps} steps had a finite loss and gradient, so nothing was "
+        raise NumericsError(f"none of the {steps} steps had a finite loss and gradient, so nothing was "
                             f"trained: {advice}")
     if not monitor.skipped_in_a_row:
         return
@@ -204,7 +212,7 @@ def check_trained(run: Run, monitor: Monitor) -> None:
             loss += batch_loss(run.model, batch, world.device, step.target_weight or step.target_tokens, config.optim,
                                compiled=compiled)
     if not parallel.all_sum(loss).isfinite():
-        raise NumericsError(f"the last {monitor.skipped_in_a_row} of {plan.total_steps} steps had no finite loss or "
+        raise NumericsError(f"the last {monitor.skipped_in_a_row} of {steps} steps had no finite loss or "
                             f"gradient, and neither has the model on the documents of the first step: {advice}")
 
 

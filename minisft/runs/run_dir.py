@@ -1,11 +1,12 @@
 """The folder of a run: its lock, the state of the run, its log.
 
     config.toml  data.json  environment.json  metrics.jsonl  status.json
-    checkpoints/step-000100/  final/  profile/  .lock
+    checkpoints/step-000100/  exports/step-000100/  best/step-000100/  final/  profile/  .lock
 
 One run at a time holds a folder, by a lock that the kernel releases when the process dies. A folder with other content,
-or a finished run, is never overwritten. A finished run resumes if train.epochs or train.max_steps is raised: it stays
-"done" until it is known that there are more steps, and its final/ stays until the new one is written.
+or a finished run, is never overwritten. A finished run resumes if train.epochs or train.max_steps is raised, or if what
+ended it early is changed: it stays "done" until it is known that there are more steps, and its final/ stays until the
+new one is written.
 """
 
 import fcntl
@@ -14,19 +15,21 @@ import os
 import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minisft.config import TrainConfig
+from minisft.config import Config
 from minisft.errors import UserError
 from minisft.reports.logged_run import is_number, misfit
 from minisft.training.checkpoint import saved_checkpoints
 
 # Fields that a run needs when it resumes and records its model; the loss may also be null.
 SHAPES = {"train": {"step": int, "tokens": int, "target_tokens": int, "seconds": float},
-          "eval": {"step": int, "name": str, "target_tokens": int, "forgetting?": float}}
+          "eval": {"step": int, "name": str, "target_tokens": int, "forgetting?": float},
+          "stop": {"reason": str}}
 # A run would overwrite these.
-OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "final", "profile")
+OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "best", "final", "profile")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -60,10 +63,10 @@ class RunDir:
     """Locked by the main rank from construction until `close`.
 
     Raises UserError if another run uses the folder, or it holds something else or a run that was finished and is not to
-    become longer by `train`; OSError if it cannot be written.
+    become longer by `config`; OSError if it cannot be written.
     """
 
-    def __init__(self, path: Path, train: TrainConfig):
+    def __init__(self, path: Path, config: Config):
         self.path = path
         foreign = [name for name in OURS if (path / name).exists()]
         if foreign and not (path / "status.json").exists():
@@ -78,7 +81,7 @@ class RunDir:
             raise UserError(f"{path}: in use by {holder}; wait for it, or choose another folder with run.dir") from None
         self.is_finished = (path / "final").exists() and not self._was_cut_off()
         if self.is_finished:
-            self._check_longer(train)
+            self._check_longer(config)
         self._lock.truncate(0)
         self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
 
@@ -89,20 +92,25 @@ class RunDir:
             return state != "done" and bool(saved_checkpoints(self.path / "checkpoints"))
         return False
 
-    def _check_longer(self, train: TrainConfig) -> None:
-        """Raise UserError unless `train` asks for more than the finished run had, and there is a checkpoint of it."""
+    def _check_longer(self, config: Config) -> None:
+        """Raise UserError unless `config` asks for more than the finished run had, and there is a checkpoint of it."""
         text = f"{self.path}: holds a finished run; choose another folder with run.dir, or delete it"
         try:
-            was = tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))["train"]
-            epochs, steps = was["epochs"], was["max_steps"]
-            longer = train.epochs > epochs or (steps != "none" and (train.max_steps or 2**63) > steps)
+            was = tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
+            epochs, steps = was["train"]["epochs"], was["train"]["max_steps"]
+            longer = config.train.epochs > epochs or (steps != "none" and (config.train.max_steps or 2**63) > steps)
+            remedy = f"raise train.epochs (it had {epochs}) or train.max_steps ({steps})"
+            last = self.last_step()
+            if any(record["kind"] == "stop" and record["step"] == last for record in read_log(self.path)):
+                keys, now = ("stop_on", "patience", "forgetting_bound"), json.loads(json.dumps(asdict(config.eval)))
+                longer = any(now[key] != was["eval"][key] for key in keys)
+                remedy = "change what ended it: " + ", ".join(f"eval.{key} ({was['eval'][key]})" for key in keys)
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             raise UserError(text) from None
         if not saved_checkpoints(self.path / "checkpoints"):
             raise UserError(f"{text}; it cannot be trained longer, because its checkpoints are gone")
         if not longer:
-            raise UserError(f"{text}; to train it longer, raise train.epochs (it had {epochs}) or train.max_steps "
-                            f"({steps})")
+            raise UserError(f"{text}; to train it longer, {remedy}")
 
     def check_steps(self, total: int) -> None:
         """Raise UserError if this run is finished and `total` steps are not more than it had."""

@@ -29,6 +29,7 @@ from minisft.errors import PATH, printable
 from minisft.export.provenance import training_record
 from minisft.formats.jinja import recognize, written
 from minisft.prepare import adapters_of
+from minisft.runs import best
 from minisft.runs.assemble import Run
 from minisft.runs.run_dir import read_log
 
@@ -43,13 +44,25 @@ def describe(run: Run, *, start: int, seconds: float) -> str:
     made = [f"{run.folder / 'final'}: the trained model"] if run.config.run.export else []
     if made and adapters_of(run.config):
         made = [f"{made[0]}, merged with its adapter", f"{run.folder / 'adapter'}: the adapter alone, for PEFT"]
+    made += _best(run, log)
     training, wall = map(tqdm.format_interval, (found["seconds"], seconds))
     since, over = (f" since step {start:,}", " over all starts") if start else ("", "")
     speed = f"; {found['tokens'] / found['seconds']:,.0f} tokens/s" if found["seconds"] else ""
-    lines = ["", *made, f"steps    {last:,} of {total:,}", f"time     {wall}{since}, training {training}{over}",
+    early = f": {found['stopped']}" if "stopped" in found else ""
+    lines = ["", *made, f"steps    {last:,} of {total:,}{early}", f"time     {wall}{since}, training {training}{over}",
              f"tokens   {found['tokens']:,}, of which {found['target_tokens']:,} trained{speed}",
              *(f"skipped  {what}" for what in _skipped(run, found)), *_losses(run, found["losses"]), "", *_next(run)]
     return "\n".join(printable(line, PATH) for line in lines)
+
+
+def _best(run: Run, log: list[Record]) -> list[str]:
+    """Where the model of the lowest held-out loss is, if the run keeps it."""
+    name = run.config.checkpoint.keep_best
+    if not (found := best.lowest([record for record in log if record["kind"] == "eval"], name)):
+        return []
+    folder = best.model_folder(run.folder, "best", found["step"])
+    missing = f"step {found['step']} ({'no longer kept' if found['step'] else 'base'})"
+    return [f"{folder if folder.exists() else missing}: the lowest loss on {name}, {found['loss']:.4f}"]
 
 
 def _skipped(run: Run, found: Record) -> list[str]:
