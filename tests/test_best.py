@@ -2,13 +2,26 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import HERE, final_weights, log, options, train, wait_for_savers
+from small_runs import (
+    HERE,
+    assert_same,
+    final_weights,
+    launch,
+    log,
+    options,
+    train,
+    wait_for_savers,
+    wait_for_step,
+    workers,
+)
 from test_resume import run_until_death
 
 from minisft.config import EvalConfig
@@ -119,7 +132,7 @@ def test_it_may_be_the_base_model(base, tmp_path, scripted, capsys):
     scripted[""] = dict.fromkeys(range(10), 7.0) | {0: 6.0}
     train(base, tmp_path, **KEEP, train__max_steps=3)
     assert models(tmp_path) == []
-    assert "\nstep 0 (base): the lowest loss on conversations, 6.0000\n" in capsys.readouterr().out
+    assert "\nstep 0 (the base model): the lowest loss on conversations, 6.0000\n" in capsys.readouterr().out
 
 
 def test_of_adapters_too(base, tmp_path, scripted):
@@ -254,6 +267,28 @@ def test_forgetting_ends_it_on_two_ranks_too(base, tmp_path):
     lowest = min(evals, key=lambda record: record["loss"])["step"]
     assert models(tmp_path) == [f"step-{lowest:06}"] * (lowest > 0)
     assert "above the base model's (eval.forgetting_bound = 0.05)" in log(tmp_path, "stop")[0]["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 4])
+def test_two_ranks_killed_choose_as_if_they_had_not_been(base, tmp_path, step):
+    """Real losses, held against the log; the model is that of the uninterrupted run, bit for bit."""
+    settings = {**KEEP, "checkpoint__every": 2, "eval__every": 1, "train__max_steps": 12, "optim__lr": 0.1,
+                "eval__stop_on": "conversations", "eval__patience": 2}
+    train(base, tmp_path / "whole", ranks=2, **settings)
+    with launch(base, tmp_path / "died", ranks=2, **settings) as torchrun:
+        wait_for_step(tmp_path / "died", step, torchrun)
+        for pid in workers(torchrun).values():
+            os.kill(pid, signal.SIGKILL)
+        torchrun.communicate(timeout=90)
+    train(base, tmp_path / "died", ranks=2, **settings)
+    evals = log(tmp_path / "died", "eval")
+    assert [record["loss"] for record in evals] == [record["loss"] for record in log(tmp_path / "whole", "eval")]
+    at, end = told(evals, "conversations", 2)
+    assert 0 < at < end < 12
+    assert models(tmp_path / "died") == models(tmp_path / "whole") == [f"step-{at:06}"]
+    assert equal(weights_of(tmp_path / "died", at), weights_of(tmp_path / "whole", at))
+    assert_same(tmp_path / "died", (log(tmp_path / "whole"), final_weights(tmp_path / "whole")))
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -61,7 +61,7 @@ def _best(run: Run, log: list[Record]) -> list[str]:
     if not (found := best.lowest([record for record in log if record["kind"] == "eval"], name)):
         return []
     folder = best.model_folder(run.folder, "best", found["step"])
-    missing = f"step {found['step']} ({'no longer kept' if found['step'] else 'base'})"
+    missing = f"step {found['step']} ({'its model was not kept' if found['step'] else 'the base model'})"
     return [f"{folder if folder.exists() else missing}: the lowest loss on {name}, {found['loss']:.4f}"]
 
 
