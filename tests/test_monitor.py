@@ -2,11 +2,13 @@
 
 import json
 import re
+import time
 
 import pytest
 import torch
 
 from minisft.errors import NumericsError
+from minisft.runs import metrics
 from minisft.runs.metrics import Monitor
 
 
@@ -41,6 +43,32 @@ def test_a_loss_over_twice_its_mean_for_five_steps_warns_once(tmp_path, capsys, 
 def test_figures_come_one_step_late_and_none_is_lost(tmp_path):
     follow(monitor(tmp_path / "log"), [3.0, 2.0, 1.0])
     assert [json.loads(line)["loss"] for line in (tmp_path / "log").read_text().splitlines()] == [3.0, 2.0, 1.0]
+
+
+def test_a_step_on_a_gpu_has_the_time_that_the_gpu_took(tmp_path, monkeypatch):
+    """The host is ahead of it: 0.1 ms to start a step of 50 ms, in which an evaluation waits for the last one."""
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    class Late(metrics.AsyncScalars):
+        def read(self):
+            time.sleep(max(0, ready - time.perf_counter()))
+            return super().read()
+
+    monkeypatch.setattr(metrics, "AsyncScalars", lambda figures: Late(figures.as_subclass(torch.Tensor)))
+    following, ready = monitor(tmp_path / "log"), time.perf_counter()
+    for step in range(1, 7):
+        following.step({"kind": "train", "step": step, "tokens": 10, "lr": 1e-3, "seconds": 1e-4, "memory_gib": 0.5,
+                        "tokens_per_second": 10 / 1e-4, "mfu": 500.0}, *torch.ones(2).as_subclass(OnGpu))
+        ready = time.perf_counter() + 0.05
+        if step % 2 == 0:
+            following.settle()  # as an evaluation does,
+            time.sleep(0.1)  # which takes long
+        following.resume()
+    for record in map(json.loads, (tmp_path / "log").read_text().splitlines()):
+        assert 0.045 < record["seconds"] < 0.12
+        assert record["tokens_per_second"] * record["seconds"] == pytest.approx(10)
+        assert record["mfu"] * record["seconds"] == pytest.approx(500 * 1e-4)
 
 
 def test_a_bad_step_is_logged_as_json_with_its_documents(tmp_path, capsys):

@@ -132,7 +132,10 @@ class Monitor:
         (record, figures), self._waiting = self._waiting, None
         loss, grad_norm = figures.read()
         seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
-        seconds = seconds if self._on_gpu else record["seconds"]  # a CPU was done when the step was taken
+        if self._on_gpu:  # which was behind when the record was made; a CPU was done
+            record |= {rate: record[rate] * record["seconds"] / seconds
+                       for rate in ("tokens_per_second", "mfu") if rate in record} | {"seconds": seconds}
+        seconds = record["seconds"]
         self._recent.append((seconds, record["tokens"] / seconds))
         skipped = not math.isfinite(grad_norm)  # as the optimizer saw it
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
