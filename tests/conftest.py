@@ -1,6 +1,8 @@
 """One thread: the models of the tests are so small that threads would only wait for each other."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -9,9 +11,11 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Two processes that compile at once have been seen to read each other's half-written libraries.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(
-    tempfile.gettempdir(), f"minisft-inductor-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"))
+# Two processes that compile at once have been seen to read each other's half-written libraries, and a killed one leaves
+# such a file for good. A worker of xdist inherits the folder of the process that started it.
+if "PYTEST_XDIST_WORKER" in os.environ or "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="minisft-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 settings.register_profile("any load", deadline=None)
 settings.load_profile("any load")
