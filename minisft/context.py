@@ -29,8 +29,8 @@ from minisft.model.llama_config import LlamaConfig
 
 def check(ranks: int, network: LlamaConfig) -> None:
     """Raise UserError if the heads of `network` cannot be divided over `ranks`."""
-    heads, shared = network.num_attention_heads, network.num_key_value_heads
     if not divides(ranks, network):
+        heads, shared = network.num_attention_heads, network.num_key_value_heads
         good = ", ".join(str(n) for n in range(1, heads + 1) if divides(n, network))
         raise UserError(f"parallel.context = {ranks}: the network's {heads} query heads and {shared} key/value heads "
                         f"cannot be divided evenly over {ranks} ranks; set it to one of {good}")

@@ -21,7 +21,7 @@ from test_communication import Bytes
 from test_compiled_gradients import Drawn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from minisft import context
+from minisft import config_io, context
 from minisft.config import BatchConfig, Config, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from minisft.data.batches import MicroBatch, micro_batch
 from minisft.data.packing import Plan
@@ -37,6 +37,7 @@ from minisft.training import parallel
 from minisft.training.loop import planned_steps, training_steps
 from minisft.training.loss import batch_loss
 from minisft.training.optimizer import AdamW
+from minisft.versions import SHARDS_BYTES
 
 NETWORK = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
                       num_key_value_heads=4, head_dim=8)
@@ -85,7 +86,7 @@ def built(config, world):
 
 
 def run(config, world):
-    """What `world` computes: gradients of the first step, losses, norms and weights of all, and what evaluation says."""
+    """What `world` computes: gradients of the first step, losses, norms and weights of all, held-out loss, answers."""
     model, data, every = built(config, world), Set(), plan()
     lora.set_step(model, 0, 0)
     step = next(steps := planned_steps(data, every, config, world))
@@ -192,3 +193,186 @@ def test_two_ranks_that_share_are_the_oracle(tmp_path, alone, expected):
     assert len(answers) > len(PROMPTS)
     for each in found:
         assert_same(each, expected | {"answers": answers})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "shared"), [(4, 4), (4, 2), (8, 8)],
+                         ids=["4 share", "2 groups of 2", "8 share 4 key/value heads"])
+def test_any_number_of_ranks_and_groups_are_the_oracle(tmp_path, expected, ranks, shared):
+    for each in at_once(tmp_path, ranks, *(config_of(shared, recompute=recompute) for recompute in
+                                           ("none", "selective", "full"))):
+        assert_same(each, expected)
+
+
+ADAPTED = {"LoRA": LoraConfig(4, base="fp32"), "dropout": LoraConfig(4, base="fp32", dropout=0.3),
+           "DoRA": LoraConfig(4, base="fp32", dora=True), "NF4": LoraConfig(4, base="nf4")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "shared"), [(2, 2), (4, 2)])
+def test_adapters_are_those_of_one_process(tmp_path, alone, ranks, shared):
+    """Dropout drops the same, because it is drawn by document and position."""
+    names = [name for name in ADAPTED if SHARDS_BYTES or name != "NF4"]
+    found = at_once(tmp_path, ranks, *(config_of(shared, adapters=ADAPTED[name]) for name in names))
+    for name, each in zip(names, found, strict=True):
+        wanted = run(config_of(adapters=ADAPTED[name]), alone)
+        assert {name.partition("/")[0] for name in wanted} == {"gradient", "weight", "losses", "heldout", "answers"}
+        assert_same(each, wanted)
+
+
+@pytest.mark.slow
+def test_fp8_and_bf16_round_as_one_process_does(tmp_path, alone):
+    """Scales are found for a rank's tokens, so FP8 rounds a little differently, as it does with other packs."""
+    configs = [config_of(2, precision=precision) for precision in ("bf16", "fp8")]
+    for config, each in zip(configs, at_once(tmp_path, 2, *configs), strict=True):
+        one, exact = (run(config_of(precision=precision), alone) for precision in (config.train.precision, "fp32"))
+        for name in (name for name in exact if name.startswith("gradient/")):
+            rounded = (one[name] - exact[name]).norm()
+            assert 0 < rounded < 0.5 * exact[name].norm()
+            assert (each[name] - exact[name]).norm() < 1.5 * rounded
+        torch.testing.assert_close(each["losses"][0], one["losses"][0], rtol=0.01, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["boundaries", "positions"])
+def test_a_leak_is_found(tmp_path, expected, kind):
+    """Planted here, so that the tests above are known to see one."""
+    found, = at_once(tmp_path, 2, config_of(2), kind=kind)
+    print(f"{kind}: loss {float(found['losses'][0, 0]):.4f}, should be {float(expected['losses'][0, 0]):.4f}; held-out "
+          f"{float(found['heldout']):.4f}, should be {float(expected['heldout']):.4f}")
+    with pytest.raises(AssertionError):
+        assert_same(found, expected, tolerance=1e-2)
+
+
+# What is sent
+
+
+@pytest.mark.parametrize(("ranks", "recompute", "passes"), [(2, "none", 2), (4, "selective", 3), (8, "full", 3)])
+def test_bytes_of_a_micro_batch(ranks, recompute, passes):
+    """Of each layer and token, queries, keys, values and the result of attention in each pass, and no more; on
+    simulated ranks. The tracker counts whole buffers, of which a rank keeps its own part."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        config = config_of(ranks, recompute=recompute)
+        world = parallel.World(0, ranks, torch.device("cpu"), dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=(
+            "shard",)), dist.HashStore(), ranks)
+        model = built(config, world)
+        batch = micro_batch(Set(), [0, 4], multiple=ranks).part(0, ranks)
+        with Bytes() as sent:
+            batch_loss(model, batch, world.device, 1.0).backward()
+        heads = 2 * NETWORK.num_attention_heads + 2 * max(NETWORK.num_key_value_heads, ranks)
+        token = NETWORK.num_hidden_layers * heads * NETWORK.head_dim * 4
+        exchanged = {name: number for name, number in sent.counted.items() if name[0] == "all_to_all_single"}
+        assert exchanged == {("all_to_all_single", torch.float32): passes * token * len(batch.tokens)}
+        assert len(batch.tokens) == -(-106 // ranks)
+    finally:
+        dist.destroy_process_group()
+
+
+# The parts
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 5, 53, 106])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_parts_are_the_stream(ranks, weighted):
+    """Every target once, after the token that it follows; documents are those of the whole stream."""
+    whole = micro_batch(Set(), [0, 4], multiple=ranks)
+    whole = replace(whole, target_weights=whole.targets / 7) if weighted else whole
+    parts, pairs = [whole.part(rank, ranks) for rank in range(ranks)], Counter()
+    for i, part in enumerate(parts):
+        assert len(part.tokens) * ranks == len(whole.tokens)
+        assert (part.ranks, part.lengths) == (ranks, whole.lengths)
+        assert part.cu_seqlens is whole.cu_seqlens
+        pairs.update(zip((part.target_at + i * len(part.tokens)).tolist(), part.targets.tolist(),
+                         part.target_weights.tolist() if weighted else part.targets.tolist(), strict=True))
+    for name in ("tokens", "positions", "numbers", "targets"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert pairs == Counter(zip(whole.target_at.tolist(), whole.targets.tolist(),
+                                (whole.target_weights if weighted else whole.targets).tolist(), strict=True))
+
+
+def test_padding_is_as_long_as_it_must_be():
+    for multiple, padded in ((1, 106), (4, 108), (106, 106), (107, 107)):
+        batch = micro_batch(Set(), [0, 4], multiple=multiple, longest=SEQ_LEN)
+        assert len(batch.tokens) == sum(batch.lengths) == padded
+        assert (batch.numbers == -1).sum() == padded - 106
+    assert len(micro_batch(Set(), [], multiple=4, longest=3).tokens) == 4
+    assert micro_batch(Set(), [0, 4], size=2 * SEQ_LEN, multiple=5, longest=SEQ_LEN).lengths == (66, 40, 29)
+
+
+# Whole runs
+
+
+RUN = {"parallel__context": 2, "data__seq_len": 511, "train__max_steps": 4}
+
+
+def test_a_run_of_two_ranks_is_that_of_one(base, tmp_path):
+    """Losses, norms, held-out losses, answers and the exported weights."""
+    heldout = {"data__eval": HERE / "oracles" / "conversations.jsonl", "eval__samples": 2}
+    wanted = train(base, tmp_path / "one", **RUN | heldout | {"parallel__context": 1})
+    found = train(base, tmp_path / "two", ranks=2, **RUN | heldout)
+    for key in ("loss", "grad_norm", "tokens", "target_tokens"):
+        assert [record[key] for record in found] == pytest.approx([record[key] for record in wanted], rel=1e-5)
+    assert [record["loss"] for record in log(tmp_path / "two", "eval")] == pytest.approx(
+        [record["loss"] for record in log(tmp_path / "one", "eval")], rel=1e-5)
+    assert [record["answer"] for record in log(tmp_path / "two", "sample")] == [
+        record["answer"] for record in log(tmp_path / "one", "sample")]
+    assert_same(final_weights(tmp_path / "two"), final_weights(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_other_ranks_that_share(base, tmp_path):
+    """Two ranks that share, one process, and two ranks that share again: the run of one process."""
+    every = {**RUN, "train__max_steps": 9, "checkpoint__every": 3}
+    wanted = train(base, tmp_path / "one", **every | {"parallel__context": 1})
+    for ranks, steps in ((2, 3), (1, 6), (2, 9)):
+        found = train(base, tmp_path / "two", ranks=ranks, **every | {
+            "parallel__context": ranks, "train__max_steps": steps})
+    for key in ("step", "loss", "grad_norm", "tokens"):
+        assert [record[key] for record in found] == pytest.approx([record[key] for record in wanted], rel=1e-5)
+    assert_same(final_weights(tmp_path / "two"), final_weights(tmp_path / "one"), tolerance=2e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_exchange_without_a_break(base, tmp_path):
+    found = [train(base, tmp_path / compiled, ranks=2, **RUN, parallel__compile=compiled,
+                   parallel__activation_checkpointing="selective") for compiled in ("true", "false")]
+    assert [record["loss"] for record in found[0]] == pytest.approx([record["loss"] for record in found[1]], rel=1e-5)
+    assert_same(*(final_weights(tmp_path / compiled) for compiled in ("true", "false")))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("shared", "good"), [(3, "1, 2, 4, 8"), (16, "1, 2, 4, 8")])
+def test_heads_that_cannot_be_divided_are_refused(shared, good):
+    with pytest.raises(UserError, match=f"parallel.context = {shared}: the network's 8 query heads and 4 key/value "
+                                        f"heads cannot be divided evenly over {shared} ranks; set it to one of {good}"):
+        context.check(shared, NETWORK)
+
+
+def test_key_value_heads_that_are_no_multiple_are_refused():
+    network = replace(NETWORK, num_attention_heads=12, num_key_value_heads=6)
+    assert [ranks for ranks in range(1, 20) if context.divides(ranks, network)] == [1, 2, 3, 6, 12]
+
+
+@pytest.mark.parametrize(("ranks", "settings", "message"), [
+    (3, {"parallel.context": 2}, "parallel.context = 2 does not divide the number of ranks, 3: start a multiple of 2 "
+                                 "processes, or set it to a divisor of 3"),
+    (8, {"parallel.context": 2, "batch.packs": 3}, "batch.packs = 3 cannot be split over 8 ranks: some would never "
+                                                   "have work; raise batch.packs to at least 4"),
+    (4, {"parallel.context": 2, "optim.in_backward": "true", "optim.clip_norm": 0}, "lower batch.packs to 2, raise "
+                                                                                    "batch.micro_packs to 2"),
+])
+def test_ranks_that_cannot_share_are_refused(base, tmp_path, monkeypatch, ranks, settings, message):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    config = config_io.load(options(base, tmp_path, **settings))
+    with pytest.raises(UserError, match=message):
+        assemble.check_ranks(config)
+
+
+def test_a_run_says_that_its_heads_cannot_be_divided(base, tmp_path, capsys):
+    """Before anything is allocated; one process would do."""
+    assert main(options(base, tmp_path, parallel__context=3)) == 2
+    assert "parallel.context = 3 does not divide the number of ranks, 1" in capsys.readouterr().err

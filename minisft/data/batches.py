@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,7 +52,8 @@ class MicroBatch:
     target_at: Tensor  # (N,) int64: ... after these positions
     numbers: Tensor  # (T,) int32: of each token's document (`told_apart`); -1 for padding
     target_weights: Tensor | None = None  # (N,) float64: of the targets in the loss; None: all 1
-    ranks: int = 1  # that share the stream; all of the above, except lengths and cu_seqlens, are of one rank's part
+    # That share the stream; all of the above, except lengths and cu_seqlens, are of one rank's part.
+    ranks: int = field(default=1, kw_only=True)
 
     @property
     def longest(self) -> int:
