@@ -1,4 +1,4 @@
-"""Packed documents that ranks share, with the boundaries and without: `torchrun --nproc-per-node N shared.py MODEL DATA`.
+"""Packed documents that ranks share, with boundaries and without: `torchrun --nproc-per-node N shared.py MODEL DATA`.
 
 The loss on the answers in DATA, each pack by one rank, and each by all N; then with attention that was not told where
 documents end. And the probe of trl#6843: one token of a pack's first document is changed. In how many positions of the
