@@ -8,6 +8,7 @@ import os
 import runpy
 import socket
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 
@@ -19,6 +20,7 @@ import torch.multiprocessing
 from small_runs import HERE, final_weights, log, options, train
 from test_communication import Bytes
 from test_compiled_gradients import Drawn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minisft import config_io, context
@@ -197,8 +199,8 @@ def test_two_ranks_that_share_are_the_oracle(tmp_path, alone, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "shared", "policies"), [
-    (4, 4, ("none", "selective", "full")), (4, 2, ("none", "selective", "full")), (8, 8, ("selective",)),
-], ids=["4 share", "2 groups of 2", "8 share 4 key/value heads"])
+    (2, 2, ("selective", "full")), (4, 4, ("none", "selective", "full")), (4, 2, ("none", "full")), (8, 8, ("none",)),
+], ids=["2 share", "4 share", "2 groups of 2", "8 share 4 key/value heads"])
 def test_any_number_of_ranks_and_groups_are_the_oracle(tmp_path, expected, ranks, shared, policies):
     for each in at_once(tmp_path, ranks, *(config_of(shared, recompute=recompute) for recompute in policies)):
         assert_same(each, expected)
@@ -244,29 +246,49 @@ def test_a_leak_is_found(tmp_path, expected, kind):
         assert_same(found, expected, tolerance=1e-2)
 
 
-# What is sent
+# What is sent, and what is compiled
+
+
+@contextmanager
+def simulated(ranks):
+    """Rank 0 of `ranks` that share all streams; what arrives is nonsense, of the right size."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+    try:
+        yield parallel.World(0, ranks, torch.device("cpu"), mesh, dist.HashStore(), ranks)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("ranks", "recompute", "passes"), [(2, "none", 2), (4, "selective", 3), (8, "full", 3)])
 def test_bytes_of_a_micro_batch(ranks, recompute, passes):
     """Of each layer and token, queries, keys, values and the result of attention in each pass, and no more; on
     simulated ranks. The tracker counts whole buffers, of which a rank keeps its own part."""
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    try:
-        config = config_of(ranks, recompute=recompute)
-        world = parallel.World(0, ranks, torch.device("cpu"), dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=(
-            "shard",)), dist.HashStore(), ranks)
-        model = built(config, world)
+    with simulated(ranks) as world:
+        model = built(config_of(ranks, recompute=recompute), world)
         batch = micro_batch(Set(), [0, 4], multiple=ranks).part(0, ranks)
         with Bytes() as sent:
             batch_loss(model, batch, world.device, 1.0).backward()
-        heads = 2 * NETWORK.num_attention_heads + 2 * max(NETWORK.num_key_value_heads, ranks)
-        token = NETWORK.num_hidden_layers * heads * NETWORK.head_dim * 4
-        exchanged = {name: number for name, number in sent.counted.items() if name[0] == "all_to_all_single"}
-        assert exchanged == {("all_to_all_single", torch.float32): passes * token * len(batch.tokens)}
-        assert len(batch.tokens) == -(-106 // ranks)
-    finally:
-        dist.destroy_process_group()
+    heads = 2 * NETWORK.num_attention_heads + 2 * max(NETWORK.num_key_value_heads, ranks)
+    token = NETWORK.num_hidden_layers * heads * NETWORK.head_dim * 4
+    exchanged = {name: number for name, number in sent.counted.items() if name[0] == "all_to_all_single"}
+    assert exchanged == {("all_to_all_single", torch.float32): passes * token * len(batch.tokens)}
+    assert len(batch.tokens) == -(-106 // ranks)
+
+
+def test_blocks_that_exchange_are_one_graph(monkeypatch):
+    """Without a break, for all layers and whatever documents; on simulated ranks."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    config = config_of(4, recompute="selective")
+    config = replace(config, parallel=replace(config.parallel, compile="true"))
+    with simulated(4) as world:
+        model = built(config, world)
+        for documents in ([0, 4], [1, 6], [10, 4, 11]):
+            batch = micro_batch(Set(), documents, size=2 * SEQ_LEN, longest=SEQ_LEN).part(0, 4)
+            batch_loss(model, batch, world.device, 1.0).backward()
+    assert counter.frame_count == 1
 
 
 # The parts
@@ -307,11 +329,15 @@ RUN = {"parallel__context": 2, "data__seq_len": 511, "train__max_steps": 4}
 
 
 @pytest.mark.slow
-def test_a_run_of_two_ranks_is_that_of_one(base, tmp_path):
+@pytest.mark.parametrize(("ranks", "keys"), [
+    (2, {"parallel__offload": "parameters"}),
+    (2, {"optim__in_backward": "true", "optim__clip_norm": 0, "batch__packs": 1}),
+    (4, {"parallel__replicate": 2, "batch__micro_packs": 2})], ids=["offload", "in the backward pass", "HSDP"])
+def test_a_run_is_that_of_one_process(base, tmp_path, ranks, keys):
     """Losses, norms, held-out losses, answers and the exported weights."""
     heldout = {"data__eval": HERE / "oracles" / "conversations.jsonl", "eval__samples": 2}
-    wanted = train(base, tmp_path / "one", **RUN | heldout | {"parallel__context": 1})
-    found = train(base, tmp_path / "two", ranks=2, **RUN | heldout)
+    wanted = train(base, tmp_path / "one", **RUN | heldout | keys | {"parallel__context": 1, "parallel__replicate": 1})
+    found = train(base, tmp_path / "two", ranks=ranks, **RUN | heldout | keys)
     for key in ("loss", "grad_norm", "tokens", "target_tokens"):
         assert [record[key] for record in found] == pytest.approx([record[key] for record in wanted], rel=1e-5)
     assert [record["loss"] for record in log(tmp_path / "two", "eval")] == pytest.approx(
@@ -335,7 +361,7 @@ def test_a_run_resumes_with_other_ranks_that_share(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_exchange_without_a_break(base, tmp_path):
+def test_compiled_blocks_compute_the_same(base, tmp_path):
     found = [train(base, tmp_path / compiled, ranks=2, **RUN, parallel__compile=compiled,
                    parallel__activation_checkpointing="selective") for compiled in ("true", "false")]
     assert [record["loss"] for record in found[0]] == pytest.approx([record["loss"] for record in found[1]], rel=1e-5)
