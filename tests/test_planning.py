@@ -317,7 +317,8 @@ def test_memory_savers_of_one_gpu(recipe, capsys):
      "on a listed card, name it with --gpu: h100,"),
     (["--gpus", "6", "--parallel.shard", "4"], "--gpus 6 is not parallel.shard = 4 times parallel.replicate = 1"),
     (["--gpus", "64"], "batch.packs = 32 cannot be split over 64 GPUs; raise it to at least 64"),
-    (["--parallel.context", "3"], "--gpus 8 is no multiple of parallel.context = 3, the GPUs that share a pack"),
+    (["--parallel.context", "3"], "--gpus 8 is no multiple of parallel.context = 3, the GPUs that share a pack; take "
+     "a multiple, or change it"),
     (["--gpus", "6", "--parallel.context", "3"], "the network's 32 query heads and 8 key/value heads cannot be divided "
      "evenly over 3 ranks; set it to one of 1, 2, 4, 8, 16, 32"),
     (["--gpus", "64", "--parallel.context", "2", "--batch.packs", "31"], "raise it to at least 32, or take fewer GPUs"),

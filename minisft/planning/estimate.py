@@ -219,7 +219,8 @@ class Scenario:
             raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}; it "
                             "must be their product, or a multiple of one if the other is 0")
         if gpus % (shared := config.parallel.context):
-            raise UserError(f"--gpus {gpus} is no multiple of parallel.context = {shared}, the GPUs that share a pack")
+            raise UserError(f"--gpus {gpus} is no multiple of parallel.context = {shared}, the GPUs that share a "
+                            "pack; take a multiple, or change it")
         if config.batch.packs < (streams := gpus // shared):
             raise UserError(f"batch.packs = {config.batch.packs} cannot be split over {gpus} GPUs; raise it to at "
                             f"least {streams}, or take fewer GPUs")
