@@ -712,12 +712,15 @@ def many(s: Setting) -> Figures:
                        ("selective, not resharded", {"parallel.activation_checkpointing": "selective",
                                                      "parallel.reshard": "false"}),
                        ("selective, prefetch 1", {"parallel.activation_checkpointing": "selective",
-                                                  "parallel.prefetch": 1})):
+                                                  "parallel.prefetch": 1}),
+                       ("selective, packs of 65,536 shared by all", {
+                           "parallel.activation_checkpointing": "selective", "parallel.context": s.gpus,
+                           "data.seq_len": s.size(65_536, 256)})):
         folder = s.folder / name.replace(" ", "-").replace(",", "")
         try:
-            run(recipe(s, shape(s, "llama-3-8b"), **keys, **{
+            run(recipe(s, shape(s, "llama-3-8b"), **{
                 "data.seq_len": s.size(8192, 256), "batch.packs": max(s.gpus, 1), "train.max_steps": s.size(20, 3),
-                "run.dir": str(folder)}), s)
+                "run.dir": str(folder), **keys}), s)
         except RuntimeError as error:
             yield f"8B on {s.gpus} GPUs, {name}", f"failed: {str(error)[-200:]}", ""
             continue

@@ -142,6 +142,7 @@ class ParallelConfig:
     """How the ranks share the work."""
     shard: int = key(0, "FSDP: ranks that each parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard allows", low=0)
+    context: int = key(1, "consecutive ranks that share each pack, for documents that no GPU holds alone", low=1)
     timeout: float = key(1800.0, "seconds without progress until the run aborts with stacks", above=0, high=10**7)
     activation_checkpointing: str = key("none", "what the backward pass recomputes: cheap parts, or whole blocks",
                                         choices=("none", "selective", "full"))

@@ -15,8 +15,8 @@ FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("._
          for file in sorted(PACKAGE.rglob("*.py"))}
 # From the ground up: a room may import those before it, and its own files.
 ROOMS = ("errors", "files", "versions", "counter_rng", "streams", "config", "data", "model", "training",  # the core
-         "cpu", "fp8", "lean", "lora", "pretrained", "formats", "config_io", "prepare", "generate", "evals", "export",
-         "planning", "reports", "runs", "demo", "cli", "__main__")
+         "cpu", "fp8", "context", "lean", "lora", "pretrained", "formats", "config_io", "prepare", "generate", "evals",
+         "export", "planning", "reports", "runs", "demo", "cli", "__main__")
 CORE = ROOMS[: ROOMS.index("cpu")]
 SEAM = ("minisft.model.llama", "minisft.cpu.kernels")  # picks kernels by device; the one import from the core outwards
 
@@ -85,7 +85,7 @@ def test_no_two_public_names_are_the_same():
 
 
 def test_the_package_is_short():
-    assert lines(FILES) <= 14_249
+    assert lines(FILES) <= 14_402
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -18,12 +18,15 @@ DEVICES = ("cpu", "cuda")
 @pytest.mark.parametrize("lengths", [(7, 1, 30, 26), (1,) * 64, (4096,), (1000, 24, 3072)])
 @pytest.mark.parametrize(("shared", "width"), [(1, 64), (4, 128)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_attention(lengths, shared, width, dtype):
+@pytest.mark.parametrize("views", [False, True])  # of one buffer, as ranks that share a stream receive it
+def test_attention(lengths, shared, width, dtype, views):
     torch.manual_seed(0)
-    qkv = [torch.randn(sum(lengths), heads, width).to(dtype) for heads in (8, 8 // shared, 8 // shared)]
+    sizes = (8, 8 // shared, 8 // shared)
+    qkv = [torch.randn(sum(lengths), heads, width).to(dtype) for heads in sizes]
     grad, found = torch.randn(sum(lengths), 8, width).to(dtype), []
     for device in DEVICES:
         x = [tensor.to(device, copy=True).requires_grad_() for tensor in qkv]
+        x = torch.cat(x, dim=1).split(sizes, dim=1) if views else x
         out = attend(*x, Documents.of_lengths(lengths, device=device))
         found.append([t.float().cpu() for t in (out, *torch.autograd.grad(out, x, grad.to(device)))])
     near = 0.03 if dtype == torch.bfloat16 else 1e-3

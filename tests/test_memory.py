@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from minisft import context
 from minisft.config import Config, LoraConfig, ParallelConfig
 from minisft.cpu import kernels
 from minisft.lora.adapters import adapt
@@ -41,7 +44,7 @@ ALONE = LlamaConfig(vocab_size=2000, hidden_size=128, intermediate_size=448, num
 TIED = LlamaConfig(**{**vars(SMALL), "tie_word_embeddings": True})
 
 
-def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=None):
+def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=None, shared=1):
     """Bytes that one of `ranks` has allocated at the peak of two steps, by torch's count."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
@@ -51,10 +54,12 @@ def tracked(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=
             world = World(0, ranks, torch.device("cpu"), mesh["shard"], None)
             model = parallel.build_model(
                 config, world, Config(parallel=ParallelConfig(activation_checkpointing=recompute, compile="false")),
-                adapt=partial(adapt, lora=lora) if lora else None)
+                adapt=partial(context.share, ranks=shared, timeout=timedelta(minutes=1)) if shared > 1 else
+                partial(adapt, lora=lora) if lora else None)
             optimizer = AdamW(model, mesh=world.mesh)
             ids, targets, at = (torch.zeros(n, dtype=torch.int64) for n in (tokens, trained, trained))
-            documents = Documents.of_lengths((512,) * (tokens // 512))
+            documents = Documents.of_lengths((512,) * (tokens * shared // 512))
+            documents = replace(documents, positions=documents.positions[:tokens], ranks=shared)
             moments = [*optimizer.moments("exp_avg").values(), *optimizer.moments("exp_avg_sq").values()]
             inputs = ids, targets, at, documents.cu_seqlens, documents.positions, *moments
             if ranks > 1:
@@ -83,11 +88,11 @@ def products_in_bf16(monkeypatch):
     monkeypatch.setattr(kernels, "CPU_MATMULS_IN_BF16", True)
 
 
-def compare(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=None):
+def compare(config, *, ranks, tokens, trained, recompute, micro_batches=1, lora=None, shared=1):
     expected = tracked(config, ranks=ranks, tokens=tokens, trained=trained, recompute=recompute,
-                       micro_batches=micro_batches, lora=lora)
+                       micro_batches=micro_batches, lora=lora, shared=shared)
     found = StepMemory(config, ranks, tokens, trained, recompute, accumulates=micro_batches > 1, each=ON_A_CPU,
-                       lora=lora).peak()
+                       lora=lora, context=shared).peak()
     print(f"tracker {expected / 2**30:.3f} GiB, arithmetic {found.allocated / 2**30:.3f}, {found.instant}")
     assert found.allocated == pytest.approx(expected, rel=0.1)
 
@@ -110,6 +115,17 @@ def test_the_peak_with_adapters_is_what_torch_tracks(lora, step):
     if lora.base == "nf4" and not SHARDS_BYTES:
         pytest.skip("this torch cannot shard bytes, which is refused")
     compare(SMALL, **step, lora=lora)
+
+
+@pytest.mark.parametrize(("shared", "recompute"), [(2, "none"), (4, "selective"), (4, "full")])
+def test_the_peak_of_a_shared_stream_is_what_torch_tracks(shared, recompute):
+    compare(SMALL, ranks=8, tokens=4096, trained=4096, recompute=recompute, shared=shared)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_peak_of_131072_tokens_over_8_ranks_is_what_torch_tracks(recompute):
+    compare(PRESETS["llama-3.1-8b"], ranks=8, tokens=131_072 // 8, trained=2048, recompute=recompute, shared=8)
 
 
 @pytest.mark.slow

@@ -108,6 +108,33 @@ def test_bytes_sent_by_hand():
     assert alone.forward_seconds == alone.backward_seconds == 0
 
 
+def test_packs_that_gpus_share_by_hand(recipe, capsys):
+    """131,072 tokens of Llama-3.1-8B over 8 H100s: each computes an eighth of a pack, exchanges heads for tokens three
+    times in 32 layers (queries, keys and values, results; recomputed), and keeps 16,384 tokens."""
+    long = ("--model.config", "llama-3.1-8b", "--data.seq_len", "131072", "--batch.packs", "8", "--utilisation", "0.4")
+    error = refused(capsys, *long)
+    assert "--parallel.context 2 --parallel.activation_checkpointing full" in error
+    found = planned(*long, "--parallel.context", "8")
+    best = found["recommended"]
+    assert best["activation_checkpointing"] == "selective"
+    assert (found["packs_per_gpu"], best["micro_packs"], best["micro_steps"]) == (8, 1, 8)
+    sent = 32 * 3 * 7 / 8 * 16_384 * (32 + 8 + 8 + 32) * 128 * 2
+    assert best["exchanged"] == pytest.approx(sent)
+    assert best["exchange_seconds"] == pytest.approx(sent / (0.75 * 450e9))
+    flops = found["flops_per_token"]["selective"]
+    assert sum(best["compute_seconds"]) == pytest.approx(flops * 16_384 / (0.4 * 989e12))
+    assert best["step_seconds"] == pytest.approx(
+        8 * (sum(best["compute_seconds"]) + best["exchange_seconds"]) + 28 * N / 8 / 3350e9)
+    # Kept of each layer and token: input, q, k, v, attention, o, gate; lse. Of the last block, again: all of it, with
+    # attention also as it comes back, less that; its gradients.
+    kept, alike = 2 * (4 * 4096 + 2 * 1024 + 14_336) + 4 * 32, 2 * (7 * 4096 + 2 * 1024 + 4 * 14_336) + 4 * 32 + 8
+    again = alike - kept + 2 * 2 * 14_336 + 2 * 2 * 4096
+    assert best["instant"] == "last block"
+    assert best["parts_gib"]["activations"] == pytest.approx(16_384 * (32 * kept + 2 * 4096 + again) / GIB)
+    assert "each pack shared by 8" in capsys.readouterr().out
+    assert planned("--parallel.context", "16", "--gpus", "16", "--batch.packs", "1")["packs_per_gpu"] == 1
+
+
 def test_existing_data_are_counted(base, recipe, capsys):
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"}
@@ -290,6 +317,11 @@ def test_memory_savers_of_one_gpu(recipe, capsys):
      "on a listed card, name it with --gpu: h100,"),
     (["--gpus", "6", "--parallel.shard", "4"], "--gpus 6 is not parallel.shard = 4 times parallel.replicate = 1"),
     (["--gpus", "64"], "batch.packs = 32 cannot be split over 64 GPUs; raise it to at least 64"),
+    (["--parallel.context", "3"], "--gpus 8 is no multiple of parallel.context = 3, the GPUs that share a pack; take "
+     "a multiple, or change it"),
+    (["--gpus", "6", "--parallel.context", "3"], "the network's 32 query heads and 8 key/value heads cannot be divided "
+     "evenly over 3 ranks; set it to one of 1, 2, 4, 8, 16, 32"),
+    (["--gpus", "64", "--parallel.context", "2", "--batch.packs", "31"], "raise it to at least 32, or take fewer GPUs"),
     (["--train.precision", "fp32"], "the plan knows only the speed of bf16 and fp8: add --train.precision bf16"),
     (["--model.config", "away.json"], "away.json: no such file; a Hugging Face model folder has a config.json. To plan "
      "without the weights: a folder with only the model's config.json, or add --model.init random --model.config "

@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +52,8 @@ class MicroBatch:
     target_at: Tensor  # (N,) int64: ... after these positions
     numbers: Tensor  # (T,) int32: of each token's document (`told_apart`); -1 for padding
     target_weights: Tensor | None = None  # (N,) float64: of the targets in the loss; None: all 1
+    # That share the stream; all of the above, except lengths and cu_seqlens, are of one rank's part.
+    ranks: int = field(default=1, kw_only=True)
 
     @property
     def longest(self) -> int:
@@ -65,6 +67,15 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """A copy on `device`; from pinned memory the host does not wait for it."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def part(self, rank: int, ranks: int) -> "MicroBatch":
+        """The part of one of `ranks` that share the stream, each with as many of its T tokens. Its targets are those of
+        its own tokens, also if the token to say lies in the next part; there may be none."""
+        width = len(self.tokens) // ranks
+        here, mine = slice(rank * width, (rank + 1) * width), self.target_at // width == rank
+        return replace(self, tokens=self.tokens[here], positions=self.positions[here], numbers=self.numbers[here],
+                       targets=self.targets[mine], target_at=self.target_at[mine] - here.start, ranks=ranks,
+                       target_weights=None if self.target_weights is None else self.target_weights[mine])
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
@@ -83,13 +94,16 @@ class Step:
     target_weight: float | None  # the sum of the targets' weights in the loss; None if the data has no weights
 
 
-def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1, longest: int = 1) -> MicroBatch:
-    """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens. Padding is documents of
-    zeros without targets, each of at most `longest` tokens, so that attention costs no more than for full packs.
-    Without documents all is padding: a rank that has no pack left must still take part in every forward and backward
-    pass."""
+def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1, longest: int = 1,
+                multiple: int = 1) -> MicroBatch:
+    """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens and to a `multiple`.
+    Padding is documents of zeros without targets, each of at most `longest` tokens, so that attention costs no more
+    than for full packs. Without documents all is padding: a rank that has no pack left must still take part in every
+    forward and backward pass."""
     parts = [dataset.document(i % len(dataset.lengths)) for i in documents]
-    padding = range(sum(len(ids) for ids, _ in parts), size, longest)
+    used = sum(len(ids) for ids, _ in parts)
+    size = -(-max(size, used) // multiple) * multiple
+    padding = range(used, size, longest)
     parts += [(np.zeros(length, np.int64),) * 2 for length in (min(longest, size - start) for start in padding)]
     lengths = [len(ids) for ids, _ in parts]
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
@@ -138,11 +152,13 @@ def deal(costs: Array, *, ranks: int) -> list[list[int]]:
     return [sorted(packs, key=lambda i: (-costs[i], i)) for _, packs in rounds[0][2]]
 
 
-def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, micro_packs: int = 1,
-          fixed: bool = False, device: torch.device | None = None) -> Generator[Step, None, None]:
-    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing. With
-    `fixed`, every micro-batch has `micro_packs` full packs of tokens, for a network that is compiled for one shape. If
-    `device` is a GPU they are in pinned memory. Close the generator if you leave it early: it has a thread."""
+def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, context: int = 1,
+          micro_packs: int = 1, fixed: bool = False,
+          device: torch.device | None = None) -> Generator[Step, None, None]:
+    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing. Each
+    `context` ranks share their micro-batches. With `fixed`, every micro-batch has `micro_packs` full packs of tokens,
+    for a network that is compiled for one shape. If `device` is a GPU they are in pinned memory. Close the generator
+    if you leave it early: it has a thread."""
     on_gpu = device is not None and device.type == "cuda"
 
     def make() -> Iterator[Step]:
@@ -152,13 +168,15 @@ def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0,
             packs = plan.documents(index)
             everything = np.concatenate(packs)
             # The cost of attention. The rest of the network costs the same in every pack, as they are all full.
-            dealt = deal(np.array([np.square(plan.lengths[pack]).sum() for pack in packs]), ranks=ranks)
+            costs = np.array([np.square(plan.lengths[pack]).sum() for pack in packs])
+            dealt = deal(costs, ranks=ranks // context)
             numbered = told_apart(packs, len(plan.lengths))
             batches = []
             for first in range(0, max(map(len, dealt)), micro_packs):
-                documents = [int(i) for pack in dealt[rank][first : first + micro_packs] for i in numbered[pack]]
+                documents = [int(i) for pack in dealt[rank // context][first : first + micro_packs]
+                             for i in numbered[pack]]
                 batch = micro_batch(dataset, documents, size=micro_packs * plan.seq_len if fixed else 1,
-                                    longest=plan.seq_len)
+                                    longest=plan.seq_len, multiple=context).part(rank % context, context)
                 batches.append(batch.pinned() if on_gpu else batch)
             weights = plan.loss_weights[everything]  # summed exactly, so in any order
             yield Step(index, plan.place(index).epoch, batches, int(plan.lengths[everything].sum()),

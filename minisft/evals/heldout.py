@@ -53,15 +53,15 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
     `fixed`, all micro-batches have the same number of tokens, as a compiled `model` needs them. All ranks call `check`
     before each micro-batch with how many are done, and of how many; an exception from it ends the evaluation.
     """
-    rank, ranks = (world.rank, world.ranks) if world else (0, 1)
+    rank, ranks, context = (world.rank, world.ranks, world.context) if world else (0, 1, 1)
     device = world.device if world else next(model.parameters()).device
-    plan = Plan(dataset.lengths, dataset.num_loss_tokens, seq_len=seq_len, packs_per_step=micro_packs * ranks, epochs=1,
-                shuffle=False)
+    plan = Plan(dataset.lengths, dataset.num_loss_tokens, seq_len=seq_len,
+                packs_per_step=micro_packs * (ranks // context), epochs=1, shuffle=False)
     tokens = int(dataset.num_loss_tokens.sum())
     mean_weight = float(dataset.loss_weights.sum()) / tokens  # 1 without weights
     total = torch.zeros((), device=device)
-    with closing(steps(dataset, plan, rank=rank, ranks=ranks, micro_packs=micro_packs, fixed=fixed,
-                       device=device)) as planned:
+    with closing(steps(dataset, plan, rank=rank, ranks=ranks, context=context, micro_packs=micro_packs,
+                       fixed=fixed, device=device)) as planned:
         for done, batch in enumerate(batch for step in planned for batch in step.micro_batches):
             check(done, plan.total_steps)
             total += batch_loss(model, batch, device, mean_weight, compiled=fixed)

@@ -54,6 +54,7 @@ class Documents:
     positions: Tensor  # (T,) int64: position of each token in its own document
     longest: int  # tokens of the longest document, found once for all layers
     ids: Tensor | None = None  # (T,) int32: a number of each token's document; the network itself does not use it
+    ranks: int = 1  # that share the stream (context.py): tokens, positions and ids are one rank's T / ranks
 
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu") -> "Documents":
@@ -195,6 +196,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions: H query heads share K key/value heads."""
 
+    attend: Callable[[Tensor, Tensor, Tensor, Documents], Tensor] = staticmethod(attend)  # context.py sets another
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         width, self.head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -211,7 +214,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (T, K, E)
         if cache is not None:
             cache.append((k, v))
-        return self.o_proj(attend(q, k, v, documents).flatten(1))
+        return self.o_proj(self.attend(q, k, v, documents).flatten(1))
 
 
 class SwiGLU(nn.Module):

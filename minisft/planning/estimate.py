@@ -21,6 +21,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from minisft import context
 from minisft.config import Config, LoraConfig, ModelConfig
 from minisft.config_io import nearest
 from minisft.errors import PATH, UserError, printable
@@ -186,6 +187,8 @@ class Choice(TypedDict):
     parts_gib: dict[str, float]  # what it needs then
     micro_steps: int
     compute_seconds: tuple[float, float]  # of a micro-batch: forward, backward
+    exchanged: int  # bytes that a GPU sends around attention in a micro-batch, if GPUs share packs
+    exchange_seconds: float
     step_seconds: float
     tokens_per_second_per_gpu: float
 
@@ -215,10 +218,14 @@ class Scenario:
         if gpus % copies or shard not in (0, gpus // copies):
             raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}; it "
                             "must be their product, or a multiple of one if the other is 0")
-        if config.batch.packs < gpus:
+        if gpus % (shared := config.parallel.context):
+            raise UserError(f"--gpus {gpus} is no multiple of parallel.context = {shared}, the GPUs that share a "
+                            "pack; take a multiple, or change it")
+        if config.batch.packs < (streams := gpus // shared):
             raise UserError(f"batch.packs = {config.batch.packs} cannot be split over {gpus} GPUs; raise it to at "
-                            f"least {gpus}, or take fewer GPUs")
+                            f"least {streams}, or take fewer GPUs")
         (network, preset), lora = _network_of(config.model), adapters_of(config)
+        context.check(shared, network)
         work = Work.of(config, network, options)
         if lora:
             targets.check(lora, network)
@@ -233,8 +240,8 @@ class Scenario:
 
     @property
     def packs_per_gpu(self) -> int:
-        """Packs of a step on the GPU that has most."""
-        return -(-self.config.batch.packs // self.options.gpus)
+        """Packs of a step on the GPU that has most, or has its part of them."""
+        return -(-self.config.batch.packs * self.config.parallel.context // self.options.gpus)
 
     @property
     def usable(self) -> float:
@@ -248,9 +255,19 @@ class Scenario:
         here = 0 if offload == "parameters" else weight
         each = Bytes(here, gradient=0 if optim.in_backward else here, moments=2 * moment * (offload == "none"),
                      compiled=self.config.parallel.compile != "false")
-        tokens = micro_packs * self.config.data.seq_len
-        return StepMemory(self.network, self.shards, tokens, round(tokens * self.work.trained), policy, accumulates,
-                          each, adapters_of(self.config)).peak()
+        tokens, shared = micro_packs * self.config.data.seq_len, self.config.parallel.context
+        trained, part = round(tokens * self.work.trained), -(-tokens // shared)  # one part may hold all trained tokens
+        return StepMemory(self.network, self.shards, part, min(trained, part), policy, accumulates, each,
+                          adapters_of(self.config), shared).peak()
+
+    def exchange(self, policy: str, micro_packs: int) -> tuple[int, float]:
+        """What a GPU sends around attention in a micro-batch: bytes, and seconds, for which attention waits. Each pass
+        sends queries, keys, values and what comes of them; recomputation is one more."""
+        shared, network, gpu = self.config.parallel.context, self.network, self.options.gpu
+        heads = 2 * network.num_attention_heads + 2 * max(network.num_key_value_heads, shared)
+        token = network.num_hidden_layers * heads * network.head_dim * Bytes.compute * (2 + (policy != "none"))
+        size = round(token * micro_packs * self.work.tokens_per_pack / shared * (shared - 1) / shared)
+        return size, size / (REACHED * 1e9 * (gpu.link_gb_s if shared <= gpu.per_host else gpu.network_gb_s))
 
     def fits(self, memory: Memory) -> bool:
         return memory.allocated * RESERVED <= self.usable
@@ -261,7 +278,9 @@ class Scenario:
         full, rest = divmod(self.packs_per_gpu, micro_packs)
         micro_steps = full + (rest > 0)
         memory = self.memory(policy, micro_packs, accumulates=micro_steps > 1)
-        seconds = work.tokens_per_pack * micro_packs / (gpu.bf16_tflops * 1e12 * self.utilisation)
+        exchanged, exchange_seconds = self.exchange(policy, micro_packs)
+        seconds = work.tokens_per_pack * micro_packs / self.config.parallel.context
+        seconds /= gpu.bf16_tflops * 1e12 * self.utilisation
         seconds /= FP8 if self.config.train.precision == "fp8" else 1
         # A frozen matrix has half a backward pass.
         forward = seconds * work.flops["none"] / (2 if self.config.lora.rank else 3)
@@ -269,11 +288,12 @@ class Scenario:
         # Sending overlaps with computing; the longer of the two counts. The last micro-batch may be smaller.
         step = ADAMW * self.trained / self.shards / (gpu.memory_gb_s * 1e9) + sum(
             max(part * forward, traffic.forward_seconds) + max(part * backward, traffic.backward_seconds)
-            for part in (*[1] * full, *[rest / micro_packs] * (rest > 0)))
+            + part * exchange_seconds for part in (*[1] * full, *[rest / micro_packs] * (rest > 0)))
         return {"activation_checkpointing": policy, "micro_packs": micro_packs, "fits": self.fits(memory),
                 "allocated_gib": memory.allocated / GIB, "reserved_gib": memory.allocated * RESERVED / GIB,
                 "instant": memory.instant, "parts_gib": {name: size / GIB for name, size in memory.parts.items()},
-                "micro_steps": micro_steps, "compute_seconds": (forward, backward), "step_seconds": step,
+                "micro_steps": micro_steps, "compute_seconds": (forward, backward), "exchanged": exchanged,
+                "exchange_seconds": exchange_seconds, "step_seconds": step,
                 "tokens_per_second_per_gpu": work.tokens_per_pack * self.config.batch.packs / step / gpus}
 
     def nothing_fits(self, smallest: Choice) -> str:
@@ -330,6 +350,9 @@ class Scenario:
                 **bf16, **backward, "parallel.offload": "optimizer"}
             yield f"bf16, all parameters ({state})", {
                 **bf16, "optim.in_backward": False, "parallel.offload": "parameters"}
+        for shared in range(config.parallel.context + 1, gpus + 1):
+            if gpus % shared == 0 and context.divides(shared, self.network):
+                yield "packs shared by several GPUs", {"parallel.context": shared}
         several = [{"gpus": shards * self.copies, "batch.packs": max(shards * self.copies, config.batch.packs),
                     **({"parallel.shard": shards} if config.parallel.shard else {})}
                    for shards in (self.shards << i for i in range(1, 11))]
@@ -393,6 +416,7 @@ def figures(config: Config, options: PlanOptions) -> dict[str, Any]:
         "gpu": asdict(gpu), "gpus": gpus, "shards": scenario.shards, "copies": scenario.copies,
         "model": config.model.config or config.model.path, "preset": scenario.preset,
         "parameters": Sizes.of(scenario.network).total, "trained": scenario.trained,
+        "context": config.parallel.context,
         "usable_gib": scenario.usable / GIB, "reserved_factor": RESERVED, "utilisation": scenario.utilisation,
         "utilisation_is": "as given" if options.utilisation else "assumed: as one H200 reached" if gpus == 1
                           else "assumed: as eight H100s reached",
@@ -407,7 +431,7 @@ def figures(config: Config, options: PlanOptions) -> dict[str, Any]:
                                              if c["activation_checkpointing"] == policy), default=0)
                                 for policy in POLICIES},
         "packs_per_gpu": most, "recommended": best,
-        "traffic": asdict(traffic), "traffic_per_step": best["micro_steps"] * sent,
+        "traffic": asdict(traffic), "traffic_per_step": best["micro_steps"] * (sent + best["exchanged"]),
         "hidden": traffic.forward_seconds <= forward and traffic.backward_seconds <= backward,
         "hours": hours, "price": options.price,
         "dollars": None if hours is None or options.price is None else hours * gpus * options.price}
@@ -417,9 +441,11 @@ def describe(found: dict[str, Any]) -> str:
     """The plan as text."""
     gpu, best, traffic = found["gpu"], found["recommended"], found["traffic"]
     copies = f", {found['copies']} copies of the model" * (found["copies"] > 1)
+    shared = f", each pack shared by {found['context']}" * (found["context"] > 1)
     adapted = f"{found['trained']:,} trained beside " * (found["trained"] != found["parameters"])
     lines = [f"{adapted}{found['parameters'] / 1e9:.2f}B parameters over {found['shards']} of {found['gpus']} x "
-             f"{gpu['name']}{copies}; {found['usable_gib']:.1f} GiB of each usable", "", *_memory_table(found), ""]
+             f"{gpu['name']}{copies}{shared}; {found['usable_gib']:.1f} GiB of each usable", "",
+             *_memory_table(found), ""]
     how = f"assumed: {found['assumed']}" if found["assumed"] else "counted from the data"
     flops, needed = found["flops_per_token"][best["activation_checkpointing"]], found["flops_per_token"]["none"]
     forward, backward = best["compute_seconds"]
@@ -442,7 +468,9 @@ def describe(found: dict[str, Any]) -> str:
                 f"backward, gradients {sent[2]:.1f}, between copies {sent[3]:.1f}), "
                 f"{found['traffic_per_step'] / GIB:.1f} a step: {traffic['forward_seconds'] * 1e3:,.0f} ms forward and "
                 f"{traffic['backward_seconds'] * 1e3:,.0f} backward at {REACHED:.0%} of {network}; "
-                f"{'hidden behind compute' if found['hidden'] else 'longer than compute'}",
+                f"{'hidden behind compute' if found['hidden'] else 'longer than compute'}"
+                + (f"; around attention {best['exchanged'] / GIB:.1f} GiB a micro-batch, "
+                   f"{best['exchange_seconds'] * 1e3:,.0f} ms, not hidden") * (found["context"] > 1),
         "best": f"--parallel.activation_checkpointing {best['activation_checkpointing']} --batch.micro_packs "
                 f"{best['micro_packs']}, accumulating {best['micro_steps']}: "
                 f"{best['reserved_gib']:.1f} GiB reserved ({best['allocated_gib']:.1f} allocated); with these",

@@ -64,6 +64,7 @@ class StepMemory:
     accumulates: bool = False  # the gradients of the step's earlier micro-batches are there
     each: Bytes = Bytes()
     lora: LoraConfig | None = None  # only its adapters are trained
+    context: int = 1  # ranks that share a stream (context.py)
 
     def peak(self) -> Memory:
         config, each, shards, lora = self.config, self.each, self.shards, self.lora
@@ -153,10 +154,12 @@ class StepMemory:
         config, compute = self.config, self.each.compute
         width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
         shared, inner, lse = config.num_key_value_heads * config.head_dim, config.intermediate_size, 4
+        exchanged = max(config.num_key_value_heads, self.context) * config.head_dim if self.context > 1 else shared
         return {
             # input, its norm, q, k, v, attention, stream between, its norm; gate, its SiLU (the compiler computes it
-            # again), up, their product
-            "none": compute * (4 * width + 2 * heads + 2 * shared + (3 if compiled else 4) * inner)
+            # again), up, their product. q, k, v of a shared stream are kept exchanged, attention as it comes and goes.
+            "none": compute * (4 * width + (2 + (self.context > 1)) * heads + 2 * exchanged
+                               + (3 if compiled else 4) * inner)
             + lse * config.num_attention_heads + 8,
             # input, q, k, v, attention, o, gate
             "selective": compute * (2 * width + 2 * heads + 2 * shared + inner) + lse * config.num_attention_heads,

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minisft import fp8
+from minisft import context, fp8
 from minisft.config import Config
 from minisft.data import packing
 from minisft.errors import NumericsError, UserError
@@ -82,18 +83,23 @@ class Run:
 def check_ranks(config: Config) -> None:
     """Raise UserError if the ranks that torchrun has started cannot share a step as the configuration wants it."""
     ranks, packs, micro_packs = parallel.launched_rank()[1], config.batch.packs, config.batch.micro_packs
-    replicate, sharded = parallel.copies(ranks, config.parallel), config.parallel.shard
-    if packs < ranks:
+    replicate, sharded, shared = parallel.copies(ranks, config.parallel), config.parallel.shard, config.parallel.context
+    streams = ranks // shared  # at a time
+    if ranks % shared:
+        raise UserError(f"parallel.context = {shared} does not divide the number of ranks, {ranks}: start a multiple "
+                        f"of {shared} processes, or set it to a divisor of {ranks}")
+    if packs < streams:
         raise UserError(f"batch.packs = {packs} cannot be split over {ranks} ranks: some would never have work; raise "
-                        f"batch.packs to at least {ranks}, or start fewer processes")
+                        f"batch.packs to at least {streams}, start fewer processes, or let ranks share packs "
+                        "(parallel.context)")
     if (sharded and sharded * replicate != ranks) or ranks % replicate:
         raise UserError(f"parallel.shard = {sharded} times parallel.replicate = {replicate} is not the number of "
                         f"ranks, {ranks}: it must be their product, or if one of them is 0, a multiple of the other")
-    if config.optim.in_backward and packs > micro_packs * ranks:
+    if config.optim.in_backward and packs > micro_packs * streams:
         raise UserError(f"optim.in_backward: batch.packs = {packs} is more than batch.micro_packs = {micro_packs} on "
                         f"{ranks} rank{'s' * (ranks > 1)}, but parameters that are updated in the backward pass cannot "
-                        f"wait for another; lower batch.packs to {micro_packs * ranks}, raise batch.micro_packs to "
-                        f"{-(-packs // ranks)}, or start more processes")
+                        f"wait for another; lower batch.packs to {micro_packs * streams}, raise batch.micro_packs to "
+                        f"{-(-packs // streams)}, or start more processes")
     if config.lora.rank and config.lora.base == "nf4" and ranks > 1 and not SHARDS_BYTES:
         raise UserError(f"lora.base = nf4 on several ranks: torch {torch.__version__} cannot shard bytes; use torch "
                         "2.13 or newer, one process, or lora.base = bf16")
@@ -133,6 +139,7 @@ def open_base(config: Config, prepared: Prepared) -> Base:
             targets.check(lora, network)
         with torch.device("meta"):
             weights.check(Llama(network), source)
+    context.check(config.parallel.context, network)
     check_vocabulary((prepared.train, *prepared.evals.values()), network, prepared.tokenizer)
     if config.eval.samples:
         heldout_questions(prepared.evals, config.eval.samples)  # raises if there are none
@@ -148,11 +155,13 @@ def open_run(config: Config, prepared: Prepared, world: World, base: Base) -> Ru
 
 
 def adapt(model: Llama, config: Config) -> None:
-    """Give `model`, on the meta device, its adapters and FP8 products, if the configuration wants them."""
+    """Give `model`, on the meta device, what the configuration wants: adapters, FP8 products, shared streams."""
     if lora := adapters_of(config):
         adapters.adapt(model, lora, trained=DTYPES[config.optim.parameters])
     if config.train.precision == "fp8":
         fp8.use(model, config.train.fp8_scale)
+    if config.parallel.context > 1:
+        context.share(model, config.parallel.context, timedelta(seconds=config.parallel.timeout) + parallel.PATIENCE)
 
 
 def open_optimizer(model: Llama, config: Config, world: World) -> AdamW:

@@ -62,5 +62,6 @@ def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, 
 def planned_steps(dataset: TokenDocuments, plan: Plan, config: Config, world: World, *,
                   start: int = 0) -> Generator[Step, None, None]:
     """This rank's share of the steps of `plan` from `start` (from 0) on. Close it if you leave it early."""
-    return steps(dataset, plan, start=start, rank=world.rank, ranks=world.ranks, device=world.device,
-                 micro_packs=config.batch.micro_packs, fixed=is_compiled(config.parallel, world.device))
+    return steps(dataset, plan, start=start, rank=world.rank, ranks=world.ranks, context=world.context,
+                 device=world.device, micro_packs=config.batch.micro_packs,
+                 fixed=is_compiled(config.parallel, world.device))

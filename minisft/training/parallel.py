@@ -7,6 +7,8 @@ part. A lone process keeps plain fp32 parameters.
 
     data parallel over all ranks          parallel.replicate = 2 (HSDP), 8 ranks
     shard  [0 1 2 3 4 5 6 7]              shard [0 1 2 3], copy on [4 5 6 7]
+
+Ranks that share a stream (parallel.context) shard and sum as all others do: each adds the gradients of its own tokens.
 """
 
 import json
@@ -42,6 +44,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     store: dist.Store  # shared with the other ranks; outlives those that die
+    context: int = 1  # consecutive ranks that share a stream (context.py)
 
     @property
     def is_main(self) -> bool:
@@ -87,7 +90,7 @@ def start(parallel: ParallelConfig = ParallelConfig()) -> World:
     dist.init_process_group(backend, rank=rank, world_size=ranks, store=store, timeout=patience)
     replicate = copies(ranks, parallel)
     mesh = init_device_mesh(device.type, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
-    return World(rank, ranks, device, mesh if replicate > 1 else mesh["shard"], store)
+    return World(rank, ranks, device, mesh if replicate > 1 else mesh["shard"], store, parallel.context)
 
 
 def _device() -> torch.device:
