@@ -1,0 +1,123 @@
+"""Silent bugs: exhibits that any trainer for supervised fine-tuning can be held to.
+
+    python benchmarks/silent --list                                  the exhibits and the trainers
+    python benchmarks/silent --trainer minisft                       one column of the matrix
+    python benchmarks/silent --trainer plain --planted               the controls: the loop with each exhibit's fault
+    python benchmarks/silent --trainer trl --exhibit leak --json silent.json
+    python benchmarks/silent --json silent.json --html silent.html   the page of what is in silent.json
+
+Run it with the Python that has the trainer (README.md has the environments); it needs torch, tokenizers, safetensors
+and numpy. An exhibit hands a trainer a few lines of data and a tiny Llama made on the spot, and looks from outside at
+the rows, the losses and the weights. `--json` keeps the columns that are in the file already, so one column after
+another fills the matrix.
+
+    right             the trainer does what the definitions say
+    WRONG             it does something else and says nothing; the figure says how far off
+    cannot            it refuses, or offers no way to do what the exhibit asks for
+    not applicable    the exhibit asks about something that the trainer does not have by design
+
+Exit code 1 if a column has a WRONG, 0 otherwise; with --planted the other way round: 1 if a fault goes unnoticed.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+sys.path[:] = [str(Path(__file__).resolve().parents[1]), *(p for p in sys.path if Path(p) != Path(__file__).parent)]
+
+from silent import page  # noqa: E402
+from silent.exhibits import NAMES, open_exhibit, title  # noqa: E402
+from silent.trainers import TRAINERS, open_trainer  # noqa: E402
+from silent.trainers.plain import Plain  # noqa: E402
+from silent.world import Cannot, NotApplicable, Trainer, Verdict, World  # noqa: E402
+
+
+def look(name: str, trainer: Trainer, world: World, *, debug: bool = False) -> Verdict:
+    """The verdict of an exhibit. A trainer that fails has refused; the text has its last word."""
+    try:
+        return open_exhibit(name).look(trainer, world)
+    except Cannot as refusal:
+        return Verdict("cannot", str(refusal))
+    except NotApplicable as reason:
+        return Verdict("not applicable", str(reason))
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return Verdict("cannot", f"failed: {type(error).__name__}: {error}"[:300])
+
+
+def column(name: str, exhibits: list[str], *, planted: bool, debug: bool) -> dict:
+    """One trainer's verdicts, printed as they come."""
+    started, verdicts, trainer = time.monotonic(), {}, Plain() if planted else open_trainer(name)
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        for exhibit in exhibits:
+            if planted:
+                trainer = Plain(open_exhibit(exhibit).FAULT)
+            begun = time.monotonic()
+            verdict = look(exhibit, trainer, world, debug=debug)
+            seconds = time.monotonic() - begun
+            print(f"{exhibit:18s} {page.STATES[verdict.state]:14s} {verdict.text}  ({seconds:.1f} s)", flush=True)
+            size = verdict.size if verdict.size is None or math.isfinite(verdict.size) else "not finite"
+            verdicts[exhibit] = {"state": verdict.state, "size": size, "text": verdict.text,
+                                 "seconds": round(seconds, 2)}
+    return {"about": "each exhibit with its own fault" if planted else trainer.about, "versions": trainer.versions,
+            "machine": f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores",
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"), "seconds": round(time.monotonic() - started, 1),
+            "exhibits": verdicts}
+
+
+def listing() -> str:
+    """The exhibits and the trainers."""
+    lines = [f"{name:18s} {title(open_exhibit(name))}" for name in NAMES]
+    return "\n".join([*lines, "", "trainers: " + ", ".join(TRAINERS)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is asked for, merge it into the JSON, print the matrix."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainer", action="append", default=[], choices=TRAINERS, metavar="NAME")
+    parser.add_argument("--exhibit", action="append", default=[], choices=NAMES, metavar="NAME")
+    parser.add_argument("--planted", action="store_true", help="plant each exhibit's fault in the plain loop")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the columns to FILE")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the matrix as one page")
+    parser.add_argument("--list", action="store_true", help="list exhibits and trainers")
+    parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    options = parser.parse_args(argv)
+    if options.list:
+        print(listing())
+        return 0
+    matrix = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    if not (options.trainer or matrix):
+        parser.error("name a --trainer, or a --json file that has columns")
+    if options.planted and options.trainer != ["plain"]:
+        parser.error("faults are planted in the plain loop: --trainer plain --planted")
+    wrong = False
+    for name in options.trainer:
+        found = column(name, options.exhibit or list(NAMES), planted=options.planted, debug=options.debug)
+        states = [verdict["state"] for verdict in found["exhibits"].values()]
+        wrong |= any(state != "wrong" for state in states) if options.planted else "wrong" in states
+        key = "planted" if options.planted else name
+        kept = matrix.get(key, {}).get("exhibits", {}) if options.exhibit else {}
+        matrix[key] = found | {"exhibits": kept | found["exhibits"]}
+        if options.json:
+            options.json.write_text(json.dumps(matrix, indent=1) + "\n")
+    print("\n" + page.text(matrix))
+    if options.html:
+        options.html.write_text(page.html(matrix), encoding="utf-8")
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""The last, incomplete batch of an epoch is dropped.
+
+Five rows in batches of two: one row is never trained. On a small data set with a large batch it can be most of it.
+Reported: axolotl#3152, #3848 and trl#4554 have the neighbouring case, step counts that are off.
+"""
+
+from silent import oracle
+from silent.measure import unique_tokens
+from silent.world import WORDS, Job, Trainer, Verdict, World, judged, said
+
+FAULT, UNIT = "drop_last", "documents"
+DATA = tuple(said(" ".join(WORDS[6 * i : 6 * i + 6] * 4), " ".join(WORDS[6 * i : 6 * i + 6])) for i in range(5))
+
+
+def look(trainer: Trainer, world: World) -> Verdict:
+    """One epoch; a row was trained if the embeddings of the words that only it has were moved."""
+    run = trainer.train(Job(DATA, rows=2, steps=None, lr=1e-3, eps=1e-8, shuffle=True), world)
+    name = "model.embed_tokens.weight"
+    before, after = (oracle.load(folder)[0][name] for folder in (world.model(), run.folder))
+    still = sum(bool((before[own] == after[own]).all()) for own in unique_tokens(oracle.rows(DATA, world.tokenizer)))
+    return judged(still, f"{still} of {len(DATA)} documents were not trained in the epoch")
