@@ -13,6 +13,7 @@ another fills the matrix.
 
     right             the trainer does what the definitions say
     WRONG             it does something else and says nothing; the figure says how far off
+    warned            it does something else, and a message of its own names it
     cannot            it refuses, or offers no way to do what the exhibit asks for
     not applicable    the exhibit asks about something that the trainer does not have by design
 
@@ -21,14 +22,8 @@ Exit code 1 if a column has a WRONG, 0 otherwise; with --planted the other way r
 
 import argparse
 import json
-import math
 import os
-import platform
 import sys
-import tempfile
-import time
-import traceback
-from datetime import UTC, datetime
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
@@ -38,50 +33,20 @@ sys.path[:] = [str(Path(__file__).resolve().parents[1]), *(p for p in sys.path i
 
 from silent import page  # noqa: E402
 from silent.exhibits import NAMES, open_exhibit, title  # noqa: E402
-from silent.trainers import TRAINERS, open_trainer  # noqa: E402
-from silent.trainers.plain import Plain  # noqa: E402
-from silent.world import Cannot, NotApplicable, Trainer, Verdict, World  # noqa: E402
-
-
-def look(name: str, trainer: Trainer, world: World, *, debug: bool = False) -> Verdict:
-    """The verdict of an exhibit. A trainer that fails has refused; the text has its last word."""
-    try:
-        return open_exhibit(name).look(trainer, world)
-    except Cannot as refusal:
-        return Verdict("cannot", str(refusal))
-    except NotApplicable as reason:
-        return Verdict("not applicable", str(reason))
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        return Verdict("cannot", f"failed: {type(error).__name__}: {error}"[:300])
-
-
-def column(name: str, exhibits: list[str], *, planted: bool, debug: bool) -> dict:
-    """One trainer's verdicts, printed as they come."""
-    started, verdicts, trainer = time.monotonic(), {}, Plain() if planted else open_trainer(name)
-    with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
-        for exhibit in exhibits:
-            if planted:
-                trainer = Plain(open_exhibit(exhibit).FAULT)
-            begun = time.monotonic()
-            verdict = look(exhibit, trainer, world, debug=debug)
-            seconds = time.monotonic() - begun
-            print(f"{exhibit:18s} {page.STATES[verdict.state]:14s} {verdict.text}  ({seconds:.1f} s)", flush=True)
-            size = verdict.size if verdict.size is None or math.isfinite(verdict.size) else "not finite"
-            verdicts[exhibit] = {"state": verdict.state, "size": size, "text": verdict.text,
-                                 "seconds": round(seconds, 2)}
-    return {"about": "each exhibit with its own fault" if planted else trainer.about, "versions": trainer.versions,
-            "machine": f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores",
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"), "seconds": round(time.monotonic() - started, 1),
-            "exhibits": verdicts}
+from silent.run import column  # noqa: E402
+from silent.trainers import TRAINERS  # noqa: E402
 
 
 def listing() -> str:
     """The exhibits and the trainers."""
     lines = [f"{name:18s} {title(open_exhibit(name))}" for name in NAMES]
     return "\n".join([*lines, "", "trainers: " + ", ".join(TRAINERS)])
+
+
+def tell(exhibit: str, verdict: dict) -> None:
+    """Print a verdict."""
+    print(f"{exhibit:18s} {page.STATES[verdict['state']]:14s} {verdict['text']}  ({verdict['seconds']:.1f} s)",
+          flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the columns to FILE")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the matrix as one page")
     parser.add_argument("--list", action="store_true", help="list exhibits and trainers")
-    parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="exhibits at a time; 0: as the trainer needs")
+    parser.add_argument("--debug", action="store_true", help="print what the trainer says, and tracebacks")
     options = parser.parse_args(argv)
     if options.list:
         print(listing())
@@ -105,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("faults are planted in the plain loop: --trainer plain --planted")
     wrong = False
     for name in options.trainer:
-        found = column(name, options.exhibit or list(NAMES), planted=options.planted, debug=options.debug)
+        found = column(name, options.exhibit or list(NAMES), tell, planted=options.planted, debug=options.debug,
+                       jobs=options.jobs)
         states = [verdict["state"] for verdict in found["exhibits"].values()]
         wrong |= any(state != "wrong" for state in states) if options.planted else "wrong" in states
         key = "planted" if options.planted else name

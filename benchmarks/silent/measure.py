@@ -7,18 +7,12 @@ import torch
 
 from silent import oracle
 from silent.oracle import Token
-from silent.world import IGNORED, Job, Row, Trainer, Verdict, World, judged
+from silent.world import IGNORED, Job, Row, Trainer, Verdict, World, judged, said, words
 
 SMALL = 2e-3  # a gradient in fp32 that is off by less than this is right; each fault is off by a hundred times more
-UNEVEN = (  # two conversations of about 55 tokens: two trained tokens in one, forty-odd in the other
-    {"messages": [{"role": "user", "content": "river stone lantern copper meadow ladder window thunder garden kettle "
-                   "harbour feather mountain ribbon orchard candle anchor pebble saddle blanket compass needle barrel "
-                   "cottage shadow bridge valley hammer basket mirror river stone lantern copper meadow"},
-                  {"role": "assistant", "content": "Green"}]},
-    {"messages": [{"role": "user", "content": "Yes"},
-                  {"role": "assistant", "content": "feather mountain ribbon orchard candle anchor pebble saddle blanket "
-                   "compass needle barrel cottage shadow bridge valley hammer basket mirror river stone lantern copper "
-                   "meadow ladder window thunder garden kettle harbour feather mountain ribbon orchard candle"}]})
+# Two conversations of about 50 tokens: 2 are trained in the first, 36 in the second.
+UNEVEN = (said(words(34), "Green"), said("Yes", words(35, 11)))
+
 
 
 def matched(row: Row, document: list[Token]) -> list[tuple[int, Token]]:
@@ -39,8 +33,15 @@ def only_row(trainer: Trainer, world: World, record: dict, *, length: int = 256)
     return found[0]
 
 
-def gradient_of_step(trainer: Trainer, world: World, job: Job, right: list[Row]) -> Verdict:
-    """Run the one step of `job`, and compare the gradient, which its update tells, with that of `right`."""
+def right_rows(trainer: Trainer, world: World, records: tuple[dict, ...]) -> list[Row]:
+    """The rows of `records`: the oracle's, or the trainer's if it has a format of its own."""
+    return trainer.rows(Job(records, length=4096), world) if trainer.own_format else oracle.rows(records,
+                                                                                                 world.tokenizer)
+
+
+def gradient_of_step(trainer: Trainer, world: World, job: Job, records: tuple[dict, ...] = ()) -> Verdict:
+    """Run the one step of `job`, and compare the gradient, which its update tells, with that of its `records` alone."""
+    right = right_rows(trainer, world, records or job.data)
     weights, config = oracle.load(world.model(job.model))
     run = trainer.train(job, world)
     told = oracle.gradient_told(weights, oracle.load(run.folder)[0], lr=job.lr, eps=job.eps)
@@ -64,14 +65,14 @@ def passes(run_folder, world: World, job: Job, rows: list[Row]) -> list[float]:
 
     Its own tokens' embeddings move by lr g / (|g| + eps) each time, and no other row moves them.
     """
-    before, config = oracle.load(world.model(job.model))
+    before = oracle.load(world.model(job.model))
     after, name = oracle.load(run_folder)[0], "model.embed_tokens.weight"
     found = []
     for row, own in zip(rows, unique_tokens(rows), strict=True):
         assert own, "a row without a token of its own"
-        g = oracle.gradient([row], before, config)[name][own]
-        once, moved = job.lr * g / (g.abs() + job.eps), (before[name] - after[name])[own]
-        found.append(float((once * moved).sum() / once.pow(2).sum()))
+        g = oracle.gradient([row], *before)[name][own]
+        once, moved_ = job.lr * g / (g.abs() + job.eps), (before[0][name] - after[name])[own]
+        found.append(float((once * moved_).sum() / once.pow(2).sum()))
     return found
 
 

@@ -4,14 +4,15 @@ from html import escape
 
 from silent.exhibits import NAMES, open_exhibit, title
 
-STATES = {"right": "right", "wrong": "WRONG", "cannot": "cannot", "not applicable": "n/a"}
+STATES = {"right": "right", "wrong": "WRONG", "warned": "warned", "cannot": "cannot", "not applicable": "n/a"}
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --right: #1a7f37; --wrong: #c0232c; --other: #777 }
+:root { color-scheme: light dark; --line: #8884; --right: #1a7f37; --wrong: #c0232c; --warned: #9a6700; --other: #777 }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
 .wide { overflow-x: auto } table { border-collapse: collapse }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line) }
 tbody th { font-weight: 500; min-width: 14rem } .right b { color: var(--right) } .wrong b { color: var(--wrong) }
-.cannot b, .na b { color: var(--other) } summary { cursor: pointer } td { min-width: 6.5rem; max-width: 16rem }
+.warned b { color: var(--warned) } .cannot b, .na b { color: var(--other) } summary { cursor: pointer }
+td { min-width: 6.5rem; max-width: 16rem }
 td p, th p { margin: .2rem 0; font-size: .85em; font-weight: 400 } pre { white-space: pre-wrap; font-size: .9em }
 """
 
@@ -20,20 +21,18 @@ def cell(verdict: dict | None, unit: str) -> str:
     """A verdict in few characters: right, or how far off."""
     if verdict is None:
         return "not run"
-    if verdict["state"] != "wrong":
-        return STATES[verdict["state"]]
-    size = verdict["size"]
-    if size is None:
-        return "WRONG"
+    state, size = STATES[verdict["state"]], verdict["size"]
+    if verdict["state"] not in ("wrong", "warned") or size is None:
+        return state
     if isinstance(size, str):
-        return f"WRONG {size}"
-    return f"WRONG {size:.0%}" if unit.startswith("share") else f"WRONG {size:.3g} {unit}"
+        return f"{state} {size}"
+    return f"{state} {size:.0%}" if unit.startswith("share") else f"{state} {size:.3g} {unit}"
 
 
 def text(matrix: dict) -> str:
     """A table for a terminal, with the versions below it."""
     rows = [["exhibit", *matrix]]
-    for name in NAMES:
+    for name in [name for name in NAMES if any(name in column["exhibits"] for column in matrix.values())]:
         unit = open_exhibit(name).UNIT
         rows.append([name, *(cell(column["exhibits"].get(name), unit) for column in matrix.values())])
     rows.append(["wrong", *(str(sum(v["state"] == "wrong" for v in c["exhibits"].values())) for c in matrix.values())])
@@ -68,7 +67,8 @@ def html(matrix: dict) -> str:
 <style>{STYLE}</style>
 <h1>Silent bugs</h1>
 <p>The worst faults of fine-tuning raise no error and print a falling loss. Each row is one of them; each column is a
-trainer as it came out when it was asked from outside. <b>WRONG</b> says how far off; <b>cannot</b>: it refuses, or offers
+trainer as it came out when it was asked from outside. <b>WRONG</b> says how far off; <b>warned</b>: the
+same, with a message that names it; <b>cannot</b>: it refuses, or offers
 no way to do what is asked. Open a row for its story.</p>
 <div class=wide><table><thead><tr><th scope=col>exhibit</th>{head}</tr></thead><tbody>
 {chr(10).join(body)}

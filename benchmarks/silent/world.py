@@ -1,8 +1,8 @@
 """What every exhibit shares: a tiny Llama with a tokenizer of its own, conversations, and the words of a verdict.
 
 Nothing is downloaded. The tokenizer is trained on the sentences below with Llama-3's rules (its regular expression, its
-special tokens, a post-processor that puts `<|begin_of_text|>` first); the network has two layers and random weights from
-a fixed seed, large enough that each fault shows. `World.model` writes a Hugging Face folder of it:
+special tokens, a post-processor that puts `<|begin_of_text|>` first); the network has two layers and random weights
+from a fixed seed, large enough that each fault shows. `World.model` writes a Hugging Face folder of it:
 
     base          untied head, fp32
     tied          tie_word_embeddings, no lm_head in the file
@@ -34,9 +34,10 @@ TEMPLATE = (
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 
-WORDS = ("river stone lantern copper meadow ladder window thunder garden kettle harbour feather mountain ribbon "
-         "orchard candle anchor pebble saddle blanket compass needle barrel cottage shadow bridge valley hammer "
-         "basket mirror").split()
+WORDS = (
+    "river", "stone", "lantern", "copper", "meadow", "ladder", "window", "thunder", "garden", "kettle", "harbour",
+    "feather", "mountain", "ribbon", "orchard", "candle", "anchor", "pebble", "saddle", "blanket", "compass",
+    "needle", "barrel", "cottage", "shadow", "bridge", "valley", "hammer", "basket", "mirror")
 SENTENCES = (
     "What lies behind the old harbour?", "A row of boats, and one of them is red.", "Who mends the lantern at night?",
     "The keeper does, with copper wire and patience.", "How many steps has the ladder?", "Nineteen, and one is broken.",
@@ -45,11 +46,11 @@ SENTENCES = (
     *(f"The {word} is near the {other}." for word, other in zip(WORDS, WORDS[7:] + WORDS[:7], strict=True)))
 
 
-class Cannot(Exception):
+class CannotError(Exception):
     """The trainer refused, or offers no way to do what the exhibit asks for; the text says which."""
 
 
-class NotApplicable(Exception):
+class NotApplicableError(Exception):
     """The exhibit asks about something that this trainer does not have by design."""
 
 
@@ -57,12 +58,12 @@ class NotApplicable(Exception):
 class Verdict:
     """What came out of an exhibit for a trainer."""
 
-    state: str  # right, wrong, cannot, not applicable
+    state: str  # right, wrong, warned, cannot, not applicable
     text: str  # the finding, with its figure
     size: float | None = None  # how far off, in the exhibit's unit; NaN where the trainer's figure is not finite
 
     def __post_init__(self):
-        assert self.state in ("right", "wrong", "cannot", "not applicable"), self.state
+        assert self.state in ("right", "wrong", "warned", "cannot", "not applicable"), self.state
 
 
 def judged(size: float, text: str, *, limit: float = 0.0) -> Verdict:
@@ -107,7 +108,6 @@ class Run:
     losses: list[float]  # of each step, as the trainer reports them
     held_out: list[float]  # the held-out loss before and after, as the trainer reports it; empty without held_out
     folder: Path  # the exported model
-    said: str = ""  # what it printed
 
 
 class Trainer:
@@ -116,14 +116,20 @@ class Trainer:
     name = ""
     about = ""  # the configuration, in one line
     versions = ""
+    jobs = 1  # exhibits that may run at a time, each in a process of its own
+    own_format = False  # conversations in another format than Llama-3's: its rows are then taken as they are
 
     def rows(self, job: Job, world: "World") -> list[Row]:
         """The rows that `job` would train on, one conversation each, in the data's order."""
-        raise Cannot("rows are not shown")
+        raise CannotError("rows are not shown")
 
     def train(self, job: Job, world: "World") -> Run:
         """Train `job`."""
-        raise Cannot("no training")
+        raise CannotError("no training")
+
+    def rates(self, steps: int) -> list[float]:
+        """The learning rate of each step, as a share of `Job.lr`, where a constant one cannot be asked for."""
+        return [1.0] * steps
 
 
 def said(question: str, answer: str, **fields: object) -> dict:

@@ -2,6 +2,7 @@
 
 An exhibit has a docstring (its title, then what happens and where it was reported), FAULT (what the plain loop must
 have planted so that the exhibit says wrong), UNIT (of the verdict's size) and `look(trainer, world) -> Verdict`.
+WARNING, if there is one, is what a message of the trainer's must match to count as a warning of this fault.
 """
 
 from importlib import import_module

@@ -5,7 +5,6 @@ data with another micro-batch size trains another model. Reported: trl#2604, tra
 nanochat PR#400.
 """
 
-from silent import oracle
 from silent.measure import UNEVEN, gradient_of_step
 from silent.world import Job, Trainer, Verdict, World
 
@@ -14,4 +13,4 @@ FAULT, UNIT = "mean_of_means", "share of the gradient"
 
 def look(trainer: Trainer, world: World) -> Verdict:
     """One step over two micro-batches, one with a short answer and one with a long one."""
-    return gradient_of_step(trainer, world, Job(UNEVEN, accumulate=2), oracle.rows(UNEVEN, world.tokenizer))
+    return gradient_of_step(trainer, world, Job(UNEVEN, accumulate=2))

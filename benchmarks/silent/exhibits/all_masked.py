@@ -5,7 +5,6 @@ the weights are gone; or it is taken for 0, and the gradient of the other one is
 Reported: trl#6668, #3927, verl#785, unsloth#2095, #2900, nanochat PR#803.
 """
 
-from silent import oracle
 from silent.measure import gradient_of_step
 from silent.world import Job, Trainer, Verdict, World, said, words
 
@@ -15,4 +14,4 @@ DATA = (said(words(30), "The keeper does, with copper wire and patience."), said
 
 def look(trainer: Trainer, world: World) -> Verdict:
     """One step over two micro-batches."""
-    return gradient_of_step(trainer, world, Job(DATA, accumulate=2), oracle.rows(DATA[:1], world.tokenizer))
+    return gradient_of_step(trainer, world, Job(DATA, accumulate=2), DATA[:1])

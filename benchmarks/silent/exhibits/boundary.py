@@ -1,8 +1,8 @@
 """The tokens at the boundary of prompt and answer are not those of use.
 
 When the model is used, the prompt is tokenised alone, because the answer does not exist yet. A trainer that tokenises
-prompt and answer as one text may merge across the boundary: here the prompt ends with a line break and the answer begins
-with one, which together are another token. Reported: trl#4147, #5138, #5213, #6105.
+prompt and answer as one text may merge across the boundary: here the prompt ends with a line break and the answer
+begins with one, which together are another token. Reported: trl#4147, #5138, #5213, #6105.
 """
 
 from silent import oracle
@@ -10,6 +10,7 @@ from silent.measure import only_row
 from silent.world import BEGIN, IGNORED, STOP, Trainer, Verdict, World, judged
 
 FAULT, UNIT = "boundary", "tokens"
+WARNING = r"prefix|boundary"
 PAIR = {"prompt": "Question: Is the bridge open?\nAnswer:\n", "completion": "\nYes."}
 
 

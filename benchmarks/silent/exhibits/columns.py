@@ -4,9 +4,10 @@ The record has `messages` and also `prompt` and `completion`, and they disagree:
 was left over. One of the two is dropped without a word. Right is a refusal, or a message that names what is not read.
 """
 
-from silent.world import Cannot, Job, Trainer, Verdict, World, judged, said
+from silent.world import CannotError, Job, Trainer, Verdict, World, judged, said
 
 FAULT, UNIT = "ignore_columns", "columns"
+WARNING = r"column|field"
 BOTH = said("Is the bridge open?", "Yes.") | {"prompt": "Is the bridge open?", "completion": " No."}
 
 
@@ -14,7 +15,7 @@ def look(trainer: Trainer, world: World) -> Verdict:
     """Hand in the record and see if anything is said."""
     try:
         rows = trainer.rows(Job((BOTH,), length=256), world)
-    except Cannot as refusal:
+    except CannotError as refusal:
         return judged(0, f"refused: {refusal}")
     except ValueError as refusal:
         return judged(0, f"refused: {refusal}")

@@ -22,6 +22,6 @@ def look(trainer: Trainer, world: World) -> Verdict:
         full = sum(float(start[name].abs().sum()) for name in names) * lr * decay
         shares[group] = sum(float((ends[0][name] - ends[1][name]).abs().sum()) for name in names) / full
     if shares["matrices"] < 0.9:
-        return Verdict("wrong", f"matrices have {shares['matrices']:.2f} of the decay asked for", 1 - shares["matrices"])
+        return Verdict("wrong", f"matrices have {shares['matrices']:.2f} of the decay", 1 - shares["matrices"])
     return judged(shares["norms"], f"norms have {shares['norms']:.2f} of the decay, matrices {shares['matrices']:.2f}",
                   limit=0.01)

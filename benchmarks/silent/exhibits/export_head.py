@@ -5,8 +5,8 @@ folder loads, and the head is random or the embedding. Reported: torchtune#2048,
 """
 
 from silent import oracle
-from silent.measure import UNEVEN
-from silent.world import Cannot, Job, Trainer, Verdict, World, judged
+from silent.measure import UNEVEN, right_rows
+from silent.world import CannotError, Job, Trainer, Verdict, World, judged
 
 FAULT, UNIT = "head_lost", "nats"
 
@@ -17,12 +17,12 @@ def look(trainer: Trainer, world: World) -> Verdict:
     for model in ("base", "tied"):
         run = trainer.train(Job(UNEVEN[1:], model=model, held_out=UNEVEN[1:], lr=1e-2), world)
         if not run.held_out:
-            raise Cannot("prints no held-out loss")
+            raise CannotError("prints no held-out loss")
         try:
             weights, config = oracle.load(run.folder)
         except KeyError as error:
             return Verdict("wrong", f"{model}: {error}", float("nan"))
-        found = float(oracle.mean_loss(oracle.rows(UNEVEN[1:], world.tokenizer), weights, config))
+        found = float(oracle.mean_loss(right_rows(trainer, world, UNEVEN[1:]), weights, config))
         off = abs(found - run.held_out[-1])
         worst = off if not off <= worst else worst
         texts.append(f"{model}: printed {run.held_out[-1]:.4f}, its export has {found:.4f}")

@@ -17,5 +17,5 @@ def look(trainer: Trainer, world: World) -> Verdict:
     document = oracle.encode(TALK["messages"], world.tokenizer)
     found = trained_by(only_row(trainer, world, TALK), document, lambda t: t.kind == "header" and t.turn == 1)
     wrong, answer = found[True, True], sum(token.trained for token in document)
-    return judged(wrong, f"{wrong} of {wrong + found[True, False]} tokens of the header are trained, beside {answer} of "
-                         "the answer")
+    return judged(wrong, f"{wrong} of {wrong + found[True, False]} tokens of the header are trained, beside {answer} "
+                         "of the answer")

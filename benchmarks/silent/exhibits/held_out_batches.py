@@ -5,8 +5,8 @@ cut. Reported: transformers#39241; #35078 (times the number of ranks).
 """
 
 from silent import oracle
-from silent.measure import UNEVEN
-from silent.world import Cannot, Job, Trainer, Verdict, World, judged
+from silent.measure import UNEVEN, right_rows
+from silent.world import CannotError, Job, Trainer, Verdict, World, judged
 
 FAULT, UNIT = "eval_batches", "nats"
 
@@ -14,9 +14,9 @@ FAULT, UNIT = "eval_batches", "nats"
 def look(trainer: Trainer, world: World, data: tuple[dict, ...] = UNEVEN, packing: bool = False,
          length: int = 64) -> Verdict:
     """The held-out loss that the trainer prints for the base, against the mean over all trained tokens."""
-    right = float(oracle.mean_loss(oracle.rows(data, world.tokenizer), *oracle.load(world.model())))
+    right = float(oracle.mean_loss(right_rows(trainer, world, data), *oracle.load(world.model())))
     run = trainer.train(Job(data, held_out=data, lr=0.0, packing=packing, length=length), world)
     if not run.held_out:
-        raise Cannot("prints no held-out loss")
+        raise CannotError("prints no held-out loss")
     off = abs(run.held_out[0] - right)
     return judged(off, f"held-out loss {run.held_out[0]:.4f}, right {right:.4f}", limit=1e-3)

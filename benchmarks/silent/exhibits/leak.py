@@ -5,11 +5,11 @@ attention backend: some ignore the boundaries with a warning, some silently. Rep
 LLaMA-Factory#2289, axolotl#3796 (sdpa and eager, mended), transformers PR#46634 (a mask of ones turns detection off).
 """
 
-from silent import oracle
 from silent.measure import gradient_of_step
 from silent.world import Job, Trainer, Verdict, World, said
 
 FAULT, UNIT = "leak", "share of the gradient"
+WARNING = r"attend|attention.*pack|pack.*attention|contaminat"
 DATA = (said("Is the bridge open?", "Yes."), said("Please name a colour.", "Green."),
         said("Why does the kettle sing?", "Because the steam is in a hurry to leave."),
         said("How many steps has the ladder?", "Nineteen, and one is broken."))
@@ -17,4 +17,4 @@ DATA = (said("Is the bridge open?", "Yes."), said("Please name a colour.", "Gree
 
 def look(trainer: Trainer, world: World) -> Verdict:
     """One step on one pack of four conversations, against the four alone."""
-    return gradient_of_step(trainer, world, Job(DATA, length=128, packing=True), oracle.rows(DATA, world.tokenizer))
+    return gradient_of_step(trainer, world, Job(DATA, length=128, packing=True))

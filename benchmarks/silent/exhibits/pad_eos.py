@@ -4,7 +4,6 @@ The tokenizer has no padding token, so the script sets it to EOS; the collator t
 and with the padding goes the stop token of each answer. Reported: unsloth#416, trl#1623, PR#3091.
 """
 
-from silent import oracle
 from silent.measure import gradient_of_step
 from silent.world import Job, Trainer, Verdict, World, said
 
@@ -15,4 +14,4 @@ DATA = (said("Is the bridge open?", "Yes."),
 
 def look(trainer: Trainer, world: World) -> Verdict:
     """One step on a batch of two rows, the shorter one padded."""
-    return gradient_of_step(trainer, world, Job(DATA, model="pad_is_eos", rows=2), oracle.rows(DATA, world.tokenizer))
+    return gradient_of_step(trainer, world, Job(DATA, model="pad_is_eos", rows=2))

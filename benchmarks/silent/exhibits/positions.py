@@ -6,7 +6,6 @@ lies late in a pack is read as if several tokens stood in one place. Position ta
 are the other way to see it.
 """
 
-from silent import oracle
 from silent.measure import gradient_of_step
 from silent.world import Job, Trainer, Verdict, World, said, words
 
@@ -16,4 +15,4 @@ DATA = tuple(said(words(20 + i, 3 * i), words(25, 7 * i)) for i in range(24))
 
 def look(trainer: Trainer, world: World) -> Verdict:
     """One step on a pack of some 1,500 tokens, against the conversations alone."""
-    return gradient_of_step(trainer, world, Job(DATA, length=2048, packing=True), oracle.rows(DATA, world.tokenizer))
+    return gradient_of_step(trainer, world, Job(DATA, length=2048, packing=True))

@@ -4,7 +4,6 @@ Each rank divides by its own tokens, and the process group averages the gradient
 that the number of GPUs decides how much a token weighs. Reported: transformers#35078 (the loss), trl#2604.
 """
 
-from silent import oracle
 from silent.measure import UNEVEN, gradient_of_step
 from silent.world import Job, Trainer, Verdict, World
 
@@ -13,4 +12,4 @@ FAULT, UNIT = "mean_of_ranks", "share of the gradient"
 
 def look(trainer: Trainer, world: World) -> Verdict:
     """One step on two ranks, one with a short answer and one with a long one."""
-    return gradient_of_step(trainer, world, Job(UNEVEN, ranks=2), oracle.rows(UNEVEN, world.tokenizer))
+    return gradient_of_step(trainer, world, Job(UNEVEN, ranks=2))

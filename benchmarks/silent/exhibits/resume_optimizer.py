@@ -1,7 +1,7 @@
 """A resumed run has lost the optimizer's state.
 
-The weights are back, the moments are not: the first steps after a resume are as long as those of a new run, and the loss
-jumps. Reported: Megatron-Bridge#4565, torchtitan#1136, OpenTau#185 (masters rebuilt from bf16).
+The weights are back, the moments are not: the first steps after a resume are as long as those of a new run, and the
+loss jumps. Reported: Megatron-Bridge#4565, torchtitan#1136, OpenTau#185 (masters rebuilt from bf16).
 """
 
 from dataclasses import replace
@@ -20,5 +20,5 @@ def look(trainer: Trainer, world: World) -> Verdict:
     start = oracle.load(world.model())[0]
     resumed, straight = (oracle.load(trainer.train(job, world).folder)[0] for job in (JOB, replace(JOB, stop=0)))
     size = moved(straight, resumed) / moved(start, straight)
-    text = "bit for bit the uninterrupted run" if size == 0 else f"ends {size:.2%} of the way beside the uninterrupted run"
+    text = "bit for bit the uninterrupted run" if size == 0 else f"ends {size:.2%} of the way beside that run"
     return judged(size, text, limit=1e-4)

@@ -1,10 +1,9 @@
 """Labels are shifted twice.
 
-The data set shifts labels by one, and the model's loss shifts them again: each position learns the token after the next.
-The loss falls all the same. Reported: torchtitan#2755.
+The data set shifts labels by one, and the model's loss shifts them again: each position learns the token after the
+next. The loss falls all the same. Reported: torchtitan#2755.
 """
 
-from silent import oracle
 from silent.measure import gradient_of_step
 from silent.world import Job, Trainer, Verdict, World, said
 
@@ -14,4 +13,4 @@ DATA = (said("Who mends the lantern at night?", "The keeper does, with copper wi
 
 def look(trainer: Trainer, world: World) -> Verdict:
     """One step on one conversation."""
-    return gradient_of_step(trainer, world, Job(DATA), oracle.rows(DATA, world.tokenizer))
+    return gradient_of_step(trainer, world, Job(DATA))

@@ -9,6 +9,7 @@ from silent.measure import only_row, trained_by
 from silent.world import Trainer, Verdict, World, judged
 
 FAULT, UNIT = "ignore_weight", "tokens"
+WARNING = r"\bweight\b"
 TALK = {"messages": [
     {"role": "user", "content": "Is the bridge open?"},
     {"role": "assistant", "content": "The mountain is near the kettle.", "weight": 0},

@@ -27,7 +27,8 @@ FAULTS = {
     "double_shift": "labels that are shifted already are shifted again", "leak": "packs are one causal document",
     "positions": "positions run through a pack, in bf16",
     "mean_of_means": "each micro-batch is averaged, then the averages",
-    "mean_of_ranks": "each rank is averaged, then the averages", "short_tail": "the last window is divided as a full one",
+    "mean_of_ranks": "each rank is averaged, then the averages",
+    "short_tail": "the last window is divided as a full one",
     "pad_by_id": "labels that equal the padding id are ignored", "drop_last": "an incomplete last batch is dropped",
     "bf16_masters": "weights and moments are bf16", "decay_all": "weight decay acts on all parameters",
     "replay": "a resumed run starts with the first document", "skip": "a resumed run skips too far",
@@ -35,8 +36,8 @@ FAULTS = {
     "other_template": "the export has ChatML", "head_lost": "the export takes the head for tied",
     "own_head_lost": "a tied model's own head is not read", "eval_batches": "the held-out loss is the mean of batches",
 }
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'"
-          " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+          "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 Document = tuple[list[int], list[int]]  # ids, labels
 
