@@ -26,23 +26,24 @@ from silent.world import CannotError, NotApplicableError, Trainer, Verdict, Worl
 @contextmanager
 def heard() -> Iterator[Callable[[], str]]:
     """What this process and those it starts write to standard output and error meanwhile; it is not shown."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
+    def flush() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    flush()
+    with tempfile.NamedTemporaryFile("ab") as file:
         kept = [os.dup(1), os.dup(2)]
 
         def text() -> str:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            return os.pread(file.fileno(), 2**24, 0).decode(errors="replace")
+            flush()
+            return Path(file.name).read_text(errors="replace")
 
         try:
             for descriptor in (1, 2):
-                os.dup2(file.fileno(), descriptor)
+                os.dup2(file.fileno(), descriptor)  # opened to append, so nobody writes over another
             yield text
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush()
             for descriptor, saved in zip((1, 2), kept, strict=True):
                 os.dup2(saved, descriptor)
                 os.close(saved)

@@ -1,6 +1,7 @@
 """The exported model has no chat template, or another one than it was trained with.
 
-Whoever serves the folder must guess, and guesses the base's or none. Reported: LLaMA-Factory#10396.
+Whoever serves the folder must guess the format, and takes the base's or none at all: the model is asked in another
+format than it was taught. Reported: LLaMA-Factory#10396.
 """
 
 import json

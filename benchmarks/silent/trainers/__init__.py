@@ -13,6 +13,8 @@ TRAINERS = {
     "trl-defaults": ("trl", "defaults"),
     "trl-bf16-weights": ("trl", "bf16-weights"),
     "litgpt": ("litgpt", ""),
+    "litgpt-defaults": ("litgpt", "defaults"),
+    "litgpt-bf16-true": ("litgpt", "bf16-true"),
     "torchtune": ("torchtune", ""),
 }
 
