@@ -86,7 +86,7 @@ class Job:
     data: tuple[dict, ...]  # records: {"messages": [...]} or {"prompt": ..., "completion": ...}
     model: str = "base"
     held_out: tuple[dict, ...] = ()
-    length: int = 64  # the most tokens of a row
+    length: int = 76  # the most tokens of a row; one conversation of most exhibits fits, and two do not
     packing: bool = False  # may several conversations share a row?
     rows: int = 1
     accumulate: int = 1

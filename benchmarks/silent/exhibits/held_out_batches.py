@@ -12,7 +12,7 @@ FAULT, UNIT = "eval_batches", "nats"
 
 
 def look(trainer: Trainer, world: World, data: tuple[dict, ...] = UNEVEN, packing: bool = False,
-         length: int = 64) -> Verdict:
+         length: int = 76) -> Verdict:
     """The held-out loss that the trainer prints for the base, against the mean over all trained tokens."""
     right = float(oracle.mean_loss(right_rows(trainer, world, data), *oracle.load(world.model())))
     run = trainer.train(Job(data, held_out=data, lr=0.0, packing=packing, length=length), world)
