@@ -1,7 +1,7 @@
 """A conversation begins with two BOS.
 
 The chat template writes `<|begin_of_text|>`, and the tokenizer puts another one before it. In use there is one.
-Reported: trl#1400, OpenRLHF#393, alignment-handbook#127.
+Reported: trl#1400, OpenRLHF#393, alignment-handbook#127, litgpt#1682.
 """
 
 from silent.measure import only_row

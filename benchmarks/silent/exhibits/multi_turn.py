@@ -1,7 +1,7 @@
 """Of several answers only one is trained.
 
 A collator that searches for "the" answer finds the first or the last one. Two thirds of a conversation teach nothing.
-Reported: torchtitan#2755 is the neighbouring case, a mask that is off by one between turns.
+LLaMA-Factory offers it as a choice (`mask_history`); elsewhere it is an accident.
 """
 
 from silent import oracle

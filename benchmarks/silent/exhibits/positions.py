@@ -3,7 +3,7 @@
 Rotary positions are relative, so in exact arithmetic an offset changes nothing while conversations are isolated. What
 it changes is rounding: bf16 has eight bits and cannot tell position 257 from 256, so if angles are computed in it, what
 lies late in a pack is read as if several tokens stood in one place. Position tables beyond the base's longest context
-are the other way to see it.
+are the other way to see it. Reported: transformers PR#29285 (the rounding).
 """
 
 from silent.measure import gradient_of_step

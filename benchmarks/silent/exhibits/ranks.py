@@ -1,7 +1,8 @@
 """Ranks average averages.
 
 Each rank divides by its own tokens, and the process group averages the gradients: the same as with accumulation, except
-that the number of GPUs decides how much a token weighs. Reported: transformers#35078 (the loss), trl#2604.
+that the number of GPUs decides how much a token weighs. Reported: transformers#35078 (the held-out loss, times the
+number of ranks).
 """
 
 from silent.measure import UNEVEN, gradient_of_step

@@ -1,7 +1,7 @@
 """Labels are shifted twice.
 
 The data set shifts labels by one, and the model's loss shifts them again: each position learns the token after the
-next. The loss falls all the same. Reported: torchtitan#2755.
+next. The loss falls all the same.
 """
 
 from silent.measure import gradient_of_step

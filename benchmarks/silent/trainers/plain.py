@@ -22,7 +22,8 @@ FAULTS = {
     "double_bos": "the tokenizer adds a BOS to a text that has one",
     "special_in_content": "the conversation is rendered to one text and tokenised with special tokens on",
     "boundary": "prompt and completion are joined before tokenising, and the mask counts the prompt's own tokens",
-    "first_turn": "only the first answer is trained", "ignore_weight": "a turn's weight is not read",
+    "first_turn": "only the first answer is trained",
+    "first_untrained": "an answer's first token is not trained", "ignore_weight": "a turn's weight is not read",
     "ignore_columns": "further columns are not looked at", "keep_empty": "rows without a trained token stay",
     "double_shift": "labels that are shifted already are shifted again", "leak": "packs are one causal document",
     "positions": "positions run through a pack, in bf16",
@@ -98,7 +99,10 @@ class Plain(Trainer):
                     add(control(BEGIN))
             for part in (control(HEADER), message["role"], control(HEADER_END), "\n\n"):
                 add(part, trained and self.has("train_header"))
+            start = len(ids)
             add(message["content"].strip(), trained)
+            if self.has("first_untrained"):
+                labels[start] = IGNORED
             add(control(STOP), trained and not self.has("stop_untrained"))
         return ids, labels
 
