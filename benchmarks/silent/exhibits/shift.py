@@ -1,7 +1,8 @@
 """Labels are shifted twice.
 
 The data set shifts labels by one, and the model's loss shifts them again: each position learns the token after the
-next. The loss falls all the same.
+next. The loss falls all the same, because that token can be guessed too, and the model then leaves out every other
+word.
 """
 
 from silent.measure import gradient_of_step

@@ -63,8 +63,7 @@ class Torchtune(Trainer):
             for length in map(int, example.get("seq_lens", [len(ids)])):
                 found.append(Row(ids[start : start + length], labels[start : start + length]))
                 start += length
-        padding = world.tokenizer.token_to_id("<|finetune_right_pad_id|>")
-        return [row for row in found if set(row.ids) != {padding}]  # a pack's padding is a document of its own
+        return [row for row in found if len(set(row.ids)) > 1]  # a pack's padding is a document of its own
 
     def train(self, job: Job, world: World) -> Run:
         folder, base = world.run_folder(), world.model(job.model)
