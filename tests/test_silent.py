@@ -125,10 +125,10 @@ def test_a_row_is_matched_whatever_a_trainer_adds(world):
     assert look("double_bos", Adds(), world).size == 1
 
 
-def silent(*arguments):
+def silent(*arguments, code=0):
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "silent"), *map(str, arguments)],
                           capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -167,7 +167,9 @@ def test_the_table_says_what_was_not_run():
 
 
 @pytest.mark.slow
-def test_minisft_is_right_in_every_exhibit(tmp_path):
-    silent("--trainer", "minisft", "--json", tmp_path / "matrix.json")
+def test_minisft_is_right_in_every_exhibit_except_one(tmp_path):
+    silent("--trainer", "minisft", "--json", tmp_path / "matrix.json", code=1)
     found = json.loads((tmp_path / "matrix.json").read_text())["minisft"]
-    assert {name: verdict["state"] for name, verdict in found["exhibits"].items()} == dict.fromkeys(NAMES, "right")
+    states = {name: verdict["state"] for name, verdict in found["exhibits"].items()}
+    wrong = {"duplicate_keys": "wrong"}  # JSON's reader keeps the last of two equal keys, and nothing is said
+    assert states == dict.fromkeys(NAMES, "right") | wrong

@@ -83,7 +83,7 @@ class Row:
 class Job:
     """A training run, in words that every trainer knows. A rank's step is `accumulate` batches of `rows` rows."""
 
-    data: tuple[dict, ...]  # records: {"messages": [...]} or {"prompt": ..., "completion": ...}
+    data: tuple[dict | str, ...]  # {"messages": [...]} or {"prompt": ..., "completion": ...}; text: a line as it stands
     model: str = "base"
     held_out: tuple[dict, ...] = ()
     length: int = 76  # the most tokens of a row; one conversation of most exhibits fits, and two do not
@@ -156,9 +156,9 @@ class World:
         folder.mkdir(parents=True)
         return folder
 
-    def write(self, records: tuple[dict, ...], name: str = "data") -> Path:
+    def write(self, records: tuple[dict | str, ...], name: str = "data") -> Path:
         """A JSONL of `records`, named after its content."""
-        text = "".join(json.dumps(record) + "\n" for record in records)
+        text = "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records)
         path = self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
         path.write_text(text)
         return path

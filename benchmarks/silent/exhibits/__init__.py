@@ -11,7 +11,7 @@ from types import ModuleType
 NAMES = (
     # which tokens are trained
     "mask", "header", "first_token", "stop", "multi_turn", "turn_weight", "double_bos", "special_in_content",
-    "boundary", "columns", "truncation",
+    "boundary", "columns", "duplicate_keys", "truncation",
     # what a step computes
     "shift", "all_masked", "leak", "positions", "accumulation", "ranks", "last_step", "pad_eos", "last_batch",
     "held_out_batches", "held_out_packing",

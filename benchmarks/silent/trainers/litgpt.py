@@ -50,7 +50,7 @@ class Litgpt(Trainer):
         files = folder / "data"
         files.mkdir()
         for name, records in (("train", job.data), ("val", job.held_out or job.data)):
-            (files / f"{name}.json").write_text(json.dumps([pair(record) for record in records]))
+            (files / f"{name}.json").write_text(f"[{', '.join(pair(record) for record in records)}]")
         mask = {} if self.variant == "defaults" else {"mask_prompt": True}
         return {"json_path": str(files), "num_workers": 0, **mask,
                 "prompt_style": "default" if "prompt" in job.data[0] else "llama3"}
@@ -110,16 +110,25 @@ def finetune(recipe: dict, folder: Path) -> None:
         raise CannotError(done.stderr.strip().splitlines()[-1][:300])
 
 
-def pair(record: dict) -> dict:
-    """A record in its form; what else the record has stays in it."""
+def pair(record: dict | str) -> str:
+    """A record in its form, as JSON; what else the record has stays in it."""
+    if isinstance(record, str):  # a line as it stands, in which keys may stand twice
+        both = [{"messages": value} for _, value in json.loads(record, object_pairs_hook=objects)]
+        first, *others = (json.loads(pair(record)) for record in both)
+        return json.dumps(first)[:-1] + "".join(f', "output": {json.dumps(x["output"])}' for x in others) + "}"
     if "prompt" in record:
         other = {name: value for name, value in record.items() if name not in ("prompt", "completion")}
-        return {"instruction": record["prompt"], "output": record["completion"], **other}
+        return json.dumps({"instruction": record["prompt"], "output": record["completion"], **other})
     system = [m["content"] for m in record["messages"] if m["role"] == "system"]
     rest = [m["content"] for m in record["messages"] if m["role"] != "system"]
     if len(rest) != 2:
         raise NotApplicableError("a record has one question and one answer")
-    return {"instruction": rest[0], "output": rest[1]} | ({"sys_prompt": system[0]} if system else {})
+    return json.dumps({"instruction": rest[0], "output": rest[1]} | ({"sys_prompt": system[0]} if system else {}))
+
+
+def objects(pairs: list[tuple[str, object]]) -> object:
+    """An object of JSON; the outer one, with `messages`, as its pairs."""
+    return pairs if pairs[0][0] == "messages" else dict(pairs)
 
 
 def lit_config(folder: Path):

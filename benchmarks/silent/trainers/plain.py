@@ -24,7 +24,9 @@ FAULTS = {
     "boundary": "prompt and completion are joined before tokenising, and the mask counts the prompt's own tokens",
     "first_turn": "only the first answer is trained",
     "first_untrained": "an answer's first token is not trained", "ignore_weight": "a turn's weight is not read",
-    "ignore_columns": "further columns are not looked at", "keep_empty": "rows without a trained token stay",
+    "ignore_columns": "further columns are not looked at",
+    "ignore_duplicates": "of a key that stands twice the last counts",
+    "keep_empty": "rows without a trained token stay",
     "double_shift": "labels that are shifted already are shifted again", "leak": "packs are one causal document",
     "positions": "positions run through a pack, in bf16",
     "mean_of_means": "each micro-batch is averaged, then the averages",
@@ -69,6 +71,7 @@ class Plain(Trainer):
         """Ids and labels, cut to the length. What is then without a target is left out."""
         found = []
         for record in records:
+            record = json.loads(record, object_pairs_hook=self.unique) if isinstance(record, str) else record
             if len(record) > 1 + ("completion" in record) and not self.has("ignore_columns"):
                 raise ValueError(f"a record says two things: {', '.join(record)}")
             ids, labels = self.dialogue(record["messages"], world) if "messages" in record else self.pair(record, world)
@@ -76,6 +79,12 @@ class Plain(Trainer):
             if any(label != IGNORED for label in labels[1:]) or self.has("keep_empty"):
                 found.append((ids, labels))
         return found
+
+    def unique(self, pairs: list[tuple[str, object]]) -> dict:
+        """An object of JSON; a key that stands twice is refused."""
+        if len(dict(pairs)) < len(pairs) and not self.has("ignore_duplicates"):
+            raise ValueError(f"a key stands twice: {', '.join(key for key, _ in pairs)}")
+        return dict(pairs)
 
     def dialogue(self, messages: list[dict], world: World) -> Document:
         """Llama-3's format, segment by segment."""

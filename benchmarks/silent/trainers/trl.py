@@ -65,7 +65,13 @@ class Trl(Trainer):
             "max_steps": job.steps or -1, "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no",
             "report_to": [], "disable_tqdm": True, "model_init_kwargs": init,
             "train_sampling_strategy": "random" if job.shuffle else "sequential", **settings})
-        return SFTTrainer(str(model), config, train_dataset=datasets.Dataset.from_list(list(job.data)),
+        if isinstance(job.data[0], str):  # lines as they stand
+            (folder / "data.jsonl").write_text("\n".join(job.data))
+            data = datasets.load_dataset("json", data_files=str(folder / "data.jsonl"), split="train",
+                                         cache_dir=str(folder / "cache"))
+        else:
+            data = datasets.Dataset.from_list(list(job.data))
+        return SFTTrainer(str(model), config, train_dataset=data,
                           eval_dataset=datasets.Dataset.from_list(list(job.held_out)) if job.held_out else None)
 
     def rows(self, job: Job, world: World) -> list[Row]:
