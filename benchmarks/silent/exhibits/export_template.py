@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from silent.world import Job, Trainer, Verdict, World, judged, said
+from silent.world import IGNORED, Job, Trainer, Verdict, World, judged, said
 
 FAULT, UNIT = "no_template", "tokens"
 TALK = said("  What lies behind the old harbour?", "A row of boats, and one of them is red.")
@@ -33,7 +33,9 @@ def look(trainer: Trainer, world: World) -> Verdict:
         messages=TALK["messages"], bos_token=bos if isinstance(bos, str) else bos["content"],
         eos_token=settings.get("eos_token"))
     served = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    trained = trainer.rows(Job((TALK,), length=256), world)[0].ids
+    row = trainer.rows(Job((TALK,), length=256), world)[0]
+    last = max(i for i, label in enumerate(row.labels) if label != IGNORED)
+    trained = row.ids[: last + 1]  # what follows the answer is neither asked nor learned
     same = sum(block.size for block in SequenceMatcher(None, served, trained, autojunk=False).get_matching_blocks())
     wrong = max(len(served), len(trained)) - same
     return judged(wrong, f"{wrong} tokens differ between what is served ({len(served)}) and what was trained "

@@ -98,11 +98,13 @@ class Torchtune(Trainer):
                               "log_dir": str(folder / "logs"), "filename": "log.txt"},
             "log_every_n_steps": 1, "log_peak_memory_stats": False, "fsdp_cpu_offload": False}
         tune(recipe, folder, job.ranks)
-        last = sorted((folder / "out").glob("epoch_*"), key=lambda path: int(path.name.split("_")[1]))[-1]
+        last = max((folder / "out").glob("epoch_*"), key=lambda path: int(path.name.split("_")[1]))
         if job.stop:
             last.rename(folder / "before")
             recipe["resume_from_checkpoint"] = True
-            recipe["checkpointer"]["checkpoint_files"] = [next(folder.glob("before/*.safetensors")).name]
+            before = max((folder / "out").glob("epoch_*"), key=lambda path: int(path.name.split("_")[1]))
+            recipe["checkpointer"]["checkpoint_files"] = [
+                str(file.relative_to(folder / "out")) for file in before.glob("*.safetensors")]
             tune(recipe, folder, job.ranks)
         losses = [float(x) for x in re.findall(r"loss:([-\w.]+)", (folder / "logs" / "log.txt").read_text())]
         return Run(losses, [], last)

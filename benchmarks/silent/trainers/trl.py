@@ -20,13 +20,14 @@ from pathlib import Path
 if __name__ == "__main__":  # a rank under torchrun: sys.path begins with this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from silent.world import CannotError, Job, Row, Run, Trainer, World
+from silent.world import CannotError, Job, NotApplicableError, Row, Run, Trainer, World
 
 VARIANTS = {
     "": "assistant_only_loss=True, packing_strategy='bfd' where the exhibit packs, default attention (sdpa)",
     "unpacked": "the same, packing=False everywhere", "eager": "the same, attn_implementation='eager'",
     "defaults": "assistant_only_loss and packing at their defaults, which is off",
     "bf16-weights": "the same as trl, model_init_kwargs={'dtype': 'bfloat16'}"}
+UNPACKED = ("unpacked", "defaults")
 
 
 def open_trainer(name: str, variant: str) -> "Trl":
@@ -57,7 +58,7 @@ class Trl(Trainer):
         init = {"bf16-weights": {"dtype": "bfloat16"}, "eager": {"attn_implementation": "eager"}}.get(variant, {})
         config = SFTConfig(**{
             "output_dir": str(folder / "run"), "assistant_only_loss": chat and variant != "defaults",
-            "packing": job.packing and variant not in ("unpacked", "defaults"), "max_length": job.length,
+            "packing": job.packing and variant not in UNPACKED, "max_length": job.length,
             "per_device_train_batch_size": job.rows, "per_device_eval_batch_size": job.rows,
             "gradient_accumulation_steps": job.accumulate, "learning_rate": job.lr, "lr_scheduler_type": "constant",
             "adam_beta1": job.betas[0], "adam_beta2": job.betas[1], "adam_epsilon": job.eps,
@@ -87,6 +88,8 @@ class Trl(Trainer):
         return found
 
     def train(self, job: Job, world: World) -> Run:
+        if job.packing and self.variant in UNPACKED and not job.held_out:
+            raise NotApplicableError("packing is off")
         folder, model = world.run_folder(), world.model(job.model)
         if job.ranks > 1:
             (folder / "job.json").write_text(json.dumps([asdict(job), str(model), self.name, self.variant]))
