@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         key = "planted" if options.planted else name
         kept = matrix.get(key, {}).get("exhibits", {}) if options.exhibit else {}
         matrix[key] = found | {"exhibits": kept | found["exhibits"]}
+        if kept:
+            matrix[key]["seconds"] = round(sum(v["seconds"] for v in matrix[key]["exhibits"].values()), 1)
         if options.json:
             options.json.write_text(json.dumps(matrix, indent=1) + "\n")
     print("\n" + page.text(matrix))
