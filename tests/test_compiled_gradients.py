@@ -114,7 +114,8 @@ def test_compiled_gradients_are_eager_ones(world, monkeypatch, setting, recomput
     for name, expected in exact.items():
         assert expected.any(), f"{name}: nothing to compare"
         rounded = (eager[name] - expected).norm()
-        assert (compiled[name] - expected).norm() <= 1e-5 * expected.norm() + 1.5 * rounded, name
+        slack = 1e-5 if exact is eager else 2**-9  # half of bf16's precision: eager's one loss may be right by chance
+        assert (compiled[name] - expected).norm() <= slack * expected.norm() + 1.5 * rounded, name
         assert rounded < 0.5 * expected.norm(), name
 
 

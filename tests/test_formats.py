@@ -407,6 +407,8 @@ BAD = {
     b'{"text": "a"': "bad JSON: Expecting ',' delimiter at column 13",
     b'{"text": "\\ud83d"}': "bad JSON: lone surrogate '\\ud83d' in a string",
     b'{"\\udc00": 1, "text": "a"}': "bad JSON: lone surrogate '\\udc00' in a string",
+    b'{"text": "a", "text": "b"}': "bad JSON: the key 'text' stands twice in an object",
+    b'{"messages": [{"a": 1, "a": 1}]}': "bad JSON: the key 'a' stands twice in an object",
     b'{"text": NaN}': "bad JSON: NaN is not JSON",
     b'{"text": -Infinity}': "bad JSON: -Infinity is not JSON",
     b'{"text": ' + b"[" * 10**5 + b"]" * 10**5 + b"}": "bad JSON: nested too deep",

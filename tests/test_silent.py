@@ -167,9 +167,8 @@ def test_the_table_says_what_was_not_run():
 
 
 @pytest.mark.slow
-def test_minisft_is_right_in_every_exhibit_except_one(tmp_path):
-    silent("--trainer", "minisft", "--json", tmp_path / "matrix.json", code=1)
+def test_minisft_is_right_in_every_exhibit(tmp_path):
+    silent("--trainer", "minisft", "--json", tmp_path / "matrix.json")
     found = json.loads((tmp_path / "matrix.json").read_text())["minisft"]
     states = {name: verdict["state"] for name, verdict in found["exhibits"].items()}
-    wrong = {"duplicate_keys": "wrong"}  # JSON's reader keeps the last of two equal keys, and nothing is said
-    assert states == dict.fromkeys(NAMES, "right") | wrong
+    assert states == dict.fromkeys(NAMES, "right")

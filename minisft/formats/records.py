@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -265,7 +266,7 @@ def _parse(raw: bytes) -> dict[str, Any] | BadRecord:
         return BadRecord("bad JSON", f"{error.msg} at column {error.colno}", error.lineno - 1)
     except RecursionError:
         return BadRecord("bad JSON", "nested too deep")
-    except ValueError as error:  # NaN, Infinity; an integer of more than 4300 digits
+    except ValueError as error:  # NaN, Infinity; a key twice; an integer of more than 4300 digits
         return BadRecord("bad JSON", str(error).partition(";")[0])
     if not isinstance(record, dict):
         return BadRecord("bad JSON", f"a record must be an object, not {SHORT.repr(record)}")
@@ -276,7 +277,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would build one for each record
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):  # the first of two values would be gone without a word
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {SHORT.repr(twice)} stands twice in an object")
+    return found
+
+
+# json.loads would build one for each record.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 def _invalid_utf8(error: UnicodeDecodeError) -> str:
