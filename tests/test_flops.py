@@ -49,7 +49,7 @@ def attend_pair_by_pair(q, k, v, documents):
 
 
 def counted(config, lengths, targets, *, recompute, monkeypatch, lora=None):
-    monkeypatch.setattr(llama, "attend", attend_pair_by_pair)
+    monkeypatch.setattr(llama.Attention, "attend", staticmethod(attend_pair_by_pair))
     monkeypatch.setattr(llama, "ATTENTION", ("aten::bmm",))
     model = llama.Llama(config, recompute=recompute)
     if lora:
