@@ -22,7 +22,7 @@ from small_runs import (
     wait_for_step,
     workers,
 )
-from test_resume import run_until_death
+from test_resume import Death, run_until_death
 
 from minisft.config import EvalConfig
 from minisft.reports.logged_run import read_runs
@@ -46,10 +46,6 @@ def told(records, name, patience):
             if since == patience:
                 return at, record["step"]
     return at, None
-
-
-class Death(BaseException):
-    """Not an Exception: nothing in the program gets to tidy up after it."""
 
 
 @pytest.fixture

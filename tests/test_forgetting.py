@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_runs import HERE, log, options, train, wait_for_savers
+from test_resume import Death
 
 from minisft import config_io
 from minisft.__main__ import main as command
@@ -63,10 +64,6 @@ def test_only_general_text_is_forgotten(base, tmp_path, general):
           batch__packs=1)
     assert {r["name"]: "forgetting" in r for r in log(tmp_path, "eval")} == {"conversations": False, "general": True}
     assert all(r["perplexity"] == pytest.approx(math.exp(r["loss"])) for r in log(tmp_path, "eval"))
-
-
-class Death(BaseException):
-    """Not an Exception: nothing in the program gets to tidy up after it."""
 
 
 @pytest.mark.parametrize("die_at", [1, 4])  # before the first checkpoint; after it

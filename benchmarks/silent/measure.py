@@ -15,7 +15,6 @@ SMALL = 2e-3  # a gradient in fp32 that is off by less than this is right; each 
 UNEVEN = (said(words(34), "Green"), said("Yes", words(35, 11)))
 
 
-
 def matched(row: Row, document: list[Token]) -> list[tuple[int, Token]]:
     """(label, what the token is) of each token of a row that the document has too. A BOS too many does not disturb."""
     blocks = difflib.SequenceMatcher(None, row.ids, [t.id for t in document], autojunk=False).get_matching_blocks()
@@ -48,8 +47,7 @@ def gradient_of_step(trainer: Trainer, world: World, job: Job, records: tuple[di
     told = oracle.gradient_told(weights, oracle.load(run.folder)[0], lr=job.lr, eps=job.eps)
     expected = oracle.gradient(right, weights, config)
     size, loss = oracle.distance(told, expected), float(oracle.mean_loss(right, weights, config))
-    length = (sum(float(x.pow(2).sum()) for x in told.values())
-              / sum(float(x.pow(2).sum()) for x in expected.values())) ** 0.5
+    length = oracle.length(told) / oracle.length(expected)
     printed = f"{run.losses[0]:.4f}" if run.losses else "not printed"
     text = f"gradient off by {size:.2%} (its length is {length:.3f} of the right one); loss {printed}, right {loss:.4f}"
     if size <= SMALL and run.losses and not abs(run.losses[0] - loss) <= SMALL:
@@ -81,7 +79,7 @@ def passes(run_folder, world: World, job: Job, rows: list[Row]) -> list[float]:
 
 def moved(before: oracle.Weights, after: oracle.Weights) -> float:
     """The length of the difference."""
-    return sum(float((after[name].double() - before[name].double()).pow(2).sum()) for name in before) ** 0.5
+    return oracle.length(oracle.difference(after, before))
 
 
 def finite(weights: oracle.Weights) -> bool:

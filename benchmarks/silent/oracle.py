@@ -140,10 +140,19 @@ def gradient_told(before: Weights, after: Weights, *, lr: float, eps: float) -> 
     return found
 
 
+def length(weights: Weights) -> float:
+    """The length of all of them together as one vector."""
+    return sum(float(x.pow(2).sum()) for x in weights.values()) ** 0.5
+
+
+def difference(found: Weights, right: Weights) -> Weights:
+    """`found` - `right`, in float64."""
+    return {name: found[name].double() - right[name].double() for name in right}
+
+
 def distance(found: Weights, right: Weights) -> float:
     """How far off, as a share of the right one's length."""
-    square = sum(float((found[name].double() - right[name]).pow(2).sum()) for name in right)
-    return (square / sum(float(x.pow(2).sum()) for x in right.values())) ** 0.5
+    return length(difference(found, right)) / length(right)
 
 
 def adamw(weights: Weights, gradients: Iterable[Weights], *, lr: float, betas: tuple[float, float], eps: float) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.config import FORGETTING, EvalConfig
-from minisft.training.checkpoint import saved_checkpoints, step_of
+from minisft.training.checkpoint import saved_checkpoints, set_aside, step_of
 
 Records = list[dict[str, Any]]
 
@@ -30,15 +30,17 @@ def stop_reason(evals: Records, config: EvalConfig) -> str:
     """Why a run ends after the last evaluation in `evals`; "" if it goes on."""
     last = max((record["step"] for record in evals), default=0)
     for name in config.stop_on:
-        steps = sorted({record["step"] for record in evals if record["name"] == name})
+        if name == FORGETTING:
+            for record in evals:
+                if record["step"] == last and record.get("forgetting", 0) > config.forgetting_bound:
+                    return (f"the loss on {record['name']} is {record['forgetting']:.4f} nats a token above the base "
+                            f"model's (eval.forgetting_bound = {config.forgetting_bound:g})")
+            continue
         best = lowest(evals, name) or {"step": -1, "loss": math.inf}
-        if sum(step > best["step"] for step in steps) >= config.patience:
+        since = {record["step"] for record in evals if record["name"] == name and record["step"] > best["step"]}
+        if len(since) >= config.patience:
             return (f"the last {config.patience} losses on {name} are not below {best['loss']:.4f}, that after step "
                     f"{best['step']} (eval.patience)")
-        for record in evals:
-            if name == FORGETTING and record["step"] == last and record.get("forgetting", 0) > config.forgetting_bound:
-                return (f"the loss on {record['name']} is {record['forgetting']:.4f} nats a token above the base "
-                        f"model's (eval.forgetting_bound = {config.forgetting_bound:g})")
     return ""
 
 
@@ -49,11 +51,8 @@ def model_folder(run: Path, kind: str, step: int) -> Path:
 
 def set_aside_later(run: Path, step: int) -> None:
     """Rename the models on the way after `step`, because those steps are taken again, perhaps otherwise."""
-    for folder in (folder for kind in ("exports", "best") for folder in run.glob(f"{kind}/step-*")):
-        if (found := re.fullmatch(r"step-(\d+)(-adapter)?", folder.name)) and int(found[1]) > step:
-            aside = folder.with_name(f"{folder.name}.given-up")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+    set_aside([folder for kind in ("exports", "best") for folder in run.glob(f"{kind}/step-*")
+               if (found := re.fullmatch(r"step-(\d+)(-adapter)?", folder.name)) and int(found[1]) > step])
 
 
 def delete_worse(run: Path, evals: Records, name: str, *, resumable: bool) -> None:

@@ -100,8 +100,8 @@ class RunDir:
             epochs, steps = was["train"]["epochs"], was["train"]["max_steps"]
             longer = config.train.epochs > epochs or (steps != "none" and (config.train.max_steps or 2**63) > steps)
             remedy = f"raise train.epochs (it had {epochs}) or train.max_steps ({steps})"
-            last = self.last_step()
-            if any(record["kind"] == "stop" and record["step"] == last for record in read_log(self.path)):
+            log = read_log(self.path)
+            if any(record["kind"] == "stop" and record["step"] == log[-1]["step"] for record in log):
                 keys, now = ("stop_on", "patience", "forgetting_bound"), json.loads(json.dumps(asdict(config.eval)))
                 longer = any(now[key] != was["eval"][key] for key in keys)
                 remedy = "change what ended it: " + ", ".join(f"eval.{key} ({was['eval'][key]})" for key in keys)

@@ -201,11 +201,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def set_aside(folders: list[Path]) -> None:
-    """Rename checkpoints that a run no longer resumes from, so that none of them counts as its newest."""
-    for checkpoint in folders:
-        aside = checkpoint.with_suffix(".given-up")
+    """Rename what a run saved after the step that it goes back to, so that none of it counts as its own."""
+    for folder in folders:
+        aside = folder.with_suffix(".given-up")
         shutil.rmtree(aside, ignore_errors=True)  # of the same step, set aside earlier
-        os.rename(checkpoint, aside)
+        os.rename(folder, aside)
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -30,6 +30,5 @@ def look(trainer: Trainer, world: World) -> Verdict:
     first = update(start, rates[0])
     second = update({name: start[name] - first[name] for name in start}, rates[1])
     left = {name: start[name] - first[name] - end[name] for name in start}
-    share = (sum(float((left[k] * second[k]).sum()) for k in second)
-             / sum(float(x.pow(2).sum()) for x in second.values()))
+    share = sum(float((left[k] * second[k]).sum()) for k in second) / oracle.length(second) ** 2
     return judged(abs(share - 1), f"the last step moved the weights {share:.2f} times as far as it should", limit=0.02)

@@ -86,6 +86,6 @@ def call(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error")] or done.stderr.splitlines()
-        raise CannotError((lines or ["?"])[0 if lines[0].startswith("error") else -1])
+        lines = done.stderr.splitlines()
+        raise CannotError(next((line for line in lines if line.startswith("error")), lines[-1] if lines else "?"))
     print(done.stdout, done.stderr, file=sys.stderr)  # run.look hears it
