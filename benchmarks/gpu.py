@@ -209,21 +209,22 @@ def gradients(s: Setting) -> Figures:
 
     config = replace(PRESETS["llama-3.2-1b"], vocab_size=1024, hidden_size=256, intermediate_size=512,
                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
-    for adapters, recompute in ((0, "none"), (0, "selective"), (8, "none"), (0, "full")):
+    for adapters, recompute, scale in ((0, "none", ""), (0, "selective", ""), (8, "none", ""), (0, "full", ""),
+                                       (0, "none", "tensor"), (8, "selective", "row")):
         torch._dynamo.reset()
-        found = [gradients_of(config, s, compiled=compiled, recompute=recompute, rank=adapters)
+        found = [gradients_of(config, s, compiled=compiled, recompute=recompute, rank=adapters, fp8=scale)
                  for compiled in (False, True)]
         errors = {name: near(grad, found[0][name]) for name, grad in found[1].items()}
         zero = [name for name, grad in found[1].items() if not grad.any() and found[0][name].any()]
         worst = max(errors, key=lambda name: errors[name])
-        what = f"{'LoRA' if adapters else 'fp32 masters'}, recompute {recompute}"
+        what = f"{'LoRA' if adapters else 'fp32 masters'}, recompute {recompute}{scale and f', fp8 by {scale}'}"
         yield f"{what}: largest error of {len(errors)} gradients, compiled against eager", errors[worst], worst
         yield f"{what}: gradients that are zero", float(len(zero)), ""
 
 
-def gradients_of(config: Any, s: Setting, *, compiled: bool, recompute: str, rank: int) -> dict[str, Any]:
+def gradients_of(config: Any, s: Setting, *, compiled: bool, **options: Any) -> dict[str, Any]:
     """Return every trained parameter's gradient after one micro-batch."""
-    model, _, world = network(config, s, compiled=compiled, recompute=recompute, rank=rank)
+    model, _, world = network(config, s, compiled=compiled, **options)
     step(model, None, world, [stream(512, 100, config.vocab_size)], compiled=compiled)
     return {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -336,7 +337,8 @@ def sync(s: Setting) -> Figures:
 
     config = replace(s.config("llama-3.2-1b"), num_hidden_layers=2)
     for what, options in (("fp32 masters", {}), ("LoRA", {"rank": 8}),
-                          ("bf16 parameters and moments", {"parameters": "bf16", "moments": "bf16"})):
+                          ("bf16 parameters and moments", {"parameters": "bf16", "moments": "bf16"}),
+                          ("FP8 by tensor", {"fp8": "tensor"}), ("FP8 by row", {"fp8": "row"})):
         torch._dynamo.reset()
         model, optimizer, world = network(config, s, compiled=True, recompute="selective", **options)
         made = [stream(s.size(2048, 128), 100, config.vocab_size, seed=i) for i in range(2)]
@@ -390,6 +392,24 @@ def block(s: Setting) -> Figures:
         yield name, flops / seconds / 1e12, "TFLOP/s"
         yield f"{name}: beyond weights and input", peak_gib(on) - before, "GiB"
         del layer, run, x, grad, work
+
+
+def context(s: Setting) -> Figures:
+    """Measure attention of one long document: all heads of Llama-3-8B, and those of one of eight ranks."""
+    import torch
+
+    from minisft.model.llama import attend
+
+    on, tokens, width = s.device, s.size(65_536, 64), s.size(128, 16)
+    documents = documents_of((tokens,), on)
+    for heads, shared in ((32, 8), (4, 1)):
+        qkv = [torch.randn(tokens, h, width, device=on).bfloat16().requires_grad_() for h in (heads, shared, shared)]
+        grad = torch.randn(tokens, heads, width, device=on).bfloat16()
+        seconds = timed(lambda qkv=qkv, grad=grad: torch.autograd.grad(attend(*qkv, documents), qkv, grad), on=on,
+                        rounds=3, warmup=1)
+        flops = 14 * heads * width * tokens * (tokens + 1) // 2
+        yield f"attention, one document of {tokens}, {heads} heads on {shared}: both", 1e3 * seconds, "ms"
+        yield f"attention, one document of {tokens}, {heads} heads on {shared}: both", flops / seconds / 1e12, "TFLOP/s"
 
 
 def fp8(s: Setting) -> Figures:
@@ -736,6 +756,7 @@ ROWS: dict[str, tuple[Callable[[Setting], Figures], int]] = {  # with each row's
     "lora8b": (lora8b, 120), "peers8192": (partial(peers, seq_len=8192), 180), "train1b": (train1b, 120),
     "head": (head, 100), "optimizer": (optimizer, 60), "fsdp": (fsdp, 120), "full8b": (full8b, 120),
     "resume": (resume, 150), "tests": (tests, 150), "generation": (generation, 60), "fp8": (fp8, 180),
+    "context": (context, 40),
     "peers4096": (partial(peers, seq_len=4096), 180), "many": (many, 900),
 }
 

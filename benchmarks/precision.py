@@ -3,7 +3,7 @@
 The same run for each precision and seed, with the same documents in the same order: the mean training loss of the last
 tenth of the steps, and the loss on a held-out tenth of the data. On a CPU, bf16 and FP8 are computed by definition, so
 the figures say what a GPU loses, not how fast it is. A precision is called worse if its held-out loss is above that of
-fp32 by more than the seeds differ among themselves.
+fp32 by more than the seeds differ among themselves. `--jobs` runs several at once, where there is room for them.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -42,15 +43,16 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     for name, default in (("template", "chatml"), ("steps", 200), ("seeds", 3), ("seq-len", 256), ("packs", 1),
-                          ("lr", 2e-5)):
+                          ("lr", 2e-5), ("jobs", 1)):
         parser.add_argument(f"--{name}", default=default, type=type(default))
     options = parser.parse_args()
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
-            for way, losses in found.items():
-                losses.append(trained(options, way, seed, Path(folder)))
-                print(f"seed {seed}  {way:<12} trained {losses[-1][0]:.4f}  held out {losses[-1][1]:.4f}", flush=True)
+    runs = [(way, seed) for seed in range(options.seeds) for way in WAYS]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as jobs:
+        for (way, seed), losses in zip(runs, jobs.map(lambda run: trained(options, *run, Path(folder)), runs),
+                                       strict=True):
+            found[way].append(losses)
+            print(f"seed {seed}  {way:<12} trained {losses[0]:.4f}  held out {losses[1]:.4f}", flush=True)
     spread = stdev(held for _, held in found["fp32"]) if options.seeds > 1 else 0.0
     print(f"\n{'':<12}{'trained':>10}{'held out':>10}   above fp32 with the same seed, held out (seeds differ by "
           f"{spread:.4f})")
