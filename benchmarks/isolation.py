@@ -115,8 +115,8 @@ def study(options: argparse.Namespace, data: str, seq_len: int, world: parallel.
 
 def table(found: list[dict[str, Any]]) -> str:
     """A line for each set and length: the means of both ways, and leaking less isolated for each seed."""
-    lines = ["| set | packs | conversations in a pack | steps | measure | before | isolated | leaking | leaking - isolated, "
-             "each seed |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| set | packs | conversations in a pack | steps | measure | before | isolated | leaking "
+             "| leaking - isolated, each seed |", "|---|---|---|---|---|---|---|---|---|"]
     for key in dict.fromkeys((record["data"], record["seq_len"]) for record in found):
         ways = {way: [r for r in found if (r["data"], r["seq_len"], r["way"]) == (*key, way)]
                 for way in ("isolated", "leaking")}
