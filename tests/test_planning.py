@@ -43,7 +43,7 @@ def test_fp8_computes_faster_and_takes_the_same_memory(recipe):
     bf16, fp8 = (planned("--tokens", "50M", "--train.precision", precision) for precision in ("bf16", "fp8"))
     for policy in ("none", "selective", "full"):
         before, after = bf16["memory"][policy], fp8["memory"][policy]
-        assert sum(after["compute_seconds"]) == pytest.approx(sum(before["compute_seconds"]) / 1.25)
+        assert sum(after["compute_seconds"]) == pytest.approx(sum(before["compute_seconds"]) / 1.2)
         assert after["allocated_gib"] == before["allocated_gib"]
 
 
