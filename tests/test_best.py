@@ -250,6 +250,7 @@ def test_a_run_does_not_end_on_a_loss_that_is_not_finite(base, tmp_path, scripte
             assert not (tmp_path / str(end) / "run/final").exists()
 
 
+@pytest.mark.slow
 def test_forgetting_ends_it_on_two_ranks_too(base, tmp_path):
     """Real losses: of text whose bytes no conversation has."""
     general = tmp_path / "general.jsonl"

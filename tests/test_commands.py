@@ -75,7 +75,8 @@ def test_recipes_are_listed_with_what_they_are_for_and_printed(capsys):
         "error: llama3-8b-lor: not a shipped recipe (did you mean llama3-8b-lora?); they are demo-base, demo, ")
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", [
+    pytest.param(program, marks=[pytest.mark.slow] * (program != "minisft train")) for program in PROGRAMS])
 def test_training_is_one_command_under_three_names(base, tmp_path, program):
     """Each trains in any folder, ends with the exit code of the run, and has the allocator's setting before torch."""
     done = run([*PROGRAMS[program], *options(base, tmp_path, train__max_steps=1)], tmp_path)

@@ -179,7 +179,8 @@ def test_dropout_by_hand():
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-@pytest.mark.parametrize("settings", [LoraConfig(4, base="fp32"), LoraConfig(4, base="nf4", dora=True, dropout=0.1)])
+@pytest.mark.parametrize("settings", [LoraConfig(4, base="fp32"), pytest.param(
+    LoraConfig(4, base="nf4", dora=True, dropout=0.1), marks=pytest.mark.slow)])
 def test_compiled_blocks_are_two_graphs_without_breaks(base, monkeypatch, settings, recompute):
     """One for the first block, whose input needs no gradient, one for all others; they compute what eager ones do."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -265,7 +266,7 @@ RUNS = {"lora": {}, "nf4": {"lora__base": "nf4", "lora__dora": "true", "lora__dr
 
 
 @pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("change", [{"ranks": 2}, {"batch__micro_packs": 3},
+@pytest.mark.parametrize("change", [pytest.param({"ranks": 2}, marks=pytest.mark.slow), {"batch__micro_packs": 3},
                                     {"parallel__activation_checkpointing": "full"},
                                     {"parallel__activation_checkpointing": "selective"}])
 def test_ranks_accumulation_and_recomputation_change_nothing(base, tmp_path, references, kind, change):

@@ -119,7 +119,8 @@ def test_the_dump_shows_the_weights(base, data, documents, tmp_path):
     assert source["skipped"] == {"marked as not trained": 1}
 
 
-@pytest.mark.parametrize("change", [{}, {"ranks": 2}, {"batch__micro_packs": 3}, {"data__seq_len": 512}])
+@pytest.mark.parametrize("change", [{}, pytest.param({"ranks": 2}, marks=pytest.mark.slow),
+                                    {"batch__micro_packs": 3}, {"data__seq_len": 512}])
 def test_loss_and_gradients_are_those_of_single_documents(base, data, documents, expected, tmp_path, change):
     """On any split over ranks, micro-batches and packs. The step's update is its gradient, by a huge optim.eps."""
     loss, gradients = expected

@@ -261,6 +261,7 @@ def test_the_exported_chat_template_writes_the_trained_tokens(one_file, models, 
     assert theirs.convert_ids_to_tokens(stop) == chosen.stop
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_model_that_one_does(models, tmp_path, capsys):
     """With packs of 200 tokens, an odd number of them: one rank runs a pack without a trained token."""
     changes = {"seq-len": 200, "packs": 7, "steps": 6}

@@ -97,6 +97,7 @@ def test_runs_that_end_early(tmp_path, steps):
     assert (tmp_path / "profile/table.txt").exists() == (steps >= 2)
 
 
+@pytest.mark.slow
 def test_files_of_a_run(base, tmp_path):
     """--profile is enough; one of two ranks writes; every step is there once; the shares add up to 100%."""
     with launch(base, tmp_path, ranks=2, train__max_steps=7, run__profile="true") as torchrun:

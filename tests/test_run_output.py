@@ -48,6 +48,7 @@ def numbers(text):
 # ---- lines and the closing block -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_in_a_pipe_print_each_line_once_and_end_with_the_figures_of_the_log(base, tmp_path, general):
     """The longest of the oracle's documents are too long here."""
     settings = {"data__eval": CONVERSATIONS, "data__general": general, "data__seq_len": 256, "train__max_steps": 8,
@@ -131,7 +132,8 @@ def slow(monkeypatch, where, name):
     monkeypatch.setattr(where, name, slowed)
 
 
-@pytest.mark.parametrize("what", ["evaluation", "checkpoint", "export"])
+@pytest.mark.parametrize("what", ["evaluation", *(pytest.param(what, marks=pytest.mark.slow)
+                                                  for what in ("checkpoint", "export"))])
 def test_the_pace_is_that_of_the_steps_alone(base, tmp_path, monkeypatch, capsys, what):
     """Each step is followed by a second of something else."""
     place, settings = {"evaluation": ((after, "heldout_loss"), {"data__eval": CONVERSATIONS, "eval__every": 1}),
@@ -194,7 +196,8 @@ def screen(raw):
     return [line.rstrip() for line in lines]
 
 
-@pytest.mark.parametrize("columns", [80, pytest.param(140, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 140])
 def test_on_a_terminal_there_is_a_bar_and_other_work_leaves_nothing(base, tmp_path, columns):
     argv = options(base, tmp_path, train__max_steps=8, batch__packs=1, data__eval=CONVERSATIONS, eval__samples=1)
     ours, theirs = pty.openpty()

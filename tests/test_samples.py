@@ -63,6 +63,7 @@ def test_answers_at_each_evaluation(base, tmp_path, heldout):
     assert json.loads((run / "data.json").read_text()) == json.loads((tmp_path / "data.json").read_text())
 
 
+@pytest.mark.slow
 def test_sharded_models_answer_too(base, tmp_path, heldout):
     settings = {"data__eval": heldout, "eval__samples": 3, "train__max_steps": 1}
     train(base, tmp_path / "1", **settings)

@@ -172,7 +172,7 @@ def plain(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", [{"optim__in_backward": "true"}, {"parallel__offload": "optimizer"},
-                                    {"optim__in_backward": "true", "ranks": 2}])
+                                    pytest.param({"optim__in_backward": "true", "ranks": 2}, marks=pytest.mark.slow)])
 def test_a_run_is_the_same_whenever_and_wherever_it_updates(base, tmp_path, plain, change):
     records = train(base, tmp_path, **{"batch__micro_packs": 4, "optim__clip_norm": 0, "train__max_steps": 7, **change})
     for key in ("loss", "grad_norm"):
@@ -192,6 +192,7 @@ def test_a_run_that_died_goes_on_bit_for_bit(base, tmp_path, monkeypatch, savers
     assert all(torch.equal(weight, whole[1][name]) for name, weight in final_weights(tmp_path / "died").items())
 
 
+@pytest.mark.slow
 def test_two_ranks_round_as_one(base, tmp_path):
     """The bits are those of the element in the whole parameter, so rounding differs only where the gradients do."""
     settings = {**ALL, "train__max_steps": 4, "data__eval": tmp_path / "eval.jsonl"}

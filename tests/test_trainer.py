@@ -34,9 +34,10 @@ def one_rank(base, tmp_path_factory):
     return train(base, folder), final_weights(folder)
 
 
-@pytest.mark.parametrize("change", [{"ranks": 2}, {"ranks": 3}, {"batch__micro_packs": 4}, {"batch__micro_packs": 3},
-                                    {"parallel__activation_checkpointing": "full"},
-                                    {"ranks": 2, "parallel__activation_checkpointing": "selective"}])
+@pytest.mark.parametrize("change", [
+    {"ranks": 2}, pytest.param({"ranks": 3}, marks=pytest.mark.slow), {"batch__micro_packs": 4},
+    {"batch__micro_packs": 3}, {"parallel__activation_checkpointing": "full"},
+    pytest.param({"ranks": 2, "parallel__activation_checkpointing": "selective"}, marks=pytest.mark.slow)])
 def test_ranks_and_accumulation_change_nothing(base, tmp_path, one_rank, change):
     """The same losses, norms and weights over ten steps on 1, 2 or 3 ranks, and with micro-batches of any size."""
     records, weights = one_rank
@@ -57,6 +58,7 @@ def test_bf16_follows_fp32(base, tmp_path, one_rank):
     assert [r["loss"] for r in records] != exact
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_on_any_number_of_ranks(base, tmp_path):
     settings = {"model__path": "", "model__init": "random", "model__config": base / "config.json",
                 "model__tokenizer": base, "train__max_steps": 2}
