@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from threading import Thread
 from types import FrameType
 
 import torch
+from tqdm import tqdm
 
 from minisft.runs.metrics import AsyncScalars
 from minisft.training.parallel import all_sum
@@ -48,19 +50,16 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested:
-            _say(f"{name} again: stopping at once\n")
+            with suppress(OSError):
+                os.write(2, f"\n{name} again: stopping at once\n".encode())
             os._exit(128 + number)
         self.requested = True
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(f"{name}: stopping soon, and saving; once more to stop at once\n")
+            text = f"{name}: stopping soon, and saving; once more to stop at once"
+            # A thread can wait for a bar that is being drawn just now.
+            Thread(target=tqdm.write, args=(text, sys.stderr), daemon=True).start()
 
     def close(self) -> None:
         """Restore the handlers that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # nobody reads it any more
-        below_the_bar = "\n" * os.isatty(number := sys.stderr.fileno())
-        os.write(number, (below_the_bar + text).encode())  # print could be in the middle of printing
