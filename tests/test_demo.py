@@ -56,8 +56,9 @@ def test_what_was_known_is_partly_forgotten(folder):
 @pytest.mark.parametrize(("recipe", "given", "read"), [
     ("demo", {}, {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}),
     ("llama3-8b", {}, {"GOMP_SPINCOUNT": "10000"}),
-    ("demo", {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "77"}, {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "77"}),
-    ("demo", {"OMP_WAIT_POLICY": "passive"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}),
+    *(pytest.param("demo", *given, marks=pytest.mark.slow) for given in (
+        ({"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "77"}, {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "77"}),
+        ({"OMP_WAIT_POLICY": "passive"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}))),
 ])
 def test_threads_do_not_spin_away_the_time_of_other_processes(recipe, given, read):
     """OpenMP itself reports what it read when torch was loaded; what the user has set wins."""

@@ -218,6 +218,7 @@ def test_minisft_eval_prints_and_writes_them(base, tmp_path, general, capsys):
     assert "nowhere: No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_only_so_many_tokens_are_evaluated_and_always_the_same(base, tmp_path, general):
     """On one rank and on two; the oracle reads the chosen documents one by one."""
     general.write_text("".join(json.dumps({"text": f"{text} {'Then again. ' * (i % 5)}"}) + "\n"

@@ -216,7 +216,7 @@ def test_targets_are_shifted_once_and_never_cross_a_boundary(one_file):
 # ---- losses and models -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["untied", "tied and scaled"])
+@pytest.mark.parametrize("model", [pytest.param("untied", marks=pytest.mark.slow), "tied and scaled"])
 def test_ten_steps_have_the_packages_losses_and_the_model_is_transformers(one_file, models, tmp_path, capsys, model):
     """In fp32, when a step holds the whole data set: then only rounding depends on what lies in which pack."""
     from transformers import AutoModelForCausalLM

@@ -416,6 +416,7 @@ def whole(parameter: DTensor) -> Tensor:
     return torch.cat(rows).clone()
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     model = random_model()
     save_pretrained(model, tmp_path / "source", dtype=torch.float32)
