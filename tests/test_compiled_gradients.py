@@ -99,7 +99,8 @@ def gradients_of(config, world, source, *, sharded):
                  marks=[pytest.mark.slow] * (sharded == (recompute == "none") or recompute == "full"))
     for sharded in (False, True) for recompute in ("none", "selective", "full")])
 @pytest.mark.parametrize("setting", [
-    pytest.param(setting, marks=[pytest.mark.slow] * (setting in ("LoRA in bf16", "DoRA", "NF4"))) for setting in SETTINGS])
+    pytest.param(setting, marks=[pytest.mark.slow] * (setting in ("LoRA in bf16", "DoRA", "NF4")))
+    for setting in SETTINGS])
 def test_compiled_gradients_are_eager_ones(world, monkeypatch, setting, recompute, sharded, backend):
     if setting == "NF4" and sharded and not SHARDS_BYTES:
         pytest.skip("this torch cannot shard bytes, which is refused")
