@@ -166,6 +166,18 @@ def test_the_table_says_what_was_not_run():
     assert "positions" not in printed
 
 
+def test_documents_have_the_matrix_as_measured():
+    matrix = json.loads((ROOT / "benchmarks/silent/matrix.json").read_text())
+    others = ("minisft", "trl", "torchtune", "litgpt")
+    assert page.markdown(matrix, (*others, "planted")) in (ROOT / "docs/silent-bugs.md").read_text()
+    shown = ("leak", "accumulation", "truncation", "special_in_content", "bf16_masters", "held_out_packing",
+             "export_template")
+    readme = (ROOT / "README.md").read_text()
+    assert page.markdown(matrix, others, shown) in readme
+    for name in others:
+        assert matrix[name]["versions"].split(",")[0].split()[1] in readme, f"the version of {name}"
+
+
 @pytest.mark.slow
 def test_minisft_is_right_in_every_exhibit(tmp_path):
     silent("--trainer", "minisft", "--json", tmp_path / "matrix.json")

@@ -5,6 +5,7 @@
     python benchmarks/silent --trainer plain --planted               the controls: the loop with each exhibit's fault
     python benchmarks/silent --trainer trl --exhibit leak --json silent.json
     python benchmarks/silent --json silent.json --html silent.html   the page of what is in silent.json
+    python benchmarks/silent --json silent.json --markdown minisft trl    a table of two columns for a document
 
 Run it with the Python that has the trainer (README.md has the environments); it needs torch, tokenizers, safetensors
 and numpy. An exhibit hands a trainer a few lines of data and a tiny Llama made on the spot, and looks from outside at
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--planted", action="store_true", help="plant each exhibit's fault in the plain loop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the columns to FILE")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the matrix as one page")
+    parser.add_argument("--markdown", nargs="+", default=[], metavar="COLUMN", help="print these as Markdown instead")
     parser.add_argument("--list", action="store_true", help="list exhibits and trainers")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="exhibits at a time; 0: as the trainer needs")
     parser.add_argument("--debug", action="store_true", help="print what the trainer says, and tracebacks")
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             matrix[key]["seconds"] = round(sum(v["seconds"] for v in matrix[key]["exhibits"].values()), 1)
         if options.json:
             options.json.write_text(json.dumps(matrix, indent=1) + "\n")
-    print("\n" + page.text(matrix))
+    print(page.markdown(matrix, tuple(options.markdown)) if options.markdown else "\n" + page.text(matrix))
     if options.html:
         options.html.write_text(page.html(matrix), encoding="utf-8")
     return int(wrong)

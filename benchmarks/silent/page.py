@@ -44,6 +44,20 @@ def text(matrix: dict) -> str:
     return "\n".join([*lines, "", *notes])
 
 
+def markdown(matrix: dict, trainers: tuple[str, ...], exhibits: tuple[str, ...] = NAMES) -> str:
+    """A table for a document: some columns and rows, units at the end, and in the last row the faults of all rows."""
+    lines = []
+    for name in exhibits:
+        unit = open_exhibit(name).UNIT
+        cells = [cell(matrix[trainer]["exhibits"].get(name), unit) for trainer in trainers]
+        lines.append([f"`{name}`", *(x.replace("WRONG", "**wrong**").removesuffix(f" {unit}") for x in cells), unit])
+    states = [[verdict["state"] for verdict in matrix[trainer]["exhibits"].values()] for trainer in trainers]
+    lines.append(["wrong, warned", *(f"{found.count('wrong')}, {found.count('warned')}" for found in states),
+                  f"of {len(NAMES)}"])
+    head = ["exhibit", *({"trl": "TRL"}.get(name, name) for name in trainers), "unit"]
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(x)} |" for x in lines)])
+
+
 def html(matrix: dict) -> str:
     """The page: a row for each exhibit with its story, a column for each trainer."""
     head = "".join(f"<th scope=col>{escape(name)}<p>{escape(c['versions'])}</p></th>" for name, c in matrix.items())
