@@ -69,8 +69,9 @@ class Browser:
             self.requests.append(message["params"]["request"]["url"])
         return message
 
-    def open(self, file, *, width, dark=False, touch=False, height=900):
-        """Show a file in a window of `width` pixels."""
+    def open(self, file, *, width, dark=False, touch=False, height=900, language="en"):
+        """Show a file in a window of `width` pixels, to a reader of `language`."""
+        self.call("Emulation.setUserAgentOverride", userAgent="a test", acceptLanguage=language)
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
         self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
         media = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]

@@ -152,6 +152,41 @@ def test_a_phone_rates_the_first_and_the_second(tmp_path):
         assert tab.ask("document.getElementById('saved').innerText") == "", "the file lacks this one"
 
 
+@in_browser
+def test_a_turkish_browser_shows_a_turkish_page_and_saves_the_same_ratings(tmp_path):
+    page = tmp_path / "p.html"
+    a, b = answers("x", 2), answers("y", 2)
+    a.turns[0], a.cut[0] = ("", "kesik"), [False, True]
+    key = write_page(page, questions(2), a, b, seed=0)
+    english = re.compile(r"answers? is|better|models|choose|buttons?|keys|browser|ratings?|save|equal|first|left|right|"
+                         r"nothing|cut off|your|back|next", re.IGNORECASE)
+    seen = "document.title + document.body.innerText + [...document.querySelectorAll('[aria-label]')].map(" \
+           "(each) => each.ariaLabel + (each.placeholder || ''))"
+    with browser() as tab:
+        for width in (1400, 400):
+            tab.open(page, width=width, touch=width < 500, language="tr-TR")
+            shown = tab.ask(seen)
+            assert not english.search(shown), "a word was not translated"
+            assert "Soru 1 / 2; 0 seçim yapıldı. İki modelin yeri rastgele değişir." in shown
+            assert tab.ask("document.documentElement.lang") == "tr"
+            assert tab.ask("document.documentElement.scrollWidth") <= width
+            assert tab.ask("document.querySelector('footer').getBoundingClientRect().height") < 150
+        assert tab.ask("getComputedStyle(document.querySelector('.answers > *'), '::before').content") == '"Birinci"'
+        pages = []
+        for _ in "ab":
+            pages.append(tab.ask("document.getElementById('pair').innerText"))
+            tab.ask("document.querySelector('[data-choice=left]').click()")
+        assert "(boş)" in "".join(pages)
+        assert "".join(pages).count("belirteç sınırında kesildi") == 1
+        assert "2 seçim yapıldı, hepsi tamam: seçimleri kaydedin." in tab.ask(seen)
+        tab.ask("document.getElementById('save').click()")
+        assert tab.ask("document.getElementById('saved').innerText") == (
+            f"2 sorudan 2 seçim kaydedildi: ratings-{key['page']}.json")
+        assert tab.ask("state.ratings") == {"0": "left", "1": "left"}
+        tab.open(page, width=1400, language="tru")
+        assert tab.ask("document.documentElement.lang") == "en", "a language whose name only begins alike"
+
+
 def test_the_seed_decides_the_order(tmp_path):
     a, b = answers("x", 12), answers("y", 12)
     keys = [write_page(tmp_path / "p.html", questions(12), a, b, seed=seed) for seed in (0, 0, 1)]

@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,23 @@ def test_the_two_languages_lead_to_the_same_places_and_run_the_same_commands():
                if link["path"].startswith("../minisft")} for file in (ENGLISH, TURKISH)]
     assert places[0] == places[1]
     assert [block.command for block in blocks(ENGLISH)] == [block.command for block in blocks(TURKISH)]
+
+
+def written_as_is(text: str) -> tuple[list[str], set[str], Counter[str]]:
+    """What a translation does not touch: lines of code without comments, `code` in a sentence, and how often each
+    number is named, whether it is written 1,234.5 or 1.234,5."""
+    code = [line.partition("  #")[0].rstrip() for fence in FENCE.finditer(text) for line in fence["body"].splitlines()]
+    inline = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))}
+    return code, inline, Counter(re.sub("[.,]", "", number) for number in re.findall(r"\d[\d.,]*\d|\d", text))
+
+
+@pytest.mark.parametrize(("english", "turkish", "only_english"), [
+    ("evaluation.md", "degerlendirme.md", "$^"), ("silent-bugs.md", "sessiz-hatalar.md", r"^\|.*\n")])
+def test_a_page_in_turkish_has_the_commands_and_the_figures_of_the_english_one(english, turkish, only_english):
+    ours, theirs = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in (english, turkish))
+    assert written_as_is(re.sub(only_english, "", ours, flags=re.MULTILINE)) == written_as_is(theirs)
+    for text, other in ((ours, turkish), (theirs, english)):
+        assert f"]({other})" in text.partition("\n## ")[0], "the head names the other"
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ Prompts are JSON lines in the layout of FastChat's MT-Bench, or of IFEval:
     {"question_id": 101, "category": "math", "turns": ["first question", "second question"], "reference": ["", ""]}
     {"key": 1000, "prompt": "question", "instruction_id_list": [...], "kwargs": [...]}
 
-The package ships mt-en and mt-tr, forty prompts of two turns each in English and in Turkish; `instructions`, which a
-program can check (instructions.py); and `flips` (signals.py). All were written for it. Multiple choice:
+The package ships mt-en and mt-tr, forty prompts of two turns in English and eighty in Turkish; `instructions`, which a
+program can check (instructions.py); and `flips` (answers.py). All were written for it. Multiple choice:
 
     mmlu          CSV: question, choices, answer, with or without a header (Hendrycks et al. 2021)
     turkish_mmlu  JSON, an array or a record a line: question, choices [text, ...], answer (Yüksel et al. 2024)
