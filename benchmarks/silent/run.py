@@ -88,7 +88,8 @@ def examine(name: str, exhibit: str, planted: bool, debug: bool) -> dict:
     begun = time.monotonic()
     verdict = look(exhibit, trainer, world, debug=debug)
     size = verdict.size if verdict.size is None or math.isfinite(verdict.size) else "not finite"
-    return asdict(verdict) | {"size": size, "seconds": round(time.monotonic() - begun, 2)}
+    return asdict(verdict) | {"text": verdict.text.replace(f"{world.folder}/", ""), "size": size,
+                              "seconds": round(time.monotonic() - begun, 2)}
 
 
 def column(name: str, exhibits: list[str], tell: Callable[[str, dict], None], *, planted: bool = False,
