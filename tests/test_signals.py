@@ -74,6 +74,8 @@ def test_figures_of_a_file():
     ("B, çünkü en yakını o", "B"), ('Sanırım cevap "C" olacak', "C"), ("Doğru seçenek: D) Doğu", "D"),
     # named in English
     ("I'd say C.", "C"), ("THE ANSWER IS C", "C"), ("I'll stick with B.", "B"), ("The answer is B based on this", "B"),
+    ("The answer is indeed C) 1918.", "C"), ("So it would be B) Mercury", "B"), ("The answer is probably D.", "D"),
+    ("The answer is vitamin C.", ""), ("They went on (with plan B)", ""),
     ("'B'", "B"), ("Yes, it is C because", "C"),
     # stated or denied
     ("A şıkkı yanlış, doğru cevap B'dir.", "B"), ("Doğru cevap A değil, B'dir.", "B"), ("Hayır, A değil B.", "B"),

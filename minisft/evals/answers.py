@@ -67,7 +67,8 @@ DENIED = (re.compile(r"\b(?:not|isn't|n?either|nor)(?:\s+option)?\W*$"), re.comp
     _OPTION + r"(?:(?:kesinlikle\s+)?(?:doğru\s+)?değil|yanlış|olamaz|isn't|is\s+(?:not|wrong|incorrect|false))"))
 STATED = (re.compile(r"""(?:
     \b(?:answer|(?:correct|right|best)\s+(?:option|choice)|cevap|cevab[ıi]\w*|yanıt\w*|seçimim|tercihim|doğrusu)
-        (?:\s+(?:is|was|would|should|must|be|remains|still|option|ise|olan|kesinlikle|yine|hâlâ|bence|şık|seçenek))*
+        (?:\s+(?:is|was|would|should|must|be|remains|still|indeed|\w+ly|option|ise|olan|kesinlikle|aslında|yine|hâlâ|bence
+            |şık|seçenek))*
     |\b(?:choose|pick|select|go\s+with|going\s+with|stick\s+with|say|think|it's|it\s+is|bence|sanırım|galiba)
         (?:\s+option)?
     )[\s:=,*_"'“(\[]*$""", re.VERBOSE), re.compile(rf"""
@@ -77,7 +78,7 @@ STATED = (re.compile(r"""(?:
 # What makes an article, a class or a list of it: a small word ("A hexagon", "B vitamini"), except these few; "A, B".
 _NAMES_NONE = re.compile(r"[^\S\n]+(?!(?:is|was|because|since|then|would|should|must|çünkü|zira|bence)\b|şıkk|seçene)"
                          r"[a-zçğıöşü]|\.\s*[A-ZÇĞİÖŞÜ]\.|,\s*[A-E]\b")
-_COPULA = re.compile(r"\b(?:is|was|be)\W*$")
+_COPULA = re.compile(r"\b(?:is|was|be|indeed|\w+ly)\W*$")
 _BEGINS = re.compile(r"(?:^|[\n.,:;!?—–(\[*_\"'“>]|\b(?:yes|no|but|so|option|evet|hayır|değil|yani|şık|seçenek))\s*$")
 
 
@@ -267,7 +268,8 @@ def chosen(answer: str) -> str:
         names = not _NAMES_NONE.match(after) or _COPULA.search(sides[0][0])
         if any(STATED[1].match(right) or (names and STATED[0].search(left)) for left, right in sides):
             return found[0]
-        if not first and names and not re.match(r"'\w", after) and any(_BEGINS.search(left) for left, _ in sides):
+        begins = any(_BEGINS.search(left) for left, _ in sides) or (after[:1] == ")" and "(" not in before)
+        if not first and names and begins and not re.match(r"'\w", after):
             first = found[0]
     return first
 
