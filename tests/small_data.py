@@ -1,6 +1,11 @@
 """Conversations to documents and files to stores, for tests; and the plain encoder that the renderer must equal."""
 
+import hashlib
+import json
+from types import SimpleNamespace
+
 from minisft.config import DataConfig, Source
+from minisft.data import store as store_module
 from minisft.data.store import open_store
 from minisft.prepare import read_source
 
@@ -31,3 +36,21 @@ def store_of(path, renderer, cache, *, name="data", format="auto", read=read_sou
     """The store of a file; `settings` are keys of data."""
     return open_store(Source(str(path), format=format, name=name, fields=fields), DataConfig(
         cache=str(cache), **settings), renderer, read, quiet=True, verify=verify)
+
+
+def before_composing(patch):
+    """Until `patch` ends, stores are as of versions that compared texts as they stand; then call `of_before`."""
+    patch.setattr(store_module, "unicodedata", SimpleNamespace(normalize=lambda form, text: text,
+                                                               is_normalized=lambda form, text: True))
+
+
+def of_before(cache, *without):
+    """The one store in `cache`, its report as it was before "decomposed" (and the names `without`) were counted."""
+    [file] = cache.glob("*/report.json")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    old = {name: value for name, value in saved["report"].items() if name not in ("decomposed", *without)}
+    assert len(old) == len(saved["report"]) - 1 - len(without)
+    content = json.dumps([old, saved["files"], file.parent.name])
+    signed = {**saved, "report": old, "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    file.write_text(json.dumps(signed), encoding="utf-8")
+    return file

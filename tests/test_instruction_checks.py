@@ -2,12 +2,13 @@
 
 import os
 import random
+import unicodedata
 
 import pytest
 
 from minisft.errors import UserError
-from minisft.evals.instructions import CHECKS, figures, load, parameters, sentences
-from minisft.evals.language import detect, languages, lower
+from minisft.evals.instructions import CHECKS, InstructionPrompt, figures, load, parameters, sentences, strictly
+from minisft.evals.language import detect, languages, lost_dots, lower
 from minisft.generate.assistant import Assistant
 
 SENTENCES = ("The cat sat on the mat.", "Why not?", "It was cold!", "We saw Rome, Paris and Bonn.", "I have a plan.",
@@ -144,6 +145,31 @@ def test_an_accent_that_languages_share_decides_for_none(language, text):
     assert detect(text) == {language}
 
 
+ALPHABETS = {  # of the languages in Latin and Cyrillic letters, without those of loanwords, with Turkish â, î, û
+    "en": "", "tr": "çğıİöşüâîû", "de": "äöüß", "fr": "àâæçéèêëîïôœùûüÿ", "es": "áéíñóúü", "it": "àèéìòù",
+    "pt": "áâãàçéêíóôõú", "nl": "áäéëíïóöúü", "sv": "åäöéà", "pl": "ąćęłńóśźż", "fi": "äö", "sw": "", "id": "",
+    "vi": "àảãáạăằẳẵắặâầẩẫấậđèẻẽéẹêềểễếệìỉĩíịòỏõóọôồổỗốộơờởỡớợùủũúụưừửữứựỳỷỹýỵ",
+    "ru": "абвгдеёжзийклмнопрстуфхцчшщъыьэюя", "uk": "абвгґдеєжзиіїйклмнопрстуфхцчшщьюя",
+    "bg": "абвгдежзийклмнопрстуфхцчшщъьюяѝ"}
+
+
+@pytest.mark.parametrize("script", ["LATIN", "CYRILLIC"])
+def test_own_letters_are_those_that_no_other_language_has(script):
+    """Rare ones apart (æ, ÿ); for Italian and Portuguese Vietnamese does not count, which has most accents."""
+    for code, (_, letters) in languages()[script].items():
+        others = {letter for other in languages()[script] if other != code
+                  and (code, other) not in (("it", "vi"), ("pt", "vi")) for letter in ALPHABETS[other]}
+        assert letters - set("¿¡") == set(ALPHABETS[code]) - others - set("æÿ"), code
+
+
+@pytest.mark.parametrize(("language", "text"), [
+    ("tr", "Şoför işçileri taşımış."), ("tr", "Beş kardeş konuştu."), ("tr", "ŞEKER PAŞA"), ("pl", "Ćma lubi noć."),
+    ("vi", "Mỹ ý kiến"), ("vi", "chăn trâu"), ("bg", "Майка ѝ"), ("hi", "बड़ा लड़का पढ़ता")])
+def test_a_letter_of_its_own_tells_a_language_in_any_unicode_form(language, text):
+    for form in ("NFC", "NFD", "NFKC"):
+        assert detect(unicodedata.normalize(form, text)) == {language}
+
+
 @pytest.mark.parametrize("language", sorted(SPOKEN))
 def test_a_sentence_is_in_its_language_and_langdetect_agrees(language):
     assert detect(SPOKEN[language]) == {language}
@@ -165,6 +191,7 @@ def test_turkish_letters_keep_their_dots():
     pairs = [("KIRMIZI ŞİŞE", "kırmızı şişe"), ("İZMİR IŞIĞI", "izmir ışığı"), ("ÇÖĞÜŞ", "çöğüş")]
     for capital, small in pairs:
         assert lower(capital, "tr") == small
+        assert lower(unicodedata.normalize("NFD", capital), "tr") == small
     assert lower("I SAW", "en") == "i saw"
 
 
@@ -198,6 +225,59 @@ def test_turkish_in_one_case():
     assert not small("İyi ki doğdun".lower() + " ve çok mutlu ol", "tr"), "i with a combining dot is no Turkish letter"
 
 
+@pytest.mark.parametrize(("text", "lost"), [
+    ("BU SENIN IÇIN GÜZEL OLACAK", True), ("BIR GÜN OKULA GELECEK VE ÇOK ÇALIŞACAK", True), ("BU DEĞIL", True),
+    ("ÖĞRENCI OKULA GELDI", True), ("NEVŞEHIR VE ESKIŞEHIR", True), ("EĞITIM ÇOK ÖNEMLI", True), ("GELIŞIM", True),
+    ("BU, İÇIN İÇIN YANDI", True), ("DEĞIŞIKLIK OLDU", True), ("bu da bır şey", True), ("O GÜN GIBI", True),
+    ("BU SENİN İÇİN GÜZEL OLACAK", False), ("YÜZYIL ÖNCE, BİNYIL SONRA", False), ("KIŞI SEVER VE IŞIĞI AÇAR", False),
+    ("YANI SIRA SINIR VE AÇI", False), ("YEŞİLIRMAK VE DİYARBAKIR", False), ("BU LINKEDIN VE WIFI İÇİN", False),
+    ("INTERNET VE EMAIL ÇOK YAVAŞ", False), ("KIM JONG UN VE MICHAEL ÇOK SEVİNDİ", False),
+    ("MI MÜZİK NOTASIDIR", False), ("GÜNIŞIĞI ÇOK GÜZEL", False),
+    ("GÖTTINGEN VE ZÜRICH DE GÜZEL", False), ("DİKKATİ VE İNKÂRI", False),
+])
+def test_turkish_capitals_that_lost_their_dots_are_not_turkish(text, lost):
+    check = CHECKS["change_case:turkish_capital" if text.isupper() else "change_case:turkish_lowercase"]
+    for form in ("NFC", "NFD"):
+        assert lost_dots(unicodedata.normalize(form, text)) is lost
+    assert check(f"{text} VE ÇOK GÜZEL" if text.isupper() else f"{text} ve çok güzel", "tr") is not lost
+
+
+@pytest.mark.parametrize(("keyword", "text", "count"), [
+    ("ısı", "Isı, ISI, ısıyı, ısının, ısıda, ısıdan, ısıya, ısıyla, ısılar, ısısı, ısıdır", 11),
+    ("ısı", "ISI'yı ısı’dan", 2), ("Isparta", "Isparta'nın gülü ISPARTA’da", 2),
+    ("ısı", "Köpek ısırdı, kısırı yedi, ısıttı, ısındı; yanısıra kısı", 0), ("el", "elma elbise elli", 0),
+    ("balon", "Balonlar, balonlarımızdan, balondakiler, balonun, balona, balonla", 6), ("balon", "Balonsu balonlu", 0),
+    ("ev", "evde evler evimizden evdir evin", 5), ("ev", "evet evlat evren sevgi ödev", 0),
+    ("kar", "kart Karga akar kartal", 0), ("göz yaşı", "Göz yaşı, göz yaşının", 2), ("c++", "C++ ve c++'ta", 2),
+])
+def test_a_turkish_keyword_is_a_word_with_or_without_endings(keyword, text, count):
+    given = {"keyword": keyword, "frequency": count, "relation": "exactly"}
+    for form in ("NFC", "NFD"):
+        [followed] = strictly(unicodedata.normalize(form, text), InstructionPrompt(1, "?", "tr", ((
+            "keywords:frequency", parameters("keywords:frequency", given, "f:1")),)))
+        assert followed
+    assert CHECKS["keywords:existence"](text, "tr", keywords=[keyword]) is (count > 0)
+
+
+def test_english_keywords_count_inside_words_as_ifevals_do():
+    assert CHECKS["keywords:frequency"]("check unchecked", "en", keyword="check", frequency=2, relation="exactly")
+    assert CHECKS["keywords:letter_frequency"]("ısırdı", "tr", letter="ı", let_frequency=3, let_relation="exactly")
+
+
+def test_instructions_are_checked_in_composed_unicode():
+    """A letter and its mark in two characters would end a word between them."""
+    text = unicodedata.normalize("NFD", "Bölüm 1: GÜZEL İZMİR\nBölüm 2: şeker")
+    for name, given in (("length_constraints:number_words", {"num_words": 7, "relation": "exactly"}),
+                        ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "exactly"}),
+                        ("detectable_format:multiple_sections", {"section_spliter": "Bölüm", "num_sections": 2}),
+                        ("keywords:forbidden_words", {"forbidden_words": ["gu", "seker"]})):
+        for form in ("NFC", "NFD"):
+            there = {key: unicodedata.normalize(form, value) if key == "section_spliter" else value
+                     for key, value in given.items()}
+            asked = InstructionPrompt(1, "?", "tr", ((name, parameters(name, there, "f:1")),))
+            assert strictly(text, asked) == [True], name
+
+
 def test_keywords_are_text_and_letters_any_character():
     assert CHECKS["keywords:existence"]("I like C++ and (a.b)", "en", keywords=["c++", "(a.b)"])
     assert not CHECKS["keywords:existence"]("axb", "en", keywords=["a.b"])
@@ -214,6 +294,32 @@ def test_keywords_are_text_and_letters_any_character():
 ])
 def test_sentences(text, count):
     assert sentences(text) == count
+
+
+@pytest.mark.parametrize(("text", "count"), [
+    ("O, 3. sırada oturuyor. Ben 4. sıradayım.", 2), ("19. yüzyıl zordu. Sonra düzeldi.", 2),
+    ("Padişah IV. Murat öldü. Yerine İbrahim geçti.", 2), ("II. Dünya Savaşı bitti. XIV. Louis öldü.", 2),
+    ("Sultan 3. Selim yenilikçiydi. Tahttan indirildi.", 2), ("Onu Dr. Ayşe ile Doç. Dr. Ali gördü. İyiydi.", 2),
+    ("Elma, armut vb. Anadolu meyveleri tatlıdır.", 1), ("Örn. Ankara bir şehirdir. Bkz. s. 12.", 2),
+    ("Hz. Mevlana'yı anlattı. Av. Can dinledi.", 2), ("T.C. Ziraat Bankası A.Ş. Genel Müdürü geldi.", 1),
+    ("1. Elma al.\n2. Süt al.\n3. Eve dön.", 3), ("Önce kes. 2. Sonra karıştır.", 2),
+    ("Elma, armut vb. Bunlar meyvedir.", 2), ("5 + 6 = 11. Cevap budur.", 2), ("Yıl 1923. Ankara başkent oldu.", 2),
+    ("Doğru cevap C. Bu kesin.", 2), ("Puanı 25. Sonra yükseldi.", 2), ("Geldi. Gördü. Yendi.", 3),
+    ("Kaçıncı? 3. Murat mı! Evet.", 3), ("Bölüm IV. Bu bölüm kısa.", 2),
+])
+def test_turkish_ordinals_and_abbreviations_end_no_sentence(text, count):
+    assert sentences(text, "tr") == count
+    assert CHECKS["length_constraints:number_sentences"](text, "tr", num_sentences=count, relation="exactly")
+
+
+@pytest.mark.parametrize(("text", "count"), [
+    ("I have 3. You have 4.", 2), ("After World War II. Paris was free.", 2), ("J.R.R. Tolkien wrote it. It sold.", 2),
+    ("The answer is B. It is right.", 2), ("He lives in the U.S. He likes it.", 2), ("See p. 12. It is there.", 2),
+    ("She said no. He left.", 2), ("1. Boil water.\n2. Add tea.", 2), ("Pears, plums, etc. They are sweet.", 2),
+    ("See the U.S. Senate.", 1),
+])
+def test_english_sentences_end_after_numbers_and_before_function_words(text, count):
+    assert sentences(text) == sentences(text, "en") == count
 
 
 @pytest.mark.parametrize(("instruction", "given", "message"), [

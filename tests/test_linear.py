@@ -11,7 +11,7 @@ from minisft.config_io import nearest
 from minisft.errors import printable
 from minisft.evals import answers, questions
 from minisft.evals.instructions import CHECKS, sentences
-from minisft.evals.language import detect
+from minisft.evals.language import detect, signs
 from minisft.reports import run_report
 from minisft.reports.page import relative
 
@@ -99,7 +99,12 @@ def plain_sentences(text):
     count, start = 0, 0
     for stop in re.finditer(r"""(\S*?)(?:[.…]+|[.…]*[!?][.!?…]*)["'”’»)\]*]*(?=\s|$)""", text):
         last, rest = stop[1].strip("(\"'“‘*"), text[stop.end() :].lstrip()
-        inside = rest[:1].islower() or last.lower() in ("mr", "e.g") or (len(last) == 1 and last.isupper())
+        is_initial = re.fullmatch(r"(?:\w\.)*\w", last) and last.isupper()
+        begins = re.match(r"\S*", rest)[0].strip("(\"'“‘*”’»)],;:").lower() in signs("en")[0]
+        fresh = not re.search(r"\w", text[start : stop.start()].rpartition("\n")[2])
+        inside = (rest[:1].islower() or last.lower() in ("mr", "e.g") or (is_initial and not begins)
+                  or (last.lower() in ("p", "s", "no") and rest[:1].isdecimal()) or (
+                      last.isdecimal() and len(last) < 3 and fresh))
         if "!" in stop[0] or "?" in stop[0] or not rest or not inside:
             count, start = count + bool(re.search(r"\w", text[start : stop.end()])), stop.end()
     return count + bool(re.search(r"\w", text[start:]))

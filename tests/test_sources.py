@@ -153,19 +153,6 @@ def test_the_mapping_of_a_source_comes_before_the_default_and_survives_toml(tmp_
             load(["--model.path", "m", "--data.train", "a", "--data.fields", wrong])
 
 
-def test_a_store_of_before_is_opened_without_the_new_counts(opened, write):
-    path = write([PAIR])
-    file = opened(path).folder / "report.json"
-    saved = json.loads(file.read_text())
-    old = {name: value for name, value in saved["report"].items() if name not in ("odd", "files")}
-    assert len(old) == len(saved["report"]) - 2
-    content = json.dumps([old, saved["files"], file.parent.name])
-    file.write_text(json.dumps({**saved, "report": old, "sha256": hashlib.sha256(content.encode()).hexdigest()}))
-    written = file.read_bytes()
-    assert len(opened(path)) == 1
-    assert file.read_bytes() == written
-
-
 def test_the_mapping_is_part_of_a_stores_key_and_without_one_the_key_is_the_old_one(opened, write, renderer):
     path = write([{"prompt": "a", "completion": "b", "başka": "c"}])
     old = [LAYOUT, hashlib.sha256(path.read_bytes()).hexdigest(), "data", str(path), "auto", False, 100, "all", [],

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from functools import reduce
 from operator import and_, or_
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracles.tiny_llama import write_tiny_llama
-from small_data import plain_documents, store_of
+from small_data import before_composing, of_before, plain_documents, store_of
 
 from minisft.config import DataConfig
 from minisft.data import store as module
@@ -311,18 +312,59 @@ def test_near_duplicates_have_one_hash(opened):
     assert len(set(store.hashes.tolist())) == 10
 
 
+def of_text(text):
+    return near_duplicate_hash(Conversation((Turn("text", text),), "", 0))
+
+
+def test_near_duplicates_are_one_text_in_any_unicode_form():
+    """The oracle is Unicode's definition: canonically equivalent texts are one. 2² is not 22, nor is ş an s."""
+    texts = ["Şeker çok güzel.", "İstanbul'un ılık ışığı", "ĞÜŞİÖÇ", "Ürünün ölçüsü", "Crème brûlée", "Ångström",
+             "여보세요", "日本が", "Tiếng Việt", "résumé İNCE"]
+    for text in texts:
+        composed, apart = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        assert composed != apart
+        assert of_text(composed) == of_text(apart) == of_text(f"{apart} !") == of_text(apart.lower()), text
+    bare = ["Seker cok guzel.", "Istanbul'un ılık ısıgı", "GUSIOC", "Urunun olcusu", "Creme brulee", "Angstrom",
+            "Tieng Viet", "resume INCE", "2²", "22"]
+    assert len({of_text(unicodedata.normalize("NFD", text)) for text in texts + bare}) == len(texts + bare)
+
+
+def test_a_store_that_missed_decomposed_copies_is_made_again_under_its_key(opened, tmp_path, monkeypatch, capsys):
+    apart = qa(*(unicodedata.normalize("NFD", text) for text in ("şeker", "çok güzel")))
+    lines = [qa("Şeker?", "Çok güzel."), apart, qa("Şeker?", "Çok kötü.")]
+    with monkeypatch.context() as patch:
+        before_composing(patch)
+        old = opened(lines)
+    assert len(set(old.near_duplicate_hashes.tolist())) == 3
+    of_before(tmp_path / "cache", "odd", "files")
+    capsys.readouterr()
+    new = opened(lines)
+    assert capsys.readouterr().err == (f"{old.folder}: damaged (made by a version that missed near duplicates in "
+                                       "decomposed Unicode); it is made again from its file when it is opened\n")
+    assert new.key == old.key
+    assert new.report.decomposed == 1
+    assert new.hashes.tolist() == old.hashes.tolist()
+    assert new.near_duplicate_hashes[0] == new.near_duplicate_hashes[1] != new.near_duplicate_hashes[2]
+    assert new.near_duplicate_hashes[[0, 2]].tolist() == old.near_duplicate_hashes[[0, 2]].tolist()
+    written = (new.folder / "report.json").stat().st_mtime_ns
+    assert opened(lines).report.decomposed == 1
+    assert (new.folder / "report.json").stat().st_mtime_ns == written
+    assert capsys.readouterr().err == ""
+
+
 def test_the_near_duplicate_hash_sees_what_an_independent_folding_sees():
-    """Any text: equal hashes exactly where casefolded letters and digits are equal."""
+    """Any text: equal hashes exactly where casefolded letters and digits of the composed text are equal."""
     def folded(text):
+        text = unicodedata.normalize("NFC", text)
         kept = "".join(c for c in text.casefold() if c.isalnum()).replace("ı", "i")
         return kept or text
 
     random = np.random.default_rng(0)
-    letters = "aA1_ \u00a0.İiIıĞğéÉß’—中😀"
+    letters = "aA1_ \u00a0.İiIıĞğéÉß’—中😀\u0306\u0301"
     texts = ["".join(random.choice(list(letters), random.integers(1, 5))) for _ in range(3000)]
     by_fold, by_hash = {}, {}
     for text in texts:
-        found = near_duplicate_hash(Conversation((Turn("text", text),), "", 0))
+        found = of_text(text)
         by_fold.setdefault(folded(text), set()).add(found)
         by_hash.setdefault(found, set()).add(folded(text))
     assert len(by_fold) > 400
@@ -332,7 +374,7 @@ def test_the_near_duplicate_hash_sees_what_an_independent_folding_sees():
 
 def test_a_near_duplicate_hash_has_64_bits():
     """Each of them is set for some texts and not for others."""
-    hashes = [near_duplicate_hash(Conversation((Turn("text", str(number)),), "", 0)) for number in range(64)]
+    hashes = [of_text(str(number)) for number in range(64)]
     assert (reduce(or_, hashes), reduce(and_, hashes)) == (2**64 - 1, 0)
 
 

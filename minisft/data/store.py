@@ -36,6 +36,7 @@ import re
 import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -99,6 +100,7 @@ class Report:
     unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> records that have it
     odd: dict[str, int] = field(default_factory=dict)  # what is seldom meant (checks.ODD) -> conversations that have it
     files: list[str] = field(default_factory=list)  # of a folder or a glob
+    decomposed: int = 0  # documents with letters and their marks apart, which count as one for near duplicates
 
     def count(self, counts: dict[str, int], reason: str, where: str, number: int = 1) -> None:
         """Count conversations in `skipped` or `changed`, and remember where the first one is."""
@@ -129,8 +131,8 @@ class Store:
             if saved != _with_digest(saved["report"], saved["files"], self.key):
                 raise ValueError("report.json is not as it was written")
             self.report = Report(**saved["report"])
-            if "bad weight" in self.report.skipped:  # the reason until weights between 0 and 1 were read
-                raise ValueError("made by a version that left out weights other than 0 and 1")
+            if "decomposed" not in saved["report"]:  # nor did the earliest versions read weights other than 0 and 1
+                raise ValueError("made by a version that missed near duplicates in decomposed Unicode")
             for name, expected in saved["files"].items():
                 if _described(folder / name) != expected:
                     raise ValueError(f"{name} is not as it was written")
@@ -306,6 +308,7 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                     report.count(report.skipped, item.reason, f"{where}: {item.detail}")
                 elif keep:
                     kept.append(item)
+                    report.decomposed += not unicodedata.is_normalized("NFC", _text(item))
                     for note in item.notes:
                         report.count(report.changed, note, where)
                     for what, text in oddities(item):
@@ -363,12 +366,17 @@ def _coded(documents: EncodedDocuments, *, first: int) -> tuple[Array, list[int]
 
 
 def near_duplicate_hash(conversation: Conversation) -> int:
-    """64 bits, equal for conversations whose texts differ in case, spacing and punctuation alone, in any roles. The
-    four letters i of Turkish count as one: files are often cased by the rules of English."""
-    text = "".join([part for turn in conversation.turns for part in (turn.content, turn.context)])
+    """64 bits, equal for conversations whose texts differ in case, spacing, punctuation and canonically equivalent
+    Unicode (NFC, NFD) alone, in any roles. The four letters i of Turkish count as one: files are often cased by the
+    rules of English."""
+    text = unicodedata.normalize("NFC", _text(conversation))
     folded = text if text.isascii() else re.sub(r"\W+", "", text.casefold().replace("ı", "i"))
     bare = folded.encode("utf-8").translate(_LOWER, _DROPPED) or text.encode("utf-8")  # nothing left: as it stands
     return int.from_bytes(hashlib.blake2b(bare, digest_size=8).digest(), "little")
+
+
+def _text(conversation: Conversation) -> str:
+    return "".join([part for turn in conversation.turns for part in (turn.content, turn.context)])
 
 
 _LOWER = bytes(range(256)).lower()

@@ -17,6 +17,7 @@ line, its last line or both, each also without asterisks. A prompt is followed i
 import inspect
 import json
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -29,43 +30,72 @@ from typing import Any
 from minisft.data.conversation import Turn
 from minisft.errors import PATH, SHORT, UserError, printable
 from minisft.evals.answers import in_batches
-from minisft.evals.language import check_language, detect, lower
+from minisft.evals.language import check_language, detect, lost_dots, lower, signs
 from minisft.evals.questions import json_lines, prompt_file
 from minisft.evals.rates import percent, rate
 from minisft.generate.assistant import Assistant
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {"less than": lt, "at least": ge, "exactly": eq}  # "exactly" is ours
-# A full stop after one of these, or after a single capital letter, ends no sentence even if a capital follows.
+# A full stop after one of these ends no sentence, whatever follows.
 ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "st", "prof", "capt", "lt", "vs", "e.g", "i.e", "doç", "yrd", "örn", "bkz",
-                 "m.ö", "m.s", "t.c"}
+                 "m.ö", "m.s", "t.c", "av", "hz", "sn", "op", "uzm", "arş", "öğr", "gör", "ord"}
+# After one of these, after initials, and in Turkish after ordinals it ends one only before a function word.
+_OFTEN_LAST = {"en": {"etc", "inc", "ltd", "jr", "sr"}, "tr": {"vb", "vs", "vd", "yy", "ltd", "şti", "cad", "mah"}}
+_INITIALS, _ORDINAL = re.compile(r"(?:\w\.)*\w"), re.compile(r"\d{1,2}|[IVXLC]+")
+_NUMBERED = {"no", "p", "pp", "s", "sf", "md"}  # before a number: p. 12
 _CLOSING, _STOPS, _OPENING = "\"'”’»)]*", ".!?…", "(\"'“‘*"
 _WORD = re.compile(r"\w")
+# Endings of a Turkish noun: number, possessor, case, -ki, -dir. A noun's last letter decides how a possessor begins.
+_POSSESSOR = "[ıiuü](?:[mn](?:[ıiuü]z)?)?", "[mn](?:[ıiuü]z)?|s[ıiuü]"
+_ENDINGS = tuple(rf"(?:(?:l[ae]r(?:{_POSSESSOR[0]})?|{own})?(?:[yn]?[ıiuü]n?|[yn]?[ae]|n?[dt][ae]n?|y?l[ae]|n?c[ae])?"
+                 r"(?:ki(?:l[ae]r)?)?(?:[dt][ıiuü]r)?|['’]\w+)" for own in _POSSESSOR)
 _POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}  # blanks may stand between the letters
 _CONSTRAINED = {"en": ("My answer is yes.", "My answer is no.", "My answer is maybe."),
                 "tr": ("Cevabım evet.", "Cevabım hayır.", "Cevabım belki.")}
 
 
-def sentences(text: str) -> int:
+def sentences(text: str, language: str = "en") -> int:
     """The number of parts that end with . ! ? or … before a blank, and of what remains after the last.
 
-    A full stop ends no sentence after an abbreviation, after a single capital ("J. Smith"), or before a small letter
-    ("3. sınıf", "e.g. this").
+    A full stop ends no sentence after an abbreviation, after the number of an item ("2. Stir."), or before a small
+    letter ("3. sınıf"). After initials, and in Turkish after ordinals in the middle of a sentence ("IV. Murat",
+    "3. Selim"), it ends one only if a function word follows, as sentences begin with one: "Cevap C. Bu kesin."
     """
-    count, start = 0, 0
+    count, has_word, is_first, before = 0, False, True, ""
     for run, after in pairwise(chain(re.finditer(r"\S+", text), [None])):
         assert run
-        unclosed = run[0].rstrip(_CLOSING)
+        unclosed, previous, is_word = run[0].rstrip(_CLOSING), before * (not is_first), bool(_WORD.search(run[0]))
         before, rest = unclosed.rstrip(_STOPS), after[0] if after else ""
-        last, plain = before.strip(_OPENING), "!" not in run[0] and "?" not in run[0]
-        inside = rest[:1].islower() or lower(last, "en") in ABBREVIATIONS or (len(last) == 1 and last.isupper())
-        if before != unclosed and not (plain and rest and inside):
-            count, start = count + bool(_WORD.search(text, start, run.end())), run.end()
-    return count + bool(_WORD.search(text, start))
+        has_word, is_first = has_word or is_word, is_first and not is_word
+        if before != unclosed and not (rest and "!" not in run[0] and "?" not in run[0] and _continues(
+                before.strip(_OPENING), rest, language, previous=previous)):
+            count, has_word, is_first = count + has_word, False, True
+        is_first = is_first or bool(after and "\n" in text[run.end() : after.start()])
+    return count + has_word
+
+
+def _continues(last: str, rest: str, language: str, *, previous: str) -> bool:
+    """True if a full stop after the word `last` and before `rest` ends no sentence. `previous` is the word before, ""
+    if `last` begins a line or a sentence."""
+    small, often_last = lower(last, language), _OFTEN_LAST.get(language, set())
+    if (rest[:1].islower() or (small in ABBREVIATIONS - often_last) or (small in _NUMBERED and rest[:1].isdecimal())
+            or (last.isdecimal() and len(last) < 3 and not previous)):
+        return True
+    is_ordinal = language == "tr" and _ORDINAL.fullmatch(last) and not previous.endswith(tuple("=:<>≈+-–−*/×÷"))
+    if is_ordinal or (last.isupper() and _INITIALS.fullmatch(last)) or small in often_last:
+        return lower(rest.strip(_OPENING + _CLOSING + ",;:"), language) not in signs(language)[0]
+    return False
 
 
 def occurrences(keyword: str, answer: str, language: str) -> int:
-    """How often `keyword` occurs, also inside words, in any case."""
-    return lower(answer, language).count(lower(keyword, language))
+    """How often `keyword` occurs, in any case: also inside words, as IFEval counts; but in Turkish as a word of its
+    own, bare or with endings of a noun. "ısı" is in "ısının" and "ISI'yı", not in "ısırdı" or "kısırı"."""
+    keyword, answer = lower(keyword, language), lower(answer, language)
+    if language != "tr":
+        return answer.count(keyword)
+    begin = r"(?<!\w)" * keyword[:1].isalnum()
+    end = (_ENDINGS[keyword[-1:] in tuple("aeıioöuüâîû")] + r"(?!\w)") * keyword[-1:].isalnum()
+    return len(re.findall(begin + re.escape(keyword) + end, answer))
 
 
 def _between(answer: str, divider: str) -> list[str]:
@@ -92,7 +122,8 @@ def _is_json(answer: str, _: str) -> bool:
 def _cased(is_cased: Callable[[str], bool], code: str) -> Callable[[str, str], bool]:
     """A check for text in one language and one case."""
     # i with a combining dot is no Turkish letter; it is what İ becomes if a program does not know the language.
-    return lambda answer, _: is_cased(answer) and code in detect(answer) and (code != "tr" or "i\u0307" not in answer)
+    return lambda answer, _: is_cased(answer) and code in detect(answer) and (
+        code != "tr" or not ("i\u0307" in answer or lost_dots(answer)))
 
 
 # (answer, language whose case rules apply, the instruction's parameters) -> followed?
@@ -105,10 +136,10 @@ CHECKS: dict[str, Callable[..., bool]] = {
         re.search(rf"(?<!\w){re.escape(lower(word, language))}(?!\w)", lower(answer, language))
         for word in forbidden_words),
     "keywords:letter_frequency": lambda answer, language, *, letter, let_frequency, let_relation: (
-        RELATIONS[let_relation](occurrences(letter, answer, language), let_frequency)),
+        RELATIONS[let_relation](lower(answer, language).count(lower(letter, language)), let_frequency)),
     "language:response_language": lambda answer, _, *, language: language in detect(answer),
-    "length_constraints:number_sentences": lambda answer, _, *, num_sentences, relation: RELATIONS[relation](
-        sentences(answer), num_sentences),
+    "length_constraints:number_sentences": lambda answer, language, *, num_sentences, relation: RELATIONS[
+        relation](sentences(answer, language), num_sentences),
     "length_constraints:number_paragraphs": lambda answer, _, *, num_paragraphs: (
         len(_between(answer, r"\s?\*\*\*\s?")) == num_paragraphs),
     # Words are runs of letters, digits and underscores, as IFEval counts them: "don't" is two.
@@ -161,7 +192,8 @@ CHECKS: dict[str, Callable[..., bool]] = {
 
 def parameters(instruction: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The parameters of `instruction` in `given`, without null ones. Raises UserError for any that is wrong."""
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: unicodedata.normalize("NFC", value) if isinstance(value, str) else value
+             for name, value in given.items() if value is not None}
     takes = [name for name, parameter in inspect.signature(CHECKS[instruction]).parameters.items()
              if parameter.kind is parameter.KEYWORD_ONLY]
     if given.keys() != set(takes):
@@ -247,6 +279,7 @@ def figures(assistant: Assistant, file: InstructionFile, *, max_new_tokens: int 
 
 def strictly(answer: str, prompt: InstructionPrompt) -> list[bool]:
     """For each instruction: does `answer` follow it? An empty answer follows none."""
+    answer = unicodedata.normalize("NFC", answer)  # a letter and its mark in two characters would be two words
     return [bool(answer.strip()) and CHECKS[name](answer, prompt.language, **kwargs)
             for name, kwargs in prompt.instructions]
 
