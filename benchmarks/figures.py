@@ -23,9 +23,10 @@ def standalone(title: str, panels: list[drawing.Panel]) -> str:
     width, height = map(float, re.findall(r"[\d.]+", drawn[0])[:2])
     inner = "".join(svg.replace("<svg", f'<svg x="{width * i:g}"', 1) for i, svg in enumerate(drawn))
     whole = width * len(drawn)
+    shown = "; ".join(panel.title for panel in panels)
     return (f'<svg width="{whole:g}pt" height="{height:g}pt" viewBox="0 0 {whole:g} {height:g}" '
             'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">\n'
-            f"<title>{escape(title)}</title>\n<desc>By step: {escape('; '.join(panel.title for panel in panels))}</desc>\n"
+            f"<title>{escape(title)}</title>\n<desc>By step: {escape(shown)}</desc>\n"
             f"<style>\n{style('colours')}svg {{ background: var(--page) }}</style>{inner}</svg>\n")
 
 

@@ -18,6 +18,7 @@ from functools import cache
 from html import escape
 from itertools import groupby, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ def tokens(data: Prepared, ids: np.ndarray) -> list[str]:
     return [re.sub("^ ", "␣", data.tokenizer.decode([int(token)]).replace("\n", "↵")) for token in ids]
 
 
-# ---- the pictures: title, description, height, and what is in them -----------------------------------------------------
+# ---- the pictures: title, description, height, and what is in them ---------------------------------------------------
 
 Picture = tuple[str, str, float, str]
 
@@ -173,15 +174,16 @@ def pieces(say: Say, data: Data) -> Picture:
         x += width + 4
         told += f" [{shown}]" if piece.trained else ""
     y += 44
-    for at, kind, name in ((2, "axis dashed", say("control token", "özel belirteç")), (140, "line", say("text", "metin")),
-                           (230, "trained soft", say("trained", "eğitilen"))):
+    for at, kind, name in ((2, "axis dashed", say("control token", "özel belirteç")),
+                           (140, "line", say("text", "metin")), (230, "trained soft", say("trained", "eğitilen"))):
         svg += box(at, y, 24, 16, kind) + text(at + 32, y + 13, name)
     [(ids, mask)] = [prepared.train.document(0)]
     return (say("A conversation as pieces", "Parçalara ayrılmış bir sohbet"),
             say(f"{len(ids)} tokens, {int(mask.sum())} trained. Each turn is a header of control tokens with the role, "
                 f"the content and a stop token. Trained are only the answers and their stop tokens:{told}.",
-                f"{len(ids)} belirteç, {int(mask.sum())} eğitilen. Her ileti: rolü özel belirteçler arasında bir başlık, "
-                f"içerik ve durma belirteci. Yalnızca yanıtlar ve durma belirteçleri eğitilir:{told}."), y + 20, svg)
+                f"{len(ids)} belirteç, {int(mask.sum())} eğitilen. Her ileti: rolü özel belirteçler arasında bir "
+                f"başlık, içerik ve durma belirteci. Yalnızca yanıtlar ve durma belirteçleri eğitilir:{told}."),
+            y + 20, svg)
 
 
 def shift(say: Say, data: Data) -> Picture:
@@ -217,21 +219,23 @@ def mean_of_means(say: Say, data: Data) -> Picture:
     step = small + large
     svg, y = "", 0
     for name, halves, each in (
-            (say("sum of the losses, divided once", "kayıpların toplamı, bir kez bölünür"), (small / step, large / step),
-             (step, step)),
+            (say("sum of the losses, divided once", "kayıpların toplamı, bir kez bölünür"),
+             (small / step, large / step), (step, step)),
             (say("mean of the two means", "iki ortalamanın ortalaması"), (.5, .5), (2 * small, 2 * large))):
         svg += text(2, y + 16, name, "bold")
-        svg += box(2, y + 26, 396 * halves[0], 26, "leak") + box(3 + 396 * halves[0], y + 26, 395 * halves[1], 26, "own")
-        svg += text(2, y + 71, say(f"{small} tokens, 1/{each[0]} each", f"{small} belirteç, her biri 1/{each[0]}"))
-        svg += text(398, y + 71, say(f"{large} tokens, 1/{each[1]} each", f"{large} belirteç, her biri 1/{each[1]}"), "",
-                    "end")
-        svg += text(2, y + 90, number(say, halves[0], ".1%"), "faint")
+        svg += box(2, y + 26, 396 * halves[0], 26, "leak")
+        svg += box(3 + 396 * halves[0], y + 26, 395 * halves[1], 26, "own")
+        for x, anchor, count, half, part in ((2, "start", small, halves[0], each[0]),
+                                             (398, "end", large, halves[1], each[1])):
+            svg += text(x, y + 71, say(f"{count} tokens, 1/{part} each", f"{count} belirteç, her biri 1/{part}"), "",
+                        anchor)
+            svg += text(x, y + 90, number(say, half, ".1%"), "faint", anchor)
         ratio = f"{each[1] / each[0]:.0f}"
         svg += text(200, y + 90, say(f"token for token {ratio} : 1", f"belirteç başına {ratio} : 1"), "", "middle")
-        svg += text(398, y + 90, number(say, halves[1], ".1%"), "faint", "end")
         y += 118
     times = f"{large / small:.0f}"
-    return (say("What a token weighs in a step of two micro-batches", "İki mikro yığınlık adımda bir belirtecin ağırlığı"),
+    return (say("What a token weighs in a step of two micro-batches",
+                "İki mikro yığınlık adımda bir belirtecin ağırlığı"),
             say(f"One micro-batch has {small} trained tokens, the other {large}. Divided once, each token weighs "
                 f"1/{step}. With the mean of the two means, one of the first weighs {times} times one of the second.",
                 f"Mikro yığınlardan birinde {small} eğitilen belirteç vardır, öbüründe {large}. Bir kez bölününce her "
@@ -250,14 +254,15 @@ def schedule(say: Say, _: Data) -> Picture:
         svg += line([at(step, learning_rate(step, steps, optim) * 1e5) for step in range(steps)], f"curve {kind}")
     warmup = OptimConfig().warmup_steps
     svg += line([at(warmup, 0), at(warmup, peak * 1e5)], "axis dashed")
-    svg += text(at(warmup, 0)[0] + 6, at(0, .15)[1], say(f"warm-up: {warmup} steps", f"ısınma: {warmup} adım"), "faint")
-    for x, kind, name, words in ((36, "own", "cosine", say("(default)", "(varsayılan)")), (228, "trained thin", "linear", ""),
-                                 (322, "leak thin dashed", "wsd", "")):
+    svg += text(at(warmup, 0)[0] + 6, at(0, .15)[1], say(f"warm-up: {warmup} steps", f"ısınma: {warmup} adım"),
+                "faint")
+    for x, kind, name, words in ((36, "own", "cosine", say("(default)", "(varsayılan)")),
+                                 (228, "trained thin", "linear", ""), (322, "leak thin dashed", "wsd", "")):
         svg += line([(x, 256), (x + 22, 256)], f"curve {kind}") + text(x + 28, 260, name, "mono")
         svg += text(x + 28 + MONO * len(name) + 6, 260, words, "faint") if words else ""
     return (say(f"The learning rate over {steps} steps", f"{steps} adım boyunca öğrenme oranı"),
-            say(f"It rises in {warmup} steps to {peak:g}, and falls as a cosine to 0. Beside it: linear, and wsd, which "
-                "stays at the top and falls only at the end.",
+            say(f"It rises in {warmup} steps to {peak:g}, and falls as a cosine to 0. Beside it: linear, and wsd, "
+                "which stays at the top and falls only at the end.",
                 f"{warmup} adımda {peak:g} değerine çıkar, kosinüs eğrisiyle 0'a iner. Yanında linear ile wsd: wsd "
                 "tepede kalır, yalnızca sonda iner."), 268, svg)
 
@@ -268,7 +273,8 @@ def recipe(say: Say, _: Data) -> Picture:
               say("of 10 to 30 answers it keeps one", "10–30 yanıttan birini seçer")),
              ("SFT", say("on the answers kept: this repository", "seçilen yanıtlarla: bu depo")),
              ("DPO", say("on the newest preferences", "en yeni tercihlerle")),
-             (say("average", "ortalama"), say("of models from other data, settings", "başka veri ve ayarların modelleri"))]
+             (say("average", "ortalama"),
+              say("of models from other data, settings", "başka veri ve ayarların modelleri"))]
     svg = ""
     for i, (name, does) in enumerate(steps):
         y = 2 + 66 * i
@@ -282,22 +288,16 @@ def recipe(say: Say, _: Data) -> Picture:
 
 
 def packing(say: Say, _: Data) -> Picture:
-    class Letters:
-        """Three short documents."""
-
-        lengths = np.array([3, 2, 4])
-
-        def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-            return np.zeros(self.lengths[index], np.int64), np.zeros(self.lengths[index], np.int64)
-
-    batch = micro_batch(Letters(), [0, 1, 2])
+    sizes = np.array([3, 2, 4])
+    short = SimpleNamespace(lengths=sizes, document=lambda i: (np.zeros(sizes[i], np.int64),) * 2)
+    batch = micro_batch(short, [0, 1, 2])
     total, cell = len(batch.tokens), 18
     names = [f"{'abc'[int(n)]}{int(p)}" for n, p in zip(batch.numbers, batch.positions, strict=True)]
     svg, same = "", torch.zeros(total, 1, total)
     for x, title, lengths in ((26, say("with boundaries", "sınırlarla"), batch.lengths),
                               (230, say("boundaries lost", "sınırlar yitince"), (total,))):
         documents = Documents.of_lengths(lengths)
-        sees = attend(same, same, torch.eye(total)[:, None], documents)[:, 0] > 0  # values that tell where they are from
+        sees = attend(same, same, torch.eye(total)[:, None], documents)[:, 0] > 0  # values tell where they are from
         svg += text(x, 16, title, "bold")
         for i, row in enumerate(sees.tolist()):
             y = 46 + cell * i
@@ -324,7 +324,8 @@ def packing(say: Say, _: Data) -> Picture:
 
 
 def curve(say: Say, _: Data) -> Picture:
-    rows = re.findall(r"(\d+) heldout-questions ([\d.]+)\s+\d+ heldout-articles ([\d.]+)", printed_by("runs/demo/metrics"))
+    rows = re.findall(r"(\d+) heldout-questions ([\d.]+)\s+\d+ heldout-articles ([\d.]+)",
+                      printed_by("runs/demo/metrics"))
     steps, answers, articles = ([float(row[i]) for row in rows] for i in range(3))
     learnt = next(step for step, loss in zip(steps, answers, strict=True) if loss < 1.05 * min(answers))
     svg, ticks = "", steps[:: math.ceil(len(steps) / 7)]
@@ -363,8 +364,8 @@ def words(say: Say, _: Data) -> Picture:
         for language, cost in zip(columns, map(float, costs), strict=True):
             y += 26
             shown = number(say, cost, ".2f")
-            svg += text(88, y + 15, language, "", "end") + box(96, y, 48 * cost, 20, "own" if language == columns[0] else
-                                                               "leak")
+            svg += text(88, y + 15, language, "", "end")
+            svg += box(96, y, 48 * cost, 20, "own" if language == columns[0] else "leak")
             svg += text(102 + 48 * cost, y + 15, shown)
             told.append(f"{learnt}, {language}: {shown}")
         y += 36
@@ -384,7 +385,7 @@ def intervals(say: Say, _: Data) -> Picture:
         for i, (_, share) in enumerate(rows):
             low, high = wilson(share * count, count)
             y, kind = 46 + 26 * i + 60 * (count > 200), ("own", "leak")[i]
-            svg += line([at(low, 0)[:1] + (y,), at(high, 0)[:1] + (y,)], f"curve {kind}")
+            svg += line([(at(end, 0)[0], y) for end in (low, high)], f"curve {kind}")
             svg += box(at(share, 0)[0] - 4, y - 4, 8, 8, kind)
             told.append(f"{number(say, count, ',')}: {number(say, share, '.0%')}, {number(say, low, '.1%')} "
                         f"- {number(say, high, '.1%')}")
@@ -395,7 +396,8 @@ def intervals(say: Say, _: Data) -> Picture:
             + "; ".join(told) + ".", 172, svg)
 
 
-PICTURES = (base_and_instruct, formats, pieces, shift, mean_of_means, schedule, recipe, packing, curve, words, intervals)
+PICTURES = (base_and_instruct, formats, pieces, shift, mean_of_means, schedule, recipe, packing, curve, words,
+            intervals)
 
 
 def draw(out: Path) -> None:

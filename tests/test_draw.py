@@ -54,7 +54,7 @@ def test_both_lessons_show_each_picture_in_the_same_section():
     for lesson, suffix in (("lesson.md", ""), ("ders.md", ".tr")):
         sections = re.split(r"^## ", (DOCS / lesson).read_text(encoding="utf-8"), flags=re.MULTILINE)
         found = [(place, *image) for place, section in enumerate(sections)
-                 for image in re.findall(r"!\[([^\]]+)\]\(images/([\w-]+)((?:\.tr)?)\.svg\)", " ".join(section.split()))]
+                 for image in re.findall(r"!\[([^\]]+)\]\(images/([\w-]+)((?:\.tr)?)\.svg\)", section)]
         assert {end for *_, end in found} == {suffix}, lesson
         assert min(len(alt) for _, alt, *_ in found) > 20, lesson
         shown.append([(place, name) for place, _, name, _ in found])
@@ -68,7 +68,8 @@ def test_no_words_are_cut_off_hidden_or_pale(tmp_path):
     with browser() as tab:
         for file in COMMITTED:
             if not file.name.startswith("demo-"):  # matplotlib laid those out
-                page.write_text('<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+                page.write_text('<!doctype html><meta charset="utf-8">'
+                                '<meta name="viewport" content="width=device-width">'
                                 "<style>body { margin: 16px; background: #fff } svg { width: 100%; height: auto }"
                                 "@media (prefers-color-scheme: dark) { body { background: #15181c } }</style>"
                                 f"<body>{file.read_text(encoding='utf-8')}")
