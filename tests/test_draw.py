@@ -49,6 +49,20 @@ def test_a_picture_says_what_it_shows(file):
     assert svg[1].text.strip()
 
 
+def test_the_pictures_say_what_is_so():
+    """By hand: documents of 3, 2 and 4 tokens have triangles of 6, 3 and 10, all nine together one of 45."""
+    packing, pieces, shift = ((DOCS / "images" / f"{name}.svg").read_text(encoding="utf-8")
+                              for name in ("packing", "pieces", "shift"))
+    legend = 1
+    assert packing.count('class="own soft"') == 19 + 19 + legend
+    assert packing.count('class="leak"') == 45 - 19 + legend
+    trained = re.findall(r'class="trained soft[^"]*"/>\n<text[^>]*>([^<]*)<', pieces)
+    assert trained == ["Paris.", "&lt;|eot_id|&gt;", "It ends a turn.", "&lt;|eot_id|&gt;", "trained"]
+    answer = re.findall(r'class="trained soft"/>.*?<text.*?<text[^>]*>[^<]*<.*?<text[^>]*>([^<]*)<', shift, re.DOTALL)
+    assert answer == ["People", "␣in", "␣Switzerland", "␣speak", "␣German", ".", "&lt;|eot_id|&gt;"]
+    assert shift.count(">-100<") == shift.count(">no<") == 19 - len(answer)
+
+
 def test_both_lessons_show_each_picture_in_the_same_section():
     shown = []
     for lesson, suffix in (("lesson.md", ""), ("ders.md", ".tr")):
