@@ -8,6 +8,7 @@ Writes docs/images/RUN-loss.svg, and RUN-forgetting.svg if the log records forge
 import argparse
 import re
 import sys
+from html import escape
 from pathlib import Path
 
 from minisft.errors import EXIT_USAGE, UserError
@@ -16,14 +17,16 @@ from minisft.reports.logged_run import read_runs
 from minisft.reports.page import style, write
 
 
-def standalone(panels: list[drawing.Panel]) -> str:
-    """Panels side by side as a file of its own, with its colours and a background."""
+def standalone(title: str, panels: list[drawing.Panel]) -> str:
+    """Panels side by side as a file of its own, with its colours and a background, and words for who cannot see it."""
     drawn = [re.sub('<g class="at">.*?</g>', "", drawing.lines(panel)).replace('pt"', '"', 2) for panel in panels]
     width, height = map(float, re.findall(r"[\d.]+", drawn[0])[:2])
     inner = "".join(svg.replace("<svg", f'<svg x="{width * i:g}"', 1) for i, svg in enumerate(drawn))
     whole = width * len(drawn)
+    shown = "; ".join(panel.title for panel in panels)
     return (f'<svg width="{whole:g}pt" height="{height:g}pt" viewBox="0 0 {whole:g} {height:g}" '
             'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">\n'
+            f"<title>{escape(title)}</title>\n<desc>By step: {escape(shown)}</desc>\n"
             f"<style>\n{style('colours')}svg {{ background: var(--page) }}</style>{inner}</svg>\n")
 
 
@@ -40,7 +43,7 @@ def main() -> int:
                                  ("forgetting", run_report.forgetting_panels([run]))):
                 if panels:
                     file = options.out / f"{Path(run.name).name}-{name}.svg"
-                    write(file, standalone(panels))
+                    write(file, standalone(f"{run.name}: {name}", panels))
                     print(file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
