@@ -128,7 +128,8 @@ def written_as_is(text: str) -> tuple[list[str], set[str], Counter[str]]:
 
 
 @pytest.mark.parametrize(("english", "turkish", "only_english"), [
-    ("evaluation.md", "degerlendirme.md", "$^"), ("silent-bugs.md", "sessiz-hatalar.md", r"^\|.*\n")])
+    ("evaluation.md", "degerlendirme.md", "$^"), ("from-trl.md", "trlden-buraya.md", "$^"),
+    ("silent-bugs.md", "sessiz-hatalar.md", r"^\|.*\n")])
 def test_a_page_in_turkish_has_the_commands_and_the_figures_of_the_english_one(english, turkish, only_english):
     ours, theirs = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in (english, turkish))
     assert written_as_is(re.sub(only_english, "", ours, flags=re.MULTILINE)) == written_as_is(theirs)

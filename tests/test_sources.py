@@ -569,10 +569,12 @@ def test_placeholders_and_rendered_prompts_are_counted_with_the_first_place(open
                {"prompt": "a", "completion": text}, {"text": text}]
     for some in (records[:3], records[3:]):
         report = opened(write(some, f"{len(some)}.jsonl")).report
-        expected = {name: 2 for name in checks.ODD if what and name.startswith(what)} if len(some) > 1 else {}
+        expected = {name: 2 for name in checks.ODD if what and name.startswith(what)}
+        if len(some) == 1:  # a plain text may speak of placeholders and headings
+            expected = {name: 1 for name in checks.ODD if text.startswith("<|") and name.startswith("conversations")}
         assert report.odd == expected
         for name in expected:
-            assert f"{len(some)}.jsonl:2: '" in report.examples[name]
+            assert f"{len(some)}.jsonl:{min(len(some), 2)}: '" in report.examples[name]
 
 
 def test_the_report_warns_of_them_and_of_much_that_is_left_out(write, here, capsys):
@@ -585,6 +587,16 @@ def test_the_report_warns_of_them_and_of_much_that_is_left_out(write, here, caps
            "learn to write them; fill them in" in text
     assert "little has" not in text
     assert "longer than data.seq_len" not in text
+
+
+def test_a_column_of_rendered_conversations_is_warned_of(write, here, capsys):
+    """As scripts for TRL have it: all of it would be trained, and its marks are no control tokens here."""
+    chat = "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    write([{"text": chat}, {"text": "Hi."}], "rendered.jsonl")
+    assert here("--data.train", "rendered.jsonl", "--batch.packs", "1") == 0
+    assert "warning rendered has conversations rendered to one text in 1 of 2 records (first: rendered.jsonl:1: " \
+           "'<|start_header_id|>'): their marks stay text, and the questions are trained too; give the turns as " \
+           "messages" in " ".join(capsys.readouterr().out.split())
     long = [{"prompt": "a", "completion": "x " * (60 + 40 * (i == 5))} for i in range(6)]
     write([PAIR] * 10 + long, "long.jsonl")
     shutil.copy("long.jsonl", "other.jsonl")

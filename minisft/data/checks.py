@@ -23,22 +23,26 @@ from minisft.data.conversation import Conversation
 from minisft.errors import UserError
 
 Array = np.ndarray
-ODD = {  # what a message contains -> marks of which one must be there, a pattern of it, why it matters
-    "placeholders": (("{{",), r"\{\{ ?[^\W\d][\w. -]{0,40}\}\}", "the model would learn to write them; fill them in"),
+CHAT = ("system", "user", "assistant")
+ODD = {  # what turns of some roles contain -> the roles, marks of which one must be there, a pattern, why it matters
+    "placeholders": (
+        CHAT, ("{{",), r"\{\{ ?[^\W\d][\w. -]{0,40}\}\}", "the model would learn to write them; fill them in"),
     "prompts that another program has rendered": (
-        ("###", "<|", "[INST]", "<start_of_turn>"),
+        CHAT, ("###", "<|", "[INST]", "<start_of_turn>"),
         r"(?m:^)### ?(?:Instruction|Input|Response|Human|Assistant|User|Talimat|Girdi|Yanıt|Soru|Cevap)\b|\[INST\]|"
         r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant|system|endoftext)\|>|<start_of_turn>",
         "the template is written around them once more, and their marks stay text; give the turns alone"),
+    "conversations rendered to one text": (
+        ("text",), ("<|",), r"<\|(?:im_start|start_header_id|eot_id)\|>",
+        "their marks stay text, and the questions are trained too; give the turns as messages"),
 }
 OURS = "this is a fault of minisft, please report it"
 
 
 def oddities(conversation: Conversation) -> Iterator[tuple[str, str]]:
     """(key of ODD, the first place) for what is seldom meant in the messages of a conversation."""
-    texts = [text for turn in conversation.turns if turn.role in ("system", "user", "assistant")
-             for text in (turn.content, turn.context)]
-    for what, (marks, pattern, _) in ODD.items():
+    for what, (roles, marks, pattern, _) in ODD.items():
+        texts = [text for turn in conversation.turns if turn.role in roles for text in (turn.content, turn.context)]
         likely = (text for text in texts if any(mark in text for mark in marks))
         if found := next(filter(None, (re.search(pattern, text) for text in likely)), None):
             yield what, repr(found[0])

@@ -83,7 +83,7 @@ def _odd_contents(prepared: Prepared) -> list[str]:
     """For each file with much that is seldom meant in a message: what, in how many records, where first."""
     reports = [report for dataset in (prepared.train, *prepared.evals.values()) for report in dataset.reports]
     return [f"{report.name} has {what} in {count:,} of {report.read:,} records (first: {report.examples[what]}): "
-            f"{ODD[what][2]}" for report in reports for what, count in report.odd.items() if count * 100 >= report.read]
+            f"{ODD[what][3]}" for report in reports for what, count in report.odd.items() if count * 100 >= report.read]
 
 
 def _left_out(prepared: Prepared) -> list[str]:
