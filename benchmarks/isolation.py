@@ -60,9 +60,9 @@ def held_out(model: nn.Module, dataset: Dataset, world: parallel.World, *, seq_l
     hits: list[Tensor] = []
     answers: list[Tensor] = []  # a number for each token's answer
     with closing(batches.steps(dataset, plan, fixed=fixed, device=world.device)) as planned:
-        for batch in (batch.to(world.device) for step in planned for batch in step.micro_batches):
-            documents = Documents(batch.cu_seqlens.cpu(), batch.cu_seqlens, batch.positions, batch.longest,
-                                  batch.numbers)
+        for batch in (batch for step in planned for batch in step.micro_batches):
+            offsets, batch = batch.cu_seqlens, batch.to(world.device)
+            documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, batch.numbers)
             logits = model(batch.tokens, documents, lambda hidden, head, at=batch.target_at: F.linear(
                 hidden[at], head.to(hidden.dtype)).float())
             losses.append(F.cross_entropy(logits, batch.targets, reduction="none"))
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", nargs="+")
     parser.add_argument("--seq-len", nargs="+", type=int, default=[1024, 4096])
-    for name, default in (("template", "chatml"), ("seeds", 3), ("epochs", 3), ("tokens", 8192), ("lr", 2e-4),
+    for name, default in (("template", "chatml"), ("seeds", 3), ("epochs", 3), ("tokens", 4096), ("lr", 2e-4),
                           ("precision", "bf16"), ("max-steps", 0)):
         parser.add_argument(f"--{name}", default=default, type=type(default))
     parser.add_argument("--json", type=Path)

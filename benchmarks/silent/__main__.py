@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--planted", action="store_true", help="plant each exhibit's fault in the plain loop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the columns to FILE")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the matrix as one page")
-    parser.add_argument("--markdown", nargs="+", default=[], metavar="COLUMN", help="print these as Markdown instead")
+    parser.add_argument("--markdown", nargs="+", default=[], metavar="COLUMN",
+                        help="print these as Markdown instead, with the rows of --exhibit if it is given")
     parser.add_argument("--list", action="store_true", help="list exhibits and trainers")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="exhibits at a time; 0: as the trainer needs")
     parser.add_argument("--debug", action="store_true", help="print what the trainer says, and tracebacks")
@@ -71,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("name a --trainer, or a --json file that has columns")
     if options.planted and options.trainer != ["plain"]:
         parser.error("faults are planted in the plain loop: --trainer plain --planted")
+    if unknown := set(options.markdown) - {*matrix, *options.trainer}:
+        parser.error(f"--markdown: no column {', '.join(sorted(unknown))} (there are {', '.join(matrix) or 'none'})")
     wrong = False
     for name in options.trainer:
         found = column(name, options.exhibit or list(NAMES), tell, planted=options.planted, debug=options.debug,
@@ -84,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             matrix[key]["seconds"] = round(sum(v["seconds"] for v in matrix[key]["exhibits"].values()), 1)
         if options.json:
             options.json.write_text(json.dumps(matrix, indent=1) + "\n")
-    print(page.markdown(matrix, tuple(options.markdown)) if options.markdown else "\n" + page.text(matrix))
+    rows = tuple(options.exhibit) or NAMES
+    print(page.markdown(matrix, tuple(options.markdown), rows) if options.markdown else "\n" + page.text(matrix))
     if options.html:
         options.html.write_text(page.html(matrix), encoding="utf-8")
     return int(wrong)

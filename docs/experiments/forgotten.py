@@ -10,20 +10,21 @@ from pathlib import Path
 import torch
 
 from minisft.data.tokenizer import Tokenizer
+from minisft.evals.language import detect
 from minisft.pretrained import from_pretrained
 
 ARTICLES = Path("runs/demo-world/heldout-articles.jsonl")
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("base")
 parser.add_argument("tuned")
-parser.add_argument("--only", choices=("English", "Turkish"), help="the articles in one language")
+parser.add_argument("--only", choices=("en", "tr"), help="the articles in one language")
 options = parser.parse_args()
 
 tokenizer = Tokenizer(options.base)
 begin, stop = tokenizer.control["<|begin_of_text|>"], tokenizer.control["<|eot_id|>"]
 texts = [json.loads(line)["text"] for line in ARTICLES.read_text(encoding="utf-8").splitlines()]
 if options.only:
-    texts = [text for text in texts if (" is " in text) == (options.only == "English")]
+    texts = [text for text in texts if detect(text) == {options.only}]
 streams = [torch.tensor([begin, *tokenizer.encode(text)]) for text in texts]
 first = torch.cat([torch.tensor([True, *(tokenizer.decode([int(i)]).endswith(".") for i in ids[1:-1])])
                    for ids in streams])
