@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parser().parse_known_args(argv)
     try:
         if rest and options.command not in RECIPES:
-            raise UserError(f"unknown argument {printable(rest[0])}; `minisft {options.command} --help` lists the "
-                            "options")
+            hint = "give a question with --prompt; " * (options.command == "chat" and not rest[0].startswith("-"))
+            raise UserError(f"unknown argument {printable(rest[0])}; {hint}`minisft {options.command} --help` lists "
+                            "the options")
         options.recipe = rest  # and its keys
         with suppress(BrokenPipeError):  # `| head` has seen enough
             import_module(f"minisft.cli.{options.command}_command").run(options)  # late: torch takes seconds

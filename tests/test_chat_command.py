@@ -116,6 +116,7 @@ def test_a_conversation_past_the_context(assistant, said):
 @pytest.mark.parametrize(("options", "message"), [
     (["--prompt", " "], "--prompt: it is empty; give a question, or leave --prompt out to talk"),
     (["--propmt", "x"], "unknown argument --propmt; `minisft chat --help` lists the options"),
+    (["What is 2 + 2?"], "unknown argument What is 2 + 2?; give a question with --prompt; `minisft chat --help`"),
     (["--template", "llama4"], "--template: no template is called 'llama4'; choose with --template: llama3,"),
     (["--template", ""], "does not say which chat template the model uses; choose with --template: llama3, llama3.1, "
      "chatml, alpaca, text; or write your own and name its file in --templates"),

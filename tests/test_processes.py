@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -53,7 +54,10 @@ def test_a_second_signal_ends_it_at_once(base, tmp_path):
     wait_for_step(tmp_path, 1, process)
     rank = workers(process)[0]  # hangs in step 3, or will
     os.kill(rank, signal.SIGTERM)
+    late = threading.Timer(90, os.killpg, (process.pid, signal.SIGKILL))  # the rank hangs: it never ends by itself
+    late.start()
     assert any("stopping soon" in line for line in process.stdout)
+    late.cancel()
     os.kill(rank, signal.SIGINT)
     printed = process.communicate(timeout=200)[0]
     assert "SIGINT again: stopping at once" in printed
