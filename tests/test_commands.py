@@ -101,7 +101,8 @@ def test_the_allocator_is_set_before_torch_is_loaded(tmp_path, environment, expe
         assert (done.returncode, done.stdout) == (9, f"torch with {expected}\n")
 
 
-@pytest.mark.parametrize("shell", ["{} >/dev/full 2>/dev/full", "{} >&- 2>&- <&-"])
+@pytest.mark.parametrize("shell", ["{} >&- 2>&- <&-",
+                                   pytest.param("{} >/dev/full 2>/dev/full", marks=pytest.mark.slow)])
 def test_minisft_train_outlives_whoever_reads_its_output(base, tmp_path, shell):
     line = shell.format(" ".join(f"'{word}'" for word in [*PROGRAMS["minisft train"],
                                                           *options(base, tmp_path, train__max_steps=1)]))

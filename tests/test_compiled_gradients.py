@@ -99,7 +99,7 @@ def gradients_of(config, world, source, *, sharded):
                  marks=[pytest.mark.slow] * (sharded == (recompute == "none") or recompute == "full"))
     for sharded in (False, True) for recompute in ("none", "selective", "full")])
 @pytest.mark.parametrize("setting", [
-    pytest.param(setting, marks=[pytest.mark.slow] * (setting in ("LoRA in bf16", "DoRA", "NF4")))
+    pytest.param(setting, marks=[pytest.mark.slow] * (setting not in ("fp32 masters", "LoRA")))
     for setting in SETTINGS])
 def test_compiled_gradients_are_eager_ones(world, monkeypatch, setting, recompute, sharded, backend):
     if setting == "NF4" and sharded and not SHARDS_BYTES:

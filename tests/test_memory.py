@@ -108,7 +108,8 @@ def test_the_peak_is_what_torch_tracks(config, step):
 
 
 @pytest.mark.parametrize(("lora", "step"), [
-    (LoraConfig(8), {"ranks": 8, "tokens": 8192, "trained": 8192, "recompute": "none"}),
+    pytest.param(LoraConfig(8), {"ranks": 8, "tokens": 8192, "trained": 8192, "recompute": "none"},
+                 marks=pytest.mark.slow),
     (LoraConfig(64, base="nf4"), {"ranks": 2, "tokens": 1024, "trained": 512, "recompute": "full"}),
 ], ids=["bf16", "nf4"])
 def test_the_peak_with_adapters_is_what_torch_tracks(lora, step):
@@ -117,7 +118,8 @@ def test_the_peak_with_adapters_is_what_torch_tracks(lora, step):
     compare(SMALL, **step, lora=lora)
 
 
-@pytest.mark.parametrize(("shared", "recompute"), [(2, "none"), (4, "selective"), (4, "full")])
+@pytest.mark.parametrize(("shared", "recompute"), [
+    pytest.param(2, "none", marks=pytest.mark.slow), (4, "selective"), pytest.param(4, "full", marks=pytest.mark.slow)])
 def test_the_peak_of_a_shared_stream_is_what_torch_tracks(shared, recompute):
     compare(SMALL, ranks=8, tokens=4096, trained=4096, recompute=recompute, shared=shared)
 

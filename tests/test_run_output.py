@@ -132,8 +132,8 @@ def slow(monkeypatch, where, name):
     monkeypatch.setattr(where, name, slowed)
 
 
-@pytest.mark.parametrize("what", ["evaluation", *(pytest.param(what, marks=pytest.mark.slow)
-                                                  for what in ("checkpoint", "export"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["evaluation", "checkpoint", "export"])
 def test_the_pace_is_that_of_the_steps_alone(base, tmp_path, monkeypatch, capsys, what):
     """Each step is followed by a second of something else."""
     place, settings = {"evaluation": ((after, "heldout_loss"), {"data__eval": CONVERSATIONS, "eval__every": 1}),

@@ -148,6 +148,7 @@ def test_the_program_fills_the_matrix_column_by_column(tmp_path):
     assert not re.search(r"<script|<link|<img|src=|url\(|https?:", text)
 
 
+@pytest.mark.slow
 def test_the_program_refuses_what_makes_no_sense():
     with pytest.raises(AssertionError, match="name a --trainer, or a --json file that has columns"):
         silent()

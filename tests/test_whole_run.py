@@ -341,8 +341,8 @@ def run_in_shell(argv, shell, **environment):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-@pytest.mark.parametrize("shell", ["{} 2>&1 | head -1", "{} >&- 2>&- <&-", "{} >/dev/full 2>/dev/full",
-                                   "{} 2>&- | true"])
+@pytest.mark.parametrize("shell", ["{} 2>&1 | head -1", pytest.param("{} >&- 2>&- <&-", marks=pytest.mark.slow),
+                                   "{} >/dev/full 2>/dev/full", pytest.param("{} 2>&- | true", marks=pytest.mark.slow)])
 def test_a_run_outlives_whoever_reads_its_output(base, tmp_path, shell):
     ended = run_in_shell(options(base, tmp_path, **SMALL), shell)
     assert ended.returncode == 0, ended.stderr
