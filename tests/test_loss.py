@@ -113,11 +113,15 @@ def test_the_large_logits_never_exist(monkeypatch):
     assert largest == 512_000
 
 
-def test_no_gradient_is_computed_without_need():
+def test_no_gradient_is_computed_without_need(monkeypatch):
     hidden, weight, targets = draw()
-    with torch.no_grad():
+    products, add = [], loss_module._add_product
+    monkeypatch.setattr(loss_module, "_add_product", lambda *args, **kwargs: products.append(add(*args, **kwargs)))
+    with torch.no_grad():  # as in an evaluation of a model that is trained
         assert not linear_cross_entropy(hidden, weight, targets, denominator=1.0).requires_grad
+    assert not products
     linear_cross_entropy(hidden, weight.detach(), targets, denominator=1.0).backward()
+    assert products
     assert weight.grad is None
     assert hidden.grad is not None
 

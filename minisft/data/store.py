@@ -8,7 +8,7 @@
                   largest.npy   (documents,) int64: the largest token id of each
                   lines.npy     (documents,) int64: the line each came from, plus LINES times the number of its file
                   hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
-                  loose.npy     (documents,) uint64: of letters and digits alone, equal for near duplicates
+                  loose.npy     (documents,) uint64: of letters, digits and marks, equal for near duplicates
                   weights.npy   (rows,) ROW, only if weights other than 0 and 1 are in the file: see below
                   report.json   what was read, kept and left out, with the reasons; the sizes of the files above, and
                                 the digests of the index (.npy) and of report.json itself
@@ -32,7 +32,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -41,9 +40,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -100,7 +100,7 @@ class Report:
     unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> records that have it
     odd: dict[str, int] = field(default_factory=dict)  # what is seldom meant (checks.ODD) -> conversations that have it
     files: list[str] = field(default_factory=list)  # of a folder or a glob
-    decomposed: int = 0  # documents with letters and their marks apart, which count as one for near duplicates
+    marked: int = 0  # documents with combining marks, or decomposed letters, whose near duplicates are found by them
 
     def count(self, counts: dict[str, int], reason: str, where: str, number: int = 1) -> None:
         """Count conversations in `skipped` or `changed`, and remember where the first one is."""
@@ -130,9 +130,9 @@ class Store:
             saved = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             if saved != _with_digest(saved["report"], saved["files"], self.key):
                 raise ValueError("report.json is not as it was written")
+            if "marked" not in saved["report"]:  # nor did the earliest versions read weights other than 0 and 1
+                raise ValueError("made by a version that read combining marks otherwise to find near duplicates")
             self.report = Report(**saved["report"])
-            if "decomposed" not in saved["report"]:  # nor did the earliest versions read weights other than 0 and 1
-                raise ValueError("made by a version that missed near duplicates in decomposed Unicode")
             for name, expected in saved["files"].items():
                 if _described(folder / name) != expected:
                     raise ValueError(f"{name} is not as it was written")
@@ -258,7 +258,13 @@ def _opened(folder: Path, sample: int | None) -> Store | None:
         return None
 
 
-Rendered = tuple[Conversation | Skipped, list[Piece], int]  # with its pieces and near_duplicate_hash
+class Rendered(NamedTuple):
+    """A record, and what is made of a conversation before it is tokenised."""
+
+    item: Conversation | Skipped
+    pieces: list[Piece]
+    near_duplicate: int = 0  # near_duplicate_hash of its text
+    marked: bool = False
 
 
 def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Iterator[list[Rendered]]:
@@ -266,9 +272,12 @@ def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Ite
     batch: list[Rendered] = []
     characters = 0
     for item in map(renderer.renderable, found):
-        batch.append((item, [], 0) if isinstance(item, Skipped) else
-                     (item, renderer.pieces(item), near_duplicate_hash(item)))
-        characters += sum([len(piece.text) for piece in batch[-1][1]])
+        if isinstance(item, Skipped):
+            batch.append(Rendered(item, []))
+        else:
+            text = "".join([part for turn in item.turns for part in (turn.content, turn.context)])
+            batch.append(Rendered(item, renderer.pieces(item), near_duplicate_hash(text), has_marks(text)))
+        characters += sum([len(piece.text) for piece in batch[-1].pieces])
         if len(batch) >= BATCH or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -280,13 +289,13 @@ def _encode(batch: list[Rendered], renderer: Renderer) -> EncodedDocuments:
     """The documents of `batch`. A skipped record becomes an empty document, and so does a text that the tokenizer
     rejects."""
     with suppress(TokenizerError):
-        return renderer.encode([pieces for _, pieces, _ in batch])
-    for i, (item, pieces, _) in enumerate(batch):
+        return renderer.encode([each.pieces for each in batch])
+    for i, (item, pieces, *_) in enumerate(batch):
         try:
             renderer.encode([pieces])
         except TokenizerError as error:
-            batch[i] = Skipped("the tokenizer cannot take this text", str(error), item.source, item.line), [], 0
-    return renderer.encode([pieces for _, pieces, _ in batch])
+            batch[i] = Rendered(Skipped("the tokenizer cannot take this text", str(error), item.source, item.line), [])
+    return renderer.encode([each.pieces for each in batch])
 
 
 def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Renderer, report: Report,
@@ -302,13 +311,13 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
             following = thread.submit(next, batches, None)  # rendered while this one is tokenised
             documents, kept = _encode(batch, renderer), []
             learnable = documents.num_loss_tokens > 0
-            for (item, *_), keep in zip(batch, learnable.tolist(), strict=True):
+            for (item, _, _, marked), keep in zip(batch, learnable.tolist(), strict=True):
                 where = f"{item.source}:{item.line}"
                 if isinstance(item, Skipped):
                     report.count(report.skipped, item.reason, f"{where}: {item.detail}")
                 elif keep:
                     kept.append(item)
-                    report.decomposed += not unicodedata.is_normalized("NFC", _text(item))
+                    report.marked += marked
                     for note in item.notes:
                         report.count(report.changed, note, where)
                     for what, text in oddities(item):
@@ -335,7 +344,7 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                     "largest": np.maximum.reduceat(ids, offsets[:-1]) if kept else [],  # reduceat needs a document
                     "lines": [numbers.get(each.source, 0) * LINES + each.line for each in kept],
                     "hashes": hashes,
-                    "loose": np.array([near_duplicate for *_, near_duplicate in batch], np.uint64)[learnable]}.items():
+                    "loose": np.array([each.near_duplicate for each in batch], np.uint64)[learnable]}.items():
                 parts[name].append(np.array(values, parts[name][0].dtype))
             end += len(ids)
             report.kept += len(kept)
@@ -365,22 +374,39 @@ def _coded(documents: EncodedDocuments, *, first: int) -> tuple[Array, list[int]
     return codes, hashes, np.array(rows, ROW)
 
 
-def near_duplicate_hash(conversation: Conversation) -> int:
-    """64 bits, equal for conversations whose texts differ in case, spacing, punctuation and canonically equivalent
-    Unicode (NFC, NFD) alone, in any roles. The four letters i of Turkish count as one: files are often cased by the
-    rules of English."""
-    text = unicodedata.normalize("NFC", _text(conversation))
-    folded = text if text.isascii() else re.sub(r"\W+", "", text.casefold().replace("ı", "i"))
-    bare = folded.encode("utf-8").translate(_LOWER, _DROPPED) or text.encode("utf-8")  # nothing left: as it stands
-    return int.from_bytes(hashlib.blake2b(bare, digest_size=8).digest(), "little")
+def near_duplicate_hash(text: str) -> int:
+    """64 bits, equal for texts that differ in case, spacing, punctuation and canonically equivalent Unicode (NFC, NFD)
+    alone. The four letters i of Turkish count as one: files are often cased by the rules of English."""
+    nfc = partial(unicodedata.normalize, "NFC")
+    bare = (text.encode().translate(_LOWER, _DROPPED) if text.isascii() else
+            nfc(nfc(text).casefold().replace("ı", "i")).translate(_KEPT).encode("utf-8"))
+    return int.from_bytes(hashlib.blake2b(bare or nfc(text).encode("utf-8"), digest_size=8).digest(), "little")
 
 
-def _text(conversation: Conversation) -> str:
-    return "".join([part for turn in conversation.turns for part in (turn.content, turn.context)])
+def has_marks(text: str) -> bool:
+    """True if combining marks decide what the near duplicates of `text` are."""
+    return not text.isascii() and (not unicodedata.is_normalized("NFC", text)
+                                   or any(_is_mark(character) for character in set(text.casefold())))
+
+
+def _is_mark(character: str) -> bool:
+    """True for a mark that tells words apart, such as the vowel signs of Hindi and Thai; not for the dot that lower
+    case leaves of İ, nor for the selectors of a letter's or an emoji's variant."""
+    return unicodedata.category(character) in ("Mn", "Mc") and not (
+        character == "\u0307" or "VARIATION SELECTOR" in unicodedata.name(character, ""))
+
+
+class _Kept(dict[int, int | None]):
+    """For str.translate: only letters, digits and marks stay. What it has decided, it remembers."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = code if chr(code).isalnum() or _is_mark(chr(code)) else None
+        return self[code]
 
 
 _LOWER = bytes(range(256)).lower()
 _DROPPED = bytes(byte for byte in range(128) if not chr(byte).isalnum())
+_KEPT = _Kept()
 
 
 def _hash(tokens: Any, loss_mask: Any, table: Any) -> int:

@@ -215,10 +215,10 @@ def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaCo
     scale = {"train.fp8_scale": config.train.fp8_scale} if config.train.precision == "fp8" else {}
     # Forgetting is measured against the loss at step 0, on the same documents.
     limit = {"eval.max_tokens": config.eval.max_tokens} if config.eval.max_tokens else {}
-    # A run whose documents were chosen by near duplicates has others since those in decomposed Unicode are seen.
+    # A run whose documents were chosen by near duplicates has others since combining marks count.
     by_near = config.data.dedup == "near" or config.data.eval_fraction
-    composed = any(store.report.decomposed for store in prepared.train.stores if by_near)
-    return {**frozen, **scale, **limit, **({"near duplicates": "composed"} if composed else {}),
+    marked = any(store.report.marked for store in prepared.train.stores if by_near)
+    return {**frozen, **scale, **limit, **({"near duplicates": "by marks"} if marked else {}),
             "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
             "packing": packing.VERSION,
             "data.replay": [source.path for source in config.data.replay],

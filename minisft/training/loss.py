@@ -52,6 +52,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, den
     the squared log-partition keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5). `compiled` fuses the
     softmax with its gradient, which then reads the logits twice and writes them once: 6 bytes per logit instead of 60.
     """
+    if not torch.is_grad_enabled():  # autograd would ask for the gradient of a weight that is trained all the same
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, denominator, target_weights, label_smoothing, z_loss,
                                      compiled)
 
