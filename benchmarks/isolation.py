@@ -46,7 +46,7 @@ micro_batch = batches.micro_batch
 def leaking(*given: Any, **options: Any) -> MicroBatch:
     """A micro-batch of one document; padding stays apart."""
     batch = micro_batch(*given, **options)
-    used, size = int((batch.numbers >= 0).sum()), len(batch.tokens)
+    used, size = int((batch.document_ids >= 0).sum()), len(batch.tokens)
     lengths = (used, size - used) if used < size else (used,)
     documents = Documents.of_lengths(lengths)
     return replace(batch, lengths=lengths, cu_seqlens=documents.cu_seqlens, positions=documents.positions)
@@ -62,7 +62,7 @@ def held_out(model: nn.Module, dataset: Dataset, world: parallel.World, *, seq_l
     with closing(batches.steps(dataset, plan, fixed=fixed, device=world.device)) as planned:
         for batch in (batch for step in planned for batch in step.micro_batches):
             offsets, batch = batch.cu_seqlens, batch.to(world.device)
-            documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, batch.numbers)
+            documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, batch.document_ids)
             logits = model(batch.tokens, documents, lambda hidden, head, at=batch.target_at: F.linear(
                 hidden[at], head.to(hidden.dtype)).float())
             losses.append(F.cross_entropy(logits, batch.targets, reduction="none"))

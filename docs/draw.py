@@ -292,7 +292,7 @@ def packing(say: Say, _: Data) -> Picture:
     short = SimpleNamespace(lengths=sizes, document=lambda i: (np.zeros(sizes[i], np.int64),) * 2)
     batch = micro_batch(short, [0, 1, 2])
     total, cell = len(batch.tokens), 18
-    names = [f"{'abc'[int(n)]}{int(p)}" for n, p in zip(batch.numbers, batch.positions, strict=True)]
+    names = [f"{'abc'[int(n)]}{int(p)}" for n, p in zip(batch.document_ids, batch.positions, strict=True)]
     svg, same = "", torch.zeros(total, 1, total)
     for x, title, lengths in ((26, say("with boundaries", "sınırlarla"), batch.lengths),
                               (230, say("boundaries lost", "sınırlar yitince"), (total,))):

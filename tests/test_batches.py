@@ -44,7 +44,7 @@ PLAN = Plan(DOCUMENTS.lengths, DOCUMENTS.num_loss_tokens, seq_len=16, packs_per_
 
 
 def streams(step):
-    return [batch for batch in step.micro_batches if batch.numbers[0] >= 0]  # the others are padding alone
+    return [batch for batch in step.micro_batches if batch.document_ids[0] >= 0]  # the others are padding alone
 
 
 def content(batches):
@@ -105,7 +105,7 @@ def drawn(documents, plan, *, ranks=1, micro_packs=1):
     for rank in range(ranks):
         for step in steps(documents, plan, rank=rank, ranks=ranks, micro_packs=micro_packs):
             for batch in streams(step):
-                bits = token_bits(batch.numbers, batch.positions, (1, 2))
+                bits = token_bits(batch.document_ids, batch.positions, (1, 2))
                 parts = zip(*(torch.split(t, batch.lengths) for t in (batch.tokens, bits)), strict=True)
                 found[step.index].update((tuple(tokens.tolist()), tuple(bits.tolist())) for tokens, bits in parts)
     return found
@@ -124,7 +124,7 @@ def test_each_copy_of_a_document_in_a_step_draws_bits_of_its_own(weights, ranks,
     assert drawn(documents, plans[0], ranks=ranks, micro_packs=micro_packs) == here
     assert drawn(documents, plans[1]) == drawn(documents, plans[2])
     alone = [micro_batch(documents, [i]) for i in np.flatnonzero(times).tolist()]
-    first = {tuple(token_bits(batch.numbers, batch.positions, (1, 2)).tolist()) for batch in alone}
+    first = {tuple(token_bits(batch.document_ids, batch.positions, (1, 2)).tolist()) for batch in alone}
     assert first <= {bits for _, bits in drawn(documents, plans[1])[0]}, "the first copy's are the document's own"
 
 
@@ -215,7 +215,7 @@ def test_padding_changes_nothing_but_the_number_of_tokens(masks, missing):
     assert torch.equal(longer.tokens[: len(batch.tokens)], batch.tokens)
     assert torch.equal(longer.targets, batch.targets)
     assert torch.equal(longer.target_at, batch.target_at)
-    assert longer.numbers.tolist() == [*batch.numbers.tolist(), *[-1] * missing]
+    assert longer.document_ids.tolist() == [*batch.document_ids.tolist(), *[-1] * missing]
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 11])

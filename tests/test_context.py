@@ -325,7 +325,7 @@ def test_padding_is_as_long_as_it_must_be():
     for multiple, padded in ((1, 106), (4, 108), (106, 106), (107, 107)):
         batch = micro_batch(Set(), [0, 4], multiple=multiple, longest=SEQ_LEN)
         assert len(batch.tokens) == sum(batch.lengths) == padded
-        assert (batch.numbers == -1).sum() == padded - 106
+        assert (batch.document_ids == -1).sum() == padded - 106
     assert len(micro_batch(Set(), [], multiple=4, longest=3).tokens) == 4
     assert micro_batch(Set(), [0, 4], size=2 * SEQ_LEN, multiple=5, longest=SEQ_LEN).lengths == (66, 40, 29)
 

@@ -434,7 +434,7 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread_and_copied_without_waiting(m
     assert [(device.index, thread.name) for device, thread in devices] == [(3, "loader_0")]
     batches = [batch for step in everything for batch in step.micro_batches]
     tensors = [getattr(batch, name) for batch in batches
-               for name in ("tokens", "cu_seqlens", "positions", "targets", "target_at", "numbers")]
+               for name in ("tokens", "cu_seqlens", "positions", "targets", "target_at", "document_ids")]
     assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in pinned}
     with Transfers() as transfers:
         batches[0].to(torch.device("cpu"))

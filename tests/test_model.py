@@ -191,7 +191,7 @@ def test_no_token_of_a_document_reaches_another_or_an_earlier_one(pair: tuple[An
 
 @pytest.mark.parametrize("offsets", [[0, 3], [0, 3, 11], [1, 10], [0, 5, 5, 10], [0, 7, 4, 10], [0], [10], [-1, 10]])
 def test_wrong_offsets_are_refused(pair: tuple[Any, Llama], offsets: list[int]) -> None:
-    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 10 tokens; it is"):
+    with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 10, not"):
         pair[1].logits(tokens_of(10), torch.tensor(offsets))
 
 

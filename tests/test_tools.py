@@ -208,7 +208,7 @@ FUNCTIONS = json.loads('{"function": ' * 600 + "1" + "}" * 600)
     (sharegpt(H, F, G), "tool call without its result"),
     (sharegpt(H, F, H, G), "tool call without its result"),
     (sharegpt(H, F, O, H, G), "tool result without an answer"),
-    (sharegpt(H, G, F, O, G), "neighbouring turns of one role"),
+    (sharegpt(H, G, F, O, G), "an answer and a tool call in two turns"),
     (sharegpt(H, F, F, O, G), "neighbouring turns of one role"),
     (sharegpt(F, O, G), "starts with the assistant"),
     (sharegpt(H, ("observation", None), F), "tool result without its call"),

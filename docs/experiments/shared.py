@@ -47,7 +47,7 @@ def changed(shared):
         batch = batch.part(world.rank % shared, shared)
         documents = Documents(whole.cu_seqlens, whole.cu_seqlens, batch.positions, batch.longest, ranks=shared)
         found.append(model(batch.tokens, documents, lambda hidden, head: hidden))
-    others = batch.numbers != 0
+    others = batch.document_ids != 0
     counted = torch.stack([((found[0] != found[1]).any(dim=1) & others).sum(), others.sum()])
     return float.__truediv__(*map(float, parallel.all_sum(counted)))
 

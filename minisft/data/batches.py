@@ -50,9 +50,9 @@ class MicroBatch:
     positions: Tensor  # (T,) int64: position of each token in its own document
     targets: Tensor  # (N,) int64: what the model should say ...
     target_at: Tensor  # (N,) int64: ... after these positions
-    numbers: Tensor  # (T,) int32: of each token's document (`told_apart`); -1 for padding
+    document_ids: Tensor  # (T,) int32: the document of each token (`number_copies`); -1 for padding
     target_weights: Tensor | None = None  # (N,) float64: of the targets in the loss; None: all 1
-    # That share the stream; all of the above, except lengths and cu_seqlens, are of one rank's part.
+    # That share the stream: the tensors are one rank's part of it, lengths and cu_seqlens those of the whole.
     ranks: int = field(default=1, kw_only=True)
 
     @property
@@ -73,8 +73,8 @@ class MicroBatch:
         its own tokens, also if the token to say lies in the next part; there may be none."""
         width = len(self.tokens) // ranks
         here, mine = slice(rank * width, (rank + 1) * width), self.target_at // width == rank
-        return replace(self, tokens=self.tokens[here], positions=self.positions[here], numbers=self.numbers[here],
-                       targets=self.targets[mine], target_at=self.target_at[mine] - here.start, ranks=ranks,
+        return replace(self, tokens=self.tokens[here], positions=self.positions[here], targets=self.targets[mine],
+                       target_at=self.target_at[mine] - here.start, document_ids=self.document_ids[here], ranks=ranks,
                        target_weights=None if self.target_weights is None else self.target_weights[mine])
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
@@ -96,7 +96,7 @@ class Step:
 
 def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1, longest: int = 1,
                 multiple: int = 1) -> MicroBatch:
-    """The stream of `documents`, numbered as by `told_apart`, padded to at least `size` tokens and to a `multiple`.
+    """The stream of `documents`, numbered as by `number_copies`, padded to at least `size` tokens and to a `multiple`.
     Padding is documents of zeros without targets, each of at most `longest` tokens, so that attention costs no more
     than for full packs. Without documents all is padding: a rank that has no pack left must still take part in every
     forward and backward pass."""
@@ -110,14 +110,14 @@ def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1,
     tokens = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
     weights = np.concatenate([loss_weights for _, loss_weights in parts])
     trained = np.flatnonzero(weights)  # never a document's first token
-    numbers = np.array([*documents, *[-1] * len(padding)], dtype=np.int64).astype(np.int32)
+    ids = np.array([*documents, *[-1] * len(padding)], dtype=np.int64).astype(np.int32)
     arrays = (offsets.astype(np.int32), np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths), tokens[trained],
-              trained - 1, np.repeat(numbers, lengths))
+              trained - 1, np.repeat(ids, lengths))
     batch = MicroBatch(torch.from_numpy(tokens), tuple(lengths), *map(torch.from_numpy, arrays))
     return replace(batch, target_weights=torch.from_numpy(weights[trained])) if weights.dtype == np.float64 else batch
 
 
-def told_apart(packs: list[Array], count: int) -> list[Array]:
+def number_copies(packs: list[Array], count: int) -> list[Array]:
     """The packs of a step over a data set of `count` documents, with the second copy of a document numbered as the
     document + `count`, and so on, so that dropout differs between copies, on any number of ranks."""
     documents = np.concatenate(packs)
@@ -155,7 +155,7 @@ def deal(costs: Array, *, ranks: int) -> list[list[int]]:
 def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, context: int = 1,
           micro_packs: int = 1, fixed: bool = False,
           device: torch.device | None = None) -> Generator[Step, None, None]:
-    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them. Starting late costs nothing. Each
+    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them; nothing before is read. Each
     `context` ranks share their micro-batches. With `fixed`, every micro-batch has `micro_packs` full packs of tokens,
     for a network that is compiled for one shape. If `device` is a GPU they are in pinned memory. Close the generator
     if you leave it early: it has a thread."""
@@ -170,7 +170,7 @@ def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0,
             # The cost of attention. The rest of the network costs the same in every pack, as they are all full.
             costs = np.array([np.square(plan.lengths[pack]).sum() for pack in packs])
             dealt = deal(costs, ranks=ranks // context)
-            numbered = told_apart(packs, len(plan.lengths))
+            numbered = number_copies(packs, len(plan.lengths))
             batches = []
             for first in range(0, max(map(len, dealt)), micro_packs):
                 documents = [int(i) for pack in dealt[rank // context][first : first + micro_packs]

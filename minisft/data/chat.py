@@ -47,7 +47,7 @@ class Piece(NamedTuple):
     control: bool
     trained: float  # its weight in the loss; 0: not trained
     answer: bool = False  # the model's own text: tokenised by itself, as it is generated, trained or not
-    own: tuple[str, ...] = ()  # the parts of the text that are the template's
+    of_template: tuple[str, ...] = ()  # the parts of the text that are the template's
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ class Renderer:
         return _merged(self._rendered(conversation))
 
     def encode(self, documents: list[list[Piece]]) -> EncodedDocuments:
-        """Token ids and masks of D documents of P pieces, of which V are distinct. The first token of a document is not
+        """Token ids and masks of D documents of P pieces, of which U are distinct. The first token of a document is not
         trained: nothing could predict it."""
         number: dict[Piece, int] = {}
         codes = np.array([number.setdefault(piece, len(number)) for pieces in documents for piece in pieces], np.int64)
         distinct, known = list(number), self.tokenizer.control
         encoded = iter(self.tokenizer.encode_batch([piece.text for piece in distinct if not piece.control]))
         table = [[known[piece.text]] if piece.control else next(encoded) for piece in distinct]
-        table_lengths = np.fromiter(map(len, table), np.int64, len(table))  # (V,)
+        table_lengths = np.fromiter(map(len, table), np.int64, len(table))  # (U,)
         table_ids = np.fromiter(chain.from_iterable(table), np.uint32, table_lengths.sum())
         table_starts = _offsets(table_lengths)[:-1]
 
@@ -175,7 +175,7 @@ class Renderer:
     def _split(self, marker: str, trained: float) -> tuple[Piece, ...]:
         """A marker of the template as pieces: `<|eot_id|>\\n` -> control `<|eot_id|>`, text `\\n`."""
         parts = enumerate(self._control.split(self.fill(marker)))  # text, control, text, ...
-        return tuple(Piece(part, i % 2 == 1, trained, own=(part,)) for i, part in parts if part)
+        return tuple(Piece(part, i % 2 == 1, trained, of_template=(part,)) for i, part in parts if part)
 
     def _unknown(self, field: str) -> list[str]:
         """Names in a field of the template that look like control tokens but are not the tokenizer's."""
@@ -185,10 +185,10 @@ class Renderer:
     def _contents(self, piece: Piece, tokens: int) -> tuple[int, int]:
         """Words and tokens of a piece that has `tokens`, without what the template itself puts there."""
         words, rest = 0, piece.text
-        for own in piece.own:
-            content, _, rest = rest.partition(own)
+        for part in piece.of_template:
+            content, _, rest = rest.partition(part)
             words += len(content.split())
-            tokens -= self._cost(own)
+            tokens -= self._cost(part)
         return words + len(rest.split()), max(tokens, 0)
 
     def _rendered(self, conversation: Conversation) -> Iterator[Piece]:
@@ -202,11 +202,11 @@ class Renderer:
         last = max((i for i, turn in enumerate(turns) if turn.role in ANSWERS), default=-1)
         first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), -1)
         for i, turn in enumerate(turns):
-            call, own = turn.role == "call", turn.role in ANSWERS
+            call, is_answer = turn.role == "call", turn.role in ANSWERS
             before, after, *rest = getattr(template, "assistant" if call else turn.role)
             trained = turn.trained * conversation.weight
             around = trained if self.train_on == "all" else 0
-            inside = trained if own and (self.train_on != "last_assistant" or i == last) else around
+            inside = trained if is_answer and (self.train_on != "last_assistant" or i == last) else around
             yield from split(before, around)
             if turn.role == "system" and (conversation.tools or builtin):
                 yield from split(template.tools_system, around)
@@ -225,7 +225,7 @@ class Renderer:
             elif text := template.content(turn):
                 default = turn.role == "system" and turns is not conversation.turns
                 given = text if default else template.system_prefix if turn.role == "system" else ""
-                yield Piece(text, False, inside, own, (given,) if given else ())
+                yield Piece(text, False, inside, is_answer, (given,) if given else ())
             yield from split(template.builtin_stop if call and builtin else after, inside)
             yield from split("".join(rest), around)
 
@@ -251,7 +251,8 @@ def _merged(pieces: Iterable[Piece]) -> list[Piece]:
     for piece in pieces:
         last = merged[-1] if merged else piece
         if merged and last[1:4] == piece[1:4] == (False, piece.trained, False):  # texts with one mask
-            merged[-1] = Piece(last.text + piece.text, False, piece.trained, own=last.own + piece.own)
+            merged[-1] = Piece(last.text + piece.text, False, piece.trained,
+                               of_template=last.of_template + piece.of_template)
         else:
             merged.append(piece)
     return merged

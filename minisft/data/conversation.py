@@ -100,6 +100,7 @@ def _wrong_order(roles: list[str]) -> str:
             return ("tool result without its call" if following == "result" else
                     "tool result without an answer" if role == "result" else
                     "tool call without its result" if role == "call" != following else
+                    "an answer and a tool call in two turns" if (role, following) == ("assistant", "call") else
                     "neighbouring turns of one role" if role else "starts with the assistant")
     return ""
 

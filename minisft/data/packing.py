@@ -14,6 +14,7 @@ of 8192 with documents of a median of 150 tokens: the share of tokens in the sho
 of 2.2% in an unpacked order, 8.8% with best-fit decreasing alone, 3.6% with bundles.
 """
 
+import math
 import threading
 from bisect import bisect_right
 from collections import defaultdict
@@ -204,7 +205,7 @@ class Plan:
         with self._lock:  # the thread that makes batches asks, too
             while len(self._first_step) <= epochs and (max_steps is None or self._first_step[-1] <= max_steps):
                 packs = len(self.epoch(len(self._first_step) - 1))
-                self._first_step.append(self._first_step[-1] - (-packs // self.packs_per_step))
+                self._first_step.append(self._first_step[-1] + math.ceil(packs / self.packs_per_step))
 
     # Three: counting steps packs every epoch, and a run of up to three epochs need not pack them again.
     @lru_cache(maxsize=3)  # noqa: B019 (a plan lives as long as its run)

@@ -105,7 +105,8 @@ def _value(where: str, key: str, value: Any, kind: str) -> Any:
     if kind.startswith("tuple"):
         sizes = (2, 3) if key == "assistant" else (2,)
         if not (isinstance(value, list) and len(value) in sizes and all(isinstance(v, str) for v in value)):
-            raise UserError(f"{where}: expected [before, after], two strings; found {value!r}")
+            form = "[before, stop token] or [before, stop token, after]" if key == "assistant" else "[before, after]"
+            raise UserError(f"{where}: expected {form}, all strings; found {value!r}")
         return (*value, "") if key == "assistant" and len(value) == 2 else tuple(value)
     if not isinstance(value, bool if key == "trim" else str):
         raise UserError(f"{where}: expected {'true or false' if key == 'trim' else 'a string'}; found {value!r}")

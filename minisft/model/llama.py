@@ -17,11 +17,12 @@ Sennrich 2019), SwiGLU (Shazeer 2020), rotary embeddings (Su et al. 2021).
 # V vocabulary, O outputs of a matrix
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import Any
 
@@ -180,8 +181,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Queries (T, H, E), keys and values (T, K, E) -> (T, H, E). H / K query heads share a key/value head.
 
     Causal within each document. The boundaries are explicit and every backend honours them: CUDA runs the
-    variable-length flash kernel (Dao 2023, "FlashAttention-2"); a CPU, and a GPU in fp32, go document by document. No
-    (T, T) mask is ever built, so the cost falls with the length of the documents.
+    variable-length flash kernel (Dao 2023, "FlashAttention-2"); what it does not take (a CPU's tensors, fp32, an odd
+    head width) goes document by document. No (T, T) mask is ever built, so the cost falls with the documents' length.
     """
     if not is_for_flash(q):
         return cpu_kernels().attention(q, k, v, documents.offsets)
@@ -249,12 +250,13 @@ def selective(shapes: tuple[tuple[int, int], ...]) -> tuple[AbstractContextManag
     the block's `shapes` (I, O): thin ones beside its own.
     """
     # q, k, v, o, gate, up, down, in the order of `compute`; counted for each pass: torch 2.11 asks in both.
-    products = {again: count(1) for again in (False, True)}
+    products = Counter[bool]()
 
     def keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operation.name()
         is_product = name in PRODUCTS and tuple(args[PRODUCTS[name]].shape) in shapes
-        kept = name in ATTENTION or (is_product and next(products[context.is_recompute]) <= 5)
+        products[context.is_recompute] += is_product
+        kept = name in ATTENTION or (is_product and products[context.is_recompute] <= 5)  # up to gate
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(keep)
@@ -352,5 +354,5 @@ class Llama(nn.Module):
         ends = [0, len(tokens)] if cu_seqlens is None else cu_seqlens.tolist()
         lengths = tuple(b - a for a, b in pairwise(ends))
         if ends[:1] != [0] or sum(lengths) != len(tokens) or min(lengths, default=0) < 1:
-            raise ValueError(f"cu_seqlens must rise from 0 to the {len(tokens)} tokens; it is {ends[:10]}")
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {len(tokens)}, not {ends[:10]}")
         return self(tokens, Documents.of_lengths(lengths, device=tokens.device), linear)

@@ -81,7 +81,9 @@ class Saver:
         self.finish()
         state = _state(optimizer) if self.world.rank < self.world.shards else {}
         tensors = self._on_host({key: tensor.detach() for key, tensor in state.items()})
-        tensors |= _generators(self.world.device)
+        tensors["random/cpu"] = torch.get_rng_state()
+        if self.world.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.world.device)
         check_room(self.folder, sum(tensor.nbytes for tensor in tensors.values()) * self.world.shards)
         partial = self.folder / f"step-{step:06}.tmp"
         if self.world.is_main:
@@ -177,11 +179,6 @@ def _state(optimizer: AdamW) -> dict[str, Tensor]:
     for moment in MOMENTS:
         state |= {f"{moment}/{name}": tensor for name, tensor in optimizer.moments(moment).items()}
     return state
-
-
-def _generators(device: torch.device) -> dict[str, Tensor]:
-    states = {"random/cpu": torch.get_rng_state()}
-    return states | ({"random/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def _with_digest(manifest: dict[str, Any]) -> dict[str, Any]:

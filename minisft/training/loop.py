@@ -7,7 +7,7 @@
         yield what happened
 
 Whoever runs the generator decides what happens between two steps: logging, evaluation, checkpoints, stopping
-(runs/lifecycle.py). The loop itself never waits for the device.
+(runs/lifecycle.py). The loop itself never waits for the device, except with `parallel.offload`.
 """
 
 from collections.abc import Generator
@@ -53,8 +53,8 @@ def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, 
                 loss = batch_loss(model, batch, world.device, denominator, config.optim, compiled=compiled)
                 loss.backward()  # adds to .grad, over micro-batches and ranks: sums, never means
                 loss_sum += loss.detach()
-            grad_norm = optimizer.clip(config.optim.clip_norm)
-            optimizer.step()
+            grad_norm = optimizer.clip(config.optim.clip_norm)  # 0: only measures
+            optimizer.step()  # and drops the gradients
             yield StepResult(step.index + 1, step.epoch, lr, step.tokens, step.target_tokens, step.target_weight,
                              all_sum(loss_sum), grad_norm)
 

@@ -62,7 +62,7 @@ def batch_loss(model: nn.Module, batch: MicroBatch, device: torch.device, denomi
                optim: OptimConfig = OptimConfig(), *, compiled: bool = False) -> Tensor:
     """`linear_cross_entropy` of `model` on a micro-batch in host memory; copying it does not wait for the device."""
     offsets, batch = batch.cu_seqlens, batch.to(device)
-    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, batch.numbers, batch.ranks)
+    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, batch.document_ids, batch.ranks)
     return model(batch.tokens, documents, lambda hidden, head: linear_cross_entropy(
         hidden[batch.target_at], head, batch.targets, denominator=denominator, target_weights=batch.target_weights,
         label_smoothing=optim.label_smoothing, z_loss=optim.z_loss, compiled=compiled))
