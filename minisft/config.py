@@ -103,7 +103,7 @@ class OptimConfig:
     decay_fraction: float = key(0.1, "wsd: the fraction of the steps that decays", low=0, high=1)
     weight_decay: float = key(0.0, "decoupled weight decay", low=0)
     betas: tuple[float, float] = key((0.9, 0.95), "decay of the two moments", low=0, below=1)
-    eps: float = key(1e-8, "added to the denominator of the update", above=0)
+    eps: float = key(1e-8, "added to the denominator of the update", low=1e-30)
     clip_norm: float = key(1.0, "maximum gradient norm; 0: no clipping", low=0)
     parameters: str = key("fp32", "fp32: master weights; bf16: no masters, bf16 gradients, stochastic rounding",
                           choices=("fp32", "bf16"))

@@ -54,7 +54,7 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, by_row: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.by_row = by_row
         over = 1 if by_row else (0, 1)
         return product(quantise(x, E4M3, over), quantise(cast(weight, x.dtype), E4M3, over), x.dtype, exact=False)
@@ -63,11 +63,11 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, weight), grad_x, grad_weight = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:
-            turned = _turned(cast(weight, x.dtype), E4M3, ctx.by_row)
-            grad_x = product(quantise(grad, E5M2, 1 if ctx.by_row else (0, 1)), turned, x.dtype)
+            turned = _turned(cast(weight, grad.dtype), E4M3, ctx.by_row)
+            grad_x = product(quantise(grad, E5M2, 1 if ctx.by_row else (0, 1)), turned, grad.dtype)
         if ctx.needs_input_grad[1]:
             factors = _turned(grad, E5M2, ctx.by_row), _turned(x, E4M3, ctx.by_row)
-            grad_weight = cast(product(*factors, x.dtype), weight.dtype)
+            grad_weight = cast(product(*factors, grad.dtype), weight.dtype)
         return grad_x, grad_weight, None
 
 

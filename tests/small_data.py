@@ -7,6 +7,7 @@ from minisft.config import DataConfig, Source
 from minisft.data import store as store_module
 from minisft.data.store import open_store
 from minisft.prepare import read_source
+from minisft.runs import assemble
 
 
 def documents_of(renderer, conversations):
@@ -38,17 +39,18 @@ def store_of(path, renderer, cache, *, name="data", format="auto", read=read_sou
 
 
 def before_composing(patch):
-    """Until `patch` ends, stores are as of versions that compared letters and digits alone; then call `of_before`."""
-    real = store_module.near_duplicate_hash
-    patch.setattr(store_module, "near_duplicate_hash", lambda text: real("".join(filter(str.isalnum, text)) or text))
-    patch.setattr(store_module, "has_marks", lambda text: False)
+    """Until `patch` ends, stores are as of versions that compared letters and digits alone, and runs do not record how
+    they compared; then call `of_before`."""
+    patch.setattr(store_module, "near_duplicate_hash", lambda conversation: int(hashlib.sha256("".join(
+        filter(str.isalnum, "".join(turn.content for turn in conversation.turns))).encode()).hexdigest()[:16], 16))
+    patch.setattr(assemble, "NEAR_VERSION", None)
 
 
 def of_before(cache, *without):
-    """The one store in `cache`, its report as it was before "marked" (and the names `without`) were counted."""
+    """The one store in `cache`, its report as it was before "near" (and the names `without`) were recorded."""
     [file] = cache.glob("*/report.json")
     saved = json.loads(file.read_text(encoding="utf-8"))
-    old = {name: value for name, value in saved["report"].items() if name not in ("marked", *without)}
+    old = {name: value for name, value in saved["report"].items() if name not in ("near", *without)}
     assert len(old) == len(saved["report"]) - 1 - len(without)
     content = json.dumps([old, saved["files"], file.parent.name])
     signed = {**saved, "report": old, "sha256": hashlib.sha256(content.encode()).hexdigest()}

@@ -500,6 +500,14 @@ def test_a_template_of_ones_own(tmp_path, tokenizer):
         assert rendered(renderer, *c.turns)[0] == theirs(tokenizer.file, jinja_of(renderer), c.turns)
 
 
+@pytest.mark.parametrize("field", ["system_prefix", "default_system", "default_system_context", "context"])
+@pytest.mark.parametrize("token", ["<|eot_id|>", "{bos}"])
+def test_a_special_token_in_what_a_template_puts_into_contents_is_refused(tokenizer, field, token):
+    template = replace(load_templates()["llama3"], **{field: f"{{content}} {{context}} {token}"})
+    with pytest.raises(UserError, match=rf"template llama3: {field} has <\|\w+\|>, but it is content, in which a"):
+        Renderer(template, tokenizer)
+
+
 @pytest.mark.parametrize(("toml", "message"), [
     ("[a", "t.toml: not TOML: "),
     ("a = 1", "t.toml: a: expected a table [a] with the fields "),

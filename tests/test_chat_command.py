@@ -157,6 +157,15 @@ def test_the_pieces_of_any_tokens_are_their_text(ids, base):
     assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
 
 
+def test_a_long_answer_is_decoded_in_linear_work(base, monkeypatch):
+    tokenizer, decoded = Tokenizer(base), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    ids = tokenizer.encode("çok güzel bir gün " * 100)
+    assert "".join(tokenizer.decode_stream(ids)) == decode(ids)
+    assert sum(decoded) < 10 * len(ids)
+
+
 def test_an_answer_cannot_steer_the_terminal():
     assert chat_command.harmless("\x1b[2J\ta\n\x07ş🌳") == "⟨U+001B⟩[2J\ta\n⟨U+0007⟩ş🌳"
 

@@ -227,6 +227,16 @@ def test_ratings_become_a_win_rate(tmp_path):
     assert "won 12, tied 4, lost 3; win rate, ties split: 73.7%" in describe([line])
 
 
+def test_pages_of_one_pair_in_both_orders_are_one_comparison(tmp_path):
+    files, keys = [], []
+    for name, a, b, best in (("p", "x", "y", "a"), ("q", "y", "x", "b")):  # x wins on both
+        key = write_page(tmp_path / f"{name}.html", questions(5), answers(a, 5), answers(b, 5), seed=1)
+        files.append(rate(tmp_path, f"{name}.json", key, [best] * 5))
+        keys.append(key_file(tmp_path / f"{name}.html"))
+    (line,) = win_rates(read_ratings(files, keys))
+    assert (line["model_a"], line["model_b"], line["wins"], line["losses"]) == ("x", "y", 5, 0)
+
+
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (5, 5), (3, 9), (40, 20), (0, 7)])
 def test_the_sign_test_is_scipys(wins, losses):
     from minisft.evals.rates import sign_test

@@ -265,7 +265,7 @@ def test_all_problems_are_reported_at_once_with_their_places(recipe):
     ("[optim]\nlr = true", "optim.lr: expected float >= 0, got True"),
     ("[optim]\nlr = nan", "optim.lr: expected float >= 0, got nan"),
     ("[optim]\nclip_norm = inf", "optim.clip_norm: expected float >= 0, got inf"),
-    ("[optim]\neps = 0.0", "optim.eps: expected float > 0, got 0.0"),
+    ("[optim]\neps = 0.0", "optim.eps: expected float >= 1e-30, got 0.0"),
     ("[optim]\nlr = '1e-5'", "optim.lr: expected float >= 0, got '1e-5'"),
     ("[optim]\nbetas = 0.9", "optim.betas: expected 2 floats >= 0 and < 1, got 0.9"),
     ("[optim]\nbetas = [0.9]", "optim.betas: expected 2 floats >= 0 and < 1, got [0.9]"),

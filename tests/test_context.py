@@ -315,7 +315,7 @@ def test_parts_are_the_stream(ranks, weighted):
         assert part.cu_seqlens is whole.cu_seqlens
         pairs.update(zip((part.target_at + i * len(part.tokens)).tolist(), part.targets.tolist(),
                          part.target_weights.tolist() if weighted else part.targets.tolist(), strict=True))
-    for name in ("tokens", "positions", "numbers", "targets"):
+    for name in ("tokens", "positions", "document_ids", "targets"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert pairs == Counter(zip(whole.target_at.tolist(), whole.targets.tolist(),
                                 (whole.target_weights if weighted else whole.targets).tolist(), strict=True))

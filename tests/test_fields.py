@@ -5,14 +5,16 @@ The oracle for the counts is a Counter over the raw records, written in the test
 
 import gzip
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from minisft.__main__ import main
-from minisft.data.conversation import Conversation, Skipped, Turn
+from minisft.data.conversation import Conversation, Skip, Skipped, Turn
 from minisft.errors import UserError
-from minisft.formats.fields import MAX_NAMES, OTHERS
+from minisft.formats.fields import MAX_NAMES, OTHERS, written
 from minisft.formats.parse import read
 from minisft.runs.lifecycle import main as train
 
@@ -120,6 +122,14 @@ def test_in_a_turn_too(one):
     found, _ = one({"messages": [{**TALK[0], "tool_calls": [CALL]}, TALK[1]]})
     assert "tool_calls changes the meaning" in reason(found)
     assert reason(one({"messages": [{**TALK[0], "from": "human"}, TALK[1]]})[0]) == "wrong fields"
+
+
+def test_values_of_a_table_that_are_no_json_leave_the_record_out(one):
+    """A table's columns of arguments may hold dates and decimals."""
+    for value in (datetime(2024, 5, 1), Decimal("1.5"), b"x"):
+        with pytest.raises(Skip) as skip:
+            written({"when": value}, "bad tool call")
+        assert skip.value.reason == "bad tool call"
 
 
 def test_a_label_of_a_preference_is_honoured(one):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from small_runs import HERE, log, options, train, wait_for_savers
 from test_resume import Death
 
@@ -21,6 +22,7 @@ from minisft.generate.assistant import Assistant
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained
 from minisft.reports.data_report import describe, figures
+from minisft.runs import after
 from minisft.runs.after import AfterStep
 from minisft.runs.lifecycle import main
 
@@ -87,6 +89,31 @@ def test_a_resumed_run_measures_against_the_same_base(base, tmp_path, general, m
     died, whole = ([{name: value for name, value in record.items() if name != "seconds"}
                     for record in log(tmp_path / run, "eval")] for run in ("died", "whole"))
     assert died == whole
+
+
+@pytest.mark.parametrize(("change", "refused"), [("other text", True), ("another set", False), ("no set", False)])
+def test_a_resumed_run_compares_losses_of_the_same_text_only(base, tmp_path, general, capsys, change, refused):
+    settings = {"data__general": general, "checkpoint__every": 1, "batch__packs": 1}
+    train(base, tmp_path, train__max_steps=1, **settings)
+    if change == "other text":
+        general.write_text(general.read_text().replace("spring", "autumn"))
+    elif change == "another set":
+        (other := tmp_path / "other.jsonl").write_text(general.read_text())
+        settings["data__general"] = f"{general},{other}"
+    else:
+        settings["data__general"] = ""
+    assert main(options(base, tmp_path, train__max_steps=2, **settings)) == (2 if refused else 0)
+    assert ("held-out general: was ['" in capsys.readouterr().err) is refused
+
+
+def test_a_long_evaluation_and_export_are_progress(base, tmp_path, general, monkeypatch):
+    """Each batch and each tensor starts the clock of parallel.timeout anew."""
+    started = []
+    monkeypatch.setattr(after, "watch", started.append)
+    train(base, tmp_path, data__general=general, train__max_steps=1, batch__packs=1, data__seq_len=64)
+    with safe_open(tmp_path / "run/final/model.safetensors", framework="pt") as saved:
+        tensors = len(saved.keys())
+    assert len(started) >= 2 * len(TEXTS) + tensors
 
 
 def test_the_warning_comes_once_a_crossing_and_names_remedies(base, tmp_path, general, capsys):

@@ -354,7 +354,7 @@ def test_no_format_or_more_than_one_is_an_error_that_lists_the_fields(write):
         list(read(path := write([{"soru": "a", "cevap": "b"}])))
     assert str(error.value).startswith(f"{path}:1: no format matches a record with the fields soru, cevap: none of [")
     assert "alpaca: instruction + output or instruction + instances; dolly: instruction + resp" in str(error.value)
-    remedy = """as in --data.fields '{prompt = "soru", completion = "cevap"}')"""
+    remedy = """as in --data.fields '{instruction = "soru", output = "cevap"}')"""
     assert str(error.value).endswith(remedy)
     columns = tomllib.loads(f"fields = {shlex.split(remedy[:-1])[-1]}")["fields"].items()
     assert turns(*read(path, columns=columns)) == [(U, "a"), (A, "b")]

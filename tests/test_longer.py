@@ -154,6 +154,15 @@ def test_a_finished_run_without_its_checkpoints_or_configuration_stays(base, fin
     assert ended(finished) == ("done", 6)
 
 
+def test_a_finished_run_that_exports_and_saves_nothing_is_not_overwritten(base, tmp_path, capsys):
+    settings = {"run__export": "false", "checkpoint__every": 0, "train__max_steps": 2, "batch__packs": 1}
+    train(base, tmp_path, **settings)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert main(options(base, tmp_path, **settings, optim__lr=1e-5)) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
 def test_a_checkpoint_without_its_manifest_does_not_begin_the_run_again(base, finished, capsys):
     for manifest in finished.glob("run/checkpoints/*/manifest.json"):
         manifest.unlink()

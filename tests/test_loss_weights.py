@@ -249,7 +249,7 @@ def test_a_run_of_a_version_that_left_weights_out_resumes_only_if_it_gets_the_sa
     shutil.rmtree(tmp_path / "run" / "final")
     assert run_main(start(train__max_steps=2)) == (2 if has_weights else 0)
     printed = "".join(capfd.readouterr())
-    assert "made by a version that read combining marks otherwise to find near duplicates" in printed
+    assert "made by a version that found near duplicates otherwise" in printed
     assert ("the run was started with other settings" in printed) == has_weights
     assert ("-weights" in printed) == has_weights
 

@@ -111,7 +111,9 @@ def test_the_peak_is_what_torch_tracks(config, step):
     pytest.param(LoraConfig(8), {"ranks": 8, "tokens": 8192, "trained": 8192, "recompute": "none"},
                  marks=pytest.mark.slow),
     (LoraConfig(64, base="nf4"), {"ranks": 2, "tokens": 1024, "trained": 512, "recompute": "full"}),
-], ids=["bf16", "nf4"])
+    pytest.param(LoraConfig(8, dora=True), {"ranks": 8, "tokens": 8192, "trained": 1024, "recompute": "none"},
+                 marks=pytest.mark.slow),
+], ids=["bf16", "nf4", "dora"])
 def test_the_peak_with_adapters_is_what_torch_tracks(lora, step):
     if lora.base == "nf4" and not SHARDS_BYTES:
         pytest.skip("this torch cannot shard bytes, which is refused")

@@ -47,6 +47,34 @@ def test_fp8_computes_faster_and_takes_the_same_memory(recipe):
         assert after["allocated_gib"] == before["allocated_gib"]
 
 
+def test_a_run_of_uneven_steps_takes_the_time_of_its_tokens(recipe, base):
+    """Eleven full packs in steps of at most ten are a step of six and one of five, not two of ten."""
+    Path("nowhere.jsonl").write_text(json.dumps({"text": "abc" * 300}) + "\n" + "".join(
+        json.dumps({"text": f"{number} " + "word " * 300}) + "\n" for number in range(40)))
+    found = planned("--model.tokenizer", str(base), "--gpus", "1", "--gpu", "h200",
+                    "--data.template", "text", "--data.seq_len", "2048", "--batch.packs", "10", "--train.epochs", "1",
+                    "--model.config", "llama-3.2-1b")
+    assert not found["assumed"]
+    best = found["recommended"]
+    assert found["hours"] == pytest.approx(found["tokens"] / best["tokens_per_second_per_gpu"] / 3600)
+    assert found["hours"] < found["steps"] * best["step_seconds"] / 3600
+
+
+def test_the_plan_says_what_its_time_leaves_out(recipe, capsys):
+    for offload, said in (("none", False), ("optimizer", True)):
+        assert main(["plan", "r.toml", "--tokens", "1M", "--parallel.offload", offload]) == 0
+        assert ("leave out what offloading moves" in " ".join(capsys.readouterr().out.split())) is said
+
+
+def test_remedies_in_fp8_are_accepted_by_the_configuration(recipe, capsys):
+    error = refused(capsys, "--gpu", "rtx4090", "--gpus", "2", "--train.precision", "fp8", "--tokens", "1M")
+    assert "--lora.base nf4" in error
+    for _, _, keys in remedies(error):
+        precision = [] if "--train.precision" in keys else ["--train.precision", "fp8"]
+        gpus = [] if "--gpus" in keys else ["--gpus", "2"]
+        assert planned("--gpu", "rtx4090", "--tokens", "1M", *keys, *gpus, *precision)
+
+
 def test_the_figures_of_8b_on_eight_h100_by_hand(recipe):
     found = planned("--tokens", "50M", "--document-length", "500", "--hours-price", "3", "--utilisation", "0.4")
     parts = found["memory"]["selective"]["parts_gib"]
@@ -63,7 +91,7 @@ def test_the_figures_of_8b_on_eight_h100_by_hand(recipe):
         found["flops_per_token"][best["activation_checkpointing"]] * 8192 * best["micro_packs"] / (0.4 * 989e12))
     assert found["steps"] == 3 * math.ceil(50e6 / (32 * 8192))
     assert found["tokens"] == 150_000_000
-    assert found["hours"] == pytest.approx(found["steps"] * best["step_seconds"] / 3600)
+    assert found["hours"] == pytest.approx(found["tokens"] / best["tokens_per_second_per_gpu"] / 8 / 3600)
     assert found["dollars"] == pytest.approx(found["hours"] * 8 * 3)
     assert found["assumed"] == "packs full of 500-token documents, all tokens trained"
 

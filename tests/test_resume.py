@@ -6,7 +6,6 @@ import shutil
 import signal
 import threading
 import time
-import unicodedata
 from functools import partial
 
 import numpy as np
@@ -89,14 +88,11 @@ def test_changed_settings_are_refused(base, tmp_path, monkeypatch, capsys, chang
     assert main(options(base, tmp_path, **{**SMALL, **change}, checkpoint__allow_change="true")) == 0
 
 
-@pytest.mark.parametrize(("form", "settings", "refused"), [
-    ("NFD", {"data__dedup": "near"}, True), ("NFD", {"data__eval_fraction": 0.2}, True), ("NFD", {}, False),
-    ("NFC", {"data__dedup": "near"}, False), ("Hindi", {"data__dedup": "near"}, True)])
-def test_a_run_that_missed_near_duplicates_resumes_unless_its_documents_change(base, tmp_path, monkeypatch, capsys,
-                                                                              form, settings, refused):
-    """Its store is of a version that neither composed texts nor looked at marks when it compared them."""
+@pytest.mark.parametrize(("settings", "refused"), [
+    ({"data__dedup": "near"}, True), ({"data__eval_fraction": 0.2}, True), ({}, False)])
+def test_a_run_whose_documents_an_older_version_chose_by_near_duplicates_does_not_resume(
+        base, tmp_path, monkeypatch, capsys, settings, refused):
     texts = ["Şeker", "Çay", "Göl", "Süt", "Kış", "Gün", "Ağaç", "Öğle"]
-    texts = ["दिन", "दान", "दून"] if form == "Hindi" else [unicodedata.normalize(form, text) for text in texts]
     records = [{"messages": [{"role": "user", "content": text},
                              {"role": "assistant", "content": "Evet."}]} for text in texts]
     (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
@@ -108,8 +104,8 @@ def test_a_run_that_missed_near_duplicates_resumes_unless_its_documents_change(b
     of_before(tmp_path / "cache")
     assert main(run(train__max_steps=2)) == (2 if refused else 0)
     printed = capsys.readouterr().err
-    assert "made by a version that read combining marks otherwise" in printed
-    assert ("near duplicates: was None, is 'by marks'" in printed) is refused
+    assert "made by a version that found near duplicates otherwise" in printed
+    assert ("near duplicates: was None, is 3" in printed) is refused
     if refused:
         assert main(run(train__max_steps=2, checkpoint__allow_change="true")) == 0
         assert main(run(train__max_steps=3)) == 0, "from now on it is as any other"

@@ -167,8 +167,11 @@ def test_the_mapping_is_part_of_a_stores_key_and_without_one_the_key_is_the_old_
 
 @pytest.mark.parametrize(("record", "table"), [
     ({"metin": "a"}, '{text = "metin"}'),
-    ({"input": "a", "output": "b"}, '{prompt = "input", completion = "output"}'),
-    ({"talimat": "a", " giriş": "b", "çık'tı": "c"}, '{instruction = "talimat", input = " giriş", output = "çık\'tı"}'),
+    ({"input": "a", "output": "b"}, '{instruction = "input", output = "output"}'),
+    ({"çıktı ": "c", "talimat": "a", " giriş": "b"}, '{instruction = "talimat", input = " giriş", output = "çıktı "}'),
+    ({"id": "1", "answer": "b", "question": "a"}, '{instruction = "question", output = "answer"}'),
+    ({"question": "a", "answer": "b", "yanıt": "c"}, '{instruction = "QUESTION", output = "ANSWER"}'),
+    ({"x": "a", "y": "b"}, '{instruction = "QUESTION", output = "ANSWER"}'),
     ({"id": "x", "dialog": [{"role": "user", "content": "a"}]}, '{messages = "dialog"}'),
     ({"a": "1", "b": "2", "c": "3", "d": "4"}, '{instruction = "QUESTION", output = "ANSWER"}'),
 ])
@@ -181,6 +184,13 @@ def test_the_error_for_an_unknown_format_suggests_a_mapping_that_works(write, he
         assert load(["--model.path", "m", "--data.train", str(path), option, found]).data.train[0].fields
         columns = load(["--model.path", "m", "--data.train", str(path), option, found]).data.fields
         assert len(list(read(path, columns=columns))) == 1
+
+
+@pytest.mark.parametrize("turn", [{"role": "user", "content": "Hi"}, {"from": "human", "value": "Hi"}])
+def test_the_error_for_turns_without_a_conversation_suggests_none_of_their_columns(write, here, turn):
+    message = refused(write([turn]))
+    assert 'this is one turn; write the turns of each conversation into one record, as in {"messages": [{' in message
+    assert "--data.fields" not in message
 
 
 # ---- CSV and TSV -----------------------------------------------------------------------------------------------------

@@ -214,6 +214,7 @@ FUNCTIONS = json.loads('{"function": ' * 600 + "1" + "}" * 600)
     (sharegpt(H, ("observation", None), F), "tool result without its call"),
     (sharegpt(H, F, ("observation", None), G), "blank turn"),
     (sharegpt(H, ("function_call", f"[{F[1]}, {F[1]}]"), O, G), "several tool calls in one turn"),
+    (sharegpt(H, ("function_call", '{"name": "f", "arguments": {"a": 1, "a": 2}}'), O, G), "bad tool call"),
     *((sharegpt(H, ("function_call", value), O, G), "bad tool call") for value in (
         None, "", "f()", 3, "[]", "{}", '{"name": "f", "args": {"a": 1}}', '{"name": "f", "arguments": [1]}',
         '{"name": " ", "arguments": {}}',

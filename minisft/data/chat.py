@@ -92,6 +92,10 @@ class Renderer:
             if unknown := self._unknown(field):
                 raise UserError(f"template {template.name}: {field} has {unknown[0]}, which is not a special token of "
                                 f"{tokenizer.file}; choose a template that fits the tokenizer, or add the token")
+        for field in ("system_prefix", "default_system", "default_system_context", "context"):
+            if found := self._control.search(self.fill(getattr(template, field) or "")):
+                raise UserError(f"template {template.name}: {field} has {found[0]}, but it is content, in which a "
+                                "special token stays text; put it into system or user")
         if any(map(self._unknown, BUILTIN)):  # Llama-3.0 has no <|python_tag|>
             self.template = replace(template, builtin_call="", builtin_stop="")
         if not self._control.search(stop := self.fill(template.assistant[1])):

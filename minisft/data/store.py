@@ -8,7 +8,7 @@
                   largest.npy   (documents,) int64: the largest token id of each
                   lines.npy     (documents,) int64: the line each came from, plus LINES times the number of its file
                   hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
-                  loose.npy     (documents,) uint64: of letters, digits and marks, equal for near duplicates
+                  loose.npy     (documents,) uint64: of what is not punctuation, equal for near duplicates
                   weights.npy   (rows,) ROW, only if weights other than 0 and 1 are in the file: see below
                   report.json   what was read, kept and left out, with the reasons; the sizes of the files above, and
                                 the digests of the index (.npy) and of report.json itself
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     # Rejects a file of another kind at once, reads it when iterated, and counts in the dict the fields nobody reads.
     Reader = Callable[[Source, DataConfig, dict[str, int]], Iterator[Conversation | Skipped]]
 
+NEAR_VERSION = 3  # of near_duplicate_hash: raise it when that changes, so that old stores are made again
 LAYOUT = 6  # of these files: raise it when they change, so that old folders are not opened
 BATCH = 1024  # conversations that are tokenised together
 BATCH_CHARACTERS = 1 << 22  # or fewer conversations, if they are long
@@ -100,7 +101,7 @@ class Report:
     unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> records that have it
     odd: dict[str, int] = field(default_factory=dict)  # what is seldom meant (checks.ODD) -> conversations that have it
     files: list[str] = field(default_factory=list)  # of a folder or a glob
-    marked: int = 0  # documents with combining marks, or decomposed letters, whose near duplicates are found by them
+    near: int = 0  # NEAR_VERSION of near_duplicate_hash
 
     def count(self, counts: dict[str, int], reason: str, where: str, number: int = 1) -> None:
         """Count conversations in `skipped` or `changed`, and remember where the first one is."""
@@ -130,8 +131,8 @@ class Store:
             saved = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             if saved != _with_digest(saved["report"], saved["files"], self.key):
                 raise ValueError("report.json is not as it was written")
-            if "marked" not in saved["report"]:  # nor did the earliest versions read weights other than 0 and 1
-                raise ValueError("made by a version that read combining marks otherwise to find near duplicates")
+            if saved["report"].get("near") != NEAR_VERSION:  # the earliest versions read no weights but 0 and 1, either
+                raise ValueError("made by a version that found near duplicates otherwise")
             self.report = Report(**saved["report"])
             for name, expected in saved["files"].items():
                 if _described(folder / name) != expected:
@@ -212,7 +213,7 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
     `verify` checks every stored document instead of some. Raises UserError for a file that cannot be read, that has
     more than data.max_bad broken records, or whose tokens break a law (checks.py)."""
     path, cache, state = source.path, Path(data.cache), _source_state(source.path)
-    report = Report(source.name, path, renderer.template.name)
+    report = Report(source.name, path, renderer.template.name, near=NEAR_VERSION)
     report.files = [file for file in data_files(path) if file != path]
     conversations = read(source, data, report.unread)  # a file of another kind is rejected before all of it is hashed
     digests = [_content_digest(file_and_split(file)[0], cache) for file in report.files or [path]]
@@ -263,8 +264,7 @@ class Rendered(NamedTuple):
 
     item: Conversation | Skipped
     pieces: list[Piece]
-    near_duplicate: int = 0  # near_duplicate_hash of its text
-    marked: bool = False
+    near_duplicate: int = 0  # near_duplicate_hash
 
 
 def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Iterator[list[Rendered]]:
@@ -272,11 +272,8 @@ def _batches(found: Iterator[Conversation | Skipped], renderer: Renderer) -> Ite
     batch: list[Rendered] = []
     characters = 0
     for item in map(renderer.renderable, found):
-        if isinstance(item, Skipped):
-            batch.append(Rendered(item, []))
-        else:
-            text = "".join([part for turn in item.turns for part in (turn.content, turn.context)])
-            batch.append(Rendered(item, renderer.pieces(item), near_duplicate_hash(text), has_marks(text)))
+        batch.append(Rendered(item, []) if isinstance(item, Skipped) else
+                     Rendered(item, renderer.pieces(item), near_duplicate_hash(item)))
         characters += sum([len(piece.text) for piece in batch[-1].pieces])
         if len(batch) >= BATCH or characters > BATCH_CHARACTERS:
             yield batch
@@ -290,7 +287,7 @@ def _encode(batch: list[Rendered], renderer: Renderer) -> EncodedDocuments:
     rejects."""
     with suppress(TokenizerError):
         return renderer.encode([each.pieces for each in batch])
-    for i, (item, pieces, *_) in enumerate(batch):
+    for i, (item, pieces, _) in enumerate(batch):
         try:
             renderer.encode([pieces])
         except TokenizerError as error:
@@ -311,13 +308,12 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
             following = thread.submit(next, batches, None)  # rendered while this one is tokenised
             documents, kept = _encode(batch, renderer), []
             learnable = documents.num_loss_tokens > 0
-            for (item, _, _, marked), keep in zip(batch, learnable.tolist(), strict=True):
+            for (item, *_), keep in zip(batch, learnable.tolist(), strict=True):
                 where = f"{item.source}:{item.line}"
                 if isinstance(item, Skipped):
                     report.count(report.skipped, item.reason, f"{where}: {item.detail}")
                 elif keep:
                     kept.append(item)
-                    report.marked += marked
                     for note in item.notes:
                         report.count(report.changed, note, where)
                     for what, text in oddities(item):
@@ -374,39 +370,34 @@ def _coded(documents: EncodedDocuments, *, first: int) -> tuple[Array, list[int]
     return codes, hashes, np.array(rows, ROW)
 
 
-def near_duplicate_hash(text: str) -> int:
-    """64 bits, equal for texts that differ in case, spacing, punctuation and canonically equivalent Unicode (NFC, NFD)
-    alone. The four letters i of Turkish count as one: files are often cased by the rules of English."""
+def near_duplicate_hash(conversation: Conversation) -> int:
+    """64 bits, equal for conversations whose texts differ in case, spacing, punctuation and canonically equivalent
+    Unicode (NFC, NFD) alone, in any roles, with the same tools. The four letters i of Turkish count as one: files are
+    often cased by the rules of English. Punctuation is Unicode's: + and < are symbols and count, - and / do not."""
     nfc = partial(unicodedata.normalize, "NFC")
+    text = "".join([part for turn in conversation.turns for part in (turn.content, turn.context, turn.tool)])
+    if conversation.tools or conversation.builtin_tools:
+        text += json.dumps([conversation.tools, conversation.builtin_tools])
     bare = (text.encode().translate(_LOWER, _DROPPED) if text.isascii() else
             nfc(nfc(text).casefold().replace("ı", "i")).translate(_KEPT).encode("utf-8"))
     return int.from_bytes(hashlib.blake2b(bare or nfc(text).encode("utf-8"), digest_size=8).digest(), "little")
 
 
-def has_marks(text: str) -> bool:
-    """True if combining marks decide what the near duplicates of `text` are."""
-    return not text.isascii() and (not unicodedata.is_normalized("NFC", text)
-                                   or any(_is_mark(character) for character in set(text.casefold())))
-
-
-def _is_mark(character: str) -> bool:
-    """True for a mark that tells words apart, such as the vowel signs of Hindi and Thai; not for the dot that lower
-    case leaves of İ, nor for the selectors of a letter's or an emoji's variant."""
-    return unicodedata.category(character) in ("Mn", "Mc") and not (
-        character == "\u0307" or "VARIATION SELECTOR" in unicodedata.name(character, ""))
-
-
 class _Kept(dict[int, int | None]):
-    """For str.translate: only letters, digits and marks stay. What it has decided, it remembers."""
+    """For str.translate: letters, digits, symbols and marks stay, such as the vowel signs of Hindi and Thai; not the
+    dot that lower case leaves of İ, nor the selectors of an emoji's variant. What it has decided, it remembers."""
 
     def __missing__(self, code: int) -> int | None:
-        self[code] = code if chr(code).isalnum() or _is_mark(chr(code)) else None
+        character, category = chr(code), unicodedata.category(chr(code))
+        stays = character.isalnum() or (category in ("Mn", "Mc", "Sm", "Sc", "So") and not (
+            character == "\u0307" or "VARIATION SELECTOR" in unicodedata.name(character, "")))
+        self[code] = code if stays else None
         return self[code]
 
 
-_LOWER = bytes(range(256)).lower()
-_DROPPED = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 _KEPT = _Kept()
+_LOWER = bytes(range(256)).lower()
+_DROPPED = bytes(byte for byte in range(128) if _KEPT[byte] is None)
 
 
 def _hash(tokens: Any, loss_mask: Any, table: Any) -> int:

@@ -135,15 +135,15 @@ class Tokenizer:
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of `ids` piece by piece as they come; joined, it is `decode` of them all. A character of several
         tokens appears with its last token."""
-        known: list[int] = []
-        shown = 0
+        shown: list[int] = []  # the last tokens whose text is out: some decoders drop a space before the first token
+        new: list[int] = []
         for token in ids:
-            known.append(token)
-            whole = self.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")  # what bytes of half a character look like
-            if new := whole[shown:]:
-                yield new
-                shown = len(whole)
-        if rest := self.decode(known)[shown:]:
+            new.append(token)
+            text = self.decode(shown + new)[len(self.decode(shown)) :]
+            if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # what bytes of half a character look like
+                yield text
+                shown, new = new, []
+        if rest := self.decode(shown + new)[len(self.decode(shown)) :]:
             yield rest
 
 

@@ -97,10 +97,11 @@ def read_ratings(ratings: Iterable[Path], keys: Iterable[Path]) -> Verdicts:
                                 "a choice is left, right or tie")
             pair = pairs[index]
             score = 0.5 if choice == "tie" else float((choice == "left") == (pair["left"] == "a"))
-            found[key["model_a"], key["model_b"]][pair["question_id"], 0].append(score)
+            models, score = _in_order(key["model_a"], key["model_b"], score)
+            found[models][pair["question_id"], 0].append(score)
     for key in used.values():
         for question in key["identical"]:
-            found[key["model_a"], key["model_b"]][question, 0].append(0.5)
+            found[_in_order(key["model_a"], key["model_b"], 0.5)[0]][question, 0].append(0.5)
     return found
 
 
@@ -160,6 +161,11 @@ def _pairwise(record: dict[str, Any], where: str) -> tuple[Any, float] | None:
     if "error" in winners:
         return None
     first = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5}[winners[0]] if winners[0] == winners[1] else 0.5
+    return _in_order(one, two, first)
+
+
+def _in_order(one: str, two: str, first: float) -> tuple[tuple[str, str], float]:
+    """The names of two models in one order, and the verdict on the first of them; pages (A, B) and (B, A) are one."""
     return ((one, two), first) if one < two else ((two, one), 1 - first)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from minisft.data.conversation import Skip
 from minisft.errors import SHORT, UserError
+from minisft.formats.records import without_repetition
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 GRADED = frozenset(("weight", "loss_weight"))  # weights in the loss: 0, or a number in RANGE
@@ -160,7 +161,7 @@ def parsed(value: Any, reason: str = "wrong fields") -> Any:
     if is_empty(value):
         return None
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return json.loads(value, object_pairs_hook=without_repetition) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         raise Skip(reason, value) from None
 
@@ -249,7 +250,7 @@ def written(value: Any, reason: str, fields: Fields | None = None) -> tuple[Any,
         bare = _bare(value)
         text = json.dumps(bare if fields else value, ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")  # half of a surrogate pair: no tokenizer could encode it
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):  # a date in a table's column is no JSON, either
         raise Skip(reason, value) from None
     if fields and bare != value:
         fields.notes.add("null fields of tools dropped")

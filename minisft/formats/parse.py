@@ -35,6 +35,12 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 FORMATS = tuple(FIELDS)
 
+COLUMNS = {  # what such columns are often called
+    "instruction": ("question", "query", "instruction", "soru", "talimat", "istem"),
+    "input": ("input", "context", "giriş", "girdi", "bağlam"),
+    "output": ("answer", "response", "output", "reply", "cevap", "yanıt", "çıktı"),
+}
+
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
@@ -114,17 +120,22 @@ def _detect(record: dict[str, Any], source: str, line: int, columns: Columns, fi
     talks = [name for name in lists if name.isprintable() and {"role", "from"} & record[name][0].keys()]
     if matches:
         remedy = f"name the format with --data.format {matches[0]}"
-    elif lists and not talks and len(lists) == sum(isinstance(value, list | dict) for value in record.values()):
+    elif lists and not talks and len(lists) == sum(isinstance(value, list) for value in record.values()):
         splits = ", ".join(f"{shown(name)} ({len(record[name])} records)" for name in lists)
         remedy = (f"the file is one object with lists of records, {splits}; name one of them in the path, as in "
                   f"--data.train {shlex.quote(f'{source}#{printable(lists[0])}')}")
     elif {"chosen", "preferred_output"} & record.keys():
         remedy = ("these are preferences, and minisft trains on answers only: write the question to a field prompt and "
                   "the preferred answer to a field completion")
+    elif {"role", "from"} & record.keys():
+        remedy = ('this is one turn; write the turns of each conversation into one record, as in '
+                  '{"messages": [{"role": "user", "content": "..."}, ...]}')
     else:
         texts = [name for name, value in record.items() if isinstance(value, str) and name.isprintable() and name]
-        own = {1: ("text",), 2: ("prompt", "completion"), 3: ("instruction", "input", "output")}.get(len(texts))
-        pairs = [("messages", talks[0])] if talks else list(zip(own, texts, strict=True)) if own else [
+        named = [(field, name) for field, names in COLUMNS.items() for name in texts if name.strip().lower() in names]
+        named = [("instruction", named[0][1]), *named[1:]] if named else []  # the first may be called input
+        told = len(named) > 1 and named[-1][0] == "output" and len(named) == len(dict(named))
+        pairs = [("messages", talks[0])] if talks else [("text", texts[0])] if len(texts) == 1 else named if told else [
             ("instruction", "QUESTION"), ("output", "ANSWER")]
         table = ", ".join(f"{field} = {json.dumps(name, ensure_ascii=False)}" for field, name in pairs)
         remedy = f"say which column is which field, as in --data.fields {shlex.quote(f'{{{table}}}')}"

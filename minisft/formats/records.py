@@ -277,7 +277,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For JSON's parser: an object of these pairs. Raises ValueError if a key stands twice."""
     if len(found := dict(pairs)) < len(pairs):  # the first of two values would be gone without a word
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {SHORT.repr(twice)} stands twice in an object")
@@ -285,7 +286,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # json.loads would build one for each record.
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=without_repetition)
 
 
 def _invalid_utf8(error: UnicodeDecodeError) -> str:

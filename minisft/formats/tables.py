@@ -9,6 +9,7 @@ rows.
 import csv
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -94,7 +95,7 @@ def _cells(file: File, source: str, delimiter: str) -> Iterator[Row]:
             continue
         if not names:
             names = [name if name.strip() else f"column {i}" for i, name in enumerate(row, 1)]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
+            if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                 raise UserError(f"{source}:{start}: several columns are named {', '.join(map(SHORT.repr, twice))} "
                                 "(remedy: give each its own name in the header)")
         elif row and len(row) != len(names):

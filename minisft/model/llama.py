@@ -91,14 +91,14 @@ class _ConvertedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return matmul(x, cast(weight, x.dtype).T)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        return (matmul(grad, cast(weight, x.dtype)) if needs_x else None,
+        return (matmul(grad, cast(weight, grad.dtype)) if needs_x else None,
                 cast(matmul(grad.T, x), weight.dtype) if needs_weight else None)
 
 

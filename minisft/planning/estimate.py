@@ -336,7 +336,8 @@ class Scenario:
         """What may need less memory, in the order to try it: (what it is, keys to set)."""
         config, gpus, rank = self.config, self.options.gpus, self.config.lora.rank or 16
         on_device = {"parallel.offload": "none"} if config.parallel.offload == "parameters" else {}
-        yield "QLoRA", (qlora := {"lora.rank": rank, "lora.base": "nf4", **on_device})
+        plain = {"train.precision": "bf16"} if config.train.precision == "fp8" else {}  # NF4 is not multiplied in fp8
+        yield "QLoRA", (qlora := {"lora.rank": rank, "lora.base": "nf4", **on_device, **plain})
         yield "LoRA", {"lora.rank": rank, "lora.base": "bf16"}
         if not config.lora.rank:
             bf16 = {"optim.parameters": "bf16", "optim.moments": "bf16"}
@@ -411,7 +412,7 @@ def figures(config: Config, options: PlanOptions) -> dict[str, Any]:
     best = min((c for c in fitting if c["step_seconds"] <= 1.01 * fastest), key=lambda c: c["allocated_gib"])
     forward, backward = best["compute_seconds"]
     sent = traffic.gathered_forward + traffic.gathered_backward + traffic.reduced + traffic.copied
-    hours = None if work.steps is None else work.steps * best["step_seconds"] / 3600
+    hours = None if work.tokens is None else work.tokens / best["tokens_per_second_per_gpu"] / gpus / 3600
     return {
         "gpu": asdict(gpu), "gpus": gpus, "shards": scenario.shards, "copies": scenario.copies,
         "model": config.model.config or config.model.path, "preset": scenario.preset,
@@ -433,7 +434,7 @@ def figures(config: Config, options: PlanOptions) -> dict[str, Any]:
         "packs_per_gpu": most, "recommended": best,
         "traffic": asdict(traffic), "traffic_per_step": best["micro_steps"] * (sent + best["exchanged"]),
         "hidden": traffic.forward_seconds <= forward and traffic.backward_seconds <= backward,
-        "hours": hours, "price": options.price,
+        "offload": config.parallel.offload, "hours": hours, "price": options.price,
         "dollars": None if hours is None or options.price is None else hours * gpus * options.price}
 
 
@@ -476,7 +477,8 @@ def describe(found: dict[str, Any]) -> str:
                 f"{best['reserved_gib']:.1f} GiB reserved ({best['allocated_gib']:.1f} allocated); with these",
         "speed": f"{best['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, {best['step_seconds']:.2f} s a step",
         "run": run,
-        "note": "computed, not measured: memory is counted tensor by tensor; times are as good as the assumed share",
+        "note": "computed, not measured: memory is counted tensor by tensor; times are as good as the assumed share"
+                + ", and leave out what offloading moves" * (found["offload"] != "none"),
     }
     if found["preset"]:
         rows = {"model": f"{found['model']} is missing: planned as the preset {found['preset']}", **rows}

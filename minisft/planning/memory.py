@@ -127,9 +127,9 @@ class StepMemory:
         """The two instants with all activations; frozen matrices have no gradients to gather."""
         compute, sizes, adapted = self.each.compute, Sizes.of(self.config), targets.adapted(lora, self.config).values()
         # Of an adapter: its thin product, scaled and not; with dropout its input, and which of it is kept; with DoRA
-        # the product before it is scaled.
+        # the sum before it is scaled, in fp32.
         beside = self.tokens * sum(2 * compute * lora.rank + (compute + 1) * columns * (lora.dropout > 0)
-                                   + compute * rows * lora.dora for rows, columns in adapted)
+                                   + FP32 * rows * lora.dora for rows, columns in adapted)
         kept, once = (beside, 0) if self.recompute == "none" else (0, beside // self.config.num_hidden_layers)
         largest = max(rows * columns for rows, columns in self.config.matrices().values())
         block = round((0.5 if lora.base == "nf4" else compute) * sizes.block)

@@ -47,6 +47,7 @@ TRAINED, CONTROL, HEADING = "32", "2", "1"  # green, dim, bold
 OURS = "⟦⟧⟨⟩↵⇥␣"
 LEGEND = "⟨⟩ control tokens and characters that cannot be seen, ↵ newline, ⇥ tab, ␣ space at an edge"
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")  # Unicode categories that cannot be seen, or move what can
+BLANK = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # of other categories, and as invisible
 VISIBLE = " \u200c\u200d"  # of those: a space, and joiners without which emoji and some scripts fall apart
 
 
@@ -99,7 +100,7 @@ def visible(parts: Sequence[str]) -> list[str]:
 
 
 def _character(c: str) -> str:
-    hidden = c in OURS or (unicodedata.category(c) in HIDDEN and c not in VISIBLE)
+    hidden = c in OURS + BLANK or (unicodedata.category(c) in HIDDEN and c not in VISIBLE)
     return {"\n": "↵\n", "\t": "⇥\t"}.get(c, f"⟨U+{ord(c):04X}⟩" if hidden else c)
 
 

@@ -137,6 +137,7 @@ class AfterStep:
 
     def _check(self, tell: Callable[[int, int], None], done: int, total: int) -> None:
         tell(done, total)
+        watch(self.run.config.parallel.timeout)  # that it came so far is progress
         self.preemption.check(self.run.world.device)
 
 
@@ -158,7 +159,11 @@ def export_as(run: Run, folder: Path, *, adapter: str, step: int) -> None:
                        base=str(Path(config.model.path).absolute()), is_main=world.is_main)
     record = record_of_model(run, figures(prepared), step=step, log=read_log(run.folder)) if world.is_main else None
     with progress(f"writing {folder}, tensor", shown=world.is_main) as tell:
-        export(model, prepared.renderer, folder, dtype=DTYPES[config.train.precision], record=record, tell=tell)
+        def progressed(done: int, total: int) -> None:
+            tell(done, total)
+            watch(config.parallel.timeout)
+
+        export(model, prepared.renderer, folder, dtype=DTYPES[config.train.precision], record=record, tell=progressed)
 
 
 def record_of_model(run: Run, data: dict[str, Any], *, step: int, log: list[dict[str, Any]]) -> dict[str, Any]:

@@ -91,7 +91,10 @@ def history(saved: SavedState | None, settings: dict[str, Any], fingerprint: dic
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [(key, before.get(key), now.get(key)) for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    """Of held-out sets only what changed in one that was and is there."""
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
+    return [(key, *pair) for key, pair in pairs.items()
+            if pair[0] != pair[1] and not (key.startswith("held-out ") and None in pair)]
 
 
 def from_main(value: T, world: World) -> T:

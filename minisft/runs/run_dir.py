@@ -79,18 +79,20 @@ class RunDir:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise UserError(f"{path}: in use by {holder}; wait for it, or choose another folder with run.dir") from None
-        self.is_finished = (path / "final").exists() and not self._was_cut_off()
+        # A start that did not come to its end resumes; one that did, and saved nothing, would be made anew.
+        state, saved = self._state(), bool(saved_checkpoints(path / "checkpoints"))
+        self.is_finished = ((path / "final").exists() and not (state not in ("", "done") and saved)) or (
+            state == "done" and not saved)
         if self.is_finished:
             self._check_longer(config)
         self._lock.truncate(0)
         self._write(".lock", f"process {os.getpid()} on {os.uname().nodename}\n")
 
-    def _was_cut_off(self) -> bool:
-        """True if the last start did not come to its end, and can."""
+    def _state(self) -> str:
+        """The state in `status.json`; "" if that tells none."""
         with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            state = json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"]
-            return state != "done" and bool(saved_checkpoints(self.path / "checkpoints"))
-        return False
+            return str(json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"])
+        return ""
 
     def _check_longer(self, config: Config) -> None:
         """Raise UserError unless `config` asks for more than the finished run had, and there is a checkpoint of it."""
