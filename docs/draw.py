@@ -108,8 +108,8 @@ Picture = tuple[str, str, float, str]
 
 
 def base_and_instruct(say: Say, _: Data) -> Picture:
-    question, base, tuned = printed_by("python train.py | tail -12").splitlines()[:3]
-    said = [ast.literal_eval(re.search("'.*'", answer)[0]) for answer in (base, tuned)]
+    question, base, tuned = printed_by("python train.py | tail -12").splitlines()[6:9]
+    said = [ast.literal_eval(re.search('''["'].*["']''', answer)[0]) for answer in (base, tuned)]
     svg, y = box(60, 4, 280, 30) + text(200, 24, question.strip(), "", "middle"), 46
     for kind, name, does, answer in (
             ("leak", say("base model", "temel model"), say("goes on with a page", "sayfayı sürdürür"), said[0]),
