@@ -9,9 +9,9 @@ right answer about the other half is a fact that was seen as plain text and neve
 facts only if it has read them in many wordings and orders, because knowledge stored in one wording is hard to extract
 (Allen-Zhu and Li, "Physics of Language Models, part 3.1", 2023).
 
-The table holds the members of the United Nations except four: the capital is disputed, moving or undefined (Israel,
-Equatorial Guinea, Nauru), or which language to name is (Cyprus). Continents follow the UN's geoscheme (M49); if a
-country has several languages or currencies, the table has one. wordings.toml has the sentences.
+The table holds the members of the United Nations except four. The capital of three is disputed, moving or undefined
+(Israel, Equatorial Guinea, Nauru); naming one language of Cyprus would take sides. Continents follow the UN's geoscheme
+(M49); if a country has several languages or currencies, the table has one. wordings.toml has the sentences.
 
 Everything here is a pure function of its arguments, including the seed.
 """
