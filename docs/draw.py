@@ -365,8 +365,8 @@ def words(say: Say, _: Data) -> Picture:
             y += 26
             shown = number(say, cost, ".2f")
             svg += text(88, y + 15, language, "", "end")
-            svg += box(96, y, 48 * cost, 20, "own" if language == columns[0] else "leak")
-            svg += text(102 + 48 * cost, y + 15, shown)
+            svg += box(96, y, 44 * cost, 20, "own" if language == columns[0] else "leak")
+            svg += text(102 + 44 * cost, y + 15, shown)
             told.append(f"{learnt}, {language}: {shown}")
         y += 36
     return (say("Tokens a word in English and Turkish", "İngilizcede ve Türkçede sözcük başına belirteç"),
