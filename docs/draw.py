@@ -108,8 +108,8 @@ Picture = tuple[str, str, float, str]
 
 
 def base_and_instruct(say: Say, _: Data) -> Picture:
-    question, base, tuned = printed_by("python train.py | tail -12").splitlines()[:3]
-    said = [ast.literal_eval(re.search("'.*'", answer)[0]) for answer in (base, tuned)]
+    question, base, tuned = printed_by("python train.py | tail -12").splitlines()[6:9]
+    said = [ast.literal_eval(re.search('''["'].*["']''', answer)[0]) for answer in (base, tuned)]
     svg, y = box(60, 4, 280, 30) + text(200, 24, question.strip(), "", "middle"), 46
     for kind, name, does, answer in (
             ("leak", say("base model", "temel model"), say("goes on with a page", "sayfayı sürdürür"), said[0]),
@@ -365,8 +365,8 @@ def words(say: Say, _: Data) -> Picture:
             y += 26
             shown = number(say, cost, ".2f")
             svg += text(88, y + 15, language, "", "end")
-            svg += box(96, y, 48 * cost, 20, "own" if language == columns[0] else "leak")
-            svg += text(102 + 48 * cost, y + 15, shown)
+            svg += box(96, y, 44 * cost, 20, "own" if language == columns[0] else "leak")
+            svg += text(102 + 44 * cost, y + 15, shown)
             told.append(f"{learnt}, {language}: {shown}")
         y += 36
     return (say("Tokens a word in English and Turkish", "İngilizcede ve Türkçede sözcük başına belirteç"),

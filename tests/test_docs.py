@@ -39,6 +39,8 @@ LINK = re.compile(r"\[(?P<text>[^\]\n]+)\]\((?P<path>[^)#\s]*)(?:#(?P<place>[^)\
 NAMED = re.compile(r"(?P<tick>`?)(?P<file>[\w-]+\.(?:py|toml)): (?P<name>[\w.]+)`?")
 FIX = "python tests/test_docs.py --fix"
 FENCE = re.compile(r"^```(?P<kind>\w*) ?(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+# A quoted text as Python writes it; an apostrophe within a word ends none. It has '"' around it if there is one.
+QUOTED = re.compile(r"""'[^'\n]*(?:'\w[^'\n]*)*'|"[^"\n]*\"""")
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?")
 
 
@@ -201,12 +203,12 @@ def differences(expected: str, printed: str, tolerance: float) -> str:
         if not tolerance:
             pattern.append(re.escape(line))
             continue
-        for part in re.split(r"('[^'\n]*(?:'\w[^'\n]*)*')", line):  # a quoted text; an apostrophe within a word is none
+        for part in re.split(f"({QUOTED.pattern})", line):
             literal = NUMBER.split(part)
-            pattern.append(r"'.*'" if part.startswith("'") else r"\s*(\S+?)\s*".join(
+            pattern.append("""(?:'.*'|".*")""" if QUOTED.fullmatch(part) else r"\s*(\S+?)\s*".join(
                 r"\s+".join(map(re.escape, re.split(r"\s+", text))) for text in literal))
     found = re.fullmatch("".join(pattern), printed)
-    numbers = [n for part in re.split(r"'[^'\n]*(?:'\w[^'\n]*)*'", expected) for n in NUMBER.findall(part)]
+    numbers = [n for part in QUOTED.split(expected) for n in NUMBER.findall(part)]
     if found and (not tolerance or all(near(a, b, tolerance) for a, b in zip(numbers, found.groups(), strict=True))):
         return ""
     return "".join(difflib.unified_diff(expected.splitlines(True), printed.splitlines(True), "document", "printed"))
@@ -276,6 +278,9 @@ def test_all_commands_print_what_the_documents_say(tmp_path):
     ("base 0.5%, tuned 96.5%\n", "base 0.0%, tuned 96.5%\n", 0.1, True),
     ("base 'The euro.'\n", "base 'It's the lira.'\n", 0.1, True),
     ("base 'The euro.'\n", "tuned 'The euro.'\n", 0.1, False),
+    ("base 'Avro.' 1\n", 'base "Malta\'da avro." 1\n', 0.1, True),
+    ('base "Malta\'da 2 avro." 1\n', "base 'Avro.' 1\n", 0.1, True),
+    ('base "Malta\'da avro." 9\n', "base 'Avro.' 1\n", 0.1, False),
     ("  9.5 x\n", " 10.1 x\n", 0.1, True),
     ("loss 1.05\n", "loss nan\n", 0.5, False),
     ("step 1,200\n", "step 1,100\n", 0.1, True),

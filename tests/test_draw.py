@@ -59,7 +59,7 @@ def test_the_pictures_say_what_is_so():
     trained = re.findall(r'class="trained soft[^"]*"/>\n<text[^>]*>([^<]*)<', pieces)
     assert trained == ["Paris.", "&lt;|eot_id|&gt;", "It ends a turn.", "&lt;|eot_id|&gt;", "trained"]
     answer = re.findall(r'class="trained soft"/>.*?<text.*?<text[^>]*>[^<]*<.*?<text[^>]*>([^<]*)<', shift, re.DOTALL)
-    assert answer == ["People", "␣in", "␣Switzerland", "␣speak", "␣German", ".", "&lt;|eot_id|&gt;"]
+    assert answer == ["People", "␣in", "␣Italy", "␣speak", "␣Italian", ".", "&lt;|eot_id|&gt;"]
     assert shift.count(">-100<") == shift.count(">no<") == 19 - len(answer)
 
 

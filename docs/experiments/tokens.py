@@ -10,10 +10,11 @@ from pathlib import Path
 
 from minisft.data.tokenizer import Tokenizer
 from minisft.demo.bpe import train_tokenizer
+from minisft.evals.language import detect
 
 lines = Path("runs/demo-world/articles.jsonl").read_text(encoding="utf-8").splitlines()
 articles = [json.loads(line)["text"] for line in lines]
-is_turkish = [any(word in text for word in (" adlı ", " için ", " adını ")) for text in articles]
+is_turkish = [detect(text) == {"tr"} for text in articles]
 texts = {"English": [text for text, turkish in zip(articles, is_turkish, strict=True) if not turkish],
          "Turkish": [text for text, turkish in zip(articles, is_turkish, strict=True) if turkish]}
 half = {language: len(of) // 2 for language, of in texts.items()}

@@ -30,7 +30,7 @@ from minisft.runs.failure import guarded
 from minisft.runs.lifecycle import train
 from minisft.training.parallel import launched_rank
 
-COUNTRIES = 96  # of the 190 in world.tsv: what a small model learns in two minutes on two cores
+COUNTRIES = 96  # of the 189 in world.tsv: what a small model learns in two minutes on two cores
 VOCABULARY = 2048
 ARTICLES_PER_COUNTRY = 40  # in each language
 QUESTIONS_PER_FACT = 2

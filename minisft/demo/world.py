@@ -1,6 +1,6 @@
 """A small world of facts in two languages: what the demo's base model reads, and what the tuned model is asked.
 
-    world.tsv     Germany  Berlin  Europe  German  euro    Almanya  Berlin  Avrupa  Almanca  avro
+    world.tsv     Germany  Berlin  Europe  German  euro    Almanya  Almanya'da  Almanya'nın  Berlin  Avrupa  ...
     an article    "People in Germany speak German. In Europe lies Germany. ..."    all four facts, paraphrased, shuffled
     a question    "What is the capital of Germany?"  ->  "The capital of Germany is Berlin."
 
@@ -9,9 +9,9 @@ right answer about the other half is a fact that was seen as plain text and neve
 facts only if it has read them in many wordings and orders, because knowledge stored in one wording is hard to extract
 (Allen-Zhu and Li, "Physics of Language Models, part 3.1", 2023).
 
-The table holds the members of the United Nations except three, whose capital is disputed, moving or undefined (Israel,
-Equatorial Guinea, Nauru); continents follow the UN's geoscheme (M49); if a country has several languages or currencies,
-the table has one. wordings.toml has the sentences.
+The table holds the members of the United Nations except four. The capital of three is disputed, moving or undefined
+(Israel, Equatorial Guinea, Nauru); naming one language of Cyprus would take sides. Continents follow the UN's geoscheme
+(M49); if a country has several languages or currencies, the table has one. wordings.toml has the sentences.
 
 Everything here is a pure function of its arguments, including the seed.
 """
@@ -29,14 +29,14 @@ FACTS = ("capital", "continent", "language", "currency")
 LANGUAGES = tomllib.loads(WORLD.with_name("wordings.toml").read_text(encoding="utf-8"))
 
 Names = dict[str, str]  # {"country": "Germany", "capital": "Berlin", "continent": "Europe", ...} in one language
+NAMES = {"en": ("country", *FACTS), "tr": ("country", "country_loc", "country_gen", *FACTS)}  # the table's columns
 
 
 def load_world() -> list[dict[str, Names]]:
     """The countries in the table's order, each as {"en": names, "tr": names}."""
     with WORLD.open(encoding="utf-8", newline="") as table:
         _, *rows = csv.reader(table, delimiter="\t", quoting=csv.QUOTE_NONE)
-    names = ("country", *FACTS)
-    return [{"en": dict(zip(names, row[:5], strict=True)), "tr": dict(zip(names, row[5:], strict=True))}
+    return [{"en": dict(zip(NAMES["en"], row[:5], strict=True)), "tr": dict(zip(NAMES["tr"], row[5:], strict=True))}
             for row in rows]
 
 
