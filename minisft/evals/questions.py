@@ -123,7 +123,7 @@ def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[
             text, choices, answer = _parsed(format, record)
         except UserError as bad:
             raise UserError(f"{source}:{line}: {bad} (read as {format}; --format chooses another)") from None
-        subject = str(record.get("subject") or "") if is_json else ""
+        subject = str(record.get("subject") or "") if isinstance(record, dict) else ""
         questions.append(ChoiceQuestion(text, choices, answer, subject.strip() or subject_of(path), format,
                                         language or ("tr" if format == "turkish_mmlu" else "en"), source, line))
     if not questions:
