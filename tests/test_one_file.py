@@ -4,10 +4,13 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -300,3 +303,60 @@ def test_each_silent_mistake_is_named_where_it_would_happen():
     for trap in ("double BOS", "the missing stop token", "special tokens in content", "the shift", "leaking documents",
                  "the mean of means"):
         assert f"TRAP, {trap}:" in text
+
+
+# ---- one change, and what the lesson says of it ----------------------------------------------------------------------
+
+LESSON = (HERE.parent / "docs/lesson.md").read_text(encoding="utf-8")
+CHANGES = [shlex.split(command.replace("\\\n", ""))[2:] for command in
+           re.findall(r"^(python docs/experiments/change\.py .*?[^\\])$", LESSON, re.MULTILINE | re.DOTALL)]
+STOP, ALL, MEANS, UNSHIFTED, WARMUP, BF16, POSITIONS, BOUNDARIES = (change[0] for change in CHANGES)
+
+
+@pytest.fixture(scope="module")
+def change():
+    """docs/experiments/change.py"""
+    spec = importlib.util.spec_from_file_location("change", HERE.parent / "docs/experiments/change.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(change, tmp_path_factory):
+    """What 12 steps of a program print of the small model; the lesson takes 40."""
+    change.write_model((folder := tmp_path_factory.mktemp("change")) / "model")
+
+    @cache
+    def run_once(text, *given):
+        (program := folder / "changed.py").write_text(text)
+        return change.trained(program, folder, change.OPTIONS | dict(zip(given[::2], given[1::2], strict=True))
+                              | {"--steps": "12"})
+
+    return run_once
+
+
+def test_a_change_must_fit_one_place(change):
+    for old, new, *_ in CHANGES:
+        text = ONE_FILE.read_text(encoding="utf-8")
+        assert change.changed(old, new, text).replace(new, old) == text
+    for old, times in (("no such line", 0), ("def ", 2)):
+        with pytest.raises(SystemExit, match=f"^'{old}' stands {times} times in one_file.py; write a part of it "):
+            change.changed(old, "x", "def a: ...\ndef b: ...\n")
+
+
+@pytest.mark.parametrize(("old", "holds"), {  # a: losses of the steps; end: of the answers
+    STOP: lambda a, end, b, its_end: a[0] == pytest.approx(b[0], abs=0.1) and its_end > end + 0.1,
+    ALL: lambda a, end, b, its_end: abs(a[0] - b[0]) > 0.05 and its_end > end + 0.1,
+    MEANS: lambda a, end, b, its_end: a[0] != pytest.approx(b[0], abs=1e-4) and its_end > end,
+    UNSHIFTED: lambda a, end, b, its_end: b[-1] < a[-1] - 1 and its_end > end + 3,
+    WARMUP: lambda a, end, b, its_end: b[1] == pytest.approx(b[0], abs=1e-5) and a[1] < a[0] - 0.3,
+    BF16: lambda a, end, b, its_end: a[-1] < a[0] - 0.3 and b[0] - b[-1] < (a[0] - a[-1]) / 2,
+    POSITIONS: lambda a, end, b, its_end: [*b, its_end] == pytest.approx([*a, end], abs=1e-3),
+    BOUNDARIES: lambda a, end, b, its_end: abs(a[0] - b[0]) > 0.05 and its_end > end + 0.3,
+}.items(), ids=["stop", "all", "means", "unshifted", "warmup", "bf16", "positions", "boundaries"])
+def test_a_change_does_what_the_lesson_says(change, trained, old, holds):
+    [(_, new, *given)] = [each for each in CHANGES if each[0] == old]
+    text = ONE_FILE.read_text(encoding="utf-8")
+    (steps, answers), (its_steps, its_answers) = trained(text, *given), trained(text.replace(old, new), *given)
+    assert holds(steps, answers, its_steps, its_answers), (steps, answers, its_steps, its_answers)

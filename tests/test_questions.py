@@ -49,6 +49,17 @@ def test_turkish_mmlu():
     assert {q.language for q in read(TURKISH, language="en")} == {"en"}
 
 
+def test_a_record_may_name_its_subject(tmp_path):
+    """As in turkishmmlu_sub.json, which holds all subjects and counts answers from 0."""
+    record = {"question": "En küçük asal sayı kaçtır?", "choices": ["0", "1", "2", "3", "4"], "answer": 2,
+              "metadata": {"grade": 9, "difficulty": "easy"}}
+    records = [record | {"subject": "Mathematics"}, record | {"subject": " Turkish Language and Literature"}, record,
+               record | {"subject": ""}, record | {"subject": None}]
+    found = read(written(tmp_path, json.dumps(records), "turkishmmlu_sub.json"))
+    assert [q.subject for q in found] == ["Mathematics", "Turkish Language and Literature", *["turkishmmlu sub"] * 3]
+    assert {(q.answer, q.format, q.language) for q in found} == {(2, "turkish_mmlu", "tr")}
+
+
 def test_arc_in_both_spellings():
     first, second, third = read(ARC)
     assert first == ChoiceQuestion("Which tool drives a nail into wood?", ("a spoon", "a hammer", "a sieve"), 1,

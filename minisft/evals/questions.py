@@ -14,7 +14,7 @@ program can check (instructions.py); and `flips` (answers.py). All were written 
                   [{text, label}, ...]}, as AI2 publishes it (Clark et al. 2018)
 
 An answer is the letter of a choice (A is the first) or its number from 0; in `arc` it is one of the record's labels. A
-question's subject is named by its file: astronomy_test.csv and astronomy_dev.csv hold questions of one subject. The
+question's subject is its record's `subject` or its file's: astronomy_test.csv and astronomy_dev.csv have the same. The
 first record that cannot be understood is an error: figures of a set that has lost questions cannot be compared.
 """
 
@@ -123,7 +123,8 @@ def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[
             text, choices, answer = _parsed(format, record)
         except UserError as bad:
             raise UserError(f"{source}:{line}: {bad} (read as {format}; --format chooses another)") from None
-        questions.append(ChoiceQuestion(text, choices, answer, subject_of(path), format,
+        subject = str(record.get("subject") or "") if isinstance(record, dict) else ""
+        questions.append(ChoiceQuestion(text, choices, answer, subject.strip() or subject_of(path), format,
                                         language or ("tr" if format == "turkish_mmlu" else "en"), source, line))
     if not questions:
         raise UserError(f"{source}: no questions in it")
