@@ -20,6 +20,16 @@ def written(folder, content, name="set_test.csv"):
     return folder / name
 
 
+def test_mmlu_as_json_is_asked_in_english(tmp_path):
+    """The hub's copy has the fields of TurkishMMLU; the language of the questions tells them apart."""
+    rows = [{"question": f"How many of the {n} planets are there in this picture?", "subject": "night_sky",
+             "choices": ["one", "two"], "answer": n % 2} for n in range(4)]
+    found = read(written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "test.jsonl"))
+    assert {(q.format, q.language, q.subject) for q in found} == {("mmlu", "en", "night sky")}
+    assert [q.answer for q in found] == [0, 1, 0, 1]
+    assert {(q.format, q.language) for q in read(TURKISH)} == {("turkish_mmlu", "tr")}
+
+
 def test_mmlu():
     first, second, *rest = read(MMLU)
     assert first == ChoiceQuestion("How many moons does the planet Mars have?", ("None", "One", "Two", "Seven"), 2,

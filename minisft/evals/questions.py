@@ -8,7 +8,7 @@ Prompts are JSON lines in the layout of FastChat's MT-Bench, or of IFEval:
 The package ships mt-en and mt-tr, forty prompts of two turns in English and eighty in Turkish; `instructions`, which a
 program can check (instructions.py); and `flips` (answers.py). All were written for it. Multiple choice:
 
-    mmlu          CSV: question, choices, answer, with or without a header (Hendrycks et al. 2021)
+    mmlu          CSV: question, choices, answer, with or without a header (Hendrycks et al. 2021); or JSON as below
     turkish_mmlu  JSON, an array or a record a line: question, choices [text, ...], answer (Yüksel et al. 2024)
     arc           JSON likewise: question, choices {text [...], label [...]}, answerKey; or a question {stem, choices
                   [{text, label}, ...]}, as AI2 publishes it (Clark et al. 2018)
@@ -22,11 +22,12 @@ import csv
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import SHORT, UserError
+from minisft.evals.language import detect
 from minisft.formats.records import BOM, BadRecord, records
 
 SHIPPED = ("mt-en", "mt-tr", "instructions", "flips")
@@ -114,6 +115,7 @@ def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[
         content = Path(path).read_bytes().removeprefix(BOM)
     except OSError as error:
         raise UserError(f"{source}: {error.strerror} (remedy: name a file of questions that can be read)") from None
+    is_auto = format == "auto"
     is_json = format != "mmlu" and (format != "auto" or re.match(rb'\s*(\[\s*)?\{\s*["}]|\s*\[\s*\]', content))
     questions = []
     for line, record in json_lines(path) if is_json else _rows(content, source):
@@ -128,6 +130,9 @@ def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[
                                         language or ("tr" if format == "turkish_mmlu" else "en"), source, line))
     if not questions:
         raise UserError(f"{source}: no questions in it")
+    if format == "turkish_mmlu" and is_auto and sum(detect(q.text) == {"en"} for q in questions) * 2 > len(questions):
+        return [replace(q, format="mmlu", language=language or "en", subject=q.subject.replace("_", " "))
+                for q in questions]  # MMLU as JSON, which has the same fields
     return questions
 
 
