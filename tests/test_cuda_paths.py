@@ -37,6 +37,7 @@ from minisft.data.packing import Plan
 from minisft.model import llama
 from minisft.model.llama import Block, Documents, Llama, attend
 from minisft.model.llama_config import PRESETS, LlamaConfig
+from minisft.training import loss as loss_module
 from minisft.training import parallel
 from minisft.training.loss import batch_loss, linear_cross_entropy
 from minisft.training.optimizer import AdamW
@@ -104,9 +105,11 @@ def flash(monkeypatch):
 def compiler(monkeypatch):
     """Graphs are counted, and run as they are; a graph break raises."""
     torch._dynamo.reset()
+    loss_module._compiler.cache_clear()  # which an earlier test may have filled
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
     yield counter
+    loss_module._compiler.cache_clear()
     torch._dynamo.reset()
 
 
