@@ -266,11 +266,12 @@ RUNS = {"lora": {}, "nf4": {"lora__base": "nf4", "lora__dora": "true", "lora__dr
 
 
 @pytest.mark.parametrize(("kind", "change"), [
-    ("lora", {"batch__micro_packs": 3}), ("nf4", {"parallel__activation_checkpointing": "selective"}),
+    ("lora", {"batch__micro_packs": 3}),
     *(pytest.param(kind, change, marks=pytest.mark.slow) for kind, change in (
         ("lora", {"ranks": 2}), ("lora", {"parallel__activation_checkpointing": "full"}),
         ("lora", {"parallel__activation_checkpointing": "selective"}), ("nf4", {"ranks": 2}),
-        ("nf4", {"batch__micro_packs": 3}), ("nf4", {"parallel__activation_checkpointing": "full"})))])
+        ("nf4", {"batch__micro_packs": 3}), ("nf4", {"parallel__activation_checkpointing": "selective"}),
+        ("nf4", {"parallel__activation_checkpointing": "full"})))])
 def test_ranks_accumulation_and_recomputation_change_nothing(base, tmp_path, references, kind, change):
     """With dropout too, which is drawn by token: in bf16 to its rounding, which ranks and packs change."""
     if kind == "nf4" and "ranks" in change and not SHARDS_BYTES:

@@ -345,7 +345,10 @@ def test_a_change_must_fit_one_place(change):
             change.changed(old, "x", "def a: ...\ndef b: ...\n")
 
 
-@pytest.mark.parametrize(("old", "holds"), {  # a: losses of the steps; end: of the answers
+@pytest.mark.parametrize(("old", "holds"), [pytest.param(*pair, id=name, marks=[pytest.mark.slow] * (
+    name not in ("stop", "boundaries"))) for name, pair in zip((
+        "stop", "all", "means", "unshifted", "warmup", "bf16", "positions", "boundaries"), {
+    # a: losses of the steps; end: of the answers
     STOP: lambda a, end, b, its_end: a[0] == pytest.approx(b[0], abs=0.1) and its_end > end + 0.1,
     ALL: lambda a, end, b, its_end: abs(a[0] - b[0]) > 0.05 and its_end > end + 0.1,
     MEANS: lambda a, end, b, its_end: a[0] != pytest.approx(b[0], abs=1e-4) and its_end > end,
@@ -354,7 +357,7 @@ def test_a_change_must_fit_one_place(change):
     BF16: lambda a, end, b, its_end: a[-1] < a[0] - 0.3 and b[0] - b[-1] < (a[0] - a[-1]) / 2,
     POSITIONS: lambda a, end, b, its_end: [*b, its_end] == pytest.approx([*a, end], abs=1e-3),
     BOUNDARIES: lambda a, end, b, its_end: abs(a[0] - b[0]) > 0.05 and its_end > end + 0.3,
-}.items(), ids=["stop", "all", "means", "unshifted", "warmup", "bf16", "positions", "boundaries"])
+}.items(), strict=True)])
 def test_a_change_does_what_the_lesson_says(change, trained, old, holds):
     [(_, new, *given)] = [each for each in CHANGES if each[0] == old]
     text = ONE_FILE.read_text(encoding="utf-8")

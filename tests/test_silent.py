@@ -132,6 +132,7 @@ def silent(*arguments, code=0):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_program_fills_the_matrix_column_by_column(tmp_path):
     file, html = tmp_path / "matrix.json", tmp_path / "matrix.html"
     chosen = ["--exhibit", "leak", "--exhibit", "header"]

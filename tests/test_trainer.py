@@ -18,7 +18,8 @@ from minisft.training.loss import masked_cross_entropy
 ORACLE = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("packing", [{"data__seq_len": 512}, {"data__seq_len": 1024, "batch__micro_packs": 2}])
+@pytest.mark.parametrize("packing", [
+    {"data__seq_len": 512}, pytest.param({"data__seq_len": 1024, "batch__micro_packs": 2}, marks=pytest.mark.slow)])
 def test_follows_trl(base, tmp_path, packing):
     """Full-batch training gives TRL SFTTrainer's losses and gradient norms (make_trl_curve.py), step by step."""
     records = train(base, tmp_path, batch__packs=1000, train__max_steps=12, **packing)

@@ -298,8 +298,8 @@ def stop_in(monkeypatch, step, call):
     monkeypatch.setattr(lifecycle.AfterStep, "step", begin)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, pytest.param({"data__general": HERE / "oracles/conversations.jsonl"}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"data__general": HERE / "oracles/conversations.jsonl"}])
 def test_an_evaluation_is_given_up_and_made_up_for(base, tmp_path, monkeypatch, capsys, settings):
     """Stopped in the third of the 11 batches that an evaluation has, and in the answers, which come after them."""
     settings = {**SMALL, **HELD_OUT, **settings, "eval__every": 2, "eval__samples": 1, "checkpoint__every": 3}
@@ -341,8 +341,8 @@ def run_in_shell(argv, shell, **environment):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-@pytest.mark.parametrize("shell", ["{} 2>&1 | head -1", pytest.param("{} >&- 2>&- <&-", marks=pytest.mark.slow),
-                                   "{} >/dev/full 2>/dev/full", pytest.param("{} 2>&- | true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shell", ["{} 2>&1 | head -1", *(pytest.param(shell, marks=pytest.mark.slow) for shell in (
+    "{} >&- 2>&- <&-", "{} >/dev/full 2>/dev/full", "{} 2>&- | true"))])
 def test_a_run_outlives_whoever_reads_its_output(base, tmp_path, shell):
     ended = run_in_shell(options(base, tmp_path, **SMALL), shell)
     assert ended.returncode == 0, ended.stderr
@@ -355,6 +355,7 @@ def test_a_failure_whose_message_nobody_reads_keeps_its_code(base, tmp_path):
     assert ended.returncode == 2
 
 
+@pytest.mark.slow
 def test_text_that_an_encoding_lacks_does_not_end_a_run(base, tmp_path):
     ended = run_in_shell(options(base, tmp_path / "ğ", **{**SMALL, "train__max_steps": 1}), "{}",
                          PYTHONIOENCODING="ascii")
