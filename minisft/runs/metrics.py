@@ -12,7 +12,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from collections import deque
@@ -92,7 +91,7 @@ class Monitor:
                  before: Mapping[str, Any] | None = None):
         self._file = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115 (open as long as the run)
         self._start, self._total = start, total
-        self._is_narrow = is_watched() and shutil.get_terminal_size().columns < WIDE
+        self._is_narrow = is_watched() and os.get_terminal_size(sys.stderr.fileno()).columns < WIDE
         self._bar = tqdm(total=total, initial=start, disable=not (log and is_watched()), dynamic_ncols=True, miniters=1,
                          bar_format="{n}/{total} {desc}" if self._is_narrow else "step {n}/{total} |{bar}| {desc}")
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # seconds, tokens per second
