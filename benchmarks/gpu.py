@@ -444,8 +444,8 @@ def fp8(s: Setting) -> Figures:
         yield f"block, {name}", 1e3 * timed(work, on=on), "ms"
         yield f"block, {name}: largest error of a gradient", max(near(found[k], expected[k]) for k in found), ""
         del layer, run, work, found
-    for what, preset, options in (("1B", "llama-3.2-1b", {}), ("1B, FSDP2", "llama-3.2-1b", {"sharded": True}),
-                                  ("8B LoRA r16", "llama-3-8b", {"rank": 16})):
+    for what, preset, options in (("8B LoRA r16", "llama-3-8b", {"rank": 16}), ("1B", "llama-3.2-1b", {}),
+                                  ("1B, FSDP2", "llama-3.2-1b", {"sharded": True})):
         for scale in ("", "tensor", "row"):
             torch._dynamo.reset()
             found = steps(s, f"{what}, {f'fp8 by {scale}' if scale else 'bf16'}", preset, tokens=8192, count=4,
@@ -572,6 +572,29 @@ def full8b(s: Setting) -> Figures:
     """Measure Llama-3-8B, all parameters, on one card: bf16 parameters and moments, updated in the backward pass."""
     yield from steps(s, "8B full, bf16, in backward, selective", "llama-3-8b", tokens=8192, count=3,
                      recompute="selective", parameters="bf16", moments="bf16", in_backward=True)
+
+
+def evaluation(s: Setting) -> Figures:
+    """Measure the loss of held-out tokens: Llama-3-8B with adapters of rank 16, in bf16 and in FP8."""
+    import torch
+
+    from minisft.training.loss import batch_loss
+
+    config, tokens = s.config("llama-3-8b"), s.size(8192, 128)
+    for scale in ("", "row"):
+        gc.collect()
+        torch._dynamo.reset()
+        model, _, world = network(config, s, compiled=True, rank=16, fp8=scale)
+        batch = stream(tokens, s.size(500, 40), config.vocab_size)
+        with torch.no_grad():
+            work = partial(batch_loss, model, batch, world.device, len(batch.targets), compiled=True)
+            work()
+            before = torch.cuda.memory_allocated() / 2**30 if s.device == "cuda" else 0
+            peak_gib(s.device)
+            seconds = timed(work, on=s.device)
+        name = f"8B LoRA r16, held out, {f'fp8 by {scale}' if scale else 'bf16'}"
+        yield f"{name}: tokens a second", tokens / seconds, "tokens/s"
+        yield f"{name}: beyond weights", peak_gib(s.device) - before, "GiB"
 
 
 def generation(s: Setting) -> Figures:
@@ -755,8 +778,8 @@ ROWS: dict[str, tuple[Callable[[Setting], Figures], int]] = {  # with each row's
     "ceilings": (ceilings, 40), "gradients": (gradients, 120), "sync": (sync, 120), "block": (block, 120),
     "lora8b": (lora8b, 120), "peers8192": (partial(peers, seq_len=8192), 180), "train1b": (train1b, 120),
     "head": (head, 100), "optimizer": (optimizer, 60), "fsdp": (fsdp, 120), "full8b": (full8b, 120),
-    "resume": (resume, 150), "tests": (tests, 150), "generation": (generation, 60), "fp8": (fp8, 180),
-    "context": (context, 40),
+    "resume": (resume, 150), "tests": (tests, 150), "generation": (generation, 60), "evaluation": (evaluation, 60),
+    "fp8": (fp8, 180), "context": (context, 40),
     "peers4096": (partial(peers, seq_len=4096), 180), "many": (many, 900),
 }
 

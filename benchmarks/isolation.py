@@ -1,6 +1,6 @@
 """Does it matter in fine-tuning whether the documents of a pack see each other?
 
-    python benchmarks/isolation.py MODEL DATA... [--seq-len 1024 4096] [--seeds 3] [--json FILE]
+    python benchmarks/isolation.py MODEL DATA... [--seq-len 1024 4096] [--seeds 0 1 2] [--json FILE]
 
 Each set of conversations is trained twice for each length of a pack and each seed, with the same packs in the same
 order. *Isolated*: attention ends at a document's boundaries, and its positions start at 0. *Leaking*: a pack is one
@@ -92,7 +92,7 @@ def study(options: argparse.Namespace, data: str, seq_len: int, world: parallel.
     config, source, found = settings(options, data, seq_len, 0), weights.SafetensorsFolder(options.model), []
     fixed = parallel.is_compiled(config.parallel, world.device)
     model = parallel.build_model(source.config, world, config, adapt=partial(adapt, config=config))
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         config = settings(options, data, seq_len, seed)
         prepared = prepare(config, quiet=True)
         [test] = prepared.evals.values()
@@ -135,7 +135,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", nargs="+")
     parser.add_argument("--seq-len", nargs="+", type=int, default=[1024, 4096])
-    for name, default in (("template", "chatml"), ("seeds", 3), ("epochs", 3), ("tokens", 4096), ("lr", 2e-4),
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    for name, default in (("template", "chatml"), ("epochs", 3), ("tokens", 4096), ("lr", 2e-4),
                           ("precision", "bf16"), ("max-steps", 0)):
         parser.add_argument(f"--{name}", default=default, type=type(default))
     parser.add_argument("--json", type=Path)
