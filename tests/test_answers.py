@@ -20,10 +20,12 @@ QUESTIONS = [Prompt(1, ("one?", "two?")), Prompt(2, ("only?",)), Prompt("x", ("e
 class Echo:
     """Answers with all turns so far, in capitals; a token is a character."""
 
-    renderer = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
+    renderer = SimpleNamespace(tokenizer=SimpleNamespace(encode=list),
+                               prompt=lambda turns: list("".join(turn.content for turn in turns)))
 
-    def __init__(self, patience=99):
+    def __init__(self, patience=99, context=999):
         self.patience = patience
+        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
 
     def answer(self, conversations, *, max_new_tokens):
         self.patience -= 1
@@ -57,6 +59,11 @@ def test_a_line_has_fastchats_fields(tmp_path):
     found = read_answers(tmp_path / "a.jsonl")
     assert (found.model_id, found.turns[2]) == ("m", ("ONLY?",))
     assert found.all_cut == [False, True, False, False, True, True]
+
+
+def test_an_answer_that_fills_the_context_is_cut_too(tmp_path):
+    write_answers(Echo(context=16), QUESTIONS[:2], tmp_path / "a.jsonl", model_id="m", max_new_tokens=10)
+    assert read_answers(tmp_path / "a.jsonl").cut == {1: [False, True], 2: [False]}  # four of four tokens
 
 
 def test_an_interrupted_command_resumes_after_the_last_whole_line(tmp_path):

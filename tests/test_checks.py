@@ -70,10 +70,11 @@ def test_what_the_shipped_templates_make_is_lawful(folder, template, train_on):
 
 
 def test_templates_of_other_forms_are_lawful_too(folder):
-    """A stop token with text behind it, one that is not followed by one, no beginning, no end of a plain text."""
+    """A stop token with text behind it, with another control token, no beginning, no end of a plain text."""
     llama3, chatml = load_templates()["llama3"], load_templates()["chatml"]
     forms = [replace(chatml, assistant=("<|im_start|>assistant\n", "<|im_end|>\n", "")),
              replace(chatml, assistant=("<|im_start|>assistant\n", "\n<|im_end|>", "<|end_of_text|>\n")),
+             replace(chatml, assistant=("<|im_start|>assistant\n", "<|im_end|>", "\n<|end_header_id|>")),
              replace(llama3, begin=""), replace(llama3, document_end=""), replace(llama3, document_end="\n"),
              replace(llama3, document_end="<|end_of_text|>\n"), replace(llama3, begin="<|begin_of_text|>\n"),
              replace(chatml, begin="<|im_start|>system\nBe kind.<|im_end|>\n")]

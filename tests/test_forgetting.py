@@ -22,7 +22,7 @@ from minisft.generate.assistant import Assistant
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained
 from minisft.reports.data_report import describe, figures
-from minisft.runs import after
+from minisft.runs import metrics
 from minisft.runs.after import AfterStep
 from minisft.runs.lifecycle import main
 
@@ -109,7 +109,7 @@ def test_a_resumed_run_compares_losses_of_the_same_text_only(base, tmp_path, gen
 def test_a_long_evaluation_and_export_are_progress(base, tmp_path, general, monkeypatch):
     """Each batch and each tensor starts the clock of parallel.timeout anew."""
     started = []
-    monkeypatch.setattr(after, "watch", started.append)
+    monkeypatch.setattr(metrics, "watch", started.append)
     train(base, tmp_path, data__general=general, train__max_steps=1, batch__packs=1, data__seq_len=64)
     with safe_open(tmp_path / "run/final/model.safetensors", framework="pt") as saved:
         tensors = len(saved.keys())

@@ -101,10 +101,16 @@ def _breaches(documents: EncodedDocuments, conversations: list[Conversation],
         ends = ends[is_last[ends]]  # a run that ends inside a document ends before an answer that is left out
     if not any(piece.control for piece in split(template.document_end, False)):
         ends = ends[[conversations[i].turns[0].role != "text" for i in document[ends].tolist()]]
+
+    def tail(marker: str) -> list[int]:
+        """What follows the last stop token of `marker`."""
+        found = [token for piece in split(marker, False) for token in (
+            [tokenizer.control[piece.text]] if piece.control else tokenizer.encode(piece.text))]
+        return found[max((i + 1 for i, token in enumerate(found) if token in stop_ids), default=0) :]
+
     # What may follow the stop token in a run: \n in chatml, whose third item is trained by train_on = "all".
-    after = split("".join(template.assistant[1:] if renderer.train_on == "all" else template.assistant[1:2]), False)
-    tails = [tokenizer.encode(marker[-1].text) for marker in (after, split(template.document_end, False))
-             if marker and not marker[-1].control]
+    after = template.assistant[1:] if renderer.train_on == "all" else template.assistant[1:2]
+    tails = [tail("".join(after)), tail(template.document_end)]
 
     def stopped(end: int, tail: list[int]) -> bool:
         stop = end - len(tail)

@@ -76,7 +76,7 @@ def load_templates(path: str | Path | None = None) -> dict[str, Template]:
 def _parse(text: str, file: str) -> dict[str, Template]:
     try:
         tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bad TOML, a number of 5,000 digits, nested too deep
         raise UserError(f"{file}: not TOML: {error}") from None
     known = {field.name: str(field.type) for field in fields(Template) if field.name != "name"}
     templates = {}

@@ -3,7 +3,8 @@
     {"question_id": 101, "answer_id": "...", "model_id": "my/final",
      "choices": [{"index": 0, "turns": ["first answer", "second answer"], "cut": [false, true]}], "tstamp": 17e8}
 
-"cut" is our addition: whether an answer reached the token limit and was probably cut off. A line is written whole as
+"cut" is our addition: whether an answer reached the token limit or the end of the model's context, and was probably cut
+off. A line is written whole as
 soon as its prompt is answered, so an interrupted command resumes after the last whole line.
 
 Signals of bad habits count words and do not judge quality: verbosity; repetition (runs of four words that occurred
@@ -120,6 +121,15 @@ def answer_turns(assistant: Assistant, prompts: list[Prompt], *, max_new_tokens:
     return [[turn.content for turn in talk[1::2]] for talk in talks]
 
 
+def is_cut(assistant: Assistant, prompt: Prompt, turns: list[str], max_new_tokens: int) -> bool:
+    """True if the last of the answers so far, `turns`, came within two tokens of the limit or of the context's end:
+    encoding its text again may merge some."""
+    talk = [Turn(role, text) for pair in zip(prompt.turns, turns, strict=False)
+            for role, text in zip(("user", "assistant"), pair, strict=True)]
+    room = assistant.model.config.max_position_embeddings - len(assistant.renderer.prompt(tuple(talk[:-1])))
+    return len(assistant.renderer.tokenizer.encode(turns[-1])) >= max(1, min(max_new_tokens, room) - 2)
+
+
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Lock a file of answers. Raises UserError if another process holds it: both would answer everything."""
@@ -145,8 +155,7 @@ def write_answers(assistant: Assistant, prompts: list[Prompt], file: Path, *, mo
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
             for prompt, turns in zip(some, answer_turns(assistant, some, max_new_tokens=max_new_tokens), strict=True):
-                # Within two tokens of the limit: encoding the text again may merge some at its end.
-                cut = [len(assistant.renderer.tokenizer.encode(text)) >= max(1, max_new_tokens - 2) for text in turns]
+                cut = [is_cut(assistant, prompt, turns[: i + 1], max_new_tokens) for i in range(len(turns))]
                 name = hashlib.sha256(json.dumps([model_id, prompt.id, turns]).encode()).hexdigest()[:22]
                 line = {"question_id": prompt.id, "answer_id": name, "model_id": model_id,
                         "choices": [{"index": 0, "turns": turns, "cut": cut}], "tstamp": time.time()}

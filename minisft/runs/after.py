@@ -104,9 +104,9 @@ class AfterStep:
         for name, dataset in run.prepared.evals.items():
             if ("eval", name) in done:
                 continue
-            watch(config.parallel.timeout)
             started = time.perf_counter()
-            with progress(f"step {step}: held-out loss on {name}, batch", shown=run.world.is_main) as tell:
+            with progress(f"step {step}: held-out loss on {name}, batch", shown=run.world.is_main,
+                          timeout=config.parallel.timeout) as tell:
                 loss = heldout_loss(run.model, dataset, run.world, seq_len=config.data.seq_len,
                                     check=partial(self._check, tell), micro_packs=config.batch.micro_packs,
                                     fixed=parallel.is_compiled(config.parallel, run.world.device))
@@ -126,10 +126,9 @@ class AfterStep:
     def _answer(self, step: int) -> None:
         """Log answers to held-out questions."""
         run = self.run
-        watch(run.config.parallel.timeout)
         questions = heldout_questions(run.prepared.evals, run.config.eval.samples)
         with progress(f"step {step}: answering {len(questions)} held-out questions, token",
-                      shown=run.world.is_main) as tell:
+                      shown=run.world.is_main, timeout=run.config.parallel.timeout) as tell:
             answers = sample_answers(run.model, questions, run.prepared.tokenizer, device=run.world.device,
                                      stop_ids=run.prepared.renderer.stop_ids(), check=partial(self._check, tell))
         self.monitor.write(*({"kind": "sample", "step": step, **answer} for answer in answers))
@@ -137,7 +136,6 @@ class AfterStep:
 
     def _check(self, tell: Callable[[int, int], None], done: int, total: int) -> None:
         tell(done, total)
-        watch(self.run.config.parallel.timeout)  # that it came so far is progress
         self.preemption.check(self.run.world.device)
 
 
@@ -158,12 +156,8 @@ def export_as(run: Run, folder: Path, *, adapter: str, step: int) -> None:
         export_adapter(model, adapters, prepared.renderer, folder.with_name(adapter),
                        base=str(Path(config.model.path).absolute()), is_main=world.is_main)
     record = record_of_model(run, figures(prepared), step=step, log=read_log(run.folder)) if world.is_main else None
-    with progress(f"writing {folder}, tensor", shown=world.is_main) as tell:
-        def progressed(done: int, total: int) -> None:
-            tell(done, total)
-            watch(config.parallel.timeout)
-
-        export(model, prepared.renderer, folder, dtype=DTYPES[config.train.precision], record=record, tell=progressed)
+    with progress(f"writing {folder}, tensor", shown=world.is_main, timeout=config.parallel.timeout) as tell:
+        export(model, prepared.renderer, folder, dtype=DTYPES[config.train.precision], record=record, tell=tell)
 
 
 def record_of_model(run: Run, data: dict[str, Any], *, step: int, log: list[dict[str, Any]]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ from minisft.training.optimizer import AdamW
 from minisft.training.parallel import World
 from minisft.versions import SHARDS_BYTES
 
+HELD_OUT = "held-out "  # before the name of a set in a fingerprint
+
 
 @dataclass(frozen=True)
 class Base:
@@ -219,7 +221,7 @@ def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaCo
     by_near = {"near duplicates": NEAR_VERSION} if config.data.dedup == "near" or config.data.eval_fraction else {}
     # Losses of other files cannot be compared; `resume` lets a set come or go.
     compared = {*(source.name for source in config.data.general), config.checkpoint.keep_best, *config.eval.stop_on}
-    held_out = {f"held-out {name}": [store.key for store in dataset.stores]
+    held_out = {f"{HELD_OUT}{name}": [store.key for store in dataset.stores]
                 for name, dataset in prepared.evals.items() if name in compared}
     return {**frozen, **scale, **limit, **by_near, **held_out,
             "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),

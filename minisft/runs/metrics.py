@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisft.errors import NumericsError
+from minisft.runs.failure import watch
 
 SPIKE, PATIENCE, MEMORY = 2.0, 5, 0.95  # warn if the loss is over twice its running mean for five steps
 LINES, FIRST = 200, 5  # lines that a whole run prints at most, about; steps that always have one
@@ -59,16 +60,19 @@ def is_watched() -> bool:
 
 
 @contextmanager
-def progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show how far a piece of work is that is no step. Call what it gives with the parts done and their number.
+def progress(what: str, *, shown: bool, timeout: float) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a piece of work is that is no step. Call what it gives with the parts done and their number; each
+    call, and the beginning, give it `timeout` more seconds (`watch`).
 
     `what` ends in the name of a part: "writing final, tensor" -> "writing final, tensor 12 of 291", as a bar that
     disappears at the end, or as a line now and then if there is no terminal.
     """
     said = time.monotonic()
+    watch(timeout)
 
     def tell(done: int, total: int) -> None:
         nonlocal said
+        watch(timeout)
         bar.total = total
         bar.update(done - bar.n)
         if shown and bar.disable and time.monotonic() - said >= SAY_EVERY:

@@ -12,6 +12,7 @@ everything else in the loss is loss. Recording itself costs a few microseconds a
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,23 +45,25 @@ Item = TypeVar("Item")
 def profiled(steps: Iterable[Item], folder: Path | None) -> Iterator[Item]:
     """The same steps. With a `folder`, a few are recorded, each from the request for it to the request for the next,
     and the files are written as soon as they are over or the loop is left."""
-    steps = iter(steps)
+    steps, done = iter(steps), 0
     if folder:
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
         with profile(activities=activities, schedule=schedule(wait=WARMUP - 1, warmup=1, active=STEPS, repeat=1),
-                     on_trace_ready=lambda profiler: _write(profiler, folder)) as profiler:
-            for _ in range(WARMUP + STEPS):
-                if (step := next(steps, None)) is None:
-                    break
+                     on_trace_ready=lambda profiler: _write(profiler, folder, done - WARMUP)) as profiler:
+            for step in islice(steps, WARMUP + STEPS):
                 yield step
+                done += 1
                 profiler.step()
     yield from steps
 
 
-def _write(profiler: profile, folder: Path) -> None:
+def _write(profiler: profile, folder: Path, steps: int) -> None:
+    if steps < 1:
+        tqdm.write(f"{folder}: not written, because the run ended before step {WARMUP + 1}, the first recorded")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
-    (folder / "table.txt").write_text(table(profiler.events()), encoding="utf-8")
+    (folder / "table.txt").write_text(table(profiler.events(), steps), encoding="utf-8")
     tqdm.write(f"{folder}: trace.json.gz and table.txt show where the time goes")
 
 
@@ -77,25 +80,25 @@ def _kind(event: FunctionEvent) -> str:
     return own
 
 
-def table(events: Iterable[FunctionEvent]) -> str:
-    """Shares of the time by kind, then by operation."""
+def table(events: Iterable[FunctionEvent], steps: int) -> str:
+    """Shares of the time of so many steps by kind, then by operation."""
     events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]  # kernels are in these
     on_device = any(event.self_device_time_total for event in events)
-    steps = [event for event in events if event.name.startswith("ProfilerStep")]
+    thread = next(event.thread for event in events if event.name.startswith("ProfilerStep"))
     kinds: Counter[str] = Counter()
     operations: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()
     for event in events:
-        if on_device or event.thread == steps[0].thread:
+        if on_device or event.thread == thread:
             spent = round(1000 * (event.self_device_time_total if on_device else event.self_cpu_time_total))  # ns
             operation = _kind(event), re.sub(r"#.*| \(.*", "", event.name)  # FSDP::pre_forward (model.layers.0)
             kinds[operation[0]] += spent
             operations[operation] += spent
             calls[operation] += 1
     total = kinds.total()
-    lines = [f"{total / 1e9 / len(steps):.3f} s a step, of {'kernels' if on_device else 'the thread that trains'}", ""]
+    lines = [f"{total / 1e9 / steps:.3f} s a step, of {'kernels' if on_device else 'the thread that trains'}", ""]
     lines += [f"{spent / total:7.1%}  {kind}" for kind, spent in kinds.most_common()]
     lines += ["", "  share  calls a step  operation"]
-    lines += [f"{spent / total:7.1%}  {calls[kind, name] / len(steps):12,.0f}  {name[:60]} ({kind})"
+    lines += [f"{spent / total:7.1%}  {calls[kind, name] / steps:12,.0f}  {name[:60]} ({kind})"
               for (kind, name), spent in operations.most_common(SHOWN)]
     return "\n".join(lines) + "\n"

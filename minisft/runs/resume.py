@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from minisft.errors import UserError
-from minisft.runs.assemble import Run
+from minisft.runs.assemble import HELD_OUT, Run
 from minisft.training.checkpoint import IncompleteError, SavedState, leftovers, saved_checkpoints, step_of
 from minisft.training.parallel import World
 
@@ -94,7 +94,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
     """Of held-out sets only what changed in one that was and is there."""
     pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
     return [(key, *pair) for key, pair in pairs.items()
-            if pair[0] != pair[1] and not (key.startswith("held-out ") and None in pair)]
+            if pair[0] != pair[1] and not (key.startswith(HELD_OUT) and None in pair)]
 
 
 def from_main(value: T, world: World) -> T:

@@ -81,8 +81,8 @@ class RunDir:
             raise UserError(f"{path}: in use by {holder}; wait for it, or choose another folder with run.dir") from None
         # A start that did not come to its end resumes; one that did, and saved nothing, would be made anew.
         state, saved = self._state(), bool(saved_checkpoints(path / "checkpoints"))
-        self.is_finished = ((path / "final").exists() and not (state not in ("", "done") and saved)) or (
-            state == "done" and not saved)
+        can_go_on = saved and state not in ("", "done")
+        self.is_finished = ((path / "final").exists() and not can_go_on) or (state == "done" and not saved)
         if self.is_finished:
             self._check_longer(config)
         self._lock.truncate(0)
