@@ -44,13 +44,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the target of a position that is not trained: no token has this id, and it adds nothing to the loss
+# Fields that change what a record or a message means, which this file does not read: those with one are left out.
+OTHER = {*("system", "train", "trainable", "training", "loss", "loss_mask", "mask", "chosen", "rejected", "images"),
+         *("image", "video", "audio", "tools", "functions", "tool_calls", "function_call", "reasoning_content", "history")}
 
 Turn = tuple[str, str, int]  # role, content, 1 if it is trained
 Document = tuple[list[int], list[int]]  # the token ids of a conversation and, as long, 1 where a token is trained
 Pack = list[Document]
 
 # ---- 1. Conversations -> token ids and mask --------------------------------------------------------------------------
-
 class Template(NamedTuple):
     """A conversation is begin, and for each turn header, content, stop, after. Names in <|...|> are control tokens."""
     begin: str
@@ -79,7 +81,7 @@ def turns_of(messages: list[dict]) -> list[Turn]:
         weight = message.get("weight", message.get("loss_weight", 1))
         if isinstance(content, list) and all(part.get("type") == "text" for part in content):
             content = "".join(part.get("text", part.get("value")) for part in content)
-        if not isinstance(content, str) or message.get("tool_calls") or weight not in (0, 1):
+        if not isinstance(content, str) or message.keys() & OTHER or weight not in (0, 1):
             raise ValueError("a turn is not plain text with a weight of 0 or 1")
         if role != "system" or content.strip():
             turns.append((role, content, int(weight) if role == "assistant" else 0))
@@ -140,15 +142,15 @@ def load_tokenizer(folder: Path, template: Template) -> Tokenizer:
 def read(path: Path, template: Template, tokenizer: Tokenizer, seq_len: int) -> tuple[list[Document], Counter[str]]:
     """The documents of a JSONL of {"messages": [...]}, and how many conversations were left out, by reason."""
     documents, left_out = [], Counter()
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
+    lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+    for number, line in ((number, line) for number, line in lines if line.strip()):
         try:
             record = json.loads(line)
             ids, trained = encode(turns_of(record["messages"]), template, tokenizer)
-            if (is_weighted := record.get("weight", 1) != 1) or len(ids) > seq_len or not any(trained):
-                raise ValueError("a record with a weight" if is_weighted else "longer than --seq-len" if any(trained)
-                                 else "nothing to train on")
+            is_more = bool(record.keys() & OTHER) or record.get("weight", record.get("loss_weight", 1)) != 1
+            if is_more or len(ids) > seq_len or not any(trained):
+                raise ValueError("a record with a weight, or of more than messages" if is_more else
+                                 "longer than --seq-len" if any(trained) else "nothing to train on")
             documents.append((ids, trained))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             sys.exit(f'{path}:{number}: not {{"messages": [{{"role": ..., "content": ...}}, ...]}} ({error!r})')
@@ -158,7 +160,6 @@ def read(path: Path, template: Template, tokenizer: Tokenizer, seq_len: int) -> 
 
 
 # ---- 2. Documents -> packs -> steps ----------------------------------------------------------------------------------
-
 def steps(documents: list[Document], *, seq_len: int, packs: int, seed: int) -> Iterator[list[Pack]]:
     """The packs of each step, at most `packs` of at most `seq_len` tokens, epoch after epoch without end.
 
@@ -302,7 +303,6 @@ class Llama(nn.Module):
 
 
 # ---- 4. Hugging Face folders -----------------------------------------------------------------------------------------
-
 def read_config(folder: Path) -> dict:
     """config.json, with what it may leave out, and its rotary part under "rope"."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -334,8 +334,9 @@ def load_model(folder: Path, device: torch.device, precision: str) -> Llama:
     files = [safe_open(file, "pt") for file in sorted(folder.glob("model*.safetensors"))]
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
     for name, parameter in model.named_parameters():
-        if name not in where or (saved := where[name].get_slice(name)).get_shape() != list(parameter.shape):
-            sys.exit(f"{folder}: {name} is missing from model*.safetensors, or its shape is not {parameter.shape}")
+        saved, shape = where[name].get_slice(name) if name in where else None, list(parameter.shape)
+        if saved is None or saved.get_shape() != shape or saved.get_dtype() not in ("F32", "BF16", "F16"):
+            sys.exit(f"{folder}: {name} is missing from model*.safetensors, or is no {shape} in F32, BF16 or F16")
         rows = parameter.detach().to_local()  # of 10 rows, four ranks hold 3, 3, 3 and 1
         first = dist.get_rank() * -(-len(parameter) // dist.get_world_size())
         if len(rows):
@@ -375,7 +376,6 @@ def jinja(template: Template) -> str:
 
 
 # ---- 5. Training -----------------------------------------------------------------------------------------------------
-
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
     """The rate of `step` (from 0): a line up to `peak`, then half a cosine down to 0."""
     if step < warmup:

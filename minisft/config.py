@@ -109,8 +109,8 @@ class OptimConfig:
                           choices=("fp32", "bf16"))
     moments: str = key("fp32", "precision of AdamW's moments; bf16: with stochastic rounding", choices=("fp32", "bf16"))
     in_backward: bool = key(False, "update each parameter as soon as its gradient is ready, then free the gradient")
-    label_smoothing: float = key(0.0, "probability spread over the whole vocabulary", low=0, below=1)
-    z_loss: float = key(0.0, "weight of the squared log-partition penalty", low=0)
+    label_smoothing: float = key(0.0, "probability spread over all words; held-out losses have none", low=0, below=1)
+    z_loss: float = key(0.0, "weight of the squared log-partition penalty; held-out losses have none", low=0)
 
 
 @dataclass(frozen=True)

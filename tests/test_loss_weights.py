@@ -221,7 +221,7 @@ def test_a_malformed_weight_is_named_with_its_place_and_a_remedy_that_works(base
     assert main(["prepare", *options(base, tmp_path, data__train=file)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     value = {"weight": float("inf") if "999" in weight else json.loads(weight)}
-    assert ("left out, weight is not 0 or a number from 1e-100 to 1e+100 (--data.ignore weight takes the record "
+    assert ("left out, weight is not 0 or a number from 1e-12 to 1e+12 (--data.ignore weight takes the record "
             f"without it): 1 (first: {file}:2: {value})") in printed
     assert main(["prepare", *options(base, tmp_path, data__train=file, data__ignore="weight")]) == 0
     assert "left out" not in capsys.readouterr().out

@@ -61,6 +61,8 @@ CASES = {  # what stands under "left out" trains nothing, in the package as here
     "left out: a late system turn": [*turns("a", "b"), {"role": "system", "content": "c"}, *turns("d", "e")],
     "left out: nothing trained": [{"role": "user", "content": "Hi"},
                                   {"role": "assistant", "content": "Hello!", "weight": 0}],
+    **{f"left out: an answer with {field}": [*turns("Hi"), {"role": "assistant", "content": "Hello!", **field}]
+       for field in ({"train": False}, {"trainable": 0}, {"loss_mask": 0}, {"reasoning_content": "Hm"})},
     "left out: too long": turns("word " * 300, "Yes."),
     "the last": turns("Done?", "Done."),
 }
@@ -163,12 +165,13 @@ def test_weights_are_left_out_and_counted(one_file, models, tmp_path):
     data = written(tmp_path / "data.jsonl", [CASES["one question"], [*turns("Hi"), {
         "role": "assistant", "content": "Hello!", "weight": 0.5}]])
     with data.open("a") as file:
-        for weight in (2.5, 1):
-            file.write(json.dumps({"messages": turns("Hi", "Yes."), "weight": weight}) + "\n")
+        for fields in ({"weight": 2.5}, {"weight": 1}, {"loss_weight": 0}, {"train": False}, {"system": "Rhyme."}):
+            file.write(json.dumps({"messages": turns("Hi", "Yes."), **fields}) + "\n")
     chosen = one_file.TEMPLATES["llama3"]
     documents, left_out = one_file.read(data, chosen, one_file.load_tokenizer(models / "untied", chosen), 256)
     assert len(documents) == 2
-    assert left_out == {"a turn is not plain text with a weight of 0 or 1": 1, "a record with a weight": 1}
+    assert left_out == {"a turn is not plain text with a weight of 0 or 1": 1,
+                        "a record with a weight, or of more than messages": 4}
 
 
 @pytest.mark.parametrize(("line", "reason"), [

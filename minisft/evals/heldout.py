@@ -46,8 +46,8 @@ def heldout_loss(model: nn.Module, dataset: Dataset, world: World | None = None,
                  fixed: bool = False, check: Callable[[int, int], None] = lambda done, total: None) -> float:
     """Mean loss in nats over the trained tokens of `dataset`. All ranks of `world` call it and get the same number.
 
-    Tokens are weighted as in training, so this is what training lowers: one of weight 0.5 counts half, as one of weight
-    0 does not count.
+    Tokens are weighted as in training, without label smoothing and z-loss: one of weight 0.5 counts half, as one of
+    weight 0 does not count.
 
     The sum over all micro-batches and ranks is divided once, so neither packing nor the number of ranks matters. With
     `fixed`, all micro-batches have the same number of tokens, as a compiled `model` needs them. All ranks call `check`

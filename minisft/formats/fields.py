@@ -29,7 +29,7 @@ from minisft.formats.records import without_repetition
 SYSTEMS = ("system", "system_prompt", "system_message")
 GRADED = frozenset(("weight", "loss_weight"))  # weights in the loss: 0, or a number in RANGE
 WEIGHTS = GRADED | {"loss", "loss_mask", "train", "training", "trainable"}  # the others are 0 or 1
-RANGE = (1e-100, 1e100)  # so that products and sums of weights neither overflow nor vanish
+RANGE = (1e-12, 1e12)  # so that products and sums of weights neither overflow nor vanish, in fp32 too
 # Fields that are read, or that a format defines as labels for people: of a record, a turn, a task, an OASST message.
 RECORD = WEIGHTS | set(SYSTEMS)
 TOOLS = RECORD | {"tools", "functions", "builtin_tools"}

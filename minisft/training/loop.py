@@ -35,7 +35,7 @@ class StepResult:
     tokens: int  # of all ranks
     target_tokens: int  # trained ones, of all ranks
     target_weight: float | None  # the sum of their weights in the loss; None if the data has no weights
-    loss: Tensor  # () weighted mean over the step's trained tokens, in nats
+    loss: Tensor  # () weighted mean over the step's trained tokens, in nats, with what smoothing and z-loss add
     grad_norm: Tensor  # () before clipping; if it is not finite, AdamW skipped the step
 
 
