@@ -45,8 +45,8 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the target of a position that is not trained: no token has this id, and it adds nothing to the loss
 # Fields that change what a record or a message means, which this file does not read: those with one are left out.
-OTHER = {*("system", "train", "trainable", "training", "loss", "loss_mask", "mask", "chosen", "rejected", "images"),
-         *("image", "video", "audio", "tools", "functions", "tool_calls", "function_call", "reasoning_content", "history")}
+OTHER = {*("system", "train", "trainable", "loss", "loss_mask", "mask", "chosen", "rejected", "image", "video"),
+         *("images", "audio", "tools", "functions", "tool_calls", "function_call", "reasoning_content", "history")}
 
 Turn = tuple[str, str, int]  # role, content, 1 if it is trained
 Document = tuple[list[int], list[int]]  # the token ids of a conversation and, as long, 1 where a token is trained
