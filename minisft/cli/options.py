@@ -22,6 +22,19 @@ Option = tuple[tuple[str, ...], dict[str, Any]]  # arguments of argparse's add_a
 Command = tuple[dict[str, Any], tuple[Option | str, ...]]  # arguments of add_parser, and the options
 
 
+class _Once(argparse._StoreAction):
+    """An option with values. Given twice, it would drop the first ones, so it is refused, as a recipe's key is."""
+
+    given = False
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        if self.given:
+            raise argparse.ArgumentError(self, f"given twice; give it once{', before all its files' * (self.nargs == '+')}")
+        self.given = True
+        super().__call__(parser, namespace, values, option_string)
+
+
 def number(kind: Callable[[str], Number], low: float, high: float, what: str) -> Callable[[str], Number]:
     """A type for argparse: text -> a number from `low` to `high`; `what` describes it in the error."""
     def read(text: str) -> Number:
@@ -210,6 +223,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Every command, for argparse."""
     for name, (texts, options) in COMMANDS.items():
         place: Any = (parser := commands.add_parser(name, allow_abbrev=False, **texts))
+        parser.register("action", None, _Once)
         for each in options:
             if isinstance(each, str):
                 place = parser.add_argument_group(each)
