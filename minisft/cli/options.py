@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minisft.config import FORMATS
+from minisft.config import FORMATS, DataConfig
 from minisft.errors import printable
 from minisft.planning import UTILISATION, UTILISATION_ALONE
 
@@ -30,7 +30,8 @@ class _Once(argparse._StoreAction):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
         if self.given:
-            raise argparse.ArgumentError(self, f"given twice; give it once{', before all its files' * (self.nargs == '+')}")
+            files = ", before all its files" * (self.nargs == "+")
+            raise argparse.ArgumentError(self, f"given twice; give it once{files}")
         self.given = True
         super().__call__(parser, namespace, values, option_string)
 
@@ -96,6 +97,7 @@ MODEL = option("model", metavar="MODEL", help="a Hugging Face folder, such as ru
 ANSWER_OPTIONS = (
     option("--limit", **POSITIVE, help="only the first N questions"),
     option("--batch", **POSITIVE, default=8, help="questions side by side (8)"), JSON, *model_options(1024))
+EVAL_KEYS = ("fields", "ignore", "skip_bad", "max_bad", "oasst", "overlong", "dedup")  # of [data], for held-out files
 RECIPES = ("prepare", "show", "plan")
 COMMANDS = {
     "train": command(  # cli/train_command.py reads the arguments itself
@@ -163,11 +165,13 @@ COMMANDS = {
                help="prompts in IFEval's layout, or `instructions`: the shipped ones, English and Turkish"),
         flag("--skip-unknown", "leave out instructions that have no check"),
         "held-out losses",
-        option("--data", **FILES,
+        option("--data", "--data.train", **FILES,
                help="conversations, whose answers count, and plain text, in which every token counts"),
-        option("--data-format", choices=FORMATS, default="auto", help="layout of these files (auto)"),
-        option("--seq-len", **POSITIVE, default=2048,
-               help="longer documents are left out, and counted (2048, or the model's context if that is less)")),
+        option("--data-format", "--data.format", choices=FORMATS, default="auto", help="layout of these files (auto)"),
+        option("--seq-len", "--data.seq_len", **POSITIVE, default=2048,
+               help="longer documents are left out, and counted (2048, or the model's context if that is less)"),
+        *(option(f"--data.{name}", metavar="X", help=DataConfig.__dataclass_fields__[name].metadata["doc"])
+          for name in EVAL_KEYS)),
     "answer": command(
         "answer a file of questions for a judge, and count words, repetitions and praise",
         "minisft answer MODEL --questions FILE --out FILE [options]",

@@ -226,7 +226,8 @@ def describe(found: dict[str, Any]) -> str:
     rows = [*found["subjects"].items(), ("all", found)] if len(found["subjects"]) > 1 else [("all", found)]
     wide = max(len(name) for name, _ in rows)
     lines = [f"multiple choice ({', '.join(found['formats'])}), {found['shots']} shots{', chat' * found['chat']}; "
-             "accuracy in % and its 95% interval", f"{'':{wide}}  questions  chance  " + "  ".join(f"{score:>18}" for score in SCORES)]
+             "accuracy in % and its 95% interval",
+             f"{'':{wide}}  questions  chance  " + "  ".join(f"{score:>18}" for score in SCORES)]
     for name, row in rows:
         cells = []
         for score in SCORES:

@@ -16,8 +16,8 @@ program can check (instructions.py); and `flips` (answers.py). All were written 
 
 An answer is the letter of a choice (A is the first) or its number from 0; in `arc` it is one of the record's labels. A
 question's subject is its record's `subject` or its file's: astronomy_test.csv and astronomy_dev.csv have the same. JSON
-lists are TurkishMMLU's if their words are Turkish, and otherwise MMLU's. The first record that cannot be understood is an
-error: figures of a set that has lost questions cannot be compared.
+with lists of choices is TurkishMMLU's if its words are Turkish, and otherwise MMLU's. The first record that cannot be
+understood is an error: figures of a set that has lost questions cannot be compared.
 """
 
 import csv
@@ -184,7 +184,7 @@ def _names(first: list[str], where: str) -> tuple[list[str], bool]:
     return names, True
 
 
-def _parsed(format: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
+def _parsed(format: str, record: Any) -> tuple[str, tuple[str, ...], int]:
     """Text, choices and index of the answer. Raises UserError, without file and line."""
     text, choices, answer = record.get("question"), record.get("choices"), record.get("answer")
     if format == "arc":
