@@ -7,7 +7,6 @@ from typing import Any
 
 from minisft import config_io
 from minisft.cli.loading import load, precision_of
-from minisft.cli.options import EVAL_KEYS
 from minisft.errors import UserError
 from minisft.evals import choices, heldout, instructions
 from minisft.evals.questions import prompt_file
@@ -26,10 +25,8 @@ def run(options: Namespace) -> None:
                              shots=options.shots, shots_from=options.shots_from, limit=options.limit)
     asked = instructions.load(options.instructions, skip_unknown=options.skip_unknown,
                               limit=options.limit) if options.instructions else None
-    keys = {name: getattr(options, f"data.{name}") for name in EVAL_KEYS}
-    data = config_io.load(["--model.path=-", "--data.train=-", f"--data.seq_len={options.seq_len}",
-                           f"--data.format={options.data_format}",
-                           *(f"--data.{name}={text}" for name, text in keys.items() if text is not None)]).data
+    keys = [f"--{key}={value}" for key, value in vars(options).items() if key[:5] == "data." and value is not None]
+    data = config_io.load(["--model.path=-", "--data.train=-", *keys]).data
     # A base model has no chat template, and needs none for plain text.
     template = "" if options.chat or asked or options.data else "text"
     assistant = load(options.model, options, template=template)

@@ -24,16 +24,13 @@ Command = tuple[dict[str, Any], tuple[Option | str, ...]]  # arguments of add_pa
 
 class _Once(argparse._StoreAction):
     """An option with values. Given twice, it would drop the first ones, so it is refused, as a recipe's key is."""
-
     given = False
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
+    def __call__(self, *args: Any, **named: Any) -> None:
         if self.given:
-            files = ", before all its files" * (self.nargs == "+")
-            raise argparse.ArgumentError(self, f"given twice; give it once{files}")
+            raise argparse.ArgumentError(self, "given twice; give it once, before all its values")
         self.given = True
-        super().__call__(parser, namespace, values, option_string)
+        super().__call__(*args, **named)
 
 
 def number(kind: Callable[[str], Number], low: float, high: float, what: str) -> Callable[[str], Number]:
@@ -97,7 +94,6 @@ MODEL = option("model", metavar="MODEL", help="a Hugging Face folder, such as ru
 ANSWER_OPTIONS = (
     option("--limit", **POSITIVE, help="only the first N questions"),
     option("--batch", **POSITIVE, default=8, help="questions side by side (8)"), JSON, *model_options(1024))
-EVAL_KEYS = ("fields", "ignore", "skip_bad", "max_bad", "oasst", "overlong", "dedup")  # of [data], for held-out files
 RECIPES = ("prepare", "show", "plan")
 COMMANDS = {
     "train": command(  # cli/train_command.py reads the arguments itself
@@ -167,11 +163,12 @@ COMMANDS = {
         "held-out losses",
         option("--data", "--data.train", **FILES,
                help="conversations, whose answers count, and plain text, in which every token counts"),
-        option("--data-format", "--data.format", choices=FORMATS, default="auto", help="layout of these files (auto)"),
-        option("--seq-len", "--data.seq_len", **POSITIVE, default=2048,
+        option("--data-format", "--data.format", dest="data.format", choices=FORMATS, default="auto",
+               help="layout of these files (auto)"),
+        option("--seq-len", "--data.seq_len", dest="data.seq_len", **POSITIVE, default=2048,
                help="longer documents are left out, and counted (2048, or the model's context if that is less)"),
         *(option(f"--data.{name}", metavar="X", help=DataConfig.__dataclass_fields__[name].metadata["doc"])
-          for name in EVAL_KEYS)),
+          for name in ("fields", "ignore", "skip_bad", "max_bad", "oasst", "overlong", "dedup"))),
     "answer": command(
         "answer a file of questions for a judge, and count words, repetitions and praise",
         "minisft answer MODEL --questions FILE --out FILE [options]",

@@ -99,7 +99,7 @@ def load(files: list[str], *, format: str = "auto", language: str = "", style: s
     by_subject = bool({q.subject for q in pool} & {q.subject for q in questions})
     prompts = []
     for question in questions:
-        others = (q for q in pool if (q.text, q.choices) != (question.text, question.choices)
+        others = (q for q in pool if (q.text.strip(), q.choices) != (question.text.strip(), question.choices)
                   and (q.subject == question.subject or not by_subject))
         chosen = tuple(islice(others, shots))
         if len(chosen) < shots:
@@ -123,9 +123,9 @@ def figures(assistant: Assistant, prompts: list[ChoicePrompt], *, chat: bool = F
     flat = iter(log_likelihoods(assistant.model, list(chain.from_iterable(requests)), batch_tokens=batch_tokens))
     answers = [_answer(prompt, list(islice(flat, len(prompt.question.choices)))) for prompt in prompts]
     subjects = dict.fromkeys(answer["subject"] for answer in answers)
-    asked, first = [prompt.question for prompt in prompts], dict[tuple[str, tuple[str, ...]], ChoiceQuestion]()
+    asked, first = [prompt.question for prompt in prompts], dict[tuple[str, ...], ChoiceQuestion]()
     repeated = [f"{question.where} is {same.where}" for question in asked
-                if (same := first.setdefault((question.text, question.choices), question)) is not question]
+                if (same := first.setdefault((question.text.strip(), *question.choices), question)) is not question]
     return {"formats": sorted({f"{question.format} in {question.language}" for question in asked}),
             "repeated": repeated, "shots": len(prompts[0].shots), "chat": chat, **_accuracies(answers),
             "subjects": {name: _accuracies([each for each in answers if each["subject"] == name]) for name in subjects},
@@ -235,6 +235,6 @@ def describe(found: dict[str, Any]) -> str:
             cells.append(f"{100 * row[score]:5.1f} ({100 * low:.1f}-{100 * high:.1f})".rjust(18))
         lines.append(f"{name:{wide}}  {row['questions']:9,}  {100 * row['chance']:6.1f}  " + "  ".join(cells))
     if repeated := found["repeated"]:
-        lines.append(f"{len(repeated):,} questions stand twice, which makes intervals too narrow: {repeated[0]}"
-                     + ", ..." * (len(repeated) > 1))
+        lines.append(f"questions that stand twice, which makes the intervals too narrow: {len(repeated):,} "
+                     f"({repeated[0]}{', ...' * (len(repeated) > 1)})")
     return "\n".join(printable(line, PATH) for line in lines)
