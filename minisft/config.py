@@ -157,7 +157,7 @@ class ParallelConfig:
 class EvalConfig:
     """Evaluation on data.eval and data.general."""
     every: int = key(0, "steps between evaluations; 0: only at the start and the end", low=0)
-    samples: int = key(0, "questions of each data.eval to answer in the log, at each evaluation", low=0)
+    samples: int = key(0, "questions of each held-out set to answer in the log, at each evaluation", low=0)
     max_tokens: int = key(0, "tokens of each held-out set to evaluate on, chosen by train.seed; 0: all", low=0)
     stop_on: tuple[str, ...] = key((), "held-out sets of which one without a new lowest loss ends the run; forgetting: "
                                    "crossing eval.forgetting_bound does")

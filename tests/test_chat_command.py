@@ -14,7 +14,7 @@ from minisft.data.conversation import Turn
 from minisft.data.tokenizer import Tokenizer
 from minisft.generate.assistant import Assistant, Sampling
 
-OPTIONS = ["--template", "llama3", "--precision", "fp32", "--max-new-tokens", "12"]
+OPTIONS = {"--template": "llama3", "--precision": "fp32", "--max-new-tokens": "12"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def said(base, monkeypatch, capsys):
         stream = io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", stream)
         monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-        code = main(["chat", str(base), *OPTIONS, *options])
+        others = [part for name, value in OPTIONS.items() if name not in options for part in (name, value)]
+        code = main(["chat", str(base), *others, *options])
         out.seek(0)
         return code, out.read(), capsys.readouterr().err
 

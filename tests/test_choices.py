@@ -226,10 +226,23 @@ def test_the_command(base, tmp_path, capsys):
     assert found["choices"]["answers"][2]["log_likelihoods"] == pytest.approx(
         [oracle(base, SKY_OPENING + SKY_SHOT + SKY_THIRD, letter) for letter in (" A", " B", " C", " D")], abs=1e-4)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "multiple choice, 1 shots; accuracy in % and its 95% interval"
+    assert lines[0] == ("multiple choice (mmlu in en, turkish_mmlu in tr), 1 shots; accuracy in % and its 95% "
+                        "interval")
     low, high = wilson(round(7 * found["choices"]["acc"]), 7)
     share = f"{100 * found['choices']['acc']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
     assert lines[-1].split() == ["all", "7", "22.9", *share.split() * 3]
+
+
+def test_questions_that_stand_twice_are_counted(base, tmp_path, capsys):
+    """They would be taken for more evidence than there is."""
+    again = Path(SKY).read_text().replace("Mars have?", "Mars have? ")  # asked without the blank
+    (tmp_path / "more.csv").write_text(again + "Which planet is red?,Mars,Venus,Pluto,Io,A\n")
+    assert main(["eval", str(base), "--choices", SKY, str(tmp_path / "more.csv")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "questions that stand twice, which makes the intervals too narrow: 4 "
+        f"({tmp_path}/more.csv:1 is {SKY}:1, ...)")
+    assert main(["eval", str(base), "--choices", SKY]) == 0
+    assert "twice" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

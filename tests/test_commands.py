@@ -48,6 +48,19 @@ def test_the_help_of_training_has_every_key(tmp_path):
     assert "    train " in run([*MODULE, "--help"], tmp_path).stdout
 
 
+@pytest.mark.parametrize(("arguments", "option"), [
+    (["eval", "M", "--choices", "a", "--limit", "2", "--choices", "b"], "--choices"),
+    (["compare", "--ratings", "a", "b", "--key", "k", "--key", "l"], "--key"),
+    (["plan", "--gpus", "8", "--gpus", "2"], "--gpus")])
+def test_an_option_is_given_once(capsys, arguments, option):
+    """The first values would be dropped."""
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (f"minisft {arguments[0]}: error: argument {option}: given "
+                                                        "twice; give it once, before all its values")
+
+
 def test_the_versions(capsys):
     import torch
 

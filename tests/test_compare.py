@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import time
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from minisft.errors import UserError
 from minisft.evals.answers import Answers
 from minisft.evals.comparison import blind_page, describe, read_judgments, read_ratings, win_rates
 from minisft.evals.questions import Prompt
+from minisft.evals.rates import sign_test
 
 NASTY = "</script><script>alert(1)</script><!-- {{POLICY}} {{DATA}} & \u2028 <b>bold</b> \"'"
 
@@ -239,10 +241,18 @@ def test_pages_of_one_pair_in_both_orders_are_one_comparison(tmp_path):
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (5, 5), (3, 9), (40, 20), (0, 7)])
 def test_the_sign_test_is_scipys(wins, losses):
-    from minisft.evals.rates import sign_test
-
     stats = pytest.importorskip("scipy.stats")
     assert sign_test(wins, losses) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1)
+
+
+def test_the_sign_test_of_many_pairs_is_exact_and_soon_there():
+    """All of MMLU: 14,042 questions. Each term from its factorials takes a quarter of a minute."""
+    wins, losses = 6900, 7142
+    start, found = time.process_time(), sign_test(wins, losses)
+    assert time.process_time() - start < 2
+    logs = [math.lgamma(wins + losses + 1) - math.lgamma(k + 1) - math.lgamma(wins + losses - k + 1)
+            for k in range(wins + 1)]
+    assert found == pytest.approx(2 * math.fsum(math.exp(log - (wins + losses) * math.log(2)) for log in logs), 1e-8)
 
 
 def test_a_pair_that_several_people_rated_counts_once(tmp_path):

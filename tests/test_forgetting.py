@@ -15,6 +15,7 @@ from test_resume import Death
 
 from minisft import config_io
 from minisft.__main__ import main as command
+from minisft.config import DataConfig
 from minisft.errors import UserError
 from minisft.evals import heldout
 from minisft.evals.heldout import Forgetting, file_losses, loss_figures
@@ -186,7 +187,8 @@ def test_losses_of_files_are_those_of_their_documents(base, tmp_path, general):
     """Answers count in conversations, every token in text: against a plain loop over the documents."""
     conversations, assistant = HERE / "oracles" / "conversations.jsonl", Assistant.load(base, template="llama3")
     oracle = json.loads((HERE / "oracles" / "trl_curve.json").read_text(encoding="utf-8"))
-    found = file_losses(assistant, [str(conversations), str(general)], cache=tmp_path / "cache", quiet=True)
+    data = DataConfig(cache=tmp_path / "cache")
+    found = file_losses(assistant, [str(conversations), str(general)], data, quiet=True)
     total = count = 0
     for document in oracle["documents"]:
         ids, trained = torch.tensor(document["ids"]), torch.tensor(document["trained"])[1:] > 0
@@ -196,10 +198,10 @@ def test_losses_of_files_are_those_of_their_documents(base, tmp_path, general):
     assert found[0]["loss"] == pytest.approx(total / count, abs=1e-5)
     assert found[0]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert found[1]["loss"] == pytest.approx(naive(base, options(base, tmp_path, data__general=general)), abs=1e-5)
-    short, = file_losses(assistant, [str(conversations)], cache=tmp_path / "cache", seq_len=128, quiet=True)
+    short, = file_losses(assistant, [str(conversations)], replace(data, seq_len=128), quiet=True)
     assert short["left_out"] == sum(len(document["ids"]) > 128 for document in oracle["documents"])
     assistant.model.config = replace(assistant.model.config, max_position_embeddings=128)
-    assert file_losses(assistant, [str(conversations)], cache=tmp_path / "cache", quiet=True) == [short], (
+    assert file_losses(assistant, [str(conversations)], data, quiet=True) == [short], (
         "a model says nothing past its context")
 
 
@@ -208,7 +210,7 @@ def test_the_model_reads_the_documents_of_a_file_and_no_padding(base, tmp_path, 
     monkeypatch.setattr(heldout, "batch_loss", lambda model, batch, *args, **options: read.append(
         len(batch.tokens)) or whole(model, batch, *args, **options))
     assistant = Assistant.load(base, template="llama3")
-    file_losses(assistant, [str(general)], cache=tmp_path / "cache", quiet=True)
+    file_losses(assistant, [str(general)], DataConfig(cache=tmp_path / "cache"), quiet=True)
     assert sum(read) == sum(1 + len(assistant.renderer.tokenizer.encode(text)) + 1 for text in TEXTS)
 
 
@@ -221,7 +223,7 @@ def test_progress_is_shown_on_a_terminal_unless_it_is_to_be_quiet(base, tmp_path
     assistant = Assistant.load(base, template="llama3")
     for quiet in ({}, {"quiet": True}):
         monkeypatch.setattr(sys, "stderr", Terminal())
-        file_losses(assistant, [str(general)], cache=tmp_path / f"cache{quiet}", **quiet)
+        file_losses(assistant, [str(general)], DataConfig(cache=tmp_path / f"cache{quiet}"), **quiet)
         assert (f"tokenise {general}: " in sys.stderr.getvalue()) == (not quiet)
 
 
@@ -229,7 +231,7 @@ def test_a_file_of_another_tokenizer_is_refused(base, tmp_path, general):
     assistant = Assistant.load(base, template="llama3")
     assistant.model.config = replace(assistant.model.config, vocab_size=300)
     with pytest.raises(UserError, match="is past the model's vocabulary of 300"):
-        file_losses(assistant, [str(general)], cache=tmp_path / "cache", quiet=True)
+        file_losses(assistant, [str(general)], DataConfig(cache=tmp_path / "cache"), quiet=True)
 
 
 def test_minisft_eval_prints_and_writes_them(base, tmp_path, general, capsys):
@@ -243,6 +245,27 @@ def test_minisft_eval_prints_and_writes_them(base, tmp_path, general, capsys):
     assert "choose with --template" in capsys.readouterr().err
     assert command(["eval", str(base), "--template", "llama3", "--data", str(tmp_path / "nowhere")]) == 2
     assert "nowhere: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "advice", "keys"), [
+    ('{"soru": "hi", "cevap": "yo"}', "--data.fields '{",
+     ["--data.fields", '{instruction = "soru", output = "cevap"}']),
+    ('{"instruction": "a", "output": "b"}\nnone', "pass --data.skip_bad true", ["--data.skip_bad", "true"]),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "images": ["x"]}',
+     "(--data.ignore images takes", ["--data.ignore", "images"]),
+    (json.dumps({"instruction": "a", "output": "b" * 9000}), "pass --data.overlong truncate",
+     ["--data.overlong", "truncate"]),
+])
+def test_minisft_eval_takes_the_keys_that_it_advises(base, tmp_path, capsys, content, advice, keys):
+    (tmp_path / "c.jsonl").write_text(content + "\n")
+    arguments = ["eval", str(base), "--template", "llama3", "--data", str(tmp_path / "c.jsonl")]
+    assert command(arguments) == 2
+    assert advice in capsys.readouterr().err
+    assert command([*arguments, *keys]) == 0
+    assert re.search(rf" 1 +[01]  {tmp_path}/c.jsonl$", capsys.readouterr().out, re.MULTILINE)
+    assert command([*arguments, *keys, "--data.max_bad", "many"]) == 2
+    assert capsys.readouterr().err == ("error: the configuration has 1 problem:\n  command line: --data.max_bad: "
+                                       "expected int >= 0, got 'many'\n")
 
 
 @pytest.mark.slow

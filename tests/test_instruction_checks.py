@@ -201,7 +201,8 @@ def test_turkish_letters_keep_their_dots():
     ("keywords:frequency", "Isı arttı, ISI azaldı, ısı", {"keyword": "ısı", "frequency": 3, "relation": "exactly"},
      True, False),
     ("keywords:forbidden_words", "IŞIK söndü", {"forbidden_words": ["ışık"]}, False, True),
-    ("keywords:forbidden_words", "ışıklar söndü", {"forbidden_words": ["ışık"]}, True, True),
+    ("keywords:forbidden_words", "ışıklar söndü", {"forbidden_words": ["ışık"]}, False, True),  # as existence counts
+    ("keywords:forbidden_words", "kısırı ısırdı", {"forbidden_words": ["ısı"]}, True, True),
     ("keywords:letter_frequency", "İyi IŞIK", {"letter": "i", "let_frequency": 2, "let_relation": "exactly"},
      True, False),
     ("startend:end_checker", "Hoşça kal. İYİ GECELER.", {"end_phrase": "iyi geceler."}, True, False),

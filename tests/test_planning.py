@@ -63,7 +63,8 @@ def test_a_run_of_uneven_steps_takes_the_time_of_its_tokens(recipe, base):
 def test_the_plan_says_what_its_time_leaves_out(recipe, capsys):
     for offload, said in (("none", False), ("optimizer", True)):
         assert main(["plan", "r.toml", "--tokens", "1M", "--parallel.offload", offload]) == 0
-        assert ("leave out what offloading moves" in " ".join(capsys.readouterr().out.split())) is said
+        assert (", and what offloading moves" in (out := " ".join(capsys.readouterr().out.split()))) is said
+        assert "leave out evaluation and checkpoints" in out
 
 
 def test_remedies_in_fp8_are_accepted_by_the_configuration(recipe, capsys):

@@ -49,6 +49,43 @@ def test_mmlu_with_names_and_numbers_is_the_same(tmp_path):
     assert [q.line for q in named] == [2, 3, 5, 6]
 
 
+CAPITAL = {"question": "Capital of France?", "A": "Rome", "B": "Paris", "C": "Oslo", "answer": "B"}
+
+
+@pytest.mark.parametrize("header", [
+    "id,prompt,A,B,C,answer", ",question,A,B,C,answer", "question,subject,A,B,C,answer",
+    "Subject,Question,A,B,C,why,Answer", "question,C,B,A,answer",
+    "question,answer,A,B,C", "Question,Option A,option_b,Choice C,Answer",
+    "question,choice2,choice0,choice1,answer", "question,A,B,C,answer,source"])
+def test_a_header_says_which_column_is_what(tmp_path, header):
+    """Read by place, the first column would be the question, and the key would move."""
+    names = [name.lower().replace("prompt", "question") for name in header.split(",")]
+    cells = [CAPITAL.get(name) or CAPITAL.get(name[-1:].translate(str.maketrans("abc012", "ABCABC")), "7")
+             if "subject" not in name else "world_cities" for name in names]
+    question, = read(written(tmp_path, f"{header}\n{','.join(cells)}\n"))
+    assert (question.text, question.choices, question.answer) == ("Capital of France?", ("Rome", "Paris", "Oslo"), 1)
+    assert question.subject == ("world cities" if "subject" in names else "set")
+
+
+@pytest.mark.parametrize("header", [
+    "id,text,A,B,answer", "question,first,second,answer", "question,A,C,answer", "question,choice1,choice2,answer",
+    "question,prompt,A,B,answer", "question,A,A,B,answer", "question,A,B,answer,answer", "question,choices,answer"])
+def test_a_header_that_leaves_a_doubt_is_refused(tmp_path, header):
+    file = written(tmp_path, f"{header}\n{','.join('7' * len(header.split(',')))}\n")
+    with pytest.raises(UserError) as error:
+        read(file)
+    assert str(error.value) == (f"{file}:1: the header is '{header}'; name the columns question (or prompt), A, B, ... "
+                                "(a choice each) and answer, in any order; others are not read")
+
+
+def test_questions_without_a_word_are_not_turkish(tmp_path):
+    """elementary_mathematics as JSON: no language shows in it, but Turkish would."""
+    rows = [{"question": f"{n} * 7 = ?", "subject": "elementary_mathematics", "choices": ["12", "84"], "answer": 1}
+            for n in range(4)]
+    found = read(written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "test.jsonl"))
+    assert {(q.format, q.language, q.subject) for q in found} == {("mmlu", "en", "elementary mathematics")}
+
+
 def test_turkish_mmlu():
     first, second, third = read(TURKISH)
     assert first == ChoiceQuestion("Türk kahvesi geleneksel olarak hangi kapta pişirilir?",
@@ -146,8 +183,8 @@ def test_a_bad_record_is_named_with_its_line(tmp_path, record, reason):
 @pytest.mark.parametrize(("content", "line", "reason"), [
     ("q,a,b,A\nq,a,b,c,A\n", 2, "5 columns, but the first row has 4"),
     ("q,a,b,A\n\nq,a,A\n", 3, "3 columns, but the first row has 4"),
-    ("q,a,A\n", 1, "3 columns; expected a question, at least two choices and the answer (read as mmlu; --format "
-                   "chooses another)"),
+    ("q,a,A\n", 1, "3 columns; expected a question, at least two choices and the answer"),
+    ("0,q,a,b,B\n", 1, "the question is '0'; expected a text (read as mmlu; --format chooses another)"),
     ('q,"a\na",b,A\nq,a,b,E\n', 3, "the answer is 'E'; expected a letter up to B or a number from 0 to 1 (read as "
                                    "mmlu; --format chooses another)"),
     ('q,a,b,A\nq,"a,b,A\nq,a,b,A\n', 2, "not CSV: unexpected end of data"),
@@ -176,10 +213,12 @@ def test_a_named_format_is_used(tmp_path):
         read(TURKISH, format="arc")
     assert str(error.value) == (f"{TURKISH}:2: choices is ['Cezve', 'Güveç', 'Sürahi', 'Tepsi', 'Kevgir']; expected "
                                 "texts and their labels (read as arc; --format chooses another)")
-    with pytest.raises(UserError, match=r"night_sky_test.csv:1: bad JSON"):
+    with pytest.raises(UserError, match=r"sky_test.csv:1: choices is \['None', .*; expected texts and their labels"):
         read(MMLU, format="arc")
-    with pytest.raises(UserError, match=r"Kitchen.json:\d+: "):
-        read(TURKISH, format="mmlu")
+    for file, format, language in ((TURKISH, "mmlu", "en"), (MMLU, "turkish_mmlu", "tr")):  # CSV and JSON alike
+        assert [(q.text, q.choices, q.answer) for q in read(file, format=format)] == [
+            (q.text, q.choices, q.answer) for q in read(file)]
+        assert {(q.format, q.language) for q in read(file, format=format)} == {(format, language)}
 
 
 def test_only_regular_files_are_opened(tmp_path):

@@ -408,6 +408,20 @@ def test_runs_that_have_barely_begun(write_run, records):
         assert page.headings == ["Loss", "Data", "Environment"]
 
 
+def test_a_run_whose_numbers_ended(write_run, undrawn):
+    """Figures of before do not stand as those of the end."""
+    evals = evaluations()
+    evals[-1] = {key: value for key, value in evals[-1].items() if key != "forgetting"} | {"loss": None}
+    page = report(write_run(records=[*steps(skipped=range(31, 41)), *evals]))
+    assert page.row("training loss") == ["3.0000 → not finite (mean of the last 10 steps)"]
+    assert page.row("forgetting on general") == ["none at the last evaluation"]
+
+
+def test_a_log_that_lost_steps(write_run, undrawn):
+    page = report(write_run(records=[record for record in steps(skipped=(3,)) if record["step"] not in (7, 8)]))
+    assert page.row("steps") == ["40 of 40, 1 skipped, 2 lost from the log"]
+
+
 def test_a_run_that_is_being_written(write_run, undrawn):
     """The last line is cut off, and a repeated step replaces the earlier one."""
     folder = write_run(records=[*steps(10), {**next(steps(1)), "step": 9, "loss": 7.0}], data=None, environment=None,

@@ -2,8 +2,10 @@
 
 import tempfile
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
+from minisft import config_io
 from minisft.cli.loading import load, precision_of
 from minisft.errors import UserError
 from minisft.evals import choices, heldout, instructions
@@ -23,6 +25,8 @@ def run(options: Namespace) -> None:
                              shots=options.shots, shots_from=options.shots_from, limit=options.limit)
     asked = instructions.load(options.instructions, skip_unknown=options.skip_unknown,
                               limit=options.limit) if options.instructions else None
+    keys = [f"--{key}={value}" for key, value in vars(options).items() if key[:5] == "data." and value is not None]
+    data = config_io.load(["--model.path=-", "--data.train=-", *keys]).data
     # A base model has no chat template, and needs none for plain text.
     template = "" if options.chat or asked or options.data else "text"
     assistant = load(options.model, options, template=template)
@@ -35,8 +39,7 @@ def run(options: Namespace) -> None:
         print(instructions.describe(found["instructions"]))
     if options.data:
         with tempfile.TemporaryDirectory() as cache:
-            found["losses"] = heldout.file_losses(assistant, options.data, cache=cache, format=options.data_format,
-                                                  seq_len=options.seq_len)
+            found["losses"] = heldout.file_losses(assistant, options.data, replace(data, cache=cache))
         print(heldout.describe(found["losses"]))
     if options.json:
         write_json(options.json, found)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minisft.config import FORMATS
+from minisft.config import FORMATS, DataConfig
 from minisft.errors import printable
 from minisft.planning import UTILISATION, UTILISATION_ALONE
 
@@ -20,6 +20,17 @@ MOST = 10**15  # of anything; what is counted in memory or loops has a lower bou
 Number = TypeVar("Number", int, float)
 Option = tuple[tuple[str, ...], dict[str, Any]]  # arguments of argparse's add_argument
 Command = tuple[dict[str, Any], tuple[Option | str, ...]]  # arguments of add_parser, and the options
+
+
+class _Once(argparse._StoreAction):
+    """An option with values. Given twice, it would drop the first ones, so it is refused, as a recipe's key is."""
+    given = False
+
+    def __call__(self, *args: Any, **named: Any) -> None:
+        if self.given:
+            raise argparse.ArgumentError(self, "given twice; give it once, before all its values")
+        self.given = True
+        super().__call__(*args, **named)
 
 
 def number(kind: Callable[[str], Number], low: float, high: float, what: str) -> Callable[[str], Number]:
@@ -150,11 +161,14 @@ COMMANDS = {
                help="prompts in IFEval's layout, or `instructions`: the shipped ones, English and Turkish"),
         flag("--skip-unknown", "leave out instructions that have no check"),
         "held-out losses",
-        option("--data", **FILES,
+        option("--data", "--data.train", **FILES,
                help="conversations, whose answers count, and plain text, in which every token counts"),
-        option("--data-format", choices=FORMATS, default="auto", help="layout of these files (auto)"),
-        option("--seq-len", **POSITIVE, default=2048,
-               help="longer documents are left out, and counted (2048, or the model's context if that is less)")),
+        option("--data-format", "--data.format", dest="data.format", choices=FORMATS, default="auto",
+               help="layout of these files (auto)"),
+        option("--seq-len", "--data.seq_len", dest="data.seq_len", **POSITIVE, default=2048,
+               help="longer documents are left out, and counted (2048, or the model's context if that is less)"),
+        *(option(f"--data.{name}", metavar="X", help=DataConfig.__dataclass_fields__[name].metadata["doc"])
+          for name in ("fields", "ignore", "skip_bad", "max_bad", "oasst", "overlong", "dedup"))),
     "answer": command(
         "answer a file of questions for a judge, and count words, repetitions and praise",
         "minisft answer MODEL --questions FILE --out FILE [options]",
@@ -210,6 +224,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Every command, for argparse."""
     for name, (texts, options) in COMMANDS.items():
         place: Any = (parser := commands.add_parser(name, allow_abbrev=False, **texts))
+        parser.register("action", None, _Once)
         for each in options:
             if isinstance(each, str):
                 place = parser.add_argument_group(each)

@@ -99,7 +99,7 @@ def load(files: list[str], *, format: str = "auto", language: str = "", style: s
     by_subject = bool({q.subject for q in pool} & {q.subject for q in questions})
     prompts = []
     for question in questions:
-        others = (q for q in pool if (q.text, q.choices) != (question.text, question.choices)
+        others = (q for q in pool if (q.text.strip(), q.choices) != (question.text.strip(), question.choices)
                   and (q.subject == question.subject or not by_subject))
         chosen = tuple(islice(others, shots))
         if len(chosen) < shots:
@@ -123,8 +123,12 @@ def figures(assistant: Assistant, prompts: list[ChoicePrompt], *, chat: bool = F
     flat = iter(log_likelihoods(assistant.model, list(chain.from_iterable(requests)), batch_tokens=batch_tokens))
     answers = [_answer(prompt, list(islice(flat, len(prompt.question.choices)))) for prompt in prompts]
     subjects = dict.fromkeys(answer["subject"] for answer in answers)
-    return {"shots": len(prompts[0].shots), "chat": chat, **_accuracies(answers), "subjects": {
-        name: _accuracies([each for each in answers if each["subject"] == name]) for name in subjects},
+    asked, first = [prompt.question for prompt in prompts], dict[tuple[str, ...], ChoiceQuestion]()
+    repeated = [f"{question.where} is {same.where}" for question in asked
+                if (same := first.setdefault((question.text.strip(), *question.choices), question)) is not question]
+    return {"formats": sorted({f"{question.format} in {question.language}" for question in asked}),
+            "repeated": repeated, "shots": len(prompts[0].shots), "chat": chat, **_accuracies(answers),
+            "subjects": {name: _accuracies([each for each in answers if each["subject"] == name]) for name in subjects},
             "answers": answers}
 
 
@@ -221,12 +225,16 @@ def describe(found: dict[str, Any]) -> str:
     """The table of `figures`."""
     rows = [*found["subjects"].items(), ("all", found)] if len(found["subjects"]) > 1 else [("all", found)]
     wide = max(len(name) for name, _ in rows)
-    lines = [f"multiple choice, {found['shots']} shots{', chat' if found['chat'] else ''}; accuracy in % and its 95% "
-             "interval", f"{'':{wide}}  questions  chance  " + "  ".join(f"{score:>18}" for score in SCORES)]
+    lines = [f"multiple choice ({', '.join(found['formats'])}), {found['shots']} shots{', chat' * found['chat']}; "
+             "accuracy in % and its 95% interval",
+             f"{'':{wide}}  questions  chance  " + "  ".join(f"{score:>18}" for score in SCORES)]
     for name, row in rows:
         cells = []
         for score in SCORES:
             low, high = row[f"{score}_interval"]
             cells.append(f"{100 * row[score]:5.1f} ({100 * low:.1f}-{100 * high:.1f})".rjust(18))
         lines.append(f"{name:{wide}}  {row['questions']:9,}  {100 * row['chance']:6.1f}  " + "  ".join(cells))
+    if repeated := found["repeated"]:
+        lines.append(f"questions that stand twice, which makes the intervals too narrow: {len(repeated):,} "
+                     f"({repeated[0]}{', ...' * (len(repeated) > 1)})")
     return "\n".join(printable(line, PATH) for line in lines)

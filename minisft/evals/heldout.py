@@ -13,9 +13,8 @@ loss does not. A question is a document up to its last answer, which is the refe
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,22 +178,22 @@ def continue_greedily(model: nn.Module, prompts: list[list[int]], *, stop_ids: s
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def file_losses(assistant: Assistant, files: list[str], *, cache: str | Path, format: str = "auto", seq_len: int = 2048,
-                quiet: bool = False) -> list[dict[str, Any]]:
+def file_losses(assistant: Assistant, files: list[str], data: DataConfig, *, quiet: bool = False
+                ) -> list[dict[str, Any]]:
     """For each file: name, loss, perplexity, target_tokens, documents, and how many of those read were left out.
 
-    Answers count in conversations, every token in plain text. Documents longer than `seq_len` or the model's context
-    are left out. Raises UserError for files that training would refuse.
+    Answers count in conversations, every token in plain text. `data` says how files are read; documents longer than
+    its seq_len or the model's context are left out. Raises UserError for files that training would refuse.
     """
     model, found = assistant.model, []
-    seq_len = min(seq_len, model.config.max_position_embeddings)
-    data = DataConfig(seq_len=seq_len, cache=str(cache))
+    data = replace(data, seq_len=min(data.seq_len, model.config.max_position_embeddings))
     for file in files:
-        store = open_store(Source(file, format=format, name=file), data, assistant.renderer, read_source, quiet=quiet)
+        source = Source(file, format=data.format, fields=data.fields, name=file)
+        store = open_store(source, data, assistant.renderer, read_source, quiet=quiet)
         dataset = Dataset([store], data)
         check_vocabulary([dataset], model.config, assistant.renderer.tokenizer)
         report = dataset.reports[0]
-        loss = heldout_loss(model, dataset, seq_len=seq_len)
+        loss = heldout_loss(model, dataset, seq_len=data.seq_len)
         found.append({"name": file, **loss_figures(loss, dataset.target_weight),
                       "target_tokens": report.target_tokens, "documents": report.kept,
                       "left_out": report.read - report.kept})

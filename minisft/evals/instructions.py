@@ -133,6 +133,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "keywords:frequency": lambda answer, language, *, keyword, frequency, relation: RELATIONS[relation](
         occurrences(keyword, answer, language), frequency),
     "keywords:forbidden_words": lambda answer, language, *, forbidden_words: not any(  # as whole words
+        occurrences(word, answer, language) if language == "tr" else
         re.search(rf"(?<!\w){re.escape(lower(word, language))}(?!\w)", lower(answer, language))
         for word in forbidden_words),
     "keywords:letter_frequency": lambda answer, language, *, letter, let_frequency, let_relation: (

@@ -8,19 +8,22 @@ Prompts are JSON lines in the layout of FastChat's MT-Bench, or of IFEval:
 The package ships mt-en and mt-tr, forty prompts of two turns in English and eighty in Turkish; `instructions`, which a
 program can check (instructions.py); and `flips` (answers.py). All were written for it. Multiple choice:
 
-    mmlu          CSV: question, choices, answer, with or without a header (Hendrycks et al. 2021); or JSON as below
+    mmlu          CSV: question, choices, answer (Hendrycks et al. 2021), or columns that a header names, question (or
+                  prompt), A, B, ... and answer, of which others are not read; or JSON as below
     turkish_mmlu  JSON, an array or a record a line: question, choices [text, ...], answer (Yüksel et al. 2024)
     arc           JSON likewise: question, choices {text [...], label [...]}, answerKey; or a question {stem, choices
                   [{text, label}, ...]}, as AI2 publishes it (Clark et al. 2018)
 
 An answer is the letter of a choice (A is the first) or its number from 0; in `arc` it is one of the record's labels. A
-question's subject is its record's `subject` or its file's: astronomy_test.csv and astronomy_dev.csv have the same. The
-first record that cannot be understood is an error: figures of a set that has lost questions cannot be compared.
+question's subject is its record's `subject` or its file's: astronomy_test.csv and astronomy_dev.csv have the same. JSON
+with lists of choices is TurkishMMLU's if its words are Turkish, and otherwise MMLU's. The first record that cannot be
+understood is an error: figures of a set that has lost questions cannot be compared.
 """
 
 import csv
 import io
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +119,7 @@ def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[
     except OSError as error:
         raise UserError(f"{source}: {error.strerror} (remedy: name a file of questions that can be read)") from None
     is_auto = format == "auto"
-    is_json = format != "mmlu" and (format != "auto" or re.match(rb'\s*(\[\s*)?\{\s*["}]|\s*\[\s*\]', content))
+    is_json = bool(re.match(rb'\s*(\[\s*)?\{\s*["}]|\s*\[\s*\]', content))
     questions = []
     for line, record in json_lines(path) if is_json else _rows(content, source):
         if format == "auto":
@@ -125,14 +128,14 @@ def read(path: str | Path, *, format: str = "auto", language: str = "") -> list[
             text, choices, answer = _parsed(format, record)
         except UserError as bad:
             raise UserError(f"{source}:{line}: {bad} (read as {format}; --format chooses another)") from None
-        subject = str(record.get("subject") or "") if isinstance(record, dict) else ""
-        questions.append(ChoiceQuestion(text, choices, answer, subject.strip() or subject_of(path), format,
+        subject = str(record.get("subject") or "").replace("_", " ").strip() or subject_of(path)
+        questions.append(ChoiceQuestion(text, choices, answer, subject, format,
                                         language or ("tr" if format == "turkish_mmlu" else "en"), source, line))
     if not questions:
         raise UserError(f"{source}: no questions in it")
-    if format == "turkish_mmlu" and is_auto and sum(detect(q.text) == {"en"} for q in questions) * 2 > len(questions):
-        return [replace(q, format="mmlu", language=language or "en", subject=q.subject.replace("_", " "))
-                for q in questions]  # MMLU as JSON, which has the same fields
+    if is_auto and format == "turkish_mmlu" and detect(" ".join(
+            part for q in questions for part in (q.text, *q.choices))) != {"tr"}:  # MMLU as JSON has the same fields
+        return [replace(q, format="mmlu", language=language or "en") for q in questions]
     return questions
 
 
@@ -142,8 +145,8 @@ def subject_of(path: str | Path) -> str:
     return name.removeprefix("TurkishMMLU_").replace("_", " ").strip()
 
 
-def _rows(content: bytes, source: str) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of each row of a CSV file, without a header. Cells may hold newlines."""
+def _rows(content: bytes, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, record) of each row of a CSV file, without a header. Cells may hold newlines."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -151,28 +154,39 @@ def _rows(content: bytes, source: str) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{source}:{line}: invalid UTF-8 (byte 0x{content[error.start]:02x}); "
                         "save the file as UTF-8") from None
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)  # not strict, an open quote swallows the file's rest
-    line, columns = 1, 0
+    line, names = 1, list[str]()
     try:
         for cells in rows:
-            is_header = not columns and bool(cells) and cells[-1].strip().lower() == "answer"
-            columns = columns or len(cells)
-            if cells and len(cells) != columns:
-                raise UserError(f"{source}:{line}: {len(cells)} columns, but the first row has {columns}")
+            names, is_header = (names, False) if names or not cells else _names(cells, f"{source}:{line}")
+            if cells and len(cells) != len(names):
+                raise UserError(f"{source}:{line}: {len(cells)} columns, but the first row has {len(names)}")
             if cells and not is_header:
-                yield line, cells
+                record: dict[str, Any] = dict(zip(names, cells, strict=True))
+                yield line, record | {"choices": [cell for name, cell in sorted(record.items()) if len(name) == 1]}
             line = rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"{source}:{line}: not CSV: {error}") from None
 
 
+def _names(first: list[str], where: str) -> tuple[list[str], bool]:
+    """What each column is: "question", "A", "B", ..., "answer" or something else; and whether `first` is a header."""
+    names = [re.sub(r"^(option|choice)[ _]?", "", cell.strip().lower()) for cell in first]
+    names = ["question" if name == "prompt" else name.upper() if len(name) == 1 else name for name in names]
+    if names[-1] != "answer" and not {"question", "answer"} <= {*names}:
+        if len(first) < 4:
+            raise UserError(f"{where}: {len(first)} columns; expected a question, at least two choices and the answer")
+        return ["question", *map(chr, range(65, 63 + len(first))), "answer"], False
+    choices = "".join(sorted(name for name in names if len(name) == 1))
+    if (len(choices) < 2 or choices not in (LETTERS[: len(choices)], string.digits[: len(choices)])
+            or (names.count("question"), names.count("answer")) != (1, 1)):
+        raise UserError(f"{where}: the header is {SHORT.repr(','.join(first))}; name the columns question (or prompt), "
+                        "A, B, ... (a choice each) and answer, in any order; others are not read")
+    return names, True
+
+
 def _parsed(format: str, record: Any) -> tuple[str, tuple[str, ...], int]:
     """Text, choices and index of the answer. Raises UserError, without file and line."""
-    if format == "mmlu":
-        if len(record) < 4:
-            raise UserError(f"{len(record)} columns; expected a question, at least two choices and the answer")
-        text, *choices, answer = record
-    else:
-        text, choices, answer = record.get("question"), record.get("choices"), record.get("answer")
+    text, choices, answer = record.get("question"), record.get("choices"), record.get("answer")
     if format == "arc":
         text, choices, index = _arc(text, choices, record.get("answerKey"))
     elif not isinstance(choices, list):
@@ -188,7 +202,7 @@ def _parsed(format: str, record: Any) -> tuple[str, tuple[str, ...], int]:
     if not 2 <= len(choices) <= len(LETTERS):
         raise UserError(f"{len(choices)} choices; expected 2 to {len(LETTERS)}")
     for name, part in (("the question", text), *((f"choice {LETTERS[i]}", part) for i, part in enumerate(choices))):
-        if not isinstance(part, str) or not part.strip():
+        if not isinstance(part, str) or not part.strip() or (part is text and part.isdecimal()):  # a row's number
             raise UserError(f"{name} is {SHORT.repr(part)}; expected a text")
     return text, tuple(choices), index
 

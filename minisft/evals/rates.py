@@ -1,7 +1,8 @@
 """Shares with their 95% interval, as reports print them, and the sign test."""
 
 from collections.abc import Iterable
-from math import comb, sqrt
+from itertools import accumulate
+from math import sqrt
 from typing import TypedDict
 
 Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
@@ -41,5 +42,6 @@ def percent(figure: Rate) -> str:
 
 def sign_test(wins: int, losses: int) -> float:
     """The two-sided p-value: how often fair coins fall as one-sidedly as this, or more. Leave ties out first."""
-    tail = sum(comb(wins + losses, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2 ** (wins + losses))
+    n = wins + losses  # below: n choose 0, n choose 1, ..., each from the one before
+    ways = accumulate(range(min(wins, losses)), lambda ways, k: ways * (n - k) // (k + 1), initial=1)
+    return min(1.0, 2 * sum(ways) / 2**n)

@@ -478,7 +478,8 @@ def describe(found: dict[str, Any]) -> str:
         "speed": f"{best['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, {best['step_seconds']:.2f} s a step",
         "run": run,
         "note": "computed, not measured: memory is counted tensor by tensor; times are as good as the assumed share"
-                + ", and leave out what offloading moves" * (found["offload"] != "none"),
+                " and leave out evaluation and checkpoints"
+                + ", and what offloading moves" * (found["offload"] != "none"),
     }
     if found["preset"]:
         rows = {"model": f"{found['model']} is missing: planned as the preset {found['preset']}", **rows}

@@ -54,6 +54,8 @@ def _facts(run: LoggedRun, held_out: list[str]) -> dict[str, str]:
     skipped = f', <span class="failed">{run.skipped.sum():,} skipped</span>' if run.skipped.any() else ""
     seconds, tokens, trained = map(run.total, ("seconds", "tokens", "target_tokens"))
     losses, mfu, memory = (run.finite(name) for name in ("loss", "mfu", "memory_gib"))
+    recent = run.column("loss")[-LAST:]
+    after = f"{recent[np.isfinite(recent)].mean():.4f}" if np.isfinite(recent).any() else "not finite"
     optim, packs = run.config.get("optim", {}), run.config.get("batch", {}).get("packs")
     seq_len, evaluating = run.config.get("data", {}).get("seq_len"), _evaluating(run)
     evals = {name: column(run.evals.get(name, []), "loss") for name in held_out}
@@ -63,12 +65,13 @@ def _facts(run: LoggedRun, held_out: list[str]) -> dict[str, str]:
         "model": _safe(f"{base}, LoRA of rank {rank}" if rank else base),
         "data": _safe(", ".join(run.sources())),
         "steps": f"{last:,}" + (f" of {planned:,}" if planned else "") + skipped
+        + (f', <span class="failed">{lost:,} lost from the log</span>' if (lost := last - len(run.train)) else "")
         + (f": {_safe(run.stopped)}" if run.stopped else ""),
         "batch": f"{packs:,} pack{'s'[packs == 1 :]} × {seq_len:,} tokens" if packs and seq_len else "",
         "learning rate": _safe(f"{optim['lr']:g}, {optim.get('schedule', '')}".rstrip(", ")) if "lr" in optim else "",
         "tokens": f"{tokens:,.0f}, {trained:,.0f} of them trained",
-        "training loss": f"{losses[0]:.4f} → {losses[-LAST:].mean():.4f} (mean of the last {min(LAST, len(losses))} "
-        "steps)" if losses.size else "none yet",
+        "training loss": f"{losses[0]:.4f} → {after} (mean of the last {len(recent)} steps)" if losses.size else
+        "none yet",
         **{f"loss on {name}": " → ".join(f"{loss:.4f}" for loss in (*values[:1], *values[1:][-1:]))
            for name, values in evals.items()},
         **{f"forgetting on {name}": _forgotten(run, name) for name in held_out},
@@ -82,8 +85,8 @@ def _facts(run: LoggedRun, held_out: list[str]) -> dict[str, str]:
 def _forgotten(run: LoggedRun, name: str) -> str:
     """How far the loss on general text `name` has risen, and whether that is more than the bound."""
     rises = column(run.evals.get(name, []), "forgetting")
-    if not (rises := rises[np.isfinite(rises)]).size:
-        return ""
+    if not np.isfinite(rises[-1:]).any():
+        return "none at the last evaluation" if np.isfinite(rises).any() else ""
     bound = run.config.get("eval", {}).get("forgetting_bound") or math.inf
     beyond = f', <span class="failed">above the bound of {bound:g}</span>' if rises[-1] > bound else ""
     return f"{rises[-1]:+.4f} nats{beyond}"
