@@ -455,7 +455,7 @@ def test_ranks_divide_rows_as_torch_chunk_does(rows: int, ranks: int) -> None:
 @pytest.mark.parametrize("piece", [1, 100, 2**24])
 def test_pieces_are_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """Read by several threads in pieces of any size, a model is what safetensors reads."""
-    monkeypatch.setattr(weights.SafetensorsFolder, "piece", piece)
+    monkeypatch.setattr(weights, "PIECE", piece)
     loaded = dict(from_pretrained(folder).named_parameters())
     expected = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert loaded.keys() == expected.keys()
