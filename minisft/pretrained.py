@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minisft.errors import UserError, printable
-from minisft.files import read_small
+from minisft.files import read_small, regular_file
 from minisft.lora.adapters import PeftFolder, is_adapter
 from minisft.model import weights
 from minisft.model.llama import Llama
@@ -115,6 +115,7 @@ def _split_dim(name: str) -> int:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
+    regular_file(file)
     try:
         part = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way

@@ -7,6 +7,7 @@ Where `llama_models` is installed its Transformer runs too, with one-process sta
 
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -224,6 +225,12 @@ def test_damaged_files_are_named(folder: Path) -> None:
     for content in (b"", b"\x80", b"garbage" * 9, *(whole[: len(whole) * i // 7] for i in range(1, 7)), whole[:-1]):
         file.write_bytes(content)
         assert f"{file}: not a readable checkpoint (" in refusal(folder)
+
+
+def test_a_pipe_is_refused(folder: Path) -> None:
+    (file := folder / "consolidated.00.pth").unlink()
+    os.mkfifo(file)
+    assert f"{file}: a pipe or a device, not a regular file" in refusal(folder)
 
 
 def test_a_pickle_that_runs_code_is_refused(folder: Path) -> None:
