@@ -103,8 +103,8 @@ class MetaFolder:
         first, last = start // head * head, -(-stop // head) * head  # whole heads
         parts = [part[theirs] for part in self._parts]
         dim, parts = (_split_dim(theirs), parts) if parts[0].dim() > 1 else (0, parts[:1])  # norms are in each
-        each = 0 if dim else len(parts[0])  # rows from a part to the next
-        rows = torch.cat([part[max(first - i * each, 0) : max(last - i * each, 0)] for i, part in enumerate(parts)], dim)
+        n = 0 if dim else len(parts[0])  # rows from a part to the next
+        rows = torch.cat([part[max(first - i * n, 0) : max(last - i * n, 0)] for i, part in enumerate(parts)], dim)
         if is_rotated:  # rows of a head: [x0 y0 x1 y1 ...] -> [x0 x1 ... y0 y1 ...]
             rows = rows.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
         return weights.finite(rows[start - first : stop - first], name, self.path)

@@ -258,7 +258,7 @@ class PeftFolder:
                 raise ValueError(f"lora_alpha is {self.alpha}")
             some = any(found.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
             # Ends of the names of matrices that all have an adapter. (The letters of a single pattern end none.)
-            self.adapted = tuple(f".{leaf}" for leaf in not some and found.get("target_modules") or ())
+            self.adapted = tuple(f".{leaf}" for leaf in (not some and found.get("target_modules")) or ())
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{file}: not the settings of an adapter ({type(error).__name__}: "
                             f"{printable(error, 200)})") from None
@@ -274,9 +274,10 @@ class PeftFolder:
                 regular_file(file)
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({printable(error, 200)}); " + (
-                "adapter_model.bin is a pickle, which is not read, since it can run code: load it with peft, and "
-                "save_pretrained writes safetensors" if file.with_suffix(".bin").exists() else "get it again")) from None
+            remedy = "get it again" if not file.with_suffix(".bin").exists() else (
+                "adapter_model.bin is a pickle, which is not read, since it can run code: load it with peft, whose "
+                "save_pretrained writes safetensors")
+            raise UserError(f"{file}: not a readable safetensors file ({printable(error, 200)}); {remedy}") from None
         for key, tensor in tensors.items():
             part = next((part for part, ending in PARTS.items() if key.endswith(ending)), None)
             if part is None or not key.startswith(PREFIX):
@@ -295,7 +296,7 @@ class PeftFolder:
 
     @torch.no_grad()
     def merge_into(self, model: Llama) -> None:
-        """Add the adapter to the matrices of `model`. Raises UserError if it belongs to another model, or lacks some."""
+        """Add the adapter to the matrices of `model`. Raises UserError if it is another model's, or lacks matrices."""
         shapes = model.config.matrices()
         lacks = [name for name in shapes if name not in self.tensors
                  and (f".{name}".endswith(self.adapted) or not self.tensors)]

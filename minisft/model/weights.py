@@ -192,7 +192,7 @@ def fingerprint(source: WeightSource) -> str:
         digest.update(f"{name} {shape}".encode())
         each = 1 if len(shape) > 1 else sum(shape)  # rows at a time
         for start in sorted({i * (sum(shape[:1]) - each) // (SAMPLED - 1) for i in range(SAMPLED)}):
-            digest.update(source.read(name, start, start + each).float().numpy())
+            digest.update(source.read(name, start, start + each).float().numpy().data)
     return digest.hexdigest()
 
 
