@@ -166,7 +166,8 @@ def _instead(folder: Path) -> str:
                 "download the safetensors that it was made from")
     if other := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         return (f"it has {printable(', '.join(other[:3]))}: pickles are not read, since they can run code; convert "
-                "them to safetensors (transformers: save_pretrained), or for Meta's files pass model.format = \"meta\"")
+                "them to safetensors (transformers: save_pretrained). Meta's files are read by `minisft train` with "
+                "--model.format meta, and by `minisft convert` (of an adapter, too) with --format meta")
     return "download the model again"
 
 
