@@ -179,7 +179,7 @@ class Assistant:
         chosen = choose_template(template, load_templates(templates or None), tokenizer, option="--template")
         renderer = Renderer(chosen, tokenizer)
         model = from_pretrained(path, dtype=dtype, device=device)
-        largest = max(tokenizer.largest_of_text, *renderer.stop_ids(), *renderer.prompt((Turn("user", ""),)))
+        largest = max([tokenizer.largest_of_text, *renderer.stop_ids(), *renderer.prompt((Turn("user", "a"),))])
         if largest >= model.config.vocab_size:
             raise UserError(f"{tokenizer.file}: token id {largest} is past the model's vocabulary of "
                             f"{model.config.vocab_size}; it belongs to another model, or --template does")
