@@ -8,6 +8,7 @@ each other. Some defaults depend on other keys (`model.tokenizer` on `model.path
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -220,10 +221,6 @@ def problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
          "is 0, so no loss before the end tells checkpoint.keep_best or eval.stop_on anything; set it to 100, say"),
         (FORGETTING in stop_on and not (data.general and bound), "eval.stop_on data.general eval.forgetting_bound",
          "forgetting is measured on data.general and ends the run above eval.forgetting_bound; set both"),
-        (config.eval.patience != EvalConfig.patience and not {*stop_on} - {FORGETTING}, "eval.patience eval.stop_on",
-         f"patience for {config.eval.patience} evaluations, but eval.stop_on names no held-out set"),
-        (data.replay_ratio != DataConfig.replay_ratio and not data.replay, "data.replay_ratio data.replay",
-         f"{data.replay_ratio:g} of the tokens should be replayed, but data.replay names no file"),
         (optim.parameters == "bf16" and config.train.precision == "fp32", "optim.parameters train.precision",
          "bf16 parameters need bf16 compute; set train.precision to bf16"),
         (optim.in_backward and optim.clip_norm > 0, "optim.in_backward optim.clip_norm",
@@ -242,6 +239,17 @@ def problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
          "gradients reach the host only after the backward pass; set one of the two to its default"),
     ]
     yield from ((tuple(keys.split()), message) for wrong, keys, message in checks if wrong)
+    for used, keys, needs in (
+            (optim.schedule == "wsd", "optim.decay_fraction optim.schedule", "optim.schedule is wsd"),
+            (optim.schedule != "constant", "optim.min_lr_ratio optim.schedule", "optim.schedule lowers the rate"),
+            (config.train.precision == "fp8", "train.fp8_scale train.precision", "train.precision is fp8"),
+            (data.skip_bad, "data.max_bad data.skip_bad", "data.skip_bad is true"),
+            (data.replay, "data.replay_ratio data.replay", "data.replay names a file"),
+            (held or data.general, "eval.max_tokens data.eval", "data.eval or data.general names a file"),
+            ({*stop_on} - {FORGETTING}, "eval.patience eval.stop_on", "eval.stop_on names a held-out set")):
+        value, default = (attrgetter(keys.split()[0])(each) for each in (config, Config))
+        if value != default and not used:
+            yield tuple(keys.split()), f"{value} does nothing unless {needs}; leave it out, or say {default}"
     yield from _name_problems(data, best, stop_on)
 
 

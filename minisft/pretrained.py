@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minisft.errors import UserError, printable
-from minisft.files import read_small
+from minisft.files import read_small, regular_file
 from minisft.lora.adapters import PeftFolder, is_adapter
 from minisft.model import weights
 from minisft.model.llama import Llama
@@ -64,8 +64,6 @@ def save_pretrained(model: Llama, path: str | Path, *, dtype: torch.dtype = torc
 class MetaFolder:
     """The tensors of a Meta folder under Hugging Face's names. Raises UserError for files that cannot be read."""
 
-    piece = 0  # any rows of a matrix need all of it
-
     def __init__(self, path: str | Path):
         self.path = Path(path)
         files = sorted(self.path.glob("consolidated.*.pth"))
@@ -100,12 +98,16 @@ class MetaFolder:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, in Hugging Face's layout."""
         theirs = self._sources[name]
+        is_rotated = theirs.endswith(("attention.wq.weight", "attention.wk.weight"))
+        head = self.config.head_dim if is_rotated else 1
+        first, last = start // head * head, -(-stop // head) * head  # whole heads
         parts = [part[theirs] for part in self._parts]
-        whole = parts[0] if parts[0].dim() < 2 else torch.cat(parts, dim=_split_dim(theirs))  # norms are in each
-        if theirs.endswith(("attention.wq.weight", "attention.wk.weight")):
-            # rows of a head: [x0 y0 x1 y1 ...] -> [x0 x1 ... y0 y1 ...]
-            whole = whole.unflatten(0, (-1, self.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        return weights.finite(whole[start:stop], name, self.path)
+        dim, parts = (_split_dim(theirs), parts) if parts[0].dim() > 1 else (0, parts[:1])  # norms are in each
+        n = 0 if dim else len(parts[0])  # rows from a part to the next
+        rows = torch.cat([part[max(first - i * n, 0) : max(last - i * n, 0)] for i, part in enumerate(parts)], dim)
+        if is_rotated:  # rows of a head: [x0 y0 x1 y1 ...] -> [x0 x1 ... y0 y1 ...]
+            rows = rows.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return weights.finite(rows[start - first : stop - first], name, self.path)
 
 
 def _split_dim(name: str) -> int:
@@ -113,6 +115,7 @@ def _split_dim(name: str) -> int:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
+    regular_file(file)
     try:
         part = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way

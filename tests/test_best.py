@@ -294,7 +294,7 @@ def test_two_ranks_killed_choose_as_if_they_had_not_been(base, tmp_path, step):
     ({"checkpoint.keep_best": "conversations", "eval.every": 0}, "eval.every: is 0, so no loss before the end tells"),
     ({"eval.stop_on": "conversations", "eval.every": 0}, "eval.every: is 0, so no loss before the end tells"),
     ({"eval.stop_on": "forgetting"}, "forgetting is measured on data.general and ends the run above"),
-    ({"eval.patience": 2}, "patience for 2 evaluations, but eval.stop_on names no held-out set"),
+    ({"eval.patience": 2}, "eval.patience: 2 does nothing unless eval.stop_on names a held-out set; leave it out"),
 ])
 def test_names_are_checked_before_anything_is_read(base, tmp_path, capsys, change, message):
     settings = {"data.eval": HELD_OUT, "eval.every": 2, **change}

@@ -1,12 +1,15 @@
 """`minisft chat`: what is printed is what `Assistant.answer` says to the conversation so far."""
 
 import io
+import json
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from minisft.__main__ import main
 from minisft.cli import chat_command
@@ -130,6 +133,21 @@ def test_bad_input_is_one_line(said, options, message):
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("rows", "largest"), [(319, 0), (318, 318), (309, 318), (300, 318)])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(base, tmp_path, capsys, rows, largest):
+    """Of those that a text or the template can have: 319 is a control token that this one does not use."""
+    assert Tokenizer(base).largest_of_text == 308
+    folder = shutil.copytree(base, tmp_path / "small")
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    save_file({name: t[:rows] if len(t) == 320 else t for name, t in tensors.items()}, folder / "model.safetensors")
+    assert main(["chat", str(folder), *OPTIONS, "--prompt", "A"]) == 2 * bool(largest)
+    if largest:
+        assert capsys.readouterr().err == (
+            f"error: {folder}/tokenizer.json: token id {largest} is past the model's vocabulary of {rows}; it belongs "
+            "to another model, or --template does\n")
 
 
 def test_a_missing_folder_is_named(capsys):

@@ -232,6 +232,7 @@ def test_other_settings_are_refused_with_the_differences(tmp_path, world):
     with pytest.raises(UserError, match="data: was 'a', is 'b'"):
         find(tmp_path, world, {"data": "b"})
     assert find(tmp_path, world, {"data": "b"}, allow_change=True).step == 3
+    assert find(tmp_path, world, {"data": "a", "base weights": "c"}).step == 3  # which was not noted once
 
 
 def test_a_disk_without_room_is_named_and_older_checkpoints_stay(tmp_path, world, monkeypatch):

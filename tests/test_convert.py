@@ -39,6 +39,21 @@ def test_an_adapter_is_merged_into_its_base(base, tmp_path, adapter, capsys):
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
+def test_the_tokenizer_of_a_merged_model_is_the_adapters_or_the_bases_never_both(base, tmp_path, adapter):
+    """transformers saves the template as chat_template.jinja, which comes before the one in tokenizer_config.json."""
+    folder, named = adapter[0], shutil.copytree(base, tmp_path / "named")
+    for name in ("chat_template.jinja", "special_tokens_map.json", "generation_config.json"):
+        (named / name).write_text(json.dumps("the base's"))
+    for out, theirs in (("before", named), ("after", folder)):
+        assert main(["convert", str(folder), str(tmp_path / out), "--merge", "--base", str(named)]) == 0
+        merged = {file.name: file.read_bytes() for file in (tmp_path / out).glob("[!m]*") if file.name != "config.json"}
+        assert merged == {name: (theirs / name).read_bytes() for name in merged}  # of one folder
+        assert ("chat_template.jinja" in merged) == (theirs == named)
+        shutil.copyfile(base / "tokenizer.json", folder / "tokenizer.json")
+        (folder / "tokenizer_config.json").write_text('{"chat_template": "the adapter\'s"}')
+        (folder / "generation_config.json").write_text('{"eos_token_id": 318}')
+
+
 def test_a_stray_config_beside_an_adapter_changes_nothing(base, tmp_path, adapter):
     folder, _ = adapter
     expected = from_pretrained(folder).logits(TOKENS)

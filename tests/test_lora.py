@@ -1,6 +1,7 @@
 """LoRA against peft: the same logits, losses and merged weights; and runs that begin, die and go on with it."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -312,7 +313,7 @@ def test_other_adapters_or_another_base_are_another_run(base, tmp_path, monkeypa
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
     save_file(weights, other / "model.safetensors")
     for change, message in (({"lora__rank": 8}, "lora.rank: was 4, is 8"), ({"lora__rank": 0, "lora__base": "bf16"},
-                            "lora.rank: was 4, is None"), ({"model__path": other}, "base: was")):
+                            "lora.rank: was 4, is None"), ({"model__path": other}, "base weights: was")):
         assert main(options(base, tmp_path, **{**settings, **change})) == 2
         assert message in capsys.readouterr().err
 
@@ -433,13 +434,45 @@ def test_a_tensor_that_no_adapter_can_have_is_refused(base, tmp_path, key, value
     assert len(str(caught.value)) < len(str(tmp_path)) + 300
 
 
-@pytest.mark.parametrize("content", [None, b"", b"garbage" * 10])
-def test_an_adapter_without_its_tensors_is_refused(tmp_path, base, content):
+@pytest.mark.parametrize(("kept", "settings", "message"), [
+    ("nothing", {}, "adapter_model.safetensors lacks the adapters of 14 matrices, the first of model.layers.0."),
+    (".layers.0.", {}, "lacks the adapters of 7 matrices, the first of model.layers.1.self_attn.q_proj; get all of it"),
+    (".layers.0.", {"target_modules": ["model.layers.1.mlp.up_proj", "q_proj"]}, "of 2 matrices"),
+    (".layers.0.", {"layers_to_transform": 0}, ""), (".layers.0.", {"target_modules": r".*layers\.0\..*"}, ""),
+    ("_proj", {}, ""), ("q_proj", {"exclude_modules": ["[^q]_proj"]}, "")])
+def test_an_adapter_that_lacks_matrices_is_refused(base, tmp_path, references, kept, settings, message):
+    from safetensors.torch import load_file, save_file
+
+    from minisft.errors import UserError
+
+    source = references("lora")[2] / "run" / "adapter"
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file({name: t for name, t in tensors.items() if kept in name}, tmp_path / "adapter_model.safetensors")
+    found = json.loads((source / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**found, **settings}))
+    if not message:
+        from_pretrained(tmp_path)
+        return
+    with pytest.raises(UserError) as caught:
+        from_pretrained(tmp_path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "not a readable safetensors file (No such file or directory"), (b"", "not a readable safetensors file"),
+    (b"garbage" * 10, "not a readable safetensors file"), ("pipe", "a pipe or a device, not a regular file"),
+    ("bin", "adapter_model.bin is a pickle, which is not read, since it can run code: load it with peft")])
+def test_an_adapter_without_its_tensors_is_refused(tmp_path, base, content, message):
     from minisft.errors import UserError
 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1,
                                                               "base_model_name_or_path": str(base)}))
-    if content is not None:
+    if content == "pipe":
+        os.mkfifo(tmp_path / "adapter_model.safetensors")
+    elif content == "bin":
+        (tmp_path / "adapter_model.bin").touch()
+    elif content is not None:
         (tmp_path / "adapter_model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"adapter_model.safetensors: not a readable safetensors file"):
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: ") as caught:
         PeftFolder(tmp_path)
+    assert message in str(caught.value)

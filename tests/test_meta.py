@@ -7,6 +7,7 @@ Where `llama_models` is installed its Transformer runs too, with one-process sta
 
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minisft.errors import NumericsError, UserError
+from minisft.model import weights
 from minisft.pretrained import MetaFolder, _config, from_pretrained, save_pretrained
 
 VOCAB = 64
@@ -154,14 +156,32 @@ def test_llama_3s_text_begins_and_ends_as_it_does() -> None:
     assert _config(PARAMS, vocab_size=VOCAB, tied=False).eos_token_id is None
 
 
-def test_rows_are_read_in_any_pieces(tmp_path: Path) -> None:
-    """FSDP ranks ask for rows: the pieces are those of the whole, also where they cut a head."""
-    source = MetaFolder(write(tmp_path, PARAMS, random_state(PARAMS), 2))
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_rows_are_read_in_any_pieces(tmp_path: Path, parts: int) -> None:
+    """FSDP ranks ask for rows: the pieces are those of the whole, also where they cut a head, or a file does."""
+    source = MetaFolder(write(tmp_path, PARAMS, random_state(PARAMS), parts))
     for name, shape in source.shapes.items():
         whole = source.read(name, 0, shape[0])
         assert tuple(whole.shape) == shape
-        cut = shape[0] // 3 + 1
-        assert torch.equal(torch.cat((source.read(name, 0, cut), source.read(name, cut, shape[0]))), whole)
+        for each in (1, shape[0] // 3 + 1):
+            pieces = [source.read(name, i, min(i + each, shape[0])) for i in range(0, shape[0], each)]
+            assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("name", ["tok_embeddings", "layers.1.attention.wq", "layers.0.feed_forward.w2", "norm"])
+@pytest.mark.parametrize("kind", ["meta", "hf"])
+def test_a_fingerprint_tells_weights_apart_that_differ_in_their_last_row(tmp_path: Path, kind: str, name: str) -> None:
+    found = []
+    for change in (0, 1e-3):
+        (folder := tmp_path / str(change)).mkdir()
+        state = random_state(PARAMS)
+        state[f"{name}.weight"][-1] += change
+        source: Any = MetaFolder(write(folder, PARAMS, state, 2))
+        if kind == "hf":
+            save_pretrained(from_pretrained(folder, format="meta"), folder, dtype=torch.float32)
+            source = weights.SafetensorsFolder(folder)
+        found += [weights.fingerprint(source), weights.fingerprint(source)]
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 # Refusals
@@ -205,6 +225,12 @@ def test_damaged_files_are_named(folder: Path) -> None:
     for content in (b"", b"\x80", b"garbage" * 9, *(whole[: len(whole) * i // 7] for i in range(1, 7)), whole[:-1]):
         file.write_bytes(content)
         assert f"{file}: not a readable checkpoint (" in refusal(folder)
+
+
+def test_a_pipe_is_refused(folder: Path) -> None:
+    (file := folder / "consolidated.00.pth").unlink()
+    os.mkfifo(file)
+    assert f"{file}: a pipe or a device, not a regular file" in refusal(folder)
 
 
 def test_a_pickle_that_runs_code_is_refused(folder: Path) -> None:

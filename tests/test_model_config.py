@@ -107,7 +107,8 @@ def test_what_a_config_omits_has_the_value_of_transformers(tmp_path: Path) -> No
     transformers = pytest.importorskip("transformers")
     raw = {name: RAW[name] for name in RAW if name not in ("rms_norm_eps", "rope_theta", "num_key_value_heads")}
     ours, theirs = read(tmp_path, raw), transformers.LlamaConfig(**raw)
-    for name in ("rms_norm_eps", "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias"):
+    for name in ("rms_norm_eps", "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias",
+                 "max_position_embeddings", "initializer_range"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.rope_scaling is None

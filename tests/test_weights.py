@@ -157,7 +157,8 @@ def test_weights_larger_than_the_memory_are_refused_before_any_is_allocated(fold
 @pytest.mark.parametrize(("file", "remedy"), [
     ("adapter_config.json", "it holds an adapter; `minisft convert {folder} TARGET --merge` makes one model of it"),
     ("model-Q4_K_M.gguf", "it has model-Q4_K_M.gguf: GGUF files are made for inference"),
-    ("pytorch_model.bin", "it has pytorch_model.bin: pickles are not read")])
+    ("pytorch_model.bin", "it has pytorch_model.bin: pickles are not read"),
+    ("consolidated.00.pth", "`minisft train` with --model.format meta, and by `minisft convert`")])
 def test_what_a_folder_without_safetensors_has_instead(tmp_path: Path, file: str, remedy: str) -> None:
     (tmp_path / file).write_text("{}")
     assert remedy.format(folder=tmp_path) in refusal(weights.SafetensorsFolder, tmp_path)
@@ -455,7 +456,7 @@ def test_ranks_divide_rows_as_torch_chunk_does(rows: int, ranks: int) -> None:
 @pytest.mark.parametrize("piece", [1, 100, 2**24])
 def test_pieces_are_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """Read by several threads in pieces of any size, a model is what safetensors reads."""
-    monkeypatch.setattr(weights.SafetensorsFolder, "piece", piece)
+    monkeypatch.setattr(weights, "PIECE", piece)
     loaded = dict(from_pretrained(folder).named_parameters())
     expected = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert loaded.keys() == expected.keys()

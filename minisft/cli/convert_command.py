@@ -11,8 +11,7 @@ from minisft.lora.adapters import PeftFolder, is_adapter
 from minisft.model.llama import DTYPES
 from minisft.pretrained import from_pretrained, save_pretrained
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-          "generation_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def run(options: Namespace) -> None:
@@ -23,9 +22,10 @@ def run(options: Namespace) -> None:
     if partial.exists():
         raise UserError(f"{partial}: was left by a conversion that was killed; delete it")
     model = from_pretrained(source, dtype=dtype, format=options.format, base=options.base)
-    # SOURCE's files replace its base's; the record is only SOURCE's own.
-    folders = [*([PeftFolder(source).base_folder(options.base)] if options.merge else []), source]
-    files = [*(folder / name for folder in folders for name in COPIED), source / FILE]
+    base = PeftFolder(source).base_folder(options.base) if options.merge else source
+    whose = source if (source / "tokenizer.json").exists() else base  # all of one: another's template would win
+    files = [*(whose / name for name in TOKENIZER), *(folder / "generation_config.json" for folder in (base, source)),
+             source / FILE]  # the record is only SOURCE's own
     try:
         save_pretrained(model, partial, dtype=dtype)
         for file in filter(Path.is_file, files):

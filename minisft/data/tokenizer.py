@@ -60,7 +60,9 @@ class Tokenizer:
         self._backend.no_truncation()
         added = self._backend.get_added_tokens_decoder()
         self.control = {token.content: index for index, token in added.items() if token.special}
-        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.largest_of_text = max((vocabulary[text] for text in vocabulary.keys() - self.control.keys()), default=-1)
 
     @cached_property
     def settings(self) -> dict[str, Any]:

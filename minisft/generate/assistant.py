@@ -178,7 +178,12 @@ class Assistant:
         tokenizer = Tokenizer(path if has_tokenizer else PeftFolder(path).base_folder())
         chosen = choose_template(template, load_templates(templates or None), tokenizer, option="--template")
         renderer = Renderer(chosen, tokenizer)
-        return cls(from_pretrained(path, dtype=dtype, device=device), renderer, Path(path).resolve().name)
+        model = from_pretrained(path, dtype=dtype, device=device)
+        largest = max([tokenizer.largest_of_text, *renderer.stop_ids(), *renderer.prompt((Turn("user", "a"),))])
+        if largest >= model.config.vocab_size:
+            raise UserError(f"{tokenizer.file}: token id {largest} is past the model's vocabulary of "
+                            f"{model.config.vocab_size}; it belongs to another model, or --template does")
+        return cls(model, renderer, Path(path).resolve().name)
 
     @cached_property
     def decoder(self) -> CachedDecoder:

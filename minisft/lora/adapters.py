@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from minisft.config import LoraConfig
 from minisft.counter_rng import hashed, key_of
 from minisft.errors import UserError, printable
-from minisft.files import read_small
+from minisft.files import read_small, regular_file
 from minisft.lora import targets
 from minisft.lora.nf4 import NF4, dequantise, nf4_linear
 from minisft.model import weights
@@ -256,6 +256,9 @@ class PeftFolder:
             self.scale = targets.scale(LoraConfig(self.rank, self.alpha, rslora=rslora))
             if not abs(self.scale) < 1e30:  # also false for NaN
                 raise ValueError(f"lora_alpha is {self.alpha}")
+            some = any(found.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
+            # Ends of the names of matrices that all have an adapter. (The letters of a single pattern end none.)
+            self.adapted = tuple(f".{leaf}" for leaf in (not some and found.get("target_modules")) or ())
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{file}: not the settings of an adapter ({type(error).__name__}: "
                             f"{printable(error, 200)})") from None
@@ -267,9 +270,14 @@ class PeftFolder:
         file = self.path / "adapter_model.safetensors"
         self.tensors: dict[str, dict[str, Tensor]] = {}  # name of a matrix -> its parts
         try:
+            if file.exists():
+                regular_file(file)
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({printable(error, 200)})") from None
+            remedy = "get it again" if not file.with_suffix(".bin").exists() else (
+                "adapter_model.bin is a pickle, which is not read, since it can run code: load it with peft, whose "
+                "save_pretrained writes safetensors")
+            raise UserError(f"{file}: not a readable safetensors file ({printable(error, 200)}); {remedy}") from None
         for key, tensor in tensors.items():
             part = next((part for part, ending in PARTS.items() if key.endswith(ending)), None)
             if part is None or not key.startswith(PREFIX):
@@ -288,8 +296,13 @@ class PeftFolder:
 
     @torch.no_grad()
     def merge_into(self, model: Llama) -> None:
-        """Add the adapter to the matrices of `model`. Raises UserError if it belongs to another model."""
+        """Add the adapter to the matrices of `model`. Raises UserError if it is another model's, or lacks matrices."""
         shapes = model.config.matrices()
+        lacks = [name for name in shapes if name not in self.tensors
+                 and (f".{name}".endswith(self.adapted) or not self.tensors)]
+        if lacks:
+            raise UserError(f"{self.path}: adapter_model.safetensors lacks the adapters of {len(lacks)} matrices, the "
+                            f"first of {lacks[0]}; get all of it again, or name its own base model")
         for name, parts in self.tensors.items():
             if name not in shapes:
                 raise UserError(f"{self.path}: the adapter of {printable(name)} is not of a matrix in a layer; {MERGE}")

@@ -3,7 +3,7 @@
 A network that differs in any way from the one that the file describes is wrong, so every field that changes the
 mathematics is either understood or refused; others (cache settings, pre-training flags) are ignored. Both spellings of
 the rotary settings are read: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`; if a file has both the
-first wins, as in transformers. Missing fields have their default in transformers.
+first wins, as in transformers. Missing fields have their default in transformers, but token ids are then unknown.
 """
 
 import dataclasses
@@ -129,7 +129,8 @@ def _from_dict(raw: dict[str, Any]) -> LlamaConfig:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling or rope_parameters is {_shown(rope)}; an object is needed")
-    values = {"num_key_value_heads": heads, "head_dim": hidden // heads, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
+    values = {"num_key_value_heads": heads, "head_dim": hidden // heads, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6,
+              "max_position_embeddings": 2048}
     for field in dataclasses.fields(LlamaConfig):
         if raw.get(field.name) is not None or (field.default is dataclasses.MISSING and field.name not in values):
             values[field.name] = raw[field.name]  # KeyError: there is no default

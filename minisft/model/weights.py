@@ -33,7 +33,8 @@ from minisft.files import from_hub, read_small, regular_file
 from minisft.model.llama_config import LlamaConfig, read_config
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-THREADS = 4
+THREADS, PIECE = 4, 2**24  # bytes that each thread reads at once
+SAMPLED = 16  # rows of a matrix in a fingerprint
 
 
 class WeightSource(Protocol):
@@ -41,7 +42,6 @@ class WeightSource(Protocol):
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
-    piece: int  # bytes that each of several threads reads at once; 0: whole tensors, one by one
 
     @property
     def config(self) -> LlamaConfig:
@@ -56,8 +56,6 @@ class WeightSource(Protocol):
 class SafetensorsFolder:
     """A Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Raises
     UserError for files that are missing, malformed, truncated, or lie outside the folder."""
-
-    piece = 2**24
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -95,7 +93,7 @@ class SafetensorsFolder:
         config, head, embedding = read_config(self.path), "lm_head.weight", "model.embed_tokens.weight"
         if not config.tie_word_embeddings or not (shape := self.shapes.get(head)):
             return config
-        each = max(self.piece // (2 * max(shape[-1], 1)), 1)
+        each = max(PIECE // (2 * max(shape[-1], 1)), 1)
         rows = ((i, min(i + each, shape[0])) for i in range(0, shape[0], each))
         tied = shape == self.shapes.get(embedding) and all(
             torch.equal(self.read(head, *some).float(), self.read(embedding, *some).float()) for some in rows)
@@ -168,7 +166,8 @@ def _instead(folder: Path) -> str:
                 "download the safetensors that it was made from")
     if other := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         return (f"it has {printable(', '.join(other[:3]))}: pickles are not read, since they can run code; convert "
-                "them to safetensors (transformers: save_pretrained), or for Meta's files pass model.format = \"meta\"")
+                "them to safetensors (transformers: save_pretrained). Meta's files are read by `minisft train` with "
+                "--model.format meta, and by `minisft convert` (of an adapter, too) with --format meta")
     return "download the model again"
 
 
@@ -187,12 +186,14 @@ def check(model: nn.Module, source: WeightSource) -> None:
 
 
 def fingerprint(source: WeightSource) -> str:
-    """A digest of every tensor's name, shape and first row: cheap, and training changes it."""
+    """A digest of every tensor's name, shape and numbers: of a matrix the first row, the last, and some between them.
+    Cheap, and training changes it, if only that of the last layers or of tokens that were added at the end."""
     digest = hashlib.sha256()
     for name, shape in sorted(source.shapes.items()):
-        is_cheap = source.piece or len(shape) == 1  # in Meta's files a row of a matrix costs all of it
-        row = source.read(name, 0, 1).float().numpy() if is_cheap else b""
-        digest.update(f"{name} {shape}".encode() + bytes(row))
+        digest.update(f"{name} {shape}".encode())
+        each = 1 if len(shape) > 1 else sum(shape)  # rows at a time
+        for start in sorted({i * (sum(shape[:1]) - each) // (SAMPLED - 1) for i in range(SAMPLED)}):
+            digest.update(source.read(name, start, start + each).float().numpy().data)
     return digest.hexdigest()
 
 
@@ -215,7 +216,7 @@ def load(model: nn.Module, source: WeightSource, *, left_out: Collection[str] = 
     for name, parameter in model.named_parameters():
         if name not in left_out:
             local, start = local_rows(parameter)
-            rows = max(source.piece // (2 * max(local[:1].numel(), 1)) if source.piece else len(local), 1)
+            rows = max(PIECE // (2 * max(local[:1].numel(), 1)), 1)
             pieces += [(local[i : i + rows], name, start + i) for i in range(0, len(local), rows)]
 
     @torch.no_grad()  # holds for a thread
@@ -223,7 +224,7 @@ def load(model: nn.Module, source: WeightSource, *, left_out: Collection[str] = 
         read = source.read(name, start, start + len(rows))
         rows.copy_(read.to(rows.device))  # sent in the file's dtype, half of fp32's bytes; the device converts
 
-    with ThreadPoolExecutor(THREADS if source.piece else 1) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(fill, *zip(*pieces, strict=True)))  # raises what a thread raised
 
 
