@@ -52,8 +52,8 @@ class Dataset:
         held_out = held_out or [np.zeros(len(store), dtype=bool) for store in stores]
         for store, report, held in zip(stores, self.reports, held_out, strict=True):
             if only_held_out:  # the report of the other side has what was left out before the split
-                report.read, report.skipped, report.examples, report.unread = int(held.sum()), {}, {}, {}
-                report.odd = {}
+                report.read, report.skipped, report.changed, report.examples = int(held.sum()), {}, {}, {}
+                report.unread, report.odd = {}, {}
             else:
                 _skip(store, report, "held out", held)
         wanted = held_out if only_held_out else [~held for held in held_out]

@@ -181,7 +181,7 @@ def _conversations(record: dict[str, Any], format: str, oasst: str, fields: Fiel
             return
         try:  # each on its own: one bad instance of a task does not take the others with it
             turns, notes = checked(draft)
-            yield Conversation(turns, source, line, *tools, (*notes, *sorted(fields.notes)), weight)
+            yield Conversation(turns, source, line, *tools, (*notes, *sorted(fields.notes)), weight, i)
         except Skip as skip:
             yield Skipped(skip.reason, skip.detail, source, line)
 
