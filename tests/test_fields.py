@@ -195,6 +195,52 @@ def test_history_and_contexts_are_read_or_leave_the_record_out(one):
         assert reason(one({**RECORDS[format], "input": "c", "context": "d"})[0]) == "both input and context"
 
 
+@pytest.mark.parametrize("record", [
+    {**RECORDS["prompt_completion"], "response": "c"}, {**RECORDS["conversational"], "response": TALK[1:]},
+    {**RECORDS["alpaca"], "instances": [{"input": "", "output": "c"}]}])
+def test_of_two_answers_none_is_taken(one, record):
+    names = [name for name in record if name in ("completion", "response", "output", "instances")]
+    assert reason(one(record)[0]) == f"both {' and '.join(names)}"
+    assert one({**record, names[1]: None})[0] == one({k: v for k, v in record.items() if k != names[1]})[0]
+
+
+@pytest.mark.parametrize(("part", "expected"), [
+    ({"train": False}, "messages[].content[].train changes the meaning"), ({"cache_control": {"type": "x"}}, "read"),
+    ({"thought": True}, "messages[].content[].thought changes the meaning"), ({"train": None}, "read")])
+def test_fields_of_a_part_of_a_content_are_looked_at(one, part, expected):
+    content = [{"type": "text", "text": "b", **part}, {"type": "text", "text": "c"}]
+    found, unread = one({"messages": [TALK[0], {"role": "assistant", "content": content}]})
+    if expected == "read":
+        assert found.turns[1].content == "bc"
+        assert unread == {f"messages[].content[].{name}": 1 for name in part if part[name]}
+    else:
+        assert reason(found).startswith(expected)
+
+
+@pytest.mark.parametrize("record", [
+    {"messages": json.dumps([{**TALK[0], "content": "\ud83d"}, TALK[1]])},
+    {"messages": [json.dumps({**TALK[0], "content": "\ud83d"}), TALK[1]]},
+    {**RECORDS["alpaca"], "history": json.dumps([["\ud83d", "b"]])},
+    {"instruction": "a", "instances": json.dumps([{"input": "\ud83d", "output": "b"}])},
+    {"messages": TALK, "tools": "[]", "builtin_tools": json.dumps(["\ud83d"])}])
+def test_half_of_a_surrogate_pair_in_json_text_leaves_the_record_out(one, record):
+    assert reason(one(record)[0]) == "half of a surrogate pair in JSON text"
+    whole = json.loads(json.dumps(record).replace("\\\\ud83d", "\\\\ud83d\\\\ude00"))
+    assert whole != record
+    assert isinstance(one(whole)[0], Conversation)
+
+
+def test_lists_of_messages_may_be_text_as_in_csv(one):
+    record = RECORDS["conversational"]
+    as_text = {name: json.dumps(messages) for name, messages in record.items()}
+    found = one(as_text)[0]
+    assert found.turns == one(record)[0].turns
+    assert found.notes == ("lists of messages that were text",)
+    for change in ({"prompt": "a"}, {"completion": "[1, 2]"}, {"completion": '[{"a": 1}]'}, {"prompt": "[x"}):
+        mixed = one({**as_text, **change})[0]
+        assert [turn.content for turn in mixed.turns] == list({**as_text, **change}.values()), "an answer may be JSON"
+
+
 def test_ignored_fields_are_absent_before_the_format_is_known(one):
     both = {"messages": TALK, "text": "x"}
     with pytest.raises(UserError, match="more than one format matches"):

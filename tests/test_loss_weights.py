@@ -213,7 +213,7 @@ def test_data_without_weights_has_no_sum_of_weights(base, tmp_path):
     assert not (store / "weights.npy").exists()
 
 
-@pytest.mark.parametrize("weight", ["-1", "1e999", '"0.5"', "[1]"])
+@pytest.mark.parametrize("weight", ["-1", "1e999", '"x"', "[1]"])
 def test_a_malformed_weight_is_named_with_its_place_and_a_remedy_that_works(base, tmp_path, capsys, weight):
     file = tmp_path / "bad.jsonl"
     good = json.dumps({"messages": talk(1, [None])})
@@ -249,7 +249,7 @@ def test_a_run_of_a_version_that_left_weights_out_resumes_only_if_it_gets_the_sa
     shutil.rmtree(tmp_path / "run" / "final")
     assert run_main(start(train__max_steps=2)) == (2 if has_weights else 0)
     printed = "".join(capfd.readouterr())
-    assert "made by a version that found near duplicates otherwise" in printed
+    assert "made by an earlier version" in printed
     assert ("the run was started with other settings" in printed) == has_weights
     assert ("-weights" in printed) == has_weights
 

@@ -186,11 +186,17 @@ def test_the_error_for_an_unknown_format_suggests_a_mapping_that_works(write, he
         assert len(list(read(path, columns=columns))) == 1
 
 
-@pytest.mark.parametrize("turn", [{"role": "user", "content": "Hi"}, {"from": "human", "value": "Hi"}])
+@pytest.mark.parametrize("turn", [
+    {"role": "user", "content": "Hi"}, {"from": "human", "value": "Hi"}, {"text": "Hi", "role": "user"},
+    {"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter", "deleted": False, "message_tree_id": "1"}])
 def test_the_error_for_turns_without_a_conversation_suggests_none_of_their_columns(write, here, turn):
     message = refused(write([turn]))
     assert 'this is one turn; write the turns of each conversation into one record, as in {"messages": [{' in message
     assert "--data.fields" not in message
+    if "text" in turn:  # it was taken for a plain text, trained as a whole
+        assert "if role is no speaker, --data.ignore role)" in message
+        [found] = read(write([turn]), ignore=["role"])
+        assert [each.role for each in found.turns] == ["text"]
 
 
 # ---- CSV and TSV -----------------------------------------------------------------------------------------------------
@@ -573,6 +579,9 @@ def test_splitting_through_the_command(write, here, capsys):
     ("<s>[INST] Hi [/INST]", "prompts"), ("<|start_header_id|>user", "prompts"), ("<start_of_turn>user", "prompts"),
     ("{{}} {{1+1}} { {a}} {{a", None), ("A ### Instruction manual", None), ("## Instructions", None), ("a <|b|>", None),
     ("### Inputs and outputs", None), ("### Heading", None), ("INST [inst]", None),
+    ("### Human: Hi### Assistant: Ho", "prompts"), ("### Soru:\nA?\n### Cevap:\nB.", "prompts"),
+    ("[INST] Hi [/INST] Ho", "prompts"), ("<|user|>\nHi\n<|assistant|>\nHo", "prompts"),
+    ("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHo", "prompts"),
 ])
 def test_placeholders_and_rendered_prompts_are_counted_with_the_first_place(opened, write, text, what):
     records = [{"prompt": "a", "completion": "b"}, {"prompt": f"{text}", "completion": "b"},
@@ -581,7 +590,9 @@ def test_placeholders_and_rendered_prompts_are_counted_with_the_first_place(open
         report = opened(write(some, f"{len(some)}.jsonl")).report
         expected = {name: 2 for name in checks.ODD if what and name.startswith(what)}
         if len(some) == 1:  # a plain text may speak of placeholders and headings
-            expected = {name: 1 for name in checks.ODD if text.startswith("<|") and name.startswith("conversations")}
+            answers = "<|", "Assistant:", "Cevap:", "[/INST]", "_turn>model"
+            expected = {name: 1 for name in checks.ODD if what == "prompts" and name.startswith("conversations")
+                        and any(mark in text for mark in answers)}
         assert report.odd == expected
         for name in expected:
             assert f"{len(some)}.jsonl:{min(len(some), 2)}: '" in report.examples[name]

@@ -357,8 +357,8 @@ def test_a_store_that_missed_decomposed_copies_is_made_again_under_its_key(opene
     of_before(tmp_path / "cache", "odd", "files")
     capsys.readouterr()
     new = opened(lines)
-    assert capsys.readouterr().err == (f"{old.folder}: damaged (made by a version that found near duplicates "
-                                       "otherwise); it is made again from its file when it is opened\n")
+    assert capsys.readouterr().err == (f"{old.folder}: damaged (made by an earlier version); it "
+                                       "is made again from its file when it is opened\n")
     assert new.key == old.key
     assert new.hashes.tolist() == old.hashes.tolist()
     assert new.near_duplicate_hashes[0] == new.near_duplicate_hashes[1] != new.near_duplicate_hashes[2]
@@ -517,8 +517,8 @@ FILES = ("tokens.bin", "trained.bin", "offsets.npy", "targets.npy", "turns.npy",
 def contents(store):
     """What a run can see of a store."""
     documents = [(ids.tolist(), trained.tolist()) for ids, trained in map(store.document, range(len(store)))]
-    index = (store.offsets, store.num_loss_tokens, store.turns, store.largest, store.lines, store.hashes,
-             store.near_duplicate_hashes)
+    index = (store.offsets, store.num_loss_tokens, store.turns, store.largest, store.lines, store.numbers,
+             store.hashes, store.near_duplicate_hashes)
     return store.report, documents, *map(np.ndarray.tolist, index)
 
 

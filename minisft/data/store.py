@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 
 NEAR_VERSION = 3  # of near_duplicate_hash: raise it when that changes, and MADE
 MADE = 4  # raise it when what a store says changes, but not its documents: old ones are made again under their key
+# In the reasons and notes of records that were read otherwise before, under the same key.
+REREAD = ("content[].", "both completion and", "both output and", "that were text")
 LAYOUT = 6  # of these files: raise it when they change, so that old folders are not opened
 BATCH = 1024  # conversations that are tokenised together
 BATCH_CHARACTERS = 1 << 22  # or fewer conversations, if they are long
@@ -147,6 +149,8 @@ class Store:
             if has_weights:  # a run that was started without them does not resume with them
                 self.key += "-weights"
                 self._first_row = np.searchsorted(self.weight_rows["document"], np.arange(len(self) + 1))
+            if any(part in text for text in (*self.report.skipped, *self.report.changed) for part in REREAD):
+                self.key += "-reread"  # nor does one that was started before these were read so
             if len(self):  # an empty file cannot be mapped; slicing a plain array is ten times as fast as a memmap
                 self.tokens, self.loss_mask = (np.asarray(np.memmap(folder / name, dtype, "r")) for name, dtype in
                                                (("tokens.bin", np.uint32), ("trained.bin", np.uint8)))
