@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,7 @@ class Index(list):
     """What `held_out` looks at in a store: (hash, record) of its documents."""
 
     near_duplicate_hashes = property(lambda self: np.array([h for h, _ in self], dtype=np.uint64))
-    records = property(lambda self: np.array([record for _, record in self], dtype=int))
+    records = property(lambda self: 1 + np.unique([record for _, record in self], return_inverse=True)[1].astype(int))
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50), st.floats(0, 0.999), st.floats(0, 0.999))
@@ -231,8 +232,8 @@ def test_no_answer_of_a_held_out_tree_is_trained_and_no_copy_is_replayed(here):
         return {"role": role, "text": text, "replies": replies}
 
     def tree(name):
-        ends = [message("prompter", f"{name} why {i}?", [message("assistant", f"{name} so {i}.", [])]) for i in range(3)]
-        return {"message_tree_id": name, "prompt": message("prompter", f"{name}?", [message("assistant", "Yes.", ends)])}
+        ends = [message("prompter", f"{name} why {i}?", [message("assistant", "So.", [])]) for i in range(3)]
+        return {"message_tree_id": name, "prompt": message("prompter", name, [message("assistant", "Yes.", ends)])}
 
     trees = [tree(f"q{i}") for i in range(40)]
     chats = [{"prompt": f"{i}?", "completion": "Yes."} for i in range(40)]
@@ -336,7 +337,33 @@ def test_repetitions_are_counted_and_left_out_as_asked(here):
         assert report.read == report.kept + sum(report.skipped.values())
 
 
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "split"])
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_a_copy_of_what_is_too_long_stays(here, kind, overlong):
+    short = "yes " * 5
+    texts = [short + "\n---" * 300, short, short.upper(), short + "\n---" * 300]
+    write("a.jsonl", [{"text": text} if kind == "text" else {"prompt": "Is it?", "completion": text} for text in texts])
+    data = prepared("--data.train", "a.jsonl", "--data.dedup", "near", "--data.seq_len", "100", "--data.overlong",
+                    overlong)
+    report, drops = data.train.reports[0], overlong == "drop" or (overlong, kind) == ("split", "chat")
+    assert {data.train.origin(i)[1] for i in range(len(data.train))} == {2 if drops else 1}
+    assert report.skipped == ({"over length": 2, "near duplicate": 1} if drops else
+                              {"duplicate": 1, "near duplicate": 2})
+    print_ = resume_fingerprint(data.config, data, data.network, None)
+    assert ("copies of" in print_) == drops
+
+
 # What is refused
+
+@pytest.mark.parametrize("key", ["eval", "general"])
+def test_a_weight_of_what_is_only_evaluated_is_refused(here, key):
+    for weight, refused in ((0.5, True), (1, False)):
+        argv = [f"--data.{key}", f'[{{path = "general.jsonl", weight = {weight}}}]']
+        with pytest.raises(UserError) if refused else nullcontext() as caught:
+            prepared(*argv)
+        if refused:
+            assert f"--data.{key}: a weight is of passes in training, and losses are of one pass; leave it out" in str(
+                caught.value)
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data.eval_fraction", "1e-9"], "data.eval_fraction: 1e-09 of 320 documents holds out none that fits; raise it"),

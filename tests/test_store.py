@@ -217,7 +217,7 @@ def test_batches_and_threads_leave_no_trace(opened, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "BATCH_CHARACTERS", characters)
         store = opened(cache=tmp_path / f"cache{cut}")
         made.append({file.name: file.read_bytes() for file in (tmp_path / f"cache{cut}" / store.key).iterdir()})
-    assert len(made[0]) == 10
+    assert len(made[0]) == 11
     assert all(other == made[0] for other in made)
 
 
@@ -511,7 +511,7 @@ def test_an_error_of_any_kind_leaves_nothing_behind(opened, tmp_path, monkeypatc
 # Damaged
 
 FILES = ("tokens.bin", "trained.bin", "offsets.npy", "targets.npy", "turns.npy", "largest.npy", "lines.npy",
-         "hashes.npy", "loose.npy", "report.json")
+         "numbers.npy", "hashes.npy", "loose.npy", "report.json")
 
 
 def contents(store):
@@ -633,7 +633,8 @@ def test_files_of_another_store_are_found(opened, tmp_path, capsys, name):
         shutil.copy(file, place)
     assert contents(opened(lines["sea"])) == whole
     assert ("damaged" in capsys.readouterr().err) == changed
-    assert changed or name in ("offsets.npy", "targets.npy", "turns.npy", "largest.npy", "lines.npy", "trained.bin")
+    assert changed or name in ("offsets.npy", "targets.npy", "turns.npy", "largest.npy", "lines.npy", "numbers.npy",
+                               "trained.bin")
 
 
 def test_whatever_is_read_is_what_was_written(opened, tmp_path, monkeypatch):
@@ -699,8 +700,8 @@ def test_a_store_is_durable_before_it_has_its_name(opened, tmp_path, monkeypatch
         events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name), fsync(descriptor)))
     monkeypatch.setattr(os, "rename", lambda a, b: events.append("rename") or rename(a, b))
     key = opened().key
-    assert set(events[:10]) == set(FILES)
-    assert events[10:] == [f"{key}.partial", "rename", "cache"]
+    assert set(events[:11]) == set(FILES)
+    assert events[11:] == [f"{key}.partial", "rename", "cache"]
 
 
 def test_a_note_of_a_files_digest_is_not_believed_where_it_was_damaged(opened, tmp_path, monkeypatch):

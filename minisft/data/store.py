@@ -91,7 +91,7 @@ class Report:
     read: int = 0
     kept: int = 0
     turns: int = 0
-    words: int = 0  # of the contents, separated by white space
+    words: int = 0  # of the contents of all that is in the store, separated by white space
     content_tokens: int = 0  # of the contents, without the template's own; per word they show what a language costs
     tokens: int = 0
     target_tokens: int = 0
@@ -100,7 +100,7 @@ class Report:
     duplicates: int = 0  # documents that exactly repeat an earlier one, here or in an earlier source
     lost_target_tokens: int = 0  # trained tokens of documents that were too long
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> conversations left out
-    changed: dict[str, int] = field(default_factory=dict)  # what was done to a conversation -> conversations
+    changed: dict[str, int] = field(default_factory=dict)  # what was done to a conversation -> those in the store
     examples: dict[str, str] = field(default_factory=dict)  # reason -> where it first occurred
     unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> records that have it
     odd: dict[str, int] = field(default_factory=dict)  # what is seldom meant (checks.ODD) -> conversations that have it
@@ -171,7 +171,7 @@ class Store:
 
     @property
     def records(self) -> Array:
-        """(documents,) int64: the number of the record that each came from. An array may have all on one line."""
+        """(documents,) int64: the number, from 1, of the record that each came from. A line may have many."""
         return np.cumsum((np.diff(self.lines, prepend=0) != 0) | (np.diff(self.numbers, prepend=0) <= 0))
 
     def document(self, index: int) -> tuple[Array, Array]:

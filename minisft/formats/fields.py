@@ -127,11 +127,12 @@ class Columns:
                 for name, value in record.items() if name not in found.values()}
         return {field: record[name] for field, name in found.items()} | rest
 
-    def check_fields(self, format: str) -> None:
-        """Raise UserError if a column is mapped to a field that `format` does not read."""
+    def check_fields(self, format: str, field: str) -> None:
+        """Raise UserError if a column is mapped to a field that `format`, which has `field`, does not read."""
         if wrong := [field for field, _ in self.mapping if field not in READ[format]]:
             raise UserError(f"data.fields: format {format} reads no field {shown(wrong[0])} (remedy: map a column to "
-                            f"one of {', '.join(sorted(READ[format] - WEIGHTS))})")
+                            f"one of {', '.join(sorted(READ[format] - WEIGHTS))}; if the columns are those of other "
+                            f'sources, put fields = {{{field} = "{field}"}} in the table of this one)')
 
     def check_columns(self, where: str) -> None:
         """Raise UserError if a mapped column is in none of the records so far; it names the nearest columns first."""

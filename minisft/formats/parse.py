@@ -73,9 +73,10 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
     for file in files:
         with rows(file, skip_bad):
             if is_text(file) and format not in ("auto", "text"):
-                raise UserError(f"{file}: a .txt file has no records of format {format!r} (remedy: --data.format text)")
+                raise UserError(f"{file}: a .txt file has no records of format {format!r} (remedy: --data.format text, "
+                                'or format = "text" in the table of this source)')
     if format != "auto" and not all(map(is_text, files)):
-        mapping.check_fields(format)
+        mapping.check_fields(format, FIELDS[format][0][0])
 
     def conversations() -> Iterator[Conversation | Skipped]:
         fields, of_all = Fields(ignore, unread), format
@@ -95,7 +96,7 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
                             raise UserError(f"{source}:{line}: is of format {of_all}, and the files before it in "
                                             f"{path} of {before} (remedy: name them as two sources)")
                         if not is_text(source):
-                            mapping.check_fields(of_all)
+                            mapping.check_fields(of_all, FIELDS[of_all][0][0])
                     try:
                         yield from _conversations(record, of_all, oasst, fields, source, line)
                     except Skip as skip:
@@ -112,7 +113,7 @@ def _has_fields(record: dict[str, Any], format: str) -> bool:
 
 def _detect(record: dict[str, Any], source: str, line: int, columns: Columns, files: list[str]) -> str:
     """The one format whose fields the record has. Raises UserError, with a remedy, if none or several match."""
-    turn = [name for name in ("role", "from") if record.get(name) is not None]  # with a text: one turn of a conversation
+    turn = [name for name in ("role", "from") if record.get(name) is not None]
     for fields in ({name: value for name, value in record.items() if value is not None}, record):  # null may be padding
         matches = [name for name in FORMATS if _has_fields(fields, name) and not (turn and name == "text")]
         if len(matches) == 1:
@@ -227,7 +228,7 @@ def _prompt_completion(record: dict[str, Any], fields: Fields) -> list[Turn]:
     name = "completion" if "completion" in record else "response"
     prompt, completion = record["prompt"], record[name]
     with suppress(Skip):  # JSON text in a cell of CSV: read as messages only if both surely are
-        both = [listed(text, dict) for text in (prompt, completion) if isinstance(text, str) and text.lstrip()[:1] == "["]
+        both = [listed(each, dict) for each in (prompt, completion) if isinstance(each, str) and "[" in each[:9]]
         if len(both) == 2 and all(messages and all("role" in item for item in messages) for messages in both):
             prompt, completion = both
             fields.notes.add("lists of messages that were text")

@@ -218,10 +218,14 @@ def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaCo
     scale = {"train.fp8_scale": config.train.fp8_scale} if config.train.precision == "fp8" else {}
     # Forgetting is measured against the loss at step 0, on the same documents.
     limit = {"eval.max_tokens": config.eval.max_tokens} if config.eval.max_tokens else {}
-    by_near = {"near duplicates": NEAR_VERSION} if config.data.dedup == "near" or config.data.eval_fraction else {}
-    if config.data.eval_fraction and (any(store.numbers.any() for store in prepared.train.stores) or any(
+    near, held, by_near = config.data.dedup == "near", config.data.eval_fraction, dict[str, Any]()
+    if near or held:
+        by_near["near duplicates"] = NEAR_VERSION
+    if held and (any(store.numbers.any() for store in prepared.train.stores) or any(
             "held out" in report.skipped for report in prepared.train.reports[len(config.data.train) :])):
         by_near["held out"] = "records"  # before, each document by itself, and nothing of data.replay
+    if near and any("over length" in report.skipped for report in prepared.train.reports):
+        by_near["copies of"] = "what fits"  # before, of what is over length too
     # Losses of other files cannot be compared; `resume` lets a set come or go.
     compared = {*(source.name for source in config.data.general), config.checkpoint.keep_best, *config.eval.stop_on}
     held_out = {f"{HELD_OUT}{name}": [store.key for store in dataset.stores]
