@@ -151,8 +151,8 @@ def held_out(stores: Sequence[Store], fraction: float, count: int) -> list[Array
     ends = np.cumsum([len(store) for store in stores])
     hashes = np.concatenate([store.near_duplicate_hashes for store in stores])
     records = np.concatenate([store.records + end - len(store) for store, end in zip(stores, ends, strict=True)])
-    _, first, of = np.unique(records, return_index=True, return_inverse=True)
-    held = hashes[first][of] < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    begins = np.diff(records, prepend=0) != 0
+    held = hashes[begins][np.cumsum(begins) - 1] < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
     held[ends[count - 1] :] = False
     while (more := np.isin(records, records[np.isin(hashes, hashes[held])])).sum() > held.sum():
         held = more

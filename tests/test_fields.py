@@ -399,6 +399,8 @@ def test_ignoring_is_a_remedy_that_works_and_makes_another_store(recipe, capsys)
      "train.max_steps = 50 is not reached: the run ends after 3 steps, with train.epochs = 3"),
     (["--train.max_steps", "2"],
      "train.max_steps = 2 is more than one epoch of 1 steps: documents are trained on up to 2 times"),
+    (["--train.max_steps", "2", "--data.train", "[{path = 'chats.jsonl', weight = 2.5}]"],
+     "train.max_steps = 2 is more than one epoch of 1 steps: documents are trained on up to 6 times"),
     (["--train.max_steps", "1", "--data.eval", "long.jsonl"], "the longest document has "),
 ])
 def test_other_warnings(recipe, base, capsys, options, beware):

@@ -5,6 +5,7 @@ ids of the whole text.
 """
 
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -199,6 +200,24 @@ def test_the_error_for_turns_without_a_conversation_suggests_none_of_their_colum
         assert [each.role for each in found.turns] == ["text"]
 
 
+@pytest.mark.parametrize(("options", "path", "message", "table"), [
+    (["--data.format", "messages"], "t.txt", "t.txt: a .txt file has no records of format 'messages' (remedy: "
+     '--data.format text, or format = "text" in the table of this source)', 'format = "text"'),
+    (["--data.fields", '{messages = "dialog"}'], "t.jsonl", "data.fields: format text reads no field messages (remedy: "
+     'map a column to one of text; if the columns are those of other sources, put fields = {text = "text"} in the '
+     "table of this one)", 'fields = {text = "text"}')])
+def test_a_source_of_another_format_beside_those_is_told_how_to_say_so(write, here, capsys, options, path, message,
+                                                                       table):
+    write([{"dialog" if "{" in options[1] else "messages": [{"role": "user", "content": "a"},
+                                                          {"role": "assistant", "content": "b"}]}], "chats.jsonl")
+    write([{"text": "hello there"}], "t.jsonl")
+    Path("t.txt").write_text("hello there")
+    run = functools.partial(here, "--data.train", "chats.jsonl", "--batch.packs", "1", *options, "--data.replay")
+    assert run(path) == 2
+    assert message in capsys.readouterr().err
+    assert run(f'[{{path = "{path}", {table}}}]') == 0
+
+
 # ---- CSV and TSV -----------------------------------------------------------------------------------------------------
 
 cells = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r"), max_size=8) | st.sampled_from(
@@ -258,6 +277,8 @@ def test_bad_rows_have_their_line_and_are_counted(write, opened):
     with pytest.raises(UserError, match=r"more than data\.max_bad = 2 broken records; the first: "):
         opened(path, skip_bad=True, max_bad=2)
     assert opened(path, skip_bad=True, max_bad=3).report.skipped == {"bad row": 3, "blank turn": 1}
+    old_mac = write("prompt,completion\ra,b\r", "m.csv")
+    assert f"m.csv:1: lines end in \\r alone (remedy: tr '\\r' '\\n' < {old_mac} > NEW.csv)" in refused(old_mac)
     open_quote = write('prompt,completion\na,b\nc,"d\ne,f\n', "a.csv")
     assert 'a.csv:3: unexpected end of data, in lines 3 to 4 (remedy: look for a quote that is not closed; inside ' \
            'quotes, " is written "")' in refused(open_quote, skip_bad=True)
@@ -631,6 +652,10 @@ def test_a_column_of_rendered_conversations_is_warned_of(write, here, capsys):
         assert f"{name}: 6 documents with {share:.0%} of the tokens are longer than data.seq_len = 50 and left out " \
                f"(first: {name.replace('data.train', 'long')}.jsonl:11); {max(lengths):,} would keep them all; " in text
     assert len([line for line in found["beware"] if "longer than" in line]) == 2
+    # On a few documents of an evaluation: the share is still of all of them.
+    assert here("--data.train", "long.jsonl", "--data.eval", "other.jsonl", "--data.seq_len", "50", "--batch.packs",
+                "1", "--eval.max_tokens", "50") == 0
+    assert " ".join(capsys.readouterr().out.split()).count(f"6 documents with {share:.0%} of the tokens are") == 2
     assert here("--data.train", "long.jsonl", "--data.seq_len", str(max(lengths)), "--batch.packs", "1") == 0
     assert "longer than data.seq_len" not in capsys.readouterr().out
 

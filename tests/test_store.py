@@ -508,6 +508,21 @@ def test_an_error_of_any_kind_leaves_nothing_behind(opened, tmp_path, monkeypatc
     assert len(opened()) == 32
 
 
+@pytest.mark.parametrize(("record", "old"), [
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
+        {"type": "text", "text": "b", "train": False}]}]}, False),
+    ({"prompt": "a", "completion": "b", "response": "c"}, False),
+    ({"prompt": "a", "completion": "b", "weight": "1.0"}, False),
+    ({"prompt": json.dumps([{"role": "user", "content": "a"}]), "completion": json.dumps(
+        [{"role": "assistant", "content": "b"}])}, False),
+    ({"prompt": "a", "completion": "b", "weight": "1"}, True), ({"prompt": "a", "completion": "b", "x": 1}, True)])
+def test_a_file_that_was_read_otherwise_before_has_another_key(opened, record, old):
+    lines = [json.dumps(record), json.dumps({"messages": [{"role": "user", "content": "a"}, {
+        "role": "assistant", "content": "b"}]} if "messages" in record else {"prompt": "a", "completion": "b"})]
+    store = opened(lines)
+    assert store.key == store.folder.name + "-reread" * (not old)
+
+
 # Damaged
 
 FILES = ("tokens.bin", "trained.bin", "offsets.npy", "targets.npy", "turns.npy", "largest.npy", "lines.npy",

@@ -208,7 +208,7 @@ def _tasks(record: dict[str, Any], answer: str, fields: Fields) -> list[list[Tur
     """One instruction with its input and answer, or with several of these: Self-Instruct's `instances`."""
     tasks: list[Any] = [record]
     opening, drafts = _opening(record), []
-    _refuse_both(record, answer, "instances")
+    _refuse_both(record, "output", "instances")
     if answer not in record and not (tasks := listed(record["instances"], dict)):
         raise Skip("no turns", tasks)
     for task in tasks:
@@ -228,9 +228,9 @@ def _prompt_completion(record: dict[str, Any], fields: Fields) -> list[Turn]:
     name = "completion" if "completion" in record else "response"
     prompt, completion = record["prompt"], record[name]
     with suppress(Skip):  # JSON text in a cell of CSV: read as messages only if both surely are
-        both = [listed(each, dict) for each in (prompt, completion) if isinstance(each, str) and "[" in each[:9]]
-        if len(both) == 2 and all(messages and all("role" in item for item in messages) for messages in both):
-            prompt, completion = both
+        found = [listed(x, dict) for x in (prompt, completion) if isinstance(x, str) and x.lstrip()[:1] == "["]
+        if len(found) == 2 and all(messages and all("role" in item for item in messages) for messages in found):
+            prompt, completion = found
             fields.notes.add("lists of messages that were text")
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return [Turn("user", prompt), Turn("assistant", completion)]
