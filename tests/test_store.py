@@ -513,6 +513,8 @@ def test_an_error_of_any_kind_leaves_nothing_behind(opened, tmp_path, monkeypatc
         {"type": "text", "text": "b", "train": False}]}]}, False),
     ({"prompt": "a", "completion": "b", "response": "c"}, False),
     ({"prompt": "a", "completion": "b", "weight": "1.0"}, False),
+    ({"prompt": "a", "completion": "b", "label": "1.0"}, False),
+    ({"prompt": "a", "completion": "b", "label": "1"}, True),
     ({"prompt": json.dumps([{"role": "user", "content": "a"}]), "completion": json.dumps(
         [{"role": "assistant", "content": "b"}])}, False),
     ({"prompt": "a", "completion": "b", "weight": "1"}, True), ({"prompt": "a", "completion": "b", "x": 1}, True)])
