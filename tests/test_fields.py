@@ -135,7 +135,7 @@ def test_values_of_a_table_that_are_no_json_leave_the_record_out(one):
 def test_a_label_of_a_preference_is_honoured(one):
     for format, record in RECORDS.items():
         plain, _ = one(record)
-        for bad in (False, 0, "false"):
+        for bad in (False, 0, "false", "0.0"):
             assert reason(one({**record, "label": bad})[0]) == "label says that the answer is bad", format
         for good in (True, 1, "True"):
             assert one({**record, "label": good}) == (plain, {})
