@@ -264,5 +264,7 @@ def _name_problems(data: DataConfig, best: str, stop_on: tuple[str, ...]) -> Ite
     for key, own in names.items():
         if not all(source.path for source in getattr(data, key)):
             yield (f"data.{key}",), "a path is empty"
+        if key in ("eval", "general") and any(source.weight != 1 for source in getattr(data, key)):
+            yield (f"data.{key}",), "a weight is of passes in training, and losses are of one pass; leave it out"
         if twice := sorted({name for name in own if (own + beside.get(key, [])).count(name) > 1}):
             yield (f"data.{key}",), f"several sources are named {', '.join(twice)}; give each its own name"

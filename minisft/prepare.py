@@ -102,7 +102,7 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
         return open_store(source, data, renderers[source.template], read_source, quiet=quiet, verify=verify)
 
     stores = [store(source) for source in sources]
-    held = [held_out(s.near_duplicate_hashes, data.eval_fraction * (i < len(data.train))) for i, s in enumerate(stores)]
+    held = held_out(stores, data.eval_fraction, len(data.train))
     train = Dataset(stores, data, held_out=held)
     evals = {source.name: Dataset([store(source)], data, purpose="to evaluate on")
              for source in (*data.eval, *data.general)}
@@ -144,11 +144,19 @@ def check_vocabulary(datasets: Iterable[Dataset], network: LlamaConfig, tokenize
                             f"{network.vocab_size}; {tokenizer.file} belongs to another model")
 
 
-def held_out(hashes: Array, fraction: float) -> Array:
-    """near_duplicate_hashes (n,) -> (n,) booleans: the documents that are set aside for evaluation. It depends on a
-    document's own text and nothing else, so new files, another order or another seed never move a document to the other
-    side, and near duplicates are on the same side. A larger fraction holds out the same and more."""
-    return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+def held_out(stores: Sequence[Store], fraction: float, count: int) -> list[Array]:
+    """For each store (documents,) booleans: what is set aside, to evaluate on if it is one of the first `count`. A
+    record's first text decides, so another order or another seed never moves a record to the other side. With it go its
+    near duplicates in any store, and the rest of their records. A larger fraction holds out the same and more."""
+    ends = np.cumsum([len(store) for store in stores])
+    hashes = np.concatenate([store.near_duplicate_hashes for store in stores])
+    records = np.concatenate([store.records + end - len(store) for store, end in zip(stores, ends, strict=True)])
+    begins = np.diff(records, prepend=0) != 0
+    held = hashes[begins][np.cumsum(begins) - 1] < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    held[ends[count - 1] :] = False
+    while (more := np.isin(records, records[np.isin(hashes, hashes[held])])).sum() > held.sum():
+        held = more
+    return np.split(held, ends[:-1])
 
 
 def replay_weights(tokens: Array, weights: Array, replayed: Array, ratio: float) -> Array:

@@ -135,7 +135,7 @@ def test_values_of_a_table_that_are_no_json_leave_the_record_out(one):
 def test_a_label_of_a_preference_is_honoured(one):
     for format, record in RECORDS.items():
         plain, _ = one(record)
-        for bad in (False, 0, "false"):
+        for bad in (False, 0, "false", "0.0"):
             assert reason(one({**record, "label": bad})[0]) == "label says that the answer is bad", format
         for good in (True, 1, "True"):
             assert one({**record, "label": good}) == (plain, {})
@@ -193,6 +193,52 @@ def test_history_and_contexts_are_read_or_leave_the_record_out(one):
         for name in ("input", "context"):
             assert one({**RECORDS[format], name: "c"})[0].turns[0].context == "c"
         assert reason(one({**RECORDS[format], "input": "c", "context": "d"})[0]) == "both input and context"
+
+
+@pytest.mark.parametrize("record", [
+    {**RECORDS["prompt_completion"], "response": "c"}, {**RECORDS["conversational"], "response": TALK[1:]},
+    {**RECORDS["alpaca"], "instances": [{"input": "", "output": "c"}]}])
+def test_of_two_answers_none_is_taken(one, record):
+    names = [name for name in record if name in ("completion", "response", "output", "instances")]
+    assert reason(one(record)[0]) == f"both {' and '.join(names)}"
+    assert one({**record, names[1]: None})[0] == one({k: v for k, v in record.items() if k != names[1]})[0]
+
+
+@pytest.mark.parametrize(("part", "expected"), [
+    ({"train": False}, "messages[].content[].train changes the meaning"), ({"cache_control": {"type": "x"}}, "read"),
+    ({"thought": True}, "messages[].content[].thought changes the meaning"), ({"train": None}, "read")])
+def test_fields_of_a_part_of_a_content_are_looked_at(one, part, expected):
+    content = [{"type": "text", "text": "b", **part}, {"type": "text", "text": "c"}]
+    found, unread = one({"messages": [TALK[0], {"role": "assistant", "content": content}]})
+    if expected == "read":
+        assert found.turns[1].content == "bc"
+        assert unread == {f"messages[].content[].{name}": 1 for name in part if part[name]}
+    else:
+        assert reason(found).startswith(expected)
+
+
+@pytest.mark.parametrize("record", [
+    {"messages": json.dumps([{**TALK[0], "content": "\ud83d"}, TALK[1]])},
+    {"messages": [json.dumps({**TALK[0], "content": "\ud83d"}), TALK[1]]},
+    {**RECORDS["alpaca"], "history": json.dumps([["\ud83d", "b"]])},
+    {"instruction": "a", "instances": json.dumps([{"input": "\ud83d", "output": "b"}])},
+    {"messages": TALK, "tools": "[]", "builtin_tools": json.dumps(["\ud83d"])}])
+def test_half_of_a_surrogate_pair_in_json_text_leaves_the_record_out(one, record):
+    assert reason(one(record)[0]) == "half of a surrogate pair in JSON text"
+    whole = json.loads(json.dumps(record).replace("\\\\ud83d", "\\\\ud83d\\\\ude00"))
+    assert whole != record
+    assert isinstance(one(whole)[0], Conversation)
+
+
+def test_lists_of_messages_may_be_text_as_in_csv(one):
+    record = RECORDS["conversational"]
+    as_text = {name: json.dumps(messages) for name, messages in record.items()}
+    found = one(as_text)[0]
+    assert found.turns == one(record)[0].turns
+    assert found.notes == ("lists of messages that were text",)
+    for change in ({"prompt": "a"}, {"completion": "[1, 2]"}, {"completion": '[{"a": 1}]'}, {"prompt": "[x"}):
+        mixed = one({**as_text, **change})[0]
+        assert [turn.content for turn in mixed.turns] == list({**as_text, **change}.values()), "an answer may be JSON"
 
 
 def test_ignored_fields_are_absent_before_the_format_is_known(one):
@@ -353,6 +399,8 @@ def test_ignoring_is_a_remedy_that_works_and_makes_another_store(recipe, capsys)
      "train.max_steps = 50 is not reached: the run ends after 3 steps, with train.epochs = 3"),
     (["--train.max_steps", "2"],
      "train.max_steps = 2 is more than one epoch of 1 steps: documents are trained on up to 2 times"),
+    (["--train.max_steps", "2", "--data.train", "[{path = 'chats.jsonl', weight = 2.5}]"],
+     "train.max_steps = 2 is more than one epoch of 1 steps: documents are trained on up to 6 times"),
     (["--train.max_steps", "1", "--data.eval", "long.jsonl"], "the longest document has "),
 ])
 def test_other_warnings(recipe, base, capsys, options, beware):

@@ -291,11 +291,12 @@ def test_flags_and_weights_say_what_is_trained(one, key):
     assert [answer(**{key: value}).turns[1].trained for value in (0, 0.0, False)] == [False] * 3
     assert [answer(**{key: value}).turns[1].trained for value in (1, 1.0, True, None)] == [True] * 4
     graded = key != "train"
-    for value in (0.5, 2, 1e-12, 1e12):
+    for value in (0.5, 2, 1e-12, 1e12, "0.5", " 2 ", "1e-3"):
         found = answer(**{key: value})
-        assert found.turns[1].trained == value if graded else isinstance(found, Skipped)
+        assert found.turns[1].trained == float(value) if graded else isinstance(found, Skipped)
+    assert [answer(**{key: text}).turns[1].trained for text in ("0.0", "1.0", "0", "1", "true")] == [0, 1, 0, 1, 1]
     remedy = f"(--data.ignore {key} takes the record without it)"
-    for value in ("no", "0.5", -1, [], -0.5, 1e-101, 1e101, 10**400, {"a": 1}):
+    for value in ("no", "nan", "0,5", -1, [], -0.5, 1e-101, 1e101, 10**400, {"a": 1}):
         found = answer(**{key: value})
         assert found.reason == f"{key} is not 0 or {'a number from 1e-12 to 1e+12' if graded else '1'} {remedy}"
         assert key in found.detail

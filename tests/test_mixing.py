@@ -5,9 +5,11 @@ The oracle goes through the plan document by document, with the texts that were 
 
 import json
 import random
+import re
 import shutil
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from minisft import config_io
 from minisft.data.packing import copies
 from minisft.errors import UserError
 from minisft.prepare import held_out, prepare, replay_weights
+from minisft.reports.data_report import describe, figures
 from minisft.runs.assemble import resume_fingerprint
 
 WORDS = ["the", "sea", "is", "on", "a", "bir", "dağ", "göl", "ev", "and", "then", "kırmızı", "yeşil", "in", "rain"]
@@ -188,11 +191,79 @@ def test_plain_text_is_replayed_with_the_first_and_last_token_of_its_template(he
 
 # The held-out split
 
+class Index(list):
+    """What `held_out` looks at in a store: (hash, record) of its documents."""
+
+    near_duplicate_hashes = property(lambda self: np.array([h for h, _ in self], dtype=np.uint64))
+    records = property(lambda self: 1 + np.unique([record for _, record in self], return_inverse=True)[1].astype(int))
+
+
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50), st.floats(0, 0.999), st.floats(0, 0.999))
 def test_a_larger_fraction_holds_out_the_same_and_more(hashes, one, other):
-    small, large = (held_out(np.array(hashes, dtype=np.uint64), f) for f in sorted((one, other)))
+    stores = [Index(zip(hashes, range(1, len(hashes) + 1), strict=True))]
+    [small], [large] = (held_out(stores, fraction, 1) for fraction in sorted((one, other)))
     assert not (small & ~large).any()
-    assert not held_out(np.array(hashes, dtype=np.uint64), 0).any()
+    assert small.tolist() == [h < int(min(one, other) * 2.0**64) for h in hashes]
+    assert not held_out(stores, 0, 1)[0].any()
+
+
+documents = st.lists(st.tuples(st.integers(0, 19), st.integers(1, 6)), max_size=12).map(
+    lambda found: Index(sorted(((tenth * 2**63 // 10, r) for tenth, r in found), key=lambda one: one[1])))
+
+
+@settings(max_examples=60)
+@given(st.lists(documents, min_size=1, max_size=3), st.sampled_from([0.1, 0.5, 0.9]), st.integers(1, 3))
+def test_the_held_out_share_neither_text_nor_record_with_the_rest_and_only_for_that_more_is_held(stores, part, count):
+    count = min(count, len(stores))
+    chosen = {(i, r) for i, store in enumerate(stores[:count]) for r in {r for _, r in store}
+              if next(h for h, record in store if record == r) < part * 2**64}
+    while True:  # naive: one record more, as long as one shares a text with those that are chosen
+        texts = {h for i, store in enumerate(stores) for h, r in store if (i, r) in chosen}
+        more = {(i, r) for i, store in enumerate(stores) for h, r in store if h in texts} - chosen
+        if not more:
+            break
+        chosen.add(more.pop())
+    assert [mask.tolist() for mask in held_out(stores, part, count)] == [
+        [(i, r) in chosen for _, r in store] for i, store in enumerate(stores)]
+
+
+def test_no_answer_of_a_held_out_tree_is_trained_and_no_copy_is_replayed(here):
+    def message(role, text, replies):
+        return {"role": role, "text": text, "replies": replies}
+
+    def tree(name):
+        ends = [message("prompter", f"{name} why {i}?", [message("assistant", "So.", [])]) for i in range(3)]
+        return {"message_tree_id": name, "prompt": message("prompter", name, [message("assistant", "Yes.", ends)])}
+
+    trees = [tree(f"q{i}") for i in range(40)]
+    chats = [{"prompt": f"{i}?", "completion": "Yes."} for i in range(40)]
+    Path("trees.json").write_text(json.dumps(trees))  # all on one line
+    write("chats.jsonl", chats)
+    write("replay.jsonl", [{name: text.upper() + "!" for name, text in chat.items()} for chat in chats])
+    options = ["--data.eval_fraction", "0.3", "--data.replay", "replay.jsonl"]
+    data = prepared("--data.train", "trees.json,chats.jsonl", *options)
+    names = [{re.findall(r"q\d+", data.tokenizer.decode(dataset.document(i)[0].tolist()))[0]
+              for i in range(len(dataset)) if dataset.origin(i)[0] == "trees.json"}
+             for dataset in (data.train, data.evals["heldout-trees"])]
+    assert not names[0] & names[1]
+    assert set.union(*names) == {f"q{i}" for i in range(40)}
+    assert 4 < len(names[1]) < 20
+    trained, held = sides(data)
+    assert not trained["replay.jsonl"] & held["chats.jsonl"]
+    assert trained["replay.jsonl"] == trained["chats.jsonl"]
+    assert "replay.jsonl" not in held
+    assert [data.evals[name].reports[0].also_trained for name in data.evals] == [0, 0]
+    alone = sides(prepared("--data.train", "chats.jsonl", "--data.eval_fraction", "0.3"))[1]
+    assert alone["chats.jsonl"] == held["chats.jsonl"]
+
+
+def test_a_file_whose_conversations_are_changed_can_be_split(here):
+    turns = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
+    write("a.jsonl", [{"messages": [{**turns[0], "content": f"{i}"}, *turns[1:]]} for i in range(50)])
+    data = prepared("--data.train", "a.jsonl", "--data.eval_fraction", "0.3")
+    assert data.train.reports[0].changed == {"end without an answer cut": 50}
+    assert data.evals["heldout-a"].reports[0].changed == {}
+    assert "changed, end without an answer cut: 50 (first: a.jsonl:1)" in describe(figures(data))
 
 
 def sides(data):
@@ -262,7 +333,31 @@ def test_repetitions_are_counted_and_left_out_as_asked(here):
         assert report.read == report.kept + sum(report.skipped.values())
 
 
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "split"])
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_a_copy_of_what_is_too_long_stays(here, kind, overlong):
+    short = "yes " * 5
+    texts = [short + "\n---" * 300, short, short.upper(), short + "\n---" * 300]
+    write("a.jsonl", [{"text": text} if kind == "text" else {"prompt": "Is it?", "completion": text} for text in texts])
+    data = prepared("--data.train", "a.jsonl", "--data.dedup", "near", "--data.seq_len", "100", "--data.overlong",
+                    overlong)
+    report, drops = data.train.reports[0], overlong == "drop" or (overlong, kind) == ("split", "chat")
+    assert {data.train.origin(i)[1] for i in range(len(data.train))} == {2 if drops else 1}
+    assert report.skipped == ({"over length": 2, "near duplicate": 1} if drops else
+                              {"duplicate": 1, "near duplicate": 2})
+
+
 # What is refused
+
+@pytest.mark.parametrize("key", ["eval", "general"])
+def test_a_weight_of_what_is_only_evaluated_is_refused(here, key):
+    for weight, refused in ((0.5, True), (1, False)):
+        argv = [f"--data.{key}", f'[{{path = "general.jsonl", weight = {weight}}}]']
+        with pytest.raises(UserError) if refused else nullcontext() as caught:
+            prepared(*argv)
+        if refused:
+            assert f"--data.{key}: a weight is of passes in training, and losses are of one pass; leave it out" in str(
+                caught.value)
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data.eval_fraction", "1e-9"], "data.eval_fraction: 1e-09 of 320 documents holds out none that fits; raise it"),

@@ -6,13 +6,11 @@ import shutil
 import signal
 import threading
 import time
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_data import before_composing, of_before
 from small_runs import HERE, assert_same, final_weights, log, options, train, wait_for_savers
 
 from minisft.data.dataset import Dataset
@@ -86,29 +84,6 @@ def test_changed_settings_are_refused(base, tmp_path, monkeypatch, capsys, chang
     assert not any(f"{name.partition('__')[2]} = {value}\n" in config for name, value in change.items())
     assert "--checkpoint.allow_change" in printed
     assert main(options(base, tmp_path, **{**SMALL, **change}, checkpoint__allow_change="true")) == 0
-
-
-@pytest.mark.parametrize(("settings", "refused"), [
-    ({"data__dedup": "near"}, True), ({"data__eval_fraction": 0.2}, True), ({}, False)])
-def test_a_run_whose_documents_an_older_version_chose_by_near_duplicates_does_not_resume(
-        base, tmp_path, monkeypatch, capsys, settings, refused):
-    texts = ["Şeker", "Çay", "Göl", "Süt", "Kış", "Gün", "Ağaç", "Öğle"]
-    records = [{"messages": [{"role": "user", "content": text},
-                             {"role": "assistant", "content": "Evet."}]} for text in texts]
-    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    run = partial(options, base, tmp_path, data__train=tmp_path / "data.jsonl", batch__packs=1, checkpoint__every=1,
-                  **settings)
-    with monkeypatch.context() as patch:
-        before_composing(patch)
-        assert main(run(train__max_steps=1)) == 0
-    of_before(tmp_path / "cache")
-    assert main(run(train__max_steps=2)) == (2 if refused else 0)
-    printed = capsys.readouterr().err
-    assert "made by a version that found near duplicates otherwise" in printed
-    assert ("near duplicates: was None, is 3" in printed) is refused
-    if refused:
-        assert main(run(train__max_steps=2, checkpoint__allow_change="true")) == 0
-        assert main(run(train__max_steps=3)) == 0, "from now on it is as any other"
 
 
 def test_a_start_that_fails_early_is_no_preempted_run(base, tmp_path, monkeypatch, capfd):

@@ -5,6 +5,7 @@ ids of the whole text.
 """
 
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -186,11 +187,35 @@ def test_the_error_for_an_unknown_format_suggests_a_mapping_that_works(write, he
         assert len(list(read(path, columns=columns))) == 1
 
 
-@pytest.mark.parametrize("turn", [{"role": "user", "content": "Hi"}, {"from": "human", "value": "Hi"}])
+@pytest.mark.parametrize("turn", [
+    {"role": "user", "content": "Hi"}, {"from": "human", "value": "Hi"}, {"text": "Hi", "role": "user"},
+    {"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter", "deleted": False, "message_tree_id": "1"}])
 def test_the_error_for_turns_without_a_conversation_suggests_none_of_their_columns(write, here, turn):
     message = refused(write([turn]))
     assert 'this is one turn; write the turns of each conversation into one record, as in {"messages": [{' in message
     assert "--data.fields" not in message
+    if "text" in turn:  # it was taken for a plain text, trained as a whole
+        assert "if role is no speaker, --data.ignore role)" in message
+        [found] = read(write([turn]), ignore=["role"])
+        assert [each.role for each in found.turns] == ["text"]
+
+
+@pytest.mark.parametrize(("options", "path", "message", "table"), [
+    (["--data.format", "messages"], "t.txt", "t.txt: a .txt file has no records of format 'messages' (remedy: "
+     '--data.format text, or format = "text" in the table of this source)', 'format = "text"'),
+    (["--data.fields", '{messages = "dialog"}'], "t.jsonl", "data.fields: format text reads no field messages (remedy: "
+     'map a column to one of text; if the columns are those of other sources, put fields = {text = "text"} in the '
+     "table of this one)", 'fields = {text = "text"}')])
+def test_a_source_of_another_format_beside_those_is_told_how_to_say_so(write, here, capsys, options, path, message,
+                                                                       table):
+    write([{"dialog" if "{" in options[1] else "messages": [{"role": "user", "content": "a"},
+                                                          {"role": "assistant", "content": "b"}]}], "chats.jsonl")
+    write([{"text": "hello there"}], "t.jsonl")
+    Path("t.txt").write_text("hello there")
+    run = functools.partial(here, "--data.train", "chats.jsonl", "--batch.packs", "1", *options, "--data.replay")
+    assert run(path) == 2
+    assert message in capsys.readouterr().err
+    assert run(f'[{{path = "{path}", {table}}}]') == 0
 
 
 # ---- CSV and TSV -----------------------------------------------------------------------------------------------------
@@ -252,6 +277,8 @@ def test_bad_rows_have_their_line_and_are_counted(write, opened):
     with pytest.raises(UserError, match=r"more than data\.max_bad = 2 broken records; the first: "):
         opened(path, skip_bad=True, max_bad=2)
     assert opened(path, skip_bad=True, max_bad=3).report.skipped == {"bad row": 3, "blank turn": 1}
+    old_mac = write("prompt,completion\ra,b\r", "m.csv")
+    assert f"m.csv:1: lines end in \\r alone (remedy: tr '\\r' '\\n' < {old_mac} > NEW.csv)" in refused(old_mac)
     open_quote = write('prompt,completion\na,b\nc,"d\ne,f\n', "a.csv")
     assert 'a.csv:3: unexpected end of data, in lines 3 to 4 (remedy: look for a quote that is not closed; inside ' \
            'quotes, " is written "")' in refused(open_quote, skip_bad=True)
@@ -573,6 +600,9 @@ def test_splitting_through_the_command(write, here, capsys):
     ("<s>[INST] Hi [/INST]", "prompts"), ("<|start_header_id|>user", "prompts"), ("<start_of_turn>user", "prompts"),
     ("{{}} {{1+1}} { {a}} {{a", None), ("A ### Instruction manual", None), ("## Instructions", None), ("a <|b|>", None),
     ("### Inputs and outputs", None), ("### Heading", None), ("INST [inst]", None),
+    ("### Human: Hi### Assistant: Ho", "prompts"), ("### Soru:\nA?\n### Cevap:\nB.", "prompts"),
+    ("[INST] Hi [/INST] Ho", "prompts"), ("<|user|>\nHi\n<|assistant|>\nHo", "prompts"),
+    ("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHo", "prompts"),
 ])
 def test_placeholders_and_rendered_prompts_are_counted_with_the_first_place(opened, write, text, what):
     records = [{"prompt": "a", "completion": "b"}, {"prompt": f"{text}", "completion": "b"},
@@ -581,7 +611,9 @@ def test_placeholders_and_rendered_prompts_are_counted_with_the_first_place(open
         report = opened(write(some, f"{len(some)}.jsonl")).report
         expected = {name: 2 for name in checks.ODD if what and name.startswith(what)}
         if len(some) == 1:  # a plain text may speak of placeholders and headings
-            expected = {name: 1 for name in checks.ODD if text.startswith("<|") and name.startswith("conversations")}
+            answers = "<|", "Assistant:", "Cevap:", "[/INST]", "_turn>model"
+            expected = {name: 1 for name in checks.ODD if what == "prompts" and name.startswith("conversations")
+                        and any(mark in text for mark in answers)}
         assert report.odd == expected
         for name in expected:
             assert f"{len(some)}.jsonl:{min(len(some), 2)}: '" in report.examples[name]
@@ -620,6 +652,10 @@ def test_a_column_of_rendered_conversations_is_warned_of(write, here, capsys):
         assert f"{name}: 6 documents with {share:.0%} of the tokens are longer than data.seq_len = 50 and left out " \
                f"(first: {name.replace('data.train', 'long')}.jsonl:11); {max(lengths):,} would keep them all; " in text
     assert len([line for line in found["beware"] if "longer than" in line]) == 2
+    # On a few documents of an evaluation: the share is still of all of them.
+    assert here("--data.train", "long.jsonl", "--data.eval", "other.jsonl", "--data.seq_len", "50", "--batch.packs",
+                "1", "--eval.max_tokens", "50") == 0
+    assert " ".join(capsys.readouterr().out.split()).count(f"6 documents with {share:.0%} of the tokens are") == 2
     assert here("--data.train", "long.jsonl", "--data.seq_len", str(max(lengths)), "--batch.packs", "1") == 0
     assert "longer than data.seq_len" not in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracles.tiny_llama import write_tiny_llama
-from small_data import before_composing, of_before, plain_documents, store_of
+from small_data import plain_documents, store_of
 
 from minisft.config import DataConfig
 from minisft.data import store as module
@@ -217,7 +217,7 @@ def test_batches_and_threads_leave_no_trace(opened, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "BATCH_CHARACTERS", characters)
         store = opened(cache=tmp_path / f"cache{cut}")
         made.append({file.name: file.read_bytes() for file in (tmp_path / f"cache{cut}" / store.key).iterdir()})
-    assert len(made[0]) == 10
+    assert len(made[0]) == 11
     assert all(other == made[0] for other in made)
 
 
@@ -345,27 +345,6 @@ def test_tools_count_for_near_duplicates():
     assert called() == called()
     assert len({called(), called("turn_off"), called(tools=({"name": "x"},)), called(tools=({"name": "y"},)),
                 called(builtin_tools=("wolfram_alpha",))}) == 5
-
-
-def test_a_store_that_missed_decomposed_copies_is_made_again_under_its_key(opened, tmp_path, monkeypatch, capsys):
-    apart = qa(*(unicodedata.normalize("NFD", text) for text in ("şeker", "çok güzel")))
-    lines = [qa("Şeker?", "Çok güzel."), apart, qa("Şeker?", "Çok kötü.")]
-    with monkeypatch.context() as patch:
-        before_composing(patch)
-        old = opened(lines)
-    assert len(set(old.near_duplicate_hashes.tolist())) == 3
-    of_before(tmp_path / "cache", "odd", "files")
-    capsys.readouterr()
-    new = opened(lines)
-    assert capsys.readouterr().err == (f"{old.folder}: damaged (made by a version that found near duplicates "
-                                       "otherwise); it is made again from its file when it is opened\n")
-    assert new.key == old.key
-    assert new.hashes.tolist() == old.hashes.tolist()
-    assert new.near_duplicate_hashes[0] == new.near_duplicate_hashes[1] != new.near_duplicate_hashes[2]
-    written = (new.folder / "report.json").stat().st_mtime_ns
-    opened(lines)
-    assert (new.folder / "report.json").stat().st_mtime_ns == written
-    assert capsys.readouterr().err == ""
 
 
 def test_the_near_duplicate_hash_sees_what_an_independent_folding_sees():
@@ -511,14 +490,14 @@ def test_an_error_of_any_kind_leaves_nothing_behind(opened, tmp_path, monkeypatc
 # Damaged
 
 FILES = ("tokens.bin", "trained.bin", "offsets.npy", "targets.npy", "turns.npy", "largest.npy", "lines.npy",
-         "hashes.npy", "loose.npy", "report.json")
+         "numbers.npy", "hashes.npy", "loose.npy", "report.json")
 
 
 def contents(store):
     """What a run can see of a store."""
     documents = [(ids.tolist(), trained.tolist()) for ids, trained in map(store.document, range(len(store)))]
-    index = (store.offsets, store.num_loss_tokens, store.turns, store.largest, store.lines, store.hashes,
-             store.near_duplicate_hashes)
+    index = (store.offsets, store.num_loss_tokens, store.turns, store.largest, store.lines, store.numbers,
+             store.hashes, store.near_duplicate_hashes)
     return store.report, documents, *map(np.ndarray.tolist, index)
 
 
@@ -633,7 +612,8 @@ def test_files_of_another_store_are_found(opened, tmp_path, capsys, name):
         shutil.copy(file, place)
     assert contents(opened(lines["sea"])) == whole
     assert ("damaged" in capsys.readouterr().err) == changed
-    assert changed or name in ("offsets.npy", "targets.npy", "turns.npy", "largest.npy", "lines.npy", "trained.bin")
+    assert changed or name in ("offsets.npy", "targets.npy", "turns.npy", "largest.npy", "lines.npy", "numbers.npy",
+                               "trained.bin")
 
 
 def test_whatever_is_read_is_what_was_written(opened, tmp_path, monkeypatch):
@@ -699,8 +679,8 @@ def test_a_store_is_durable_before_it_has_its_name(opened, tmp_path, monkeypatch
         events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name), fsync(descriptor)))
     monkeypatch.setattr(os, "rename", lambda a, b: events.append("rename") or rename(a, b))
     key = opened().key
-    assert set(events[:10]) == set(FILES)
-    assert events[10:] == [f"{key}.partial", "rename", "cache"]
+    assert set(events[:11]) == set(FILES)
+    assert events[11:] == [f"{key}.partial", "rename", "cache"]
 
 
 def test_a_note_of_a_files_digest_is_not_believed_where_it_was_damaged(opened, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
-VERSION = 6  # of reading and rendering: raise it when either changes, so that stores of old tokens are not opened
+VERSION = 7  # of reading, rendering and near duplicates: raise it when one changes, or old stores would be opened
 Array = np.ndarray
 
 

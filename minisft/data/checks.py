@@ -33,7 +33,9 @@ ODD = {  # what turns of some roles contain -> the roles, marks of which one mus
         r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant|system|endoftext)\|>|<start_of_turn>",
         "the template is written around them once more, and their marks stay text; give the turns alone"),
     "conversations rendered to one text": (
-        ("text",), ("<|",), r"<\|(?:im_start|start_header_id|eot_id)\|>",
+        ("text",), ("###", "<|", "[/INST]", "<start_of_turn>"),  # marks of answers: a text may have other headings
+        r"### ?(?:Response|Assistant|Yanıt|Cevap) ?:|\[/INST\]|<\|(?:im_start|start_header_id|eot_id|assistant)\|>|"
+        "<start_of_turn>model",
         "their marks stay text, and the questions are trained too; give the turns as messages"),
 }
 OURS = "this is a fault of minisft, please report it"

@@ -39,6 +39,7 @@ class Conversation:
     builtin_tools: tuple[str, ...] = ()  # names of those that the model knows without a definition
     notes: tuple[str, ...] = ()  # changes made to the record: fixed phrases, to be counted
     weight: float = 1.0  # in the loss, times that of each turn
+    number: int = 0  # among the conversations of its record
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,9 +41,9 @@ class SourceReport(Report):
 
 class Dataset:
     """The documents of several stores that fit a run, under one numbering, none longer than data.seq_len. Repetitions
-    of an earlier document in any of the stores are counted, and left out if data.dedup says so. `held_out` marks
-    documents (one array of booleans for each store) that are left out; with `only_held_out` they are the only ones
-    kept. Raises UserError if a document is too long and data.overlong is "error", or if nothing is left."""
+    of an earlier document that fits, in any of the stores, are counted, and left out if data.dedup says so. `held_out`
+    marks documents (one array of booleans for each store) that are left out; with `only_held_out` they are the only
+    ones kept. Raises UserError if a document is too long and data.overlong is "error", or if nothing is left."""
 
     def __init__(self, stores: list[Store], data: "DataConfig", *, held_out: list[Array] | None = None,
                  only_held_out: bool = False, purpose: str = "to train on"):
@@ -52,13 +52,14 @@ class Dataset:
         held_out = held_out or [np.zeros(len(store), dtype=bool) for store in stores]
         for store, report, held in zip(stores, self.reports, held_out, strict=True):
             if only_held_out:  # the report of the other side has what was left out before the split
-                report.read, report.skipped, report.examples, report.unread = int(held.sum()), {}, {}, {}
-                report.odd = {}
+                report.read, report.skipped, report.changed, report.examples = int(held.sum()), {}, {}, {}
+                report.unread, report.odd = {}, {}
             else:
                 _skip(store, report, "held out", held)
         wanted = held_out if only_held_out else [~held for held in held_out]
-        exactly = _repeated([store.hashes for store in stores], wanted)
-        nearly = _repeated([store.near_duplicate_hashes for store in stores], wanted)
+        fit = [mask & ~_too_long(store, data) for store, mask in zip(stores, wanted, strict=True)]
+        exactly = _repeated([store.hashes for store in stores], fit)
+        nearly = _repeated([store.near_duplicate_hashes for store in stores], fit)
         fitting = []
         for store, report, mask, exact, near in zip(stores, self.reports, wanted, exactly, nearly, strict=True):
             near &= ~exact
@@ -141,6 +142,12 @@ def _repeated(hashes: list[Array], wanted: list[Array]) -> list[Array]:
 def _skip(store: Store, report: SourceReport, reason: str, documents: Array) -> None:
     if len(found := np.arange(len(store))[documents]):
         report.count(report.skipped, reason, "{}:{}".format(*store.origin(found[0])), len(found))
+
+
+def _too_long(store: Store, data: "DataConfig") -> Array:
+    """(documents,) booleans: those that are left out for their length, so that a copy that fits must stay."""
+    long = np.diff(store.offsets) > data.seq_len
+    return long & (data.overlong in ("drop", "split")) & ((data.overlong != "split") | (store.turns != 1))
 
 
 def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") -> tuple[Array, ...]:

@@ -7,6 +7,7 @@
                   turns.npy     (documents,) int64: turns of each
                   largest.npy   (documents,) int64: the largest token id of each
                   lines.npy     (documents,) int64: the line each came from, plus LINES times the number of its file
+                  numbers.npy   (documents,) int64: which of its record's documents each is, from 0
                   hashes.npy    (documents,) uint64: of ids and mask, equal for exact duplicates
                   loose.npy     (documents,) uint64: of what is not punctuation, equal for near duplicates
                   weights.npy   (rows,) ROW, only if weights other than 0 and 1 are in the file: see below
@@ -23,7 +24,7 @@ template, which tokens are trained, the version of the renderer; but not `seq_le
 complete; if several processes want it, one makes it and the others wait.
 
 Disks lose bits. So we compare the index with its digests when we open it, and each document with its hash whenever we
-read it. A damaged store is set aside and made again. Memory grows with the file by 56 bytes a document only (with
+read it. A damaged store is set aside and made again. Memory grows with the file by 64 bytes a document only (with
 weights 8 more, and 24 a row).
 """
 
@@ -61,13 +62,12 @@ if TYPE_CHECKING:
     # Rejects a file of another kind at once, reads it when iterated, and counts in the dict the fields nobody reads.
     Reader = Callable[[Source, DataConfig, dict[str, int]], Iterator[Conversation | Skipped]]
 
-NEAR_VERSION = 3  # of near_duplicate_hash: raise it when that changes, so that old stores are made again
-LAYOUT = 6  # of these files: raise it when they change, so that old folders are not opened
+LAYOUT = 7  # of these files: raise it when they change, so that old folders are not opened
 BATCH = 1024  # conversations that are tokenised together
 BATCH_CHARACTERS = 1 << 22  # or fewer conversations, if they are long
 SAMPLE = 256  # documents that are read when a store is opened
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # what a disk reports for files that it lost
-ARRAYS = ("offsets", "targets", "turns", "largest", "lines", "hashes", "loose")
+ARRAYS = ("offsets", "targets", "turns", "largest", "lines", "numbers", "hashes", "loose")
 ROW = np.dtype([("document", np.int64), ("weight", np.float64), ("tokens", np.int64)])  # tokens of that weight
 BROKEN = ("bad JSON", "invalid UTF-8", "bad row")  # what counts against max_bad: the record itself, not what it says
 LINES = 2**40  # more than a file has
@@ -87,7 +87,7 @@ class Report:
     read: int = 0
     kept: int = 0
     turns: int = 0
-    words: int = 0  # of the contents, separated by white space
+    words: int = 0  # of the contents of all that is in the store, separated by white space
     content_tokens: int = 0  # of the contents, without the template's own; per word they show what a language costs
     tokens: int = 0
     target_tokens: int = 0
@@ -96,12 +96,11 @@ class Report:
     duplicates: int = 0  # documents that exactly repeat an earlier one, here or in an earlier source
     lost_target_tokens: int = 0  # trained tokens of documents that were too long
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> conversations left out
-    changed: dict[str, int] = field(default_factory=dict)  # what was done to a conversation -> conversations
+    changed: dict[str, int] = field(default_factory=dict)  # what was done to a conversation -> those in the store
     examples: dict[str, str] = field(default_factory=dict)  # reason -> where it first occurred
     unread: dict[str, int] = field(default_factory=dict)  # field that nothing reads -> records that have it
     odd: dict[str, int] = field(default_factory=dict)  # what is seldom meant (checks.ODD) -> conversations that have it
     files: list[str] = field(default_factory=list)  # of a folder or a glob
-    near: int = 0  # NEAR_VERSION of near_duplicate_hash
 
     def count(self, counts: dict[str, int], reason: str, where: str, number: int = 1) -> None:
         """Count conversations in `skipped` or `changed`, and remember where the first one is."""
@@ -131,19 +130,16 @@ class Store:
             saved = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             if saved != _with_digest(saved["report"], saved["files"], self.key):
                 raise ValueError("report.json is not as it was written")
-            if saved["report"].get("near") != NEAR_VERSION:  # the earliest versions read no weights but 0 and 1, either
-                raise ValueError("made by a version that found near duplicates otherwise")
             self.report = Report(**saved["report"])
             for name, expected in saved["files"].items():
                 if _described(folder / name) != expected:
                     raise ValueError(f"{name} is not as it was written")
-            (self.offsets, self.num_loss_tokens, self.turns, self.largest, self.lines, self.hashes,
-             self.near_duplicate_hashes) = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+            (self.offsets, self.num_loss_tokens, self.turns, self.largest, self.lines, self.numbers,
+             self.hashes, self.near_duplicate_hashes) = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
                                             for name in ARRAYS)
             has_weights = "weights.npy" in saved["files"]
             self.weight_rows = np.load(folder / "weights.npy") if has_weights else np.zeros(0, ROW)
-            if has_weights:  # a run that was started without them does not resume with them
-                self.key += "-weights"
+            if has_weights:
                 self._first_row = np.searchsorted(self.weight_rows["document"], np.arange(len(self) + 1))
             if len(self):  # an empty file cannot be mapped; slicing a plain array is ten times as fast as a memmap
                 self.tokens, self.loss_mask = (np.asarray(np.memmap(folder / name, dtype, "r")) for name, dtype in
@@ -162,6 +158,11 @@ class Store:
         """File and line that a document came from."""
         number, line = divmod(int(self.lines[index]), LINES)
         return (self.report.files or [self.report.path])[number], line
+
+    @property
+    def records(self) -> Array:
+        """(documents,) int64: the number, from 1, of the record that each came from. A line may have many."""
+        return np.cumsum((np.diff(self.lines, prepend=0) != 0) | (np.diff(self.numbers, prepend=0) <= 0))
 
     def document(self, index: int) -> tuple[Array, Array]:
         """Token ids (L,) and loss weights (L,) of a document: uint8 if all are 0 or 1, otherwise float64."""
@@ -213,7 +214,7 @@ def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "
     `verify` checks every stored document instead of some. Raises UserError for a file that cannot be read, that has
     more than data.max_bad broken records, or whose tokens break a law (checks.py)."""
     path, cache, state = source.path, Path(data.cache), _source_state(source.path)
-    report = Report(source.name, path, renderer.template.name, near=NEAR_VERSION)
+    report = Report(source.name, path, renderer.template.name)
     report.files = [file for file in data_files(path) if file != path]
     conversations = read(source, data, report.unread)  # a file of another kind is rejected before all of it is hashed
     digests = [_content_digest(file_and_split(file)[0], cache) for file in report.files or [path]]
@@ -339,7 +340,7 @@ def _write(folder: Path, found: Iterator[Conversation | Skipped], renderer: Rend
                     "turns": [len(conversation.turns) for conversation in kept],
                     "largest": np.maximum.reduceat(ids, offsets[:-1]) if kept else [],  # reduceat needs a document
                     "lines": [numbers.get(each.source, 0) * LINES + each.line for each in kept],
-                    "hashes": hashes,
+                    "numbers": [each.number for each in kept], "hashes": hashes,
                     "loose": np.array([each.near_duplicate for each in batch], np.uint64)[learnable]}.items():
                 parts[name].append(np.array(values, parts[name][0].dtype))
             end += len(ids)

@@ -20,6 +20,7 @@ import difflib
 import json
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from minisft.data.conversation import Skip
@@ -44,6 +45,7 @@ READ = {
 }
 TURN = WEIGHTS | {"role", "content", "from", "value"}
 OF_ROLE = {"assistant": TURN | {"tool_calls", "function_call"}, "result": TURN | {"tool_call_id", "name"}}
+PART = frozenset(("type", "text", "value"))  # of a content that is a list
 TASK = frozenset(("input", "context", "output"))
 MESSAGE = frozenset((
     *("text", "role", "replies", "rank", "deleted", "message_id", "parent_id", "user_id", "message_tree_id"),
@@ -85,6 +87,7 @@ class Fields:
             if name in known or is_empty(value):
                 continue
             if name == "label" and (good := flag(value)) is not None:  # of preferences: is it a good answer?
+                self.note_text(value)
                 if not good:
                     raise Skip("label says that the answer is bad", value)
             elif name in CHANGES:
@@ -92,6 +95,11 @@ class Fields:
                            "without it)", value)
             else:
                 self._names.add(where + shown(name))
+
+    def note_text(self, value: Any) -> None:
+        """Note a number that is written as text, such as "1.0"."""
+        if isinstance(value, str) and value.strip().lower() not in ("1", "true", "0", "false"):
+            self.notes.add("numbers that were text")
 
     def end_record(self) -> None:
         """Count what was noted; a name counts once a record."""
@@ -125,11 +133,12 @@ class Columns:
                 for name, value in record.items() if name not in found.values()}
         return {field: record[name] for field, name in found.items()} | rest
 
-    def check_fields(self, format: str) -> None:
-        """Raise UserError if a column is mapped to a field that `format` does not read."""
+    def check_fields(self, format: str, field: str) -> None:
+        """Raise UserError if a column is mapped to a field that `format`, which has `field`, does not read."""
         if wrong := [field for field, _ in self.mapping if field not in READ[format]]:
             raise UserError(f"data.fields: format {format} reads no field {shown(wrong[0])} (remedy: map a column to "
-                            f"one of {', '.join(sorted(READ[format] - WEIGHTS))})")
+                            f"one of {', '.join(sorted(READ[format] - WEIGHTS))}; if the columns are those of other "
+                            f'sources, put fields = {{{field} = "{field}"}} in the table of this one)')
 
     def check_columns(self, where: str) -> None:
         """Raise UserError if a mapped column is in none of the records so far; it names the nearest columns first."""
@@ -161,7 +170,12 @@ def parsed(value: Any, reason: str = "wrong fields") -> Any:
     if is_empty(value):
         return None
     try:
-        return json.loads(value, object_pairs_hook=without_repetition) if isinstance(value, str) else value
+        found = json.loads(value, object_pairs_hook=without_repetition) if isinstance(value, str) else value
+        if isinstance(value, str) and "\\u" in value:
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        return found
+    except UnicodeEncodeError:
+        raise Skip("half of a surrogate pair in JSON text", value) from None
     except (ValueError, RecursionError):
         raise Skip(reason, value) from None
 
@@ -175,14 +189,21 @@ def listed(value: Any, kind: type, reason: str = "wrong fields") -> list[Any]:
     return items
 
 
+def number(value: Any) -> Any:
+    """`value`, or the number that it is the text of: cells of CSV are text."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
 def flag(value: Any) -> bool | None:
     """True or False for 1 or 0, true or false, also as text; None for anything else."""
     if isinstance(value, str):
-        value = {"1": 1, "true": 1, "0": 0, "false": 0}.get(value.strip().lower())
+        value = {"true": 1, "false": 0}.get(value.strip().lower(), number(value))
     return bool(value) if isinstance(value, (int, float)) and value in (0, 1) else None
 
 
-def loss_weight(item: dict[str, Any]) -> float:
+def loss_weight(item: dict[str, Any], fields: Fields) -> float:
     """The weight of a record or a turn in the loss; 1 if it has none. Raises Skip for one that is out of range, and if
     two contradict each other."""
     if item.keys().isdisjoint(WEIGHTS):  # most often
@@ -190,11 +211,12 @@ def loss_weight(item: dict[str, Any]) -> float:
     given = {name: value for name, value in item.items() if name in WEIGHTS and value not in (None, "", " ", "null")}
     weights: dict[str, float] = {}
     for name, value in given.items():
-        weight = value if (on := flag(value)) is None and name in GRADED else on
+        weight = number(value) if (on := flag(value)) is None and name in GRADED else on
         if not (isinstance(weight, int | float) and (weight == 0 or RANGE[0] <= weight <= RANGE[1])):
             allowed = f"0 or a number from {RANGE[0]:g} to {RANGE[1]:g}" if name in GRADED else "0 or 1"
             raise Skip(f"{name} is not {allowed} (--data.ignore {name} takes the record without it)", {name: value})
         weights[name] = float(weight)
+        fields.note_text(value)
     graded = {weights[name] for name in GRADED & weights.keys()}
     if len(graded) > 1 or len({weight > 0 for weight in weights.values()}) > 1:
         names = " and ".join(sorted(given))

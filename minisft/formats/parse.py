@@ -11,6 +11,7 @@ time; a `.txt` file is one record.
 import json
 import shlex
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,10 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
     for file in files:
         with rows(file, skip_bad):
             if is_text(file) and format not in ("auto", "text"):
-                raise UserError(f"{file}: a .txt file has no records of format {format!r} (remedy: --data.format text)")
+                raise UserError(f"{file}: a .txt file has no records of format {format!r} (remedy: --data.format text, "
+                                'or format = "text" in the table of this source)')
     if format != "auto" and not all(map(is_text, files)):
-        mapping.check_fields(format)
+        mapping.check_fields(format, FIELDS[format][0][0])
 
     def conversations() -> Iterator[Conversation | Skipped]:
         fields, of_all = Fields(ignore, unread), format
@@ -94,7 +96,7 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
                             raise UserError(f"{source}:{line}: is of format {of_all}, and the files before it in "
                                             f"{path} of {before} (remedy: name them as two sources)")
                         if not is_text(source):
-                            mapping.check_fields(of_all)
+                            mapping.check_fields(of_all, FIELDS[of_all][0][0])
                     try:
                         yield from _conversations(record, of_all, oasst, fields, source, line)
                     except Skip as skip:
@@ -111,8 +113,9 @@ def _has_fields(record: dict[str, Any], format: str) -> bool:
 
 def _detect(record: dict[str, Any], source: str, line: int, columns: Columns, files: list[str]) -> str:
     """The one format whose fields the record has. Raises UserError, with a remedy, if none or several match."""
+    turn = [name for name in ("role", "from") if record.get(name) is not None]
     for fields in ({name: value for name, value in record.items() if value is not None}, record):  # null may be padding
-        matches = [name for name in FORMATS if _has_fields(fields, name)]
+        matches = [name for name in FORMATS if _has_fields(fields, name) and not (turn and name == "text")]
         if len(matches) == 1:
             return matches[0]
     columns.check_columns(f"{source}:{line}")
@@ -127,9 +130,11 @@ def _detect(record: dict[str, Any], source: str, line: int, columns: Columns, fi
     elif {"chosen", "preferred_output"} & record.keys():
         remedy = ("these are preferences, and minisft trains on answers only: write the question to a field prompt and "
                   "the preferred answer to a field completion")
-    elif {"role", "from"} & record.keys():
+    elif turn:
         remedy = ('this is one turn; write the turns of each conversation into one record, as in '
-                  '{"messages": [{"role": "user", "content": "..."}, ...]}')
+                  '{"messages": [{"role": "user", "content": "..."}, ...]}; of OASST, name the file of trees')
+        if "text" in record:
+            remedy += f"; if {turn[0]} is no speaker, --data.ignore {turn[0]}"
     else:
         texts = [name for name, value in record.items() if isinstance(value, str) and name.isprintable() and name]
         named = [(field, name) for field, names in COLUMNS.items() for name in texts if name.strip().lower() in names]
@@ -154,7 +159,7 @@ def _conversations(record: dict[str, Any], format: str, oasst: str, fields: Fiel
     if not _has_fields(record, format):
         raise Skip("wrong fields", list(record))
     fields.look(record, of.READ[format])
-    if not (weight := loss_weight(record)):
+    if not (weight := loss_weight(record, fields)):
         raise Skip("marked as not trained", {name: value for name, value in record.items() if name in WEIGHTS})
     drafts: Iterable[list[Turn]]  # as the record states them: `checked` has yet to look at their contents and order
     match format:
@@ -181,7 +186,7 @@ def _conversations(record: dict[str, Any], format: str, oasst: str, fields: Fiel
             return
         try:  # each on its own: one bad instance of a task does not take the others with it
             turns, notes = checked(draft)
-            yield Conversation(turns, source, line, *tools, (*notes, *sorted(fields.notes)), weight)
+            yield Conversation(turns, source, line, *tools, (*notes, *sorted(fields.notes)), weight, i)
         except Skip as skip:
             yield Skipped(skip.reason, skip.detail, source, line)
 
@@ -203,6 +208,7 @@ def _tasks(record: dict[str, Any], answer: str, fields: Fields) -> list[list[Tur
     """One instruction with its input and answer, or with several of these: Self-Instruct's `instances`."""
     tasks: list[Any] = [record]
     opening, drafts = _opening(record), []
+    _refuse_both(record, "output", "instances")
     if answer not in record and not (tasks := listed(record["instances"], dict)):
         raise Skip("no turns", tasks)
     for task in tasks:
@@ -211,16 +217,21 @@ def _tasks(record: dict[str, Any], answer: str, fields: Fields) -> list[list[Tur
         given = [task[name] for name in ("input", "context") if task.get(name) not in (None, "")]
         if not all(isinstance(context, str) for context in given):
             raise Skip("context is not text", given)
-        if len(given) > 1:
-            raise Skip("both input and context", given)
+        _refuse_both(task, "input", "context")
         drafts.append([*opening, Turn("user", record["instruction"], *given), Turn("assistant", task.get(answer))])
     return drafts
 
 
 def _prompt_completion(record: dict[str, Any], fields: Fields) -> list[Turn]:
     """Two strings, or TRL's conversational form: two lists of messages; only those of the completion are trained."""
+    _refuse_both(record, "completion", "response")
     name = "completion" if "completion" in record else "response"
     prompt, completion = record["prompt"], record[name]
+    with suppress(Skip):  # JSON text in a cell of CSV: read as messages only if both surely are
+        found = [listed(x, dict) for x in (prompt, completion) if isinstance(x, str) and x.lstrip()[:1] == "["]
+        if len(found) == 2 and all(messages and all("role" in item for item in messages) for messages in found):
+            prompt, completion = found
+            fields.notes.add("lists of messages that were text")
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return [Turn("user", prompt), Turn("assistant", completion)]
     given = _turns(prompt, fields, "prompt[].")
@@ -239,7 +250,7 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
         calls, beside, tool, trained = [], "", "", 1.0
         if len(item) > 2 or content is None:  # seldom: most turns have a role and a content
             fields.look(item, of.OF_ROLE.get(role, of.TURN), where)
-            trained = loss_weight(item)
+            trained = loss_weight(item, fields)
             if role == "assistant":
                 calls = [found for name in ("tool_calls", "function_call")
                          if (found := parsed(item.get(name), "bad tool call"))]
@@ -247,6 +258,8 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
                 fields.notes.add("a turn that is not an answer is marked as trained; only data.train_on = all trains "
                                  "on it")
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            for part in content:
+                fields.look(part, of.PART, f"{where}content[].")
             texts = [part.get("text", part.get("value")) for part in content]
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
         if calls:
@@ -261,6 +274,12 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
             content = of.written(content, "bad tool result")[1]  # a text becomes a JSON string
         turns.append(Turn(role, content, beside, trained, tool))
     return turns
+
+
+def _refuse_both(record: dict[str, Any], *names: str) -> None:
+    given = {name: record[name] for name in names if record.get(name) not in (None, "", [])}
+    if len(given) > 1:
+        raise Skip(f"both {' and '.join(names)}", given)
 
 
 def _either(item: dict[str, Any], one: str, other: str) -> Any:

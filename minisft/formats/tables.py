@@ -81,6 +81,9 @@ def _cells(file: File, source: str, delimiter: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
+            if "new-line" in str(error) and not names:
+                raise UserError(f"{source}:{start}: lines end in \\r alone (remedy: tr '\\r' '\\n' < "
+                                f"{shlex.quote(source)} > NEW.csv)") from None
             if "end of data" in str(error) or not names:  # nobody knows how many rows the open quote has swallowed
                 raise UserError(f'{source}:{start}: {error}, in lines {start} to {line} (remedy: look for a quote that '
                                 'is not closed; inside quotes, " is written "")') from None

@@ -6,6 +6,7 @@ Everything printed is among the figures. Counts of tokens are of the documents k
 one's: if part of a source is drawn, every epoch draws another part.
 """
 
+import math
 import shutil
 import textwrap
 from dataclasses import asdict
@@ -91,8 +92,9 @@ def _left_out(prepared: Prepared) -> list[str]:
     lines = []
     for name, dataset in {"data.train": prepared.train, **prepared.evals}.items():
         long, reports = dataset.too_long, [report for report in dataset.reports if "over length" in report.skipped]
-        share = long.sum() / max(long.sum() + dataset.lengths.sum(), 1)
-        if reports and max(share, len(long) / (len(long) + len(dataset))) > MANY:
+        tokens, kept = (sum(getattr(report, key) for report in dataset.reports) for key in ("tokens", "kept"))
+        share = long.sum() / max(long.sum() + tokens, 1)  # not of the few that eval.max_tokens keeps
+        if reports and max(share, len(long) / (len(long) + kept)) > MANY:
             most = int(np.quantile(long, 0.9, method="higher"))
             nearly = f", and {most:,} nine in ten of them" * bool(most * 2 < long.max())
             lines.append(f"{name}: {len(long):,} documents with {share:.0%} of the tokens are longer than data.seq_len "
@@ -111,8 +113,9 @@ def _warnings(prepared: Prepared) -> list[str]:
         found.append(f"train.max_steps = {most:,} is not reached: the run ends after {plan.total_steps:,} steps, with "
                      f"train.epochs = {config.train.epochs}")
     elif most and most > plan.steps_per_epoch:
+        times = -(-most // plan.steps_per_epoch) * math.ceil(max(prepared.weights))
         found.append(f"train.max_steps = {most:,} is more than one epoch of {plan.steps_per_epoch:,} steps: documents "
-                     f"are trained on up to {-(-most // plan.steps_per_epoch)} times")
+                     f"are trained on up to {times} times")
     longest = max(int(dataset.lengths.max(initial=0)) for dataset in (prepared.train, *prepared.evals.values()))
     if network and longest > network.max_position_embeddings:
         found.append(f"the longest document has {longest:,} tokens, but the model's max_position_embeddings is "

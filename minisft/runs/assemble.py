@@ -21,7 +21,6 @@ from torch import Tensor
 from minisft import context, fp8
 from minisft.config import Config
 from minisft.data import packing
-from minisft.data.store import NEAR_VERSION
 from minisft.errors import NumericsError, UserError
 from minisft.evals.heldout import heldout_questions
 from minisft.export import provenance
@@ -218,12 +217,11 @@ def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaCo
     scale = {"train.fp8_scale": config.train.fp8_scale} if config.train.precision == "fp8" else {}
     # Forgetting is measured against the loss at step 0, on the same documents.
     limit = {"eval.max_tokens": config.eval.max_tokens} if config.eval.max_tokens else {}
-    by_near = {"near duplicates": NEAR_VERSION} if config.data.dedup == "near" or config.data.eval_fraction else {}
     # Losses of other files cannot be compared; `resume` lets a set come or go.
     compared = {*(source.name for source in config.data.general), config.checkpoint.keep_best, *config.eval.stop_on}
     held_out = {f"{HELD_OUT}{name}": [store.key for store in dataset.stores]
                 for name, dataset in prepared.evals.items() if name in compared}
-    return {**frozen, **scale, **limit, **by_near, **held_out,
+    return {**frozen, **scale, **limit, **held_out,
             "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
             "packing": packing.VERSION,
             "data.replay": [source.path for source in config.data.replay],
