@@ -117,6 +117,17 @@ def test_old_ones_go_only_after_the_new_one_is_there(tmp_path, world):
     assert [path.name for path in saved_checkpoints(tmp_path)] == ["step-000010", "step-000004"]
 
 
+def test_an_old_one_that_cannot_be_deleted_stays_and_is_named(tmp_path, world):
+    """Moved to another disk, with a link in its place."""
+    folder = tmp_path / "run"
+    save(folder, world, step=2)
+    (folder / "step-000002").rename(tmp_path / "moved")
+    (folder / "step-000002").symlink_to(tmp_path / "moved")
+    with pytest.warns(UserWarning, match=r"step-000002: could not be deleted, so it stays \(Cannot call rmtree on"):
+        save(folder, world, step=4, keep=1)
+    assert [path.name for path in saved_checkpoints(folder)] == ["step-000004", "step-000002"]
+
+
 def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, world, monkeypatch):
     """When the power fails, only what was synced is sure to be there: sizes of files, and names in folders."""
     def content(file):

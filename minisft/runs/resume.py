@@ -91,10 +91,11 @@ def history(saved: SavedState | None, settings: dict[str, Any], fingerprint: dic
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Of held-out sets only what changed in one that was and is there."""
+    """Of held-out sets, and of the base, which old checkpoints do not name, only what changed in one that was and is
+    there."""
     pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
     return [(key, *pair) for key, pair in pairs.items()
-            if pair[0] != pair[1] and not (key.startswith(HELD_OUT) and None in pair)]
+            if pair[0] != pair[1] and not (key.startswith((HELD_OUT, "base")) and None in pair)]
 
 
 def from_main(value: T, world: World) -> T:

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisft.errors import EXIT_IO, UserError
-from minisft.files import sync
+from minisft.files import delete, sync
 from minisft.model.weights import local_rows
 from minisft.training.optimizer import MOMENTS, AdamW
 from minisft.training.parallel import World
@@ -121,6 +121,12 @@ class Saver:
             self._thread = None
         self.check()
 
+    def is_writing(self, seconds: float) -> bool:
+        """True if this rank's part of the save under way is not written after that many seconds."""
+        if self._thread:
+            self._thread.join(seconds)
+        return bool(self._thread and self._thread.is_alive())
+
     def check(self) -> None:
         """Raise OSError if the save under way has failed by now."""
         if self.error:
@@ -162,7 +168,7 @@ class Saver:
         sync(self.folder)
         older = saved_checkpoints(self.folder)[self.keep :] if self.keep else []
         for folder in [*older, *self.folder.glob("step-*.given-up")]:
-            shutil.rmtree(folder)
+            delete(folder)
 
 
 def check_room(folder: Path, needed: int, what: str = "a checkpoint needs") -> None:
