@@ -213,8 +213,7 @@ def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaCo
     """What must stay the same when a run resumes, or it would have other batches or train something else."""
     frozen = {}
     if config.lora.rank and base:  # as JSON, where a tuple is a list
-        frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
-        frozen |= {"lora.targets": list(config.lora.targets)}
+        frozen = json.loads(json.dumps({f"lora.{name}": value for name, value in asdict(config.lora).items()}))
     scale = {"train.fp8_scale": config.train.fp8_scale} if config.train.precision == "fp8" else {}
     # Forgetting is measured against the loss at step 0, on the same documents.
     limit = {"eval.max_tokens": config.eval.max_tokens} if config.eval.max_tokens else {}

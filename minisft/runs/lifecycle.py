@@ -124,12 +124,10 @@ def check_changes(run: Run, step: int) -> None:
     """Raise UserError if the run is complete after `step` and what it was trained with is changed now: it would be
     labelled with what no step has seen."""
     evals = [record for record in read_log(run.folder) if record["kind"] == "eval" and record["step"] <= step]
-    is_over = step == run.prepared.plan.total_steps or (
-        evals and evals[-1]["step"] == step and best.stop_reason(evals, run.config.eval))
-    changed = [f"\n  {change['key']}: was {change['was']!r}, is {change['is']!r}" for change in run.history
-               if change["from_step"] == step + 1
-               and (change["key"] in run.fingerprint or change["key"].startswith(("optim.", "lora.")))]
-    if is_over and changed:
+    stops = evals and evals[-1]["step"] == step and best.stop_reason(evals, run.config.eval)
+    changed = [f"\n  {key}: was {was!r}, is {now!r}" for begins, key, was, now in map(dict.values, run.history)
+               if begins == step + 1 and (key in run.fingerprint or key.startswith(("optim.", "lora.")))]
+    if changed and (stops or step == run.prepared.plan.total_steps):
         raise UserError(f"{run.folder}: all {step} steps are taken, so nothing would be trained with what has changed; "
                         f"go back to it, make the run longer, or choose another folder with run.dir:{''.join(changed)}")
 
@@ -214,12 +212,11 @@ def save(run: Run, saver: Saver, monitor: Monitor, number: int, *, is_last: bool
 
 
 def finish_save(run: Run, saver: Saver) -> None:
-    """Wait, all ranks together, until the save under way is on disk. A slow disk is no reason to end the run. One that
-    answers no more is: it holds up the main thread, too, until `watch` ends the run."""
-    while parallel.all_sum(torch.full((1,), float(saver.is_writing(0.1)), device=run.world.device)):
+    """Wait, all ranks together, until the save under way is on disk. A slow disk does not end the run; one that
+    answers no more does, because it holds up the main thread, too."""
+    while saver.step and parallel.all_sum(torch.full((1,), float(not saver.finish(0.1)), device=run.world.device)):
         os.statvfs(saver.folder)
         watch(run.config.parallel.timeout)
-    saver.finish()
 
 
 def check_trained(run: Run, monitor: Monitor, steps: int) -> None:

@@ -70,8 +70,8 @@ def _check(saved: SavedState, run: Run) -> None:
     changed = [f"{key}: was {was!r}, is {now!r}"
                for key, was, now in _differences(saved.progress["fingerprint"], run.fingerprint)]
     if changed and not run.config.checkpoint.allow_change:
-        raise UserError(f"{saved.folder}: the run was started with other settings, so its batches would not be the "
-                        "same; go back to them, choose another run.dir, or pass --checkpoint.allow_change true:"
+        raise UserError(f"{saved.folder}: the run was started with other settings, so it would be another run; go "
+                        "back to them, choose another run.dir, or pass --checkpoint.allow_change true:"
                         + "".join(f"\n  {line}" for line in changed))
     if saved.step > (total := run.prepared.plan.total_steps):
         raise UserError(f"{saved.folder}: is of step {saved.step}, but the run has only {total} steps now; raise "

@@ -114,18 +114,14 @@ class Saver:
         torch.cuda.synchronize(self.world.device)
         return copies
 
-    def finish(self) -> None:
-        """Wait until the save under way is on disk. Raises OSError if it failed."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        self.check()
-
-    def is_writing(self, seconds: float) -> bool:
-        """True if this rank's part of the save under way is not written after that many seconds."""
+    def finish(self, seconds: float | None = None) -> bool:
+        """Wait until this rank's save under way is on disk, for at most `seconds`; True if it is. Raises OSError if it
+        failed."""
         if self._thread:
             self._thread.join(seconds)
-        return bool(self._thread and self._thread.is_alive())
+            self._thread = self._thread if self._thread.is_alive() else None
+        self.check()
+        return not self._thread
 
     def check(self) -> None:
         """Raise OSError if the save under way has failed by now."""
