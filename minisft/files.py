@@ -11,7 +11,9 @@ A path of data names one file or several, which are then one source:
 import glob
 import os
 import re
+import shutil
 import stat
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -113,6 +115,14 @@ def read_small(path: str | Path, errors: str = "strict") -> str:
         raise UserError(f"{path}: has {found.st_size:,} bytes, more than such a file may "
                         f"have, {SMALL:,} (remedy: get the file again)")
     return Path(path).read_text(encoding="utf-8", errors=errors)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder that nothing needs any more. If it cannot be, that is no reason to end a run: a warning."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        warnings.warn(f"{folder}: could not be deleted, so it stays ({error}); delete it when you can", stacklevel=2)
 
 
 def sync(path: Path) -> None:

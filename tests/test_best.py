@@ -209,6 +209,15 @@ def test_killed_around_an_evaluation_it_resumes_as_if_it_had_not_been(base, tmp_
     assert [record["step"] for record in log(tmp_path, "stop")] == [8]
 
 
+def test_a_run_that_ended_early_is_not_labelled_with_another_rate(base, tmp_path, scripted, capsys):
+    settings = {**STOP, "train__max_steps": 12, "run__export": "false"}
+    train(base, tmp_path, **settings)
+    assert main(options(base, tmp_path, **settings, optim__lr=1e-5)) == 2
+    assert "all 8 steps are taken, so nothing would be trained with what has changed" in capsys.readouterr().err
+    train(base, tmp_path, **{**settings, "eval__patience": 3}, optim__lr=1e-5)  # now steps follow
+    assert [record["lr"] for record in log(tmp_path)] == [1e-3] * 8 + [1e-5] * 4
+
+
 def test_a_best_model_is_kept_as_long_as_a_checkpoint_would_need_it(base, tmp_path, scripted, of_step, monkeypatch):
     """The run died after a lower loss than that of its checkpoint, and goes on otherwise, never to reach it again."""
     scripted[""] = {0: 5.0, 2: 3.0, 4: 2.0, 6: 4.0, 7: 4.0}
@@ -222,7 +231,8 @@ def test_a_best_model_is_kept_as_long_as_a_checkpoint_would_need_it(base, tmp_pa
     assert equal(weights_of(tmp_path, 2), of_step(2))
 
 
-def test_a_model_on_the_way_is_that_of_the_steps_that_were_taken(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("then", [4, 5])  # models of steps that are not exported again stay no longer
+def test_a_model_on_the_way_is_that_of_the_steps_that_were_taken(base, tmp_path, monkeypatch, then):
     """Gone back by hand, and killed after the checkpoint of a step whose older model is there."""
     settings = {"checkpoint__every": 2, "checkpoint__export_every": 4, "train__max_steps": 6}
     run_until_death(monkeypatch, options(base, tmp_path, **settings), step=5)
@@ -234,9 +244,9 @@ def test_a_model_on_the_way_is_that_of_the_steps_that_were_taken(base, tmp_path,
             main(options(base, tmp_path, **back))
         assert death
         wait_for_savers()
-    train(base, tmp_path, **{**back, "checkpoint__resume": "auto"})
-    assert models(tmp_path, "exports") == ["step-000004"]
-    assert not equal(load_file(tmp_path / "run/exports/step-000004/model.safetensors"), old)
+    train(base, tmp_path, **{**back, "checkpoint__resume": "auto", "checkpoint__export_every": then})
+    assert models(tmp_path, "exports") == [f"step-00000{then}"]
+    assert not equal(load_file(tmp_path / f"run/exports/step-00000{then}/model.safetensors"), old)
 
 
 def test_a_run_does_not_end_on_a_loss_that_is_not_finite(base, tmp_path, scripted, capsys):

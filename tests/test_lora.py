@@ -313,7 +313,7 @@ def test_other_adapters_or_another_base_are_another_run(base, tmp_path, monkeypa
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
     save_file(weights, other / "model.safetensors")
     for change, message in (({"lora__rank": 8}, "lora.rank: was 4, is 8"), ({"lora__rank": 0, "lora__base": "bf16"},
-                            "lora.rank: was 4, is None"), ({"model__path": other}, "base weights: was")):
+                            "lora.rank: was 4, is None"), ({"model__path": other}, "base: was")):
         assert main(options(base, tmp_path, **{**settings, **change})) == 2
         assert message in capsys.readouterr().err
 

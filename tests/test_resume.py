@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from oracles.tiny_llama import write_tiny_llama
 from safetensors.torch import load_file
 from small_runs import HERE, assert_same, final_weights, log, options, train, wait_for_savers
 
@@ -84,6 +85,29 @@ def test_changed_settings_are_refused(base, tmp_path, monkeypatch, capsys, chang
     assert not any(f"{name.partition('__')[2]} = {value}\n" in config for name, value in change.items())
     assert "--checkpoint.allow_change" in printed
     assert main(options(base, tmp_path, **{**SMALL, **change}, checkpoint__allow_change="true")) == 0
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ("base", "base: was '"), ("path", "base: was '"), ("random", "', is 'random'"),
+    ("eval", "held-out held: was ['")])
+def test_another_base_and_another_held_out_file_are_refused(base, tmp_path, capsys, change, named):
+    held, other = tmp_path / "held.jsonl", tmp_path / "other"
+    shutil.copy(HERE / "oracles/conversations.jsonl", held)
+    settings = {"train__max_steps": 1, "batch__packs": 1, "data__eval": held}
+    mine = shutil.copytree(base, tmp_path / "base")
+    write_tiny_llama(other, seed=1)
+    train(mine, tmp_path, **settings)
+    if change in ("base", "path"):
+        shutil.copy(other / "model.safetensors", mine) if change == "base" else settings.update(model__path=other)
+    elif change == "random":
+        settings |= {"model__init": "random", "model__config": base / "config.json", "model__path": "",
+                     "model__tokenizer": base}
+    elif change == "eval":
+        held.write_text("".join(held.read_text().splitlines(keepends=True)[:9]))
+    assert main(options(mine, tmp_path, **settings | {"train__max_steps": 2})) == 2
+    printed = capsys.readouterr().err
+    assert named in printed
+    assert "pass --checkpoint.allow_change true" in printed
 
 
 def test_a_start_that_fails_early_is_no_preempted_run(base, tmp_path, monkeypatch, capfd):
@@ -312,6 +336,31 @@ def test_asked_to_stop_while_the_model_is_read(base, tmp_path, monkeypatch):
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     assert 0 < status["step"] < 3
     assert (tmp_path / f"run/checkpoints/step-00000{status['step']}/manifest.json").exists()
+
+
+def test_only_ctrl_c_ends_a_run_that_is_stopping(monkeypatch, capfd):
+    """SLURM signals the ranks and torchrun, which passes the signal on to ranks that have had it."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    preemption = lifecycle.Preemption()
+    try:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert preemption.requested
+        assert not ended
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        preemption.close()
+    assert ended == [128 + signal.SIGINT]
+    assert "SIGINT: stopping at once" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("wanted", "told"), [
+    ("auto", "the same command resumes"), ("never", "the same command, without checkpoint.resume = never, resumes")])
+def test_a_stopped_run_says_what_resumes_it(base, tmp_path, monkeypatch, capsys, wanted, told):
+    monkeypatch.setattr(weights, "load", lambda *args, load=weights.load: os.kill(os.getpid(), 15) or load(*args))
+    assert main(options(base, tmp_path, batch__packs=1, checkpoint__resume=wanted)) == 75
+    assert f"; {told} from there\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options_", ["ro", "size=4k", "size=600k"])

@@ -23,7 +23,7 @@ from minisft.pretrained import from_pretrained
 from minisft.runs import after, lifecycle, metrics
 from minisft.runs.lifecycle import main
 from minisft.runs.preemption import Stopped
-from minisft.training import loop
+from minisft.training import checkpoint, loop
 
 SMALL = {"train__max_steps": 7, "batch__packs": 4, "checkpoint__every": 2}
 HELD_OUT = {"data__eval": HERE / "oracles/conversations.jsonl"}
@@ -177,6 +177,22 @@ def test_what_was_changed_with_leave_is_recorded_too_and_a_plain_run_has_no_hist
     assert {"data", "data.train", "train.max_steps"} == changed
 
 
+def test_what_no_step_was_trained_with_labels_no_model(base, tmp_path, capsys):
+    """A sweep in one folder, and a model that is moved away between its runs."""
+    settings = {**SMALL, "train__max_steps": 2, "run__export": "false"}
+    train(base, tmp_path, **settings)
+    before = (tmp_path / "run/config.toml").read_text()
+    for change in ({"optim__lr": 1e-5}, {"optim__weight_decay": 0.1, "run__export": "true"}):
+        assert main(options(base, tmp_path, **settings | change)) == 2
+    said = capsys.readouterr().err
+    assert (f"{tmp_path / 'run'}: all 2 steps are taken, so nothing would be trained with what has changed; go back "
+            "to it, make the run longer, or choose another folder with run.dir:\n  optim.lr: was 0.001") in said
+    assert "run.dir:\n  optim.weight_decay: was 0.0, is 0.1\n" in said
+    assert (tmp_path / "run/config.toml").read_text() == before
+    train(base, tmp_path, **settings | HELD_OUT | {"run__export": "true", "checkpoint__every": 0})
+    assert record_of(tmp_path)["steps"] == 2
+
+
 def test_a_log_shorter_than_the_checkpoint_is_said_and_recorded(base, tmp_path, capsys):
     train(base, tmp_path, **{**SMALL, "train__max_steps": 6})
     shutil.rmtree(tmp_path / "run/final")
@@ -218,6 +234,23 @@ def test_another_network_is_not_resumed_with_leave_either(base, tmp_path, capsys
     assert all(message in said for message in messages), said
     assert said.endswith("go back to the network it was saved from, or choose another run.dir")
     assert len(log(tmp_path)) == 4
+
+
+def test_a_slow_disk_is_waited_for(base, tmp_path, monkeypatch):
+    """Two saves, each of which takes longer than parallel.timeout: the clock starts anew while the disk answers."""
+    watched, waits, save_file = [], [], checkpoint.save_file
+    monkeypatch.setattr(lifecycle, "watch", watched.append)
+
+    def slow(*args):
+        before, deadline = len(watched), time.monotonic() + 3
+        while (waited := len(watched) < before + 3) and time.monotonic() < deadline:  # two for a step under way
+            time.sleep(0.01)
+        waits.append(waited)
+        save_file(*args)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    train(base, tmp_path, train__max_steps=2, batch__packs=1, checkpoint__every=1)
+    assert waits == [False, False]
 
 
 # ---- a failing end -----------------------------------------------------------------------------------------------

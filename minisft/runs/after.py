@@ -4,7 +4,6 @@ An evaluation stops at once when some rank is asked to stop. The log tells a res
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from minisft.errors import NumericsError
 from minisft.evals.heldout import Forgetting, heldout_loss, heldout_questions, loss_figures, sample_answers
 from minisft.export import provenance
 from minisft.export.hf_folder import export, export_adapter
+from minisft.files import delete
 from minisft.model.llama import DTYPES
 from minisft.prepare import adapters_of
 from minisft.reports.data_report import figures
@@ -93,8 +93,8 @@ class AfterStep:
         folder = best.model_folder(self.run.folder, kind, number)
         export_as(self.run, folder, adapter=f"{folder.name}-adapter", step=number)
         if self.run.world.is_main:
-            for aside in folder.parent.glob(f"{folder.name}*.given-up"):
-                shutil.rmtree(aside)
+            for aside in folder.parent.glob("step-*.given-up"):
+                delete(aside)
         self.monitor.lap()
 
     def _evaluate(self, step: int, done: Done) -> None:

@@ -213,15 +213,14 @@ def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaCo
     frozen = {}
     if config.lora.rank and base:  # as JSON, where a tuple is a list
         frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
-        frozen |= {"lora.targets": list(config.lora.targets), "base weights": weights.fingerprint(base)}
+        frozen |= {"lora.targets": list(config.lora.targets)}
     scale = {"train.fp8_scale": config.train.fp8_scale} if config.train.precision == "fp8" else {}
     # Forgetting is measured against the loss at step 0, on the same documents.
     limit = {"eval.max_tokens": config.eval.max_tokens} if config.eval.max_tokens else {}
     # Losses of other files cannot be compared; `resume` lets a set come or go.
-    compared = {*(source.name for source in config.data.general), config.checkpoint.keep_best, *config.eval.stop_on}
     held_out = {f"{HELD_OUT}{name}": [store.key for store in dataset.stores]
-                for name, dataset in prepared.evals.items() if name in compared}
-    return {**frozen, **scale, **limit, **held_out,
+                for name, dataset in prepared.evals.items()}
+    return {**frozen, **scale, **limit, **held_out, "base": weights.fingerprint(base) if base else "random",
             "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
             "packing": packing.VERSION,
             "data.replay": [source.path for source in config.data.replay],

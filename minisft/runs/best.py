@@ -10,11 +10,11 @@ deleted only when neither the run, nor any of its checkpoints if it was resumed 
 
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from minisft.config import FORGETTING, EvalConfig
+from minisft.files import delete
 from minisft.training.checkpoint import saved_checkpoints, set_aside, step_of
 
 Records = list[dict[str, Any]]
@@ -63,4 +63,4 @@ def delete_worse(run: Path, evals: Records, name: str, *, resumable: bool) -> No
     kept = {model_folder(run, "best", record["step"]).name for record in found if record}
     for folder in run.glob("best/step-*"):
         if folder.name.removesuffix("-adapter") not in kept:
-            shutil.rmtree(folder)
+            delete(folder)

@@ -7,6 +7,7 @@
 
 import faulthandler
 import json
+import os
 import sys
 import time
 from contextlib import closing, suppress
@@ -101,6 +102,7 @@ def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: d
     if not saved and (run.folder / "final").exists():
         raise UserError(f"{run.folder}: holds a finished run, but no complete checkpoint to train it longer from; "
                         "choose another folder with run.dir")
+    check_changes(run, step)
     if run.config.run.export or run.config.checkpoint.keep_best:  # what cannot be exported fails now, not hours later
         try_export(run.base.network, run.prepared.renderer, run.folder / "final",
                    record=record_of_model(run, data, step=step, log=[]))
@@ -116,6 +118,18 @@ def record_start(run: Run, run_dir: RunDir, saved: SavedState | None, *, data: d
     if logged < step:
         print(f"{run_dir.path / 'metrics.jsonl'}: has {logged} of the {step} steps so far; the others are lost from "
               "the log, and the model's record will say so", flush=True)
+
+
+def check_changes(run: Run, step: int) -> None:
+    """Raise UserError if the run is complete after `step` and what it was trained with is changed now: it would be
+    labelled with what no step has seen."""
+    evals = [record for record in read_log(run.folder) if record["kind"] == "eval" and record["step"] <= step]
+    stops = evals and evals[-1]["step"] == step and best.stop_reason(evals, run.config.eval)
+    changed = [f"\n  {key}: was {was!r}, is {now!r}" for begins, key, was, now in map(dict.values, run.history)
+               if begins == step + 1 and (key in run.fingerprint or key.startswith(("optim.", "lora.")))]
+    if changed and (stops or step == run.prepared.plan.total_steps):
+        raise UserError(f"{run.folder}: all {step} steps are taken, so nothing would be trained with what has changed; "
+                        f"go back to it, make the run longer, or choose another folder with run.dir:{''.join(changed)}")
 
 
 def finish(run: Run, run_dir: RunDir | None, *, last: int | None, stop_requested: bool) -> int:
@@ -171,11 +185,12 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
             check_trained(run, monitor, number)
         if number > start and saver.step != number:
             save(run, saver, monitor, number, is_last=complete)
-        saver.finish()
+        finish_save(run, saver)
         if complete:
             after.keep_best(resumable=False)
     if not complete and world.is_main:  # below the bar
-        print(f"saved step {number}; the same command resumes from there" if number else
+        without = ", without checkpoint.resume = never," * (config.checkpoint.resume == "never")
+        print(f"saved step {number}; the same command{without} resumes from there" if number else
               "stopped before the first step; the same command starts again", flush=True)
     return number if complete else None
 
@@ -190,9 +205,18 @@ def save(run: Run, saver: Saver, monitor: Monitor, number: int, *, is_last: bool
     monitor.sync()
     if is_last and not (run.config.run.export or run.config.checkpoint.every):
         return  # there is no export that could fail, and nobody asked for checkpoints
+    finish_save(run, saver)
     saver.save(number, run.optimizer, {
         "adam_steps": run.optimizer.steps(), "fingerprint": run.fingerprint, "settings": run.settings,
         "history": run.history, **monitor.progress()})
+
+
+def finish_save(run: Run, saver: Saver) -> None:
+    """Wait, all ranks together, until the save under way is on disk. A slow disk does not end the run; one that
+    answers no more does, because it holds up the main thread, too."""
+    while saver.step and parallel.all_sum(torch.full((1,), float(not saver.finish(0.1)), device=run.world.device)):
+        os.statvfs(saver.folder)
+        watch(run.config.parallel.timeout)
 
 
 def check_trained(run: Run, monitor: Monitor, steps: int) -> None:

@@ -2,8 +2,8 @@
 
 The first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal), to any one process, only leaves a note. After every
 step, and before every batch of an evaluation, the ranks add up their notes; all of them stop at the same place, save,
-and exit with code 75. A second signal ends the process at once. torchrun passes signals on, but kills after 30 seconds
-unless `--shutdown-timeout` allows more.
+and exit with code 75. After that only SIGINT ends the process at once: a scheduler signals all processes of a job, and
+torchrun then passes the same signal on. torchrun kills after 30 seconds unless `--shutdown-timeout` allows more.
 """
 
 import os
@@ -48,16 +48,15 @@ class Preemption:
             raise Stopped
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             with suppress(OSError):
-                os.write(2, f"\n{name} again: stopping at once\n".encode())
+                os.write(2, b"\nSIGINT: stopping at once\n")
             os._exit(128 + number)
-        self.requested = True
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            text = f"{name}: stopping soon, and saving; once more to stop at once"
+        if not self.requested and os.environ.get("LOCAL_RANK", "0") == "0":
+            text = f"{signal.Signals(number).name}: stopping soon, and saving; Ctrl-C (SIGINT) now stops at once"
             # A thread can wait for a bar that is being drawn just now.
             Thread(target=tqdm.write, args=(text, sys.stderr), daemon=True).start()
+        self.requested = True
 
     def close(self) -> None:
         """Restore the handlers that were there before."""

@@ -70,8 +70,8 @@ def _check(saved: SavedState, run: Run) -> None:
     changed = [f"{key}: was {was!r}, is {now!r}"
                for key, was, now in _differences(saved.progress["fingerprint"], run.fingerprint)]
     if changed and not run.config.checkpoint.allow_change:
-        raise UserError(f"{saved.folder}: the run was started with other settings, so its batches would not be the "
-                        "same; go back to them, choose another run.dir, or pass --checkpoint.allow_change true:"
+        raise UserError(f"{saved.folder}: the run was started with other settings, so it would be another run; go "
+                        "back to them, choose another run.dir, or pass --checkpoint.allow_change true:"
                         + "".join(f"\n  {line}" for line in changed))
     if saved.step > (total := run.prepared.plan.total_steps):
         raise UserError(f"{saved.folder}: is of step {saved.step}, but the run has only {total} steps now; raise "
@@ -91,10 +91,10 @@ def history(saved: SavedState | None, settings: dict[str, Any], fingerprint: dic
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Of held-out sets and of the base only what changed in one that was and is there: older checkpoints know less."""
+    """Of held-out sets only what changed in one that was and is there."""
     pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
     return [(key, *pair) for key, pair in pairs.items()
-            if pair[0] != pair[1] and not (key.startswith((HELD_OUT, "base")) and None in pair)]
+            if pair[0] != pair[1] and not (key.startswith(HELD_OUT) and None in pair)]
 
 
 def from_main(value: T, world: World) -> T:

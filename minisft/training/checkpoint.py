@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisft.errors import EXIT_IO, UserError
-from minisft.files import sync
+from minisft.files import delete, sync
 from minisft.model.weights import local_rows
 from minisft.training.optimizer import MOMENTS, AdamW
 from minisft.training.parallel import World
@@ -114,12 +114,14 @@ class Saver:
         torch.cuda.synchronize(self.world.device)
         return copies
 
-    def finish(self) -> None:
-        """Wait until the save under way is on disk. Raises OSError if it failed."""
+    def finish(self, seconds: float | None = None) -> bool:
+        """Wait until this rank's save under way is on disk, for at most `seconds`; True if it is. Raises OSError if it
+        failed."""
         if self._thread:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(seconds)
+            self._thread = self._thread if self._thread.is_alive() else None
         self.check()
+        return not self._thread
 
     def check(self) -> None:
         """Raise OSError if the save under way has failed by now."""
@@ -162,7 +164,7 @@ class Saver:
         sync(self.folder)
         older = saved_checkpoints(self.folder)[self.keep :] if self.keep else []
         for folder in [*older, *self.folder.glob("step-*.given-up")]:
-            shutil.rmtree(folder)
+            delete(folder)
 
 
 def check_room(folder: Path, needed: int, what: str = "a checkpoint needs") -> None:
