@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -143,7 +144,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(base, tmp_path, 
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
     save_file({name: t[:rows] if len(t) == 320 else t for name, t in tensors.items()}, folder / "model.safetensors")
-    assert main(["chat", str(folder), *OPTIONS, "--prompt", "A"]) == 2 * bool(largest)
+    assert main(["chat", str(folder), *chain(*OPTIONS.items()), "--prompt", "A"]) == 2 * bool(largest)
     if largest:
         assert capsys.readouterr().err == (
             f"error: {folder}/tokenizer.json: token id {largest} is past the model's vocabulary of {rows}; it belongs "

@@ -8,8 +8,8 @@ import pytest
 from small_runs import HERE
 
 QUICK = ("ceilings", "context")
-SLOW = ("head", "optimizer", "gradients", "sync", "block", "lora8b", "peers8192", "train1b", "fsdp", "full8b",
-        "resume", "tests", "generation", "fp8", "peers4096", "many")
+SLOW = ("head", "evaluation", "optimizer", "gradients", "sync", "block", "lora8b", "peers8192", "train1b", "fsdp",
+        "full8b", "resume", "tests", "generation", "fp8", "peers4096", "many")
 
 
 def check(folder, *rows):

@@ -219,11 +219,13 @@ FUNCTIONS = json.loads('{"function": ' * 600 + "1" + "}" * 600)
         None, "", "f()", 3, "[]", "{}", '{"name": "f", "args": {"a": 1}}', '{"name": "f", "arguments": [1]}',
         '{"name": " ", "arguments": {}}',
         '{"name": 3, "arguments": {}}', '{"name": "f", "arguments": "x"}', '{"name": "f", "arguments": {"a": NaN}}',
-        '{"name": "f", "arguments": {"a": 1e999}}', r'{"name": "f", "arguments": {"a": "\ud800"}}',
-        r'{"name": "\ud800", "arguments": {}}', '{"name": "f", "arguments": {"a": ' + DEEP + "}}",
+        '{"name": "f", "arguments": {"a": 1e999}}', '{"name": "f", "arguments": {"a": ' + DEEP + "}}",
         '{"function": {"function": 1}}', "1" * 5000)),
+    *((sharegpt(H, ("function_call", value), O, G), "half of a surrogate pair in JSON text") for value in (
+        r'{"name": "f", "arguments": {"a": "\ud800"}}', r'{"name": "\ud800", "arguments": {}}')),
+    (sharegpt(H, G, tools=r'[{"name": "\ud800"}]'), "half of a surrogate pair in JSON text"),
     *((sharegpt(H, G, tools=tools), "bad tools") for tools in (
-        "none", 3, "3", {"name": "f"}, ["f"], r'[{"name": "\ud800"}]', DEEP, '[{"a": ' + DEEP + "}]", [FUNCTIONS],
+        "none", 3, "3", {"name": "f"}, ["f"], DEEP, '[{"a": ' + DEEP + "}]", [FUNCTIONS],
         '[{"a": NaN}]')),
     (sharegpt(H, G, builtin_tools="brave_search"), "bad tools"),
     (sharegpt(H, G, builtin_tools=[1]), "bad tools"),
