@@ -87,7 +87,6 @@ class Fields:
             if name in known or is_empty(value):
                 continue
             if name == "label" and (good := flag(value)) is not None:  # of preferences: is it a good answer?
-                self.note_text(value)
                 if not good:
                     raise Skip("label says that the answer is bad", value)
             elif name in CHANGES:
@@ -95,11 +94,6 @@ class Fields:
                            "without it)", value)
             else:
                 self._names.add(where + shown(name))
-
-    def note_text(self, value: Any) -> None:
-        """Note a number that is written as text, such as "1.0"."""
-        if isinstance(value, str) and value.strip().lower() not in ("1", "true", "0", "false"):
-            self.notes.add("numbers that were text")
 
     def end_record(self) -> None:
         """Count what was noted; a name counts once a record."""
@@ -203,7 +197,7 @@ def flag(value: Any) -> bool | None:
     return bool(value) if isinstance(value, (int, float)) and value in (0, 1) else None
 
 
-def loss_weight(item: dict[str, Any], fields: Fields) -> float:
+def loss_weight(item: dict[str, Any]) -> float:
     """The weight of a record or a turn in the loss; 1 if it has none. Raises Skip for one that is out of range, and if
     two contradict each other."""
     if item.keys().isdisjoint(WEIGHTS):  # most often
@@ -216,7 +210,6 @@ def loss_weight(item: dict[str, Any], fields: Fields) -> float:
             allowed = f"0 or a number from {RANGE[0]:g} to {RANGE[1]:g}" if name in GRADED else "0 or 1"
             raise Skip(f"{name} is not {allowed} (--data.ignore {name} takes the record without it)", {name: value})
         weights[name] = float(weight)
-        fields.note_text(value)
     graded = {weights[name] for name in GRADED & weights.keys()}
     if len(graded) > 1 or len({weight > 0 for weight in weights.values()}) > 1:
         names = " and ".join(sorted(given))

@@ -159,7 +159,7 @@ def _conversations(record: dict[str, Any], format: str, oasst: str, fields: Fiel
     if not _has_fields(record, format):
         raise Skip("wrong fields", list(record))
     fields.look(record, of.READ[format])
-    if not (weight := loss_weight(record, fields)):
+    if not (weight := loss_weight(record)):
         raise Skip("marked as not trained", {name: value for name, value in record.items() if name in WEIGHTS})
     drafts: Iterable[list[Turn]]  # as the record states them: `checked` has yet to look at their contents and order
     match format:
@@ -231,7 +231,6 @@ def _prompt_completion(record: dict[str, Any], fields: Fields) -> list[Turn]:
         found = [listed(x, dict) for x in (prompt, completion) if isinstance(x, str) and x.lstrip()[:1] == "["]
         if len(found) == 2 and all(messages and all("role" in item for item in messages) for messages in found):
             prompt, completion = found
-            fields.notes.add("lists of messages that were text")
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return [Turn("user", prompt), Turn("assistant", completion)]
     given = _turns(prompt, fields, "prompt[].")
@@ -250,7 +249,7 @@ def _turns(items: Any, fields: Fields, where: str) -> list[Turn]:
         calls, beside, tool, trained = [], "", "", 1.0
         if len(item) > 2 or content is None:  # seldom: most turns have a role and a content
             fields.look(item, of.OF_ROLE.get(role, of.TURN), where)
-            trained = loss_weight(item, fields)
+            trained = loss_weight(item)
             if role == "assistant":
                 calls = [found for name in ("tool_calls", "function_call")
                          if (found := parsed(item.get(name), "bad tool call"))]
