@@ -231,6 +231,10 @@ def test_the_bars_count_the_documents_of_each_length(mixture, capsys):
             assert count == 0
     assert out.index("data.seq_len = 300") < out.index(f"{min(too_long):,} - ")
 
+    assert main(["prepare", "r.toml", "--data.overlong", "truncate"]) == 0
+    counts = re.findall(r"^ +[\d,]+ - [\d,]+ +([\d,]+)  [█▏▎▍▌▋▊▉]*", capsys.readouterr().out, re.MULTILINE)
+    assert sum(int(count) for count in counts) == len(dumped) + sum(too_long.values()), "each once, cut or not"
+
 
 def test_the_mixture_is_stated_exactly(mixture, capsys):
     _, report = mixture

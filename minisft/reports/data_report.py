@@ -53,7 +53,8 @@ def figures(prepared: Prepared) -> Figures:
         **{kind: [source for name, dataset in prepared.evals.items() for source in _sources(dataset)
                   if (name in general) == (kind == "general")] for kind in ("eval", "general")},
         "documents": len(train), "tokens": int(train.lengths.sum()), "target_tokens": int(train.num_loss_tokens.sum()),
-        "lengths": _length_buckets(train.lengths, train.too_long, plan.seq_len),
+        "lengths": _length_buckets(train.lengths, train.too_long, plan.seq_len,
+                                   cut=sum(report.truncated for report in train.reports)),
         "epoch_documents": len(epoch.documents), "epoch_tokens": int(lengths.sum()),
         "epoch_target_tokens": int(loss_tokens.sum()),
         "replay_ratio": config.data.replay_ratio if replayed else 0.0,
@@ -140,11 +141,13 @@ def _mixed(train: Dataset, seen: np.ndarray) -> list[Figures]:
     return [{name: total[i].item() for name, total in totals.items()} for i in range(len(train.stores))]
 
 
-def _length_buckets(lengths: np.ndarray, too_long: np.ndarray, seq_len: int) -> list[Figures]:
-    """Documents by their length, in buckets that end at the powers of two and at `seq_len`."""
+def _length_buckets(lengths: np.ndarray, too_long: np.ndarray, seq_len: int, *, cut: int) -> list[Figures]:
+    """Documents by their length, in buckets that end at the powers of two and at `seq_len`. The `cut` ones count among
+    those that were too long."""
     last = max(seq_len, int(too_long.max(initial=0)))
     edges = sorted({seq_len, *(2**i for i in range((last - 1).bit_length() + 1))})
     counts = [np.bincount(np.searchsorted(edges, some), minlength=len(edges)) for some in (lengths, too_long)]
+    counts[0][edges.index(seq_len)] -= cut
     return [{"from": low + 1, "to": high, "kept": int(kept), "too_long": int(long)}
             for low, high, kept, long in zip([0, *edges], edges, *counts, strict=False)]
 
