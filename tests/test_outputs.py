@@ -161,6 +161,7 @@ def test_ctrl_c_is_no_traceback(room, monkeypatch, capsys):
 
     monkeypatch.chdir(room)
     monkeypatch.setattr(prepare, "prepare", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     assert main(["prepare", "recipe.toml"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
