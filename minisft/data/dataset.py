@@ -57,7 +57,8 @@ class Dataset:
             else:
                 _skip(store, report, "held out", held)
         wanted = held_out if only_held_out else [~held for held in held_out]
-        fit = [mask & ~_too_long(store, data) for store, mask in zip(stores, wanted, strict=True)]
+        left_out = data.overlong in ("drop", "split")  # what is too long is; so a copy of it that fits must stay
+        fit = [mask & ~(_too_long(store, data) & left_out) for store, mask in zip(stores, wanted, strict=True)]
         exactly = _repeated([store.hashes for store in stores], fit)
         nearly = _repeated([store.near_duplicate_hashes for store in stores], fit)
         fitting = []
@@ -145,9 +146,9 @@ def _skip(store: Store, report: SourceReport, reason: str, documents: Array) -> 
 
 
 def _too_long(store: Store, data: "DataConfig") -> Array:
-    """(documents,) booleans: those that are left out for their length, so that a copy that fits must stay."""
+    """(documents,) booleans: those longer than data.seq_len that are not split. Only a text, of one turn, ever is."""
     long = np.diff(store.offsets) > data.seq_len
-    return long & (data.overlong in ("drop", "split")) & ((data.overlong != "split") | (store.turns != 1))
+    return long & (store.turns != 1) if data.overlong == "split" else long
 
 
 def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") -> tuple[Array, ...]:
@@ -156,9 +157,8 @@ def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") 
     lengths, num_loss_tokens = np.diff(store.offsets), store.num_loss_tokens.copy()
     loss_weights, weighted_tokens = store.loss_weights.copy(), store.weighted_tokens
     wanted_loss_tokens = int(num_loss_tokens[wanted].sum())
-    long = np.flatnonzero(wanted & (lengths > data.seq_len))
-    split = long[store.turns[long] == 1] if data.overlong == "split" else long[:0]  # only a text has one turn
-    long = np.setdiff1d(long, split)
+    long = _too_long(store, data)
+    split, long = (np.flatnonzero(wanted & mask) for mask in ((lengths > data.seq_len) & ~long, long))
     too_long = lengths[long]
     if len(long) and data.overlong == "error":
         raise UserError("{}:{}".format(*store.origin(long[0])) + f": {too_long[0]} tokens, but data.seq_len is "

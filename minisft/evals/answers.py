@@ -121,7 +121,7 @@ def answer_turns(assistant: Assistant, prompts: list[Prompt], *, max_new_tokens:
     return [[turn.content for turn in talk[1::2]] for talk in talks]
 
 
-def is_cut(assistant: Assistant, prompt: Prompt, turns: list[str], max_new_tokens: int) -> bool:
+def was_cut(assistant: Assistant, prompt: Prompt, turns: list[str], max_new_tokens: int) -> bool:
     """True if the last of the answers so far, `turns`, came within two tokens of the limit or of the context's end:
     encoding its text again may merge some."""
     talk = [Turn(role, text) for pair in zip(prompt.turns, turns, strict=False)
@@ -155,7 +155,7 @@ def write_answers(assistant: Assistant, prompts: list[Prompt], file: Path, *, mo
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
             for prompt, turns in zip(some, answer_turns(assistant, some, max_new_tokens=max_new_tokens), strict=True):
-                cut = [is_cut(assistant, prompt, turns[: i + 1], max_new_tokens) for i in range(len(turns))]
+                cut = [was_cut(assistant, prompt, turns[: i + 1], max_new_tokens) for i in range(len(turns))]
                 name = hashlib.sha256(json.dumps([model_id, prompt.id, turns]).encode()).hexdigest()[:22]
                 line = {"question_id": prompt.id, "answer_id": name, "model_id": model_id,
                         "choices": [{"index": 0, "turns": turns, "cut": cut}], "tstamp": time.time()}
