@@ -144,7 +144,7 @@ class ParallelConfig:
     shard: int = key(0, "FSDP: ranks that each parameter is sharded over; 0: all", low=0)
     replicate: int = key(1, "HSDP: copies of the sharded model; 0: as many as parallel.shard allows", low=0)
     context: int = key(1, "consecutive ranks that share each pack, for documents that no GPU holds alone", low=1)
-    timeout: float = key(1800.0, "seconds without progress until the run aborts with stacks", above=0, high=10**7)
+    timeout: float = key(1800.0, "seconds without progress until the run ends with its stacks", above=0, high=10**7)
     activation_checkpointing: str = key("none", "what the backward pass recomputes: cheap parts, or whole blocks",
                                         choices=("none", "selective", "full"))
     compile: str = key("auto", "compile the layers for packs of one shape; auto: on a GPU", choices=AUTO)
@@ -160,8 +160,8 @@ class EvalConfig:
     every: int = key(0, "steps between evaluations; 0: only at the start and the end", low=0)
     samples: int = key(0, "questions of each held-out set to answer in the log, at each evaluation", low=0)
     max_tokens: int = key(0, "tokens of each held-out set to evaluate on, chosen by train.seed; 0: all", low=0)
-    stop_on: tuple[str, ...] = key((), "held-out sets of which one without a new lowest loss ends the run; forgetting: "
-                                   "crossing eval.forgetting_bound does")
+    stop_on: tuple[str, ...] = key((), "held-out sets: one without a new lowest loss in eval.patience evaluations ends "
+                                   "the run; forgetting: crossing eval.forgetting_bound ends it")
     patience: int = key(3, "evaluations in a row without a new lowest loss that end it", low=1)
     forgetting_bound: float = key(0.1, "warn if data.general's loss rises by more nats a token; 0: never", low=0)
 

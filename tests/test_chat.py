@@ -368,6 +368,16 @@ def test_the_written_jinja_knows_what_training_knows(renderer, tmp_path, role, c
     assert ids == ours
 
 
+@pytest.mark.parametrize("content", ["", " \n", None, [], [{"type": "text", "text": " "}]])
+def test_a_blank_system_turn_is_none_in_the_written_jinja_too(renderer, tmp_path, content):
+    messages = messages_of("system", content)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    [found] = read(tmp_path / "a.jsonl")
+    hugging_face = PreTrainedTokenizerFast(tokenizer_file=str(renderer.tokenizer.file), bos_token=BOS)
+    text = hugging_face.apply_chat_template(messages, chat_template=jinja_of(renderer), tokenize=False)
+    assert text == renderer.tokenizer.decode(rendered(renderer, *found.turns)[0])
+
+
 @pytest.mark.parametrize("given", [{"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
                                    {"builtin_tools": ["brave_search"]}])
 def test_tools_that_the_written_jinja_would_leave_out_are_an_error(renderer, given):

@@ -20,7 +20,7 @@ from oracles.tiny_llama import write_tiny_llama
 from small_runs import log, train
 
 from minisft import config_io
-from minisft.data.packing import copies
+from minisft.data.packing import draw_copies
 from minisft.errors import UserError
 from minisft.prepare import held_out, prepare, replay_weights
 from minisft.reports.data_report import describe, figures
@@ -84,7 +84,7 @@ def tokens(documents, *files):
 def test_a_source_has_its_weight_in_tokens_to_within_one_document(sources, seed):
     lengths = np.concatenate([own for _, own in sources])
     weights = np.concatenate([np.full(len(own), weight) for weight, own in sources])
-    times = copies(weights, lengths, np.random.default_rng(seed))
+    times = draw_copies(weights, lengths, np.random.default_rng(seed))
     start = 0
     for weight, own in sources:
         mine, start = times[start : start + len(own)].tolist(), start + len(own)
@@ -101,7 +101,7 @@ def test_long_documents_come_as_often_as_short_ones(share, count):
     random, weights, rounds = np.random.default_rng(1), np.full(count, share), 20_000
     times = np.zeros(count)
     for _ in range(rounds):
-        times += copies(weights, lengths, random)
+        times += draw_copies(weights, lengths, random)
     whole, part = divmod(share, 1)
     error = np.sqrt(part * (1 - part) / rounds)  # of one document's mean; members of a decile rarely come together
     assert abs(times / rounds - whole - part).max() < 5 * error
@@ -113,13 +113,14 @@ def test_samples_of_different_epochs_share_no_pattern():
     """Even where no two documents are of one length, which fixes their order."""
     random, seen = np.random.default_rng(0), Counter()
     for _ in range(300):
-        seen[tuple(copies(np.full(40, 0.5), np.arange(1, 41), random))] += 1
+        seen[tuple(draw_copies(np.full(40, 0.5), np.arange(1, 41), random))] += 1
     assert len(seen) > 290
 
 
 def test_a_million_documents_are_sampled_quickly():
     start = time.process_time()
-    times = copies(np.full(10**6, 0.3), np.random.default_rng(0).integers(10, 8000, 10**6), np.random.default_rng(1))
+    lengths = np.random.default_rng(0).integers(10, 8000, 10**6)
+    times = draw_copies(np.full(10**6, 0.3), lengths, np.random.default_rng(1))
     print(f"{time.process_time() - start:.2f} s")
     assert times.sum() in (300_000, 299_999, 300_001)
     assert time.process_time() - start < 3
@@ -378,7 +379,7 @@ def test_a_first_epoch_without_documents_is_refused(here):
     write("one.jsonl", [{"prompt": "Is it?", "completion": "Yes."}])
     recipe = Path("r.toml").read_text().replace('["a.jsonl", "b.jsonl"]', '{path = "one.jsonl", weight = 0.01}')
     Path("r.toml").write_text(recipe)
-    with pytest.raises(UserError, match="no document comes in the first epoch: the weights"):
+    with pytest.raises(UserError, match="no document appears in the first epoch: the weights"):
         prepared("--train.epochs", "500")
 
 

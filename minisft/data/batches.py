@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,18 +42,17 @@ class TokenDocuments(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """T tokens in D documents, with N targets."""
+    """A stream of T tokens, with N targets."""
 
     tokens: Tensor  # (T,) int64
     lengths: tuple[int, ...]  # of the documents, summing to T
-    cu_seqlens: Tensor  # (D + 1,) int32: offset of each document's first token, and T
+    cu_seqlens: Tensor  # (documents + 1,) int32: offset of each document's first token, and T
     positions: Tensor  # (T,) int64: position of each token in its own document
     targets: Tensor  # (N,) int64: what the model should say ...
     target_at: Tensor  # (N,) int64: ... after these positions
-    document_ids: Tensor  # (T,) int32: the document of each token (`number_copies`); -1 for padding
+    document_ids: Tensor  # (T,) int32: which document a token is in, for the dropout of adapters; -1: padding
     target_weights: Tensor | None = None  # (N,) float64: of the targets in the loss; None: all 1
-    # That share the stream: the tensors are one rank's part of it, lengths and cu_seqlens those of the whole.
-    ranks: int = field(default=1, kw_only=True)
+    ranks: int = 1  # share the stream: tensors are one rank's part of it, lengths and cu_seqlens those of the whole
 
     @property
     def longest(self) -> int:
@@ -84,7 +83,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does in one optimizer step; the counts are those of all ranks together."""
+    """One rank's work in one optimizer step; the counts are those of all ranks together."""
 
     index: int  # from 0
     epoch: int  # from 0
@@ -93,28 +92,39 @@ class Step:
     target_tokens: int
     target_weight: float | None  # the sum of the targets' weights in the loss; None if the data has no weights
 
+    @property
+    def denominator(self) -> float:
+        """What all ranks divide the losses of the step by: its trained tokens, or the sum of their weights."""
+        return self.target_tokens if self.target_weight is None else self.target_weight
+
 
 def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1, longest: int = 1,
                 multiple: int = 1) -> MicroBatch:
-    """The stream of `documents`, numbered as by `number_copies`, padded to at least `size` tokens and to a `multiple`.
-    Padding is documents of zeros without targets, each of at most `longest` tokens, so that attention costs no more
-    than for full packs. Without documents all is padding: a rank that has no pack left must still take part in every
-    forward and backward pass."""
+    """The stream of `documents` (`number_copies` gives their numbers), padded to at least `size` tokens and to a
+    `multiple`. Padding is documents of zeros without targets, each of at most `longest` tokens, so that attention costs
+    no more than for full packs. Without documents all is padding: a rank that has no pack left must still take part in
+    every forward and backward pass."""
     parts = [dataset.document(i % len(dataset.lengths)) for i in documents]
     used = sum(len(ids) for ids, _ in parts)
     size = -(-max(size, used) // multiple) * multiple
-    padding = range(used, size, longest)
-    parts += [(np.zeros(length, np.int64),) * 2 for length in (min(longest, size - start) for start in padding)]
+    for start in range(used, size, longest):
+        zeros = np.zeros(min(longest, size - start), np.int64)
+        parts.append((zeros, zeros))
     lengths = [len(ids) for ids, _ in parts]
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
     weights = np.concatenate([loss_weights for _, loss_weights in parts])
     trained = np.flatnonzero(weights)  # never a document's first token
-    ids = np.array([*documents, *[-1] * len(padding)], dtype=np.int64).astype(np.int32)
-    arrays = (offsets.astype(np.int32), np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths), tokens[trained],
-              trained - 1, np.repeat(ids, lengths))
-    batch = MicroBatch(torch.from_numpy(tokens), tuple(lengths), *map(torch.from_numpy, arrays))
-    return replace(batch, target_weights=torch.from_numpy(weights[trained])) if weights.dtype == np.float64 else batch
+    weighted = weights.dtype == np.float64  # see TokenDocuments
+    ids = np.array([*documents, *[-1] * (len(parts) - len(documents))], dtype=np.int64).astype(np.int32)
+    tensor = torch.from_numpy
+    return MicroBatch(
+        tokens=tensor(tokens), lengths=tuple(lengths), cu_seqlens=tensor(offsets.astype(np.int32)),
+        positions=tensor(np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)),
+        targets=tensor(tokens[trained]),
+        target_at=tensor(trained - 1),  # THE shift: the token before predicts it, and is in the same document
+        document_ids=tensor(np.repeat(ids, lengths)),
+        target_weights=tensor(weights[trained]) if weighted else None)
 
 
 def number_copies(packs: list[Array], count: int) -> list[Array]:
@@ -155,10 +165,10 @@ def deal(costs: Array, *, ranks: int) -> list[list[int]]:
 def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0, ranks: int = 1, context: int = 1,
           micro_packs: int = 1, fixed: bool = False,
           device: torch.device | None = None) -> Generator[Step, None, None]:
-    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them; nothing before is read. Each
-    `context` ranks share their micro-batches. With `fixed`, every micro-batch has `micro_packs` full packs of tokens,
-    for a network that is compiled for one shape. If `device` is a GPU they are in pinned memory. Close the generator
-    if you leave it early: it has a thread."""
+    """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them; nothing before is read. Every
+    `context` neighbouring ranks share their micro-batches. With `fixed`, every micro-batch has `micro_packs` full packs
+    of tokens, for a network that is compiled for one shape. If `device` is a GPU they are in pinned memory. Close the
+    generator if you leave it early: it has a thread."""
     on_gpu = device is not None and device.type == "cuda"
 
     def make() -> Iterator[Step]:
@@ -166,8 +176,8 @@ def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0,
             torch.cuda.set_device(device)
         for index in range(start, plan.total_steps):
             packs = plan.documents(index)
-            everything = np.concatenate(packs)
-            # The cost of attention. The rest of the network costs the same in every pack, as they are all full.
+            documents_of_step = np.concatenate(packs)
+            # The cost of attention. The rest of the network costs about the same in every pack, as they are all full.
             costs = np.array([np.square(plan.lengths[pack]).sum() for pack in packs])
             dealt = deal(costs, ranks=ranks // context)
             numbered = number_copies(packs, len(plan.lengths))
@@ -178,10 +188,11 @@ def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0,
                 batch = micro_batch(dataset, documents, size=micro_packs * plan.seq_len if fixed else 1,
                                     longest=plan.seq_len, multiple=context).part(rank % context, context)
                 batches.append(batch.pinned() if on_gpu else batch)
-            weights = plan.loss_weights[everything]  # summed exactly, so in any order
-            yield Step(index, plan.place(index).epoch, batches, int(plan.lengths[everything].sum()),
-                       int(plan.num_loss_tokens[everything].sum()),
-                       math.fsum(weights) if weights.dtype == np.float64 else None)
+            weights = plan.loss_weights[documents_of_step]
+            weighted = weights.dtype == np.float64
+            yield Step(index, plan.place(index).epoch, batches, tokens=int(plan.lengths[documents_of_step].sum()),
+                       target_tokens=int(plan.num_loss_tokens[documents_of_step].sum()),
+                       target_weight=math.fsum(weights) if weighted else None)  # exact, so in any order
 
     return ahead(make(), AHEAD)
 

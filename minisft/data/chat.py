@@ -17,7 +17,7 @@ whole and then searched for its answers, which is how masks drift in other progr
 Tool calls are answers and are trained on; tool definitions and tool results are not.
 
 `encode` takes many conversations and tokenises each distinct piece once: half of them are the template's own, such as
-`user`. `pieces` may run in a thread, one batch ahead of `encode`, which spends its time in the tokenizer's own threads.
+`user`.
 """
 
 import json
@@ -36,7 +36,7 @@ from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
-VERSION = 7  # of reading, rendering and near duplicates: raise it when one changes, or old stores would be opened
+VERSION = 7  # raise it when reading, rendering or near duplicates change, or old stores would be opened
 Array = np.ndarray
 
 
@@ -52,14 +52,14 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """T tokens of D documents, one after another."""
+    """T tokens of several documents, one after another."""
 
     ids: Array  # (T,) uint32
     weights: Array  # (T,) float64: of each token in the loss; 0 where it is not trained
     controls: Array  # (T,) int64: the control token that the template put there, or -1
-    offsets: Array  # (D + 1,) int64: where each document begins and the last one ends
-    words: Array  # (D,) int64: words of the contents, separated by white space
-    content_tokens: Array  # (D,) int64: tokens of the contents, without the template's own
+    offsets: Array  # (documents + 1,) int64: where each document begins and the last one ends
+    words: Array  # (documents,) int64: words of the contents, separated by white space
+    content_tokens: Array  # (documents,) int64: tokens of the contents, without the template's own
 
     @property
     def loss_mask(self) -> Array:
@@ -68,11 +68,11 @@ class EncodedDocuments:
 
     @property
     def num_loss_tokens(self) -> Array:
-        """(D,) int64: trained tokens of each document."""
+        """(documents,) int64: trained tokens of each document."""
         return np.diff(_offsets(self.loss_mask)[self.offsets])
 
     def only(self, wanted: Array) -> "EncodedDocuments":
-        """The documents where `wanted`, (D,) booleans, is true."""
+        """The documents where `wanted`, (documents,) booleans, is true."""
         lengths = np.diff(self.offsets)
         tokens = np.repeat(wanted, lengths)
         return EncodedDocuments(self.ids[tokens], self.weights[tokens], self.controls[tokens],
@@ -84,7 +84,8 @@ class Renderer:
 
     def __init__(self, template: Template, tokenizer: Tokenizer, *, train_on: str = "assistant"):
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
-        self.split = lru_cache(1 << 12)(self._split)  # every turn asks for the same markers; weights may be many
+        # Every turn asks for the same markers. Bounded, because they may come with many weights.
+        self.split = lru_cache(1 << 12)(self._split)
         self._cost = cache(lambda text: len(tokenizer.encode(text)))
         names = sorted(tokenizer.control, key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
@@ -119,7 +120,7 @@ class Renderer:
             reason = f"tools, which template {name} does not know"
         elif builtin and not self.template.builtin_call:
             reason = f"built-in tools, which template {name} does not know"
-        elif wrong := [call.tool for call in calls if call.tool in builtin and _words(call) is None]:
+        elif wrong := [call.tool for call in calls if call.tool in builtin and _keyword_arguments(call) is None]:
             reason, names = "an argument of a built-in tool is not text", wrong
         else:
             return found
@@ -132,29 +133,29 @@ class Renderer:
         return _merged(self._rendered(conversation))
 
     def encode(self, documents: list[list[Piece]]) -> EncodedDocuments:
-        """Token ids and masks of D documents of P pieces, of which U are distinct. The first token of a document is not
-        trained: nothing could predict it."""
+        """Token ids and masks of `documents`, with P pieces together, of which U are distinct. The first token of a
+        document is not trained: nothing could predict it."""
         number: dict[Piece, int] = {}
         codes = np.array([number.setdefault(piece, len(number)) for pieces in documents for piece in pieces], np.int64)
         distinct, known = list(number), self.tokenizer.control
-        encoded = iter(self.tokenizer.encode_batch([piece.text for piece in distinct if not piece.control]))
-        table = [[known[piece.text]] if piece.control else next(encoded) for piece in distinct]
+        texts = iter(self.tokenizer.encode_batch([piece.text for piece in distinct if not piece.control]))
+        table = [[known[piece.text]] if piece.control else next(texts) for piece in distinct]
         table_lengths = np.fromiter(map(len, table), np.int64, len(table))  # (U,)
         table_ids = np.fromiter(chain.from_iterable(table), np.uint32, table_lengths.sum())
         table_starts = _offsets(table_lengths)[:-1]
 
         lengths = table_lengths[codes]  # (P,)
-        starts, of = _offsets(lengths), np.repeat(codes, lengths)  # of, (T,): which distinct piece a token is in
-        tokens = table_ids[np.arange(len(of)) + np.repeat(table_starts[codes] - starts[:-1], lengths)]
-        of_pieces = _offsets(np.array([len(pieces) for pieces in documents], np.int64))  # (D + 1,)
-        offsets = starts[of_pieces]
-        weights = np.array([piece.trained for piece in distinct], dtype=np.float64)[of]
+        starts, piece_of_token = _offsets(lengths), np.repeat(codes, lengths)  # (P + 1,), (T,)
+        tokens = table_ids[np.arange(starts[-1]) + np.repeat(table_starts[codes] - starts[:-1], lengths)]
+        first_pieces = _offsets(np.array([len(pieces) for pieces in documents], np.int64))  # (documents + 1,)
+        offsets = starts[first_pieces]
+        weights = np.array([piece.trained for piece in distinct], dtype=np.float64)[piece_of_token]
         weights[offsets[:-1][np.diff(offsets) > 0]] = 0
-        controls = np.array([known[piece.text] if piece.control else -1 for piece in distinct], dtype=np.int64)[of]
+        table_controls = np.array([known[piece.text] if piece.control else -1 for piece in distinct], dtype=np.int64)
         contents = np.array([self._contents(piece, len(ids)) for piece, ids in zip(distinct, table, strict=True)],
                             dtype=np.int64).reshape(-1, 2)
-        sums = (np.diff(_offsets(count[codes])[of_pieces]) for count in contents.T)
-        return EncodedDocuments(tokens, weights, controls, offsets, *sums)
+        sums = (np.diff(_offsets(count[codes])[first_pieces]) for count in contents.T)
+        return EncodedDocuments(tokens, weights, table_controls[piece_of_token], offsets, *sums)
 
     def prompt(self, turns: tuple[Turn, ...]) -> list[int]:
         """Token ids of `turns`, up to where the assistant's answer begins."""
@@ -203,6 +204,7 @@ class Renderer:
             yield from (Piece(conversation.turns[0].content, False, trained), *split(template.document_end, trained))
             return
         turns = template.turns(conversation)
+        has_default = len(turns) > len(conversation.turns)  # the template's own system turn comes first
         last = max((i for i, turn in enumerate(turns) if turn.role in ANSWERS), default=-1)
         first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), -1)
         for i, turn in enumerate(turns):
@@ -216,7 +218,7 @@ class Renderer:
                 yield from split(template.tools_system, around)
                 if builtin:
                     yield from split(template.builtin_system[0], around)
-                    names = [name for name in builtin if name != "code_interpreter"]  # that one is `ipython`
+                    names = [name for name in builtin if name != "code_interpreter"]  # that one is not named
                     yield Piece(", ".join(names), False, around)
                     yield from split(template.builtin_system[1], around)
             if i == first_user and conversation.tools:
@@ -227,15 +229,14 @@ class Renderer:
             if call:
                 yield from self._call(turn, turn.tool in builtin, inside)
             elif text := template.content(turn):
-                default = turn.role == "system" and turns is not conversation.turns
-                given = text if default else template.system_prefix if turn.role == "system" else ""
-                yield Piece(text, False, inside, is_answer, (given,) if given else ())
+                own = (text if has_default else template.system_prefix) if turn.role == "system" else ""
+                yield Piece(text, False, inside, is_answer, (own,) if own else ())
             yield from split(template.builtin_stop if call and builtin else after, inside)
             yield from split("".join(rest), around)
 
     def _call(self, call: Turn, builtin: bool, trained: float) -> Iterator[Piece]:
         """The template's own control tokens become tokens; name and arguments stay text."""
-        arguments = _words(call) if builtin else call.content
+        arguments = _keyword_arguments(call) if builtin else call.content
         assert arguments is not None, "not a renderable conversation"
         values = {"name": call.tool, "arguments": arguments}
         for piece in self.split(self.template.builtin_call if builtin else self.template.call, trained):
@@ -243,7 +244,7 @@ class Renderer:
             yield piece if piece.control else Piece(text, False, trained, answer=True)
 
 
-def _words(call: Turn) -> str | None:
+def _keyword_arguments(call: Turn) -> str | None:
     """The arguments of a call as a built-in tool takes them: `query="weather", unit="C"`. None unless all are text."""
     arguments = json.loads(call.content)
     is_text = all(isinstance(value, str) for value in arguments.values())
@@ -253,10 +254,10 @@ def _words(call: Turn) -> str | None:
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
     merged: list[Piece] = []
     for piece in pieces:
-        last = merged[-1] if merged else piece
-        if merged and last[1:4] == piece[1:4] == (False, piece.trained, False):  # texts with one mask
-            merged[-1] = Piece(last.text + piece.text, False, piece.trained,
-                               of_template=last.of_template + piece.of_template)
+        last = merged[-1] if merged else None
+        if (last and last.trained == piece.trained
+                and not (last.control or last.answer or piece.control or piece.answer)):
+            merged[-1] = last._replace(text=last.text + piece.text, of_template=last.of_template + piece.of_template)
         else:
             merged.append(piece)
     return merged

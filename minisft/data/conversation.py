@@ -24,7 +24,7 @@ class Turn:
     role: str  # "system" | "user" | "assistant" | "call" | "result" | "text" (a document, alone in its conversation)
     content: str  # of a call: its arguments, of a result: the result, both as JSON
     context: str = ""  # Alpaca's `input`, Dolly's `context`: the template says how it joins; text beside a call
-    trained: float = 1.0  # its weight in the loss; 0: not trained on. Other turns than answers: train_on = all only
+    trained: float = 1.0  # its weight in the loss; 0: not trained on. Of other turns than answers: for train_on = all
     tool: str = ""  # the name of the function that a call calls
 
 

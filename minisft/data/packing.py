@@ -31,15 +31,15 @@ WINDOW = 16_384  # documents packed together if packs follow the file, so that a
 BUNDLES = (4, 8, 16)  # documents shorter than capacity / 4 are bundled; / 8 or / 16 if those fill packs too badly
 LOOSE = 0.08  # short documents with this share of all tokens are not bundled, to fill the gaps that bundles leave
 MOST_EPOCHS = 10_000  # more epochs are not packed to count a run's steps
-SLACK = 0.0005  # more packs than without bundles that we accept for the better mix
+SLACK = 0.0005  # the share of extra packs that bundles may cost, for the better mix
 
 Array = np.ndarray
 
 
-def copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array:
-    """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document comes in an epoch. With weight 2.3
-    every document comes twice, and a sample of 30% once more, drawn anew in each epoch. Each document is in it with
-    exactly that probability, whatever its length, and the tokens are right to within one document, the longest;
+def draw_copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array:
+    """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document appears in an epoch. With weight
+    2.3 every document appears twice, and a sample of 30% once more, drawn anew in each epoch. Each document is in it
+    with exactly that probability, whatever its length, and the tokens are right to within one document, the longest;
     independent draws would miss by much more."""
     times = np.floor(weights).astype(np.int64)
     part = weights - times
@@ -75,7 +75,7 @@ def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
     order = np.argsort((capacity - lengths).astype(np.uint16 if capacity < 2**16 else np.int64), kind="stable")
     first, packs, each = _moves(lengths, capacity).T
     items = packs * each
-    nth = np.arange(len(lengths)) - np.repeat(np.cumsum(items) - items, items)  # of its move
+    nth = np.arange(len(lengths)) - np.repeat(np.cumsum(items) - items, items)  # the number of each item in its move
     pack = np.empty(len(lengths), dtype=np.int64)
     pack[order] = np.repeat(first, items) + nth // np.repeat(each, items)
     return pack
@@ -84,8 +84,8 @@ def best_fit_decreasing(lengths: Array, capacity: int) -> Array:
 def _moves(lengths: Array, capacity: int) -> Array:
     """(moves, 3) of (first, packs, each): packs `first`, `first` + 1, ... `first` + `packs` - 1 get `each` items more.
 
-    A pack that took an item and has room for another of that length is the fullest one that has, so it takes items of
-    that length until it is full: 7 items of 3, and 2 packs with 10 left -> (first, 2, 3), and one item for other packs.
+    Once a pack has taken an item and has room for another of that length, no fuller pack has, so it goes on taking them
+    until none fits: 7 items of 3, and 2 packs with 10 left -> (first, 2, 3), and one item for other packs.
 
     Room is looked up in one integer whose bit r says that some pack has r tokens left. A length meets each group of
     equal packs once and leaves it less room than the length, so moves grow with the number of lengths, not of items.
@@ -119,28 +119,27 @@ def bundles(lengths: Array, size: int) -> Array:
     """(n,) for each document the first of its bundle; a single document is its own. Documents shorter than `size` lie
     one after another on a line with a mark every `size` tokens; those that start between the same two marks are a
     bundle, so it is shorter than 2 * `size`. The first LOOSE of them stay single."""
-    item = np.arange(len(lengths))
+    bundle = np.arange(len(lengths))
     short = np.flatnonzero(lengths < size)
     ends = np.cumsum(lengths[short])
     loose = np.searchsorted(ends, LOOSE * lengths.sum())
     short, starts = short[loose:], (ends - lengths[short])[loose:]
     _, first, count = np.unique(starts // max(size, 1), return_index=True, return_counts=True)
-    item[short] = np.repeat(short[first], count)
-    return item
+    bundle[short] = np.repeat(short[first], count)
+    return bundle
 
 
 def pack_documents(lengths: Array, capacity: int) -> Array:
     """(n,) the pack, from 0, of each document; at most SLACK more packs than best-fit decreasing needs. The documents'
     order decides only which ones share a bundle, and which of equal length goes where."""
-    least = _moves(lengths, capacity)[:, :2].sum(axis=1).max(initial=0)
+    least = _moves(lengths, capacity)[:, :2].sum(axis=1).max(initial=0)  # packs: the highest `first` + `packs`
     for parts in BUNDLES:
-        item = bundles(lengths, capacity // parts)
-        totals = np.bincount(item, weights=lengths, minlength=len(lengths)).astype(np.int64)
-        items = np.flatnonzero(totals)
-        packs = best_fit_decreasing(totals[items], capacity)
-        if packs.max(initial=-1) + 1 <= least * (1 + SLACK):
-            totals[items] = packs
-            return totals[item]
+        bundle = bundles(lengths, capacity // parts)
+        totals = np.bincount(bundle, weights=lengths, minlength=len(lengths)).astype(np.int64)
+        firsts, pack = np.flatnonzero(totals), np.empty(len(lengths), dtype=np.int64)
+        pack[firsts] = best_fit_decreasing(totals[firsts], capacity)
+        if pack[firsts].max(initial=-1) + 1 <= least * (1 + SLACK):
+            return pack[bundle]
     return best_fit_decreasing(lengths, capacity)
 
 
@@ -181,12 +180,13 @@ class Plan:
         self.loss_weights = num_loss_tokens if loss_weights is None else loss_weights
         self.seq_len, self.packs_per_step, self.seed, self.shuffle = seq_len, packs_per_step, seed, shuffle
         self._epochs, self._lock = epochs, threading.Lock()
-        self._first_step = [0]  # of each epoch that was packed, and of the next one
+        self._first_step = [0]  # the first step of each epoch that was packed, and of the next
         self._count(1)
         if not self.steps_per_epoch:
-            raise UserError("no document comes in the first epoch: the weights of the sources in data.train are too "
+            raise UserError("no document appears in the first epoch: the weights of the sources in data.train are too "
                             "small; raise them")
-        # Documents of a whole weight come in every epoch, and need at least this many steps.
+        # Packing every epoch only to count its steps would be slow, and `max_steps` may well come before the last.
+        # Documents of weight 1 and more appear in every epoch, so an epoch has at least this many steps:
         sure = lengths if weights is None else lengths * np.floor(weights).astype(np.int64)
         least = -(-int(sure.sum()) // (seq_len * packs_per_step))
         if max_steps is not None and max_steps <= least * epochs:
@@ -202,19 +202,19 @@ class Plan:
 
     def _count(self, epochs: int, max_steps: int | None = None) -> None:
         """Count the steps of the first `epochs` epochs, or until there are more than `max_steps`."""
-        with self._lock:  # the thread that makes batches asks, too
+        with self._lock:  # the thread that makes batches calls it, too
             while len(self._first_step) <= epochs and (max_steps is None or self._first_step[-1] <= max_steps):
                 packs = len(self.epoch(len(self._first_step) - 1))
                 self._first_step.append(self._first_step[-1] + math.ceil(packs / self.packs_per_step))
 
-    # Three: counting steps packs every epoch, and a run of up to three epochs need not pack them again.
+    # 3: a run of up to three epochs need not pack them again after counting its steps.
     @lru_cache(maxsize=3)  # noqa: B019 (a plan lives as long as its run)
     def epoch(self, epoch: int) -> Epoch:
         """The packs of epoch `epoch` (from 0). Without `shuffle`, packs follow each other as their first documents do,
         and the documents of a pack are within a window."""
         random, order = np.random.default_rng((self.seed, epoch)), np.arange(len(self.lengths))
         if self.weights is not None:
-            order = np.repeat(order, copies(self.weights, self.lengths, random))
+            order = np.repeat(order, draw_copies(self.weights, self.lengths, random))
         if self.shuffle:
             order = random.permutation(order)
             pack = pack_documents(self.lengths[order], self.seq_len)
@@ -240,7 +240,8 @@ class Plan:
         self._count(self._epochs, step)
         epoch = bisect_right(self._first_step, step) - 1
         begin, end = self._first_step[epoch : epoch + 2]
-        first, last = (-(-(i - begin) * len(self.epoch(epoch)) // (end - begin)) for i in (step, step + 1))
+        packs, steps = len(self.epoch(epoch)), end - begin
+        first, last = (-(-(i * packs) // steps) for i in (step - begin, step - begin + 1))  # rounded up
         return Place(epoch, first, last)
 
     def documents(self, step: int) -> list[Array]:

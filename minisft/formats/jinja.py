@@ -91,7 +91,8 @@ def written(template: Template, fill: Callable[[str], str]) -> str:
     """The template as Jinja. `fill` replaces {bos} and {eos} with the tokenizer's tokens. It takes `messages`,
     `add_generation_prompt`, and what Llama-3.1's own takes for tools: `tools`, `builtin_tools`, messages with
     `tool_calls`, and results. Roles have the names that training accepts, except those of a turn that is a call as
-    text, and content may be a list of texts, as in training; it raises rather than leave anything out."""
+    text, content may be a list of texts, and a blank system turn counts as none, as in training; it raises rather than
+    leave anything out."""
     def text(marker: str) -> str:  # Jinja would read a bare \r as \n
         escaped = fill(marker).translate({ord("\\"): r"\\", ord("'"): r"\'", ord("\n"): r"\n", ord("\r"): r"\r"})
         return f"{{{{- '{escaped}' }}}}" if marker else ""
@@ -134,7 +135,9 @@ def written(template: Template, fill: Callable[[str], str]) -> str:
     branches[f"message['role'] in {roles['assistant']}"] = answer + content + stop + after
     choice = "{%- el".join(f"if {condition} %}}{then}" for condition, then in branches.items())
     choice += "{%- else %}" + _raise("'this template does not know the role ' ~ message['role']") + "{%- endif %}"
-    begin = text(template.begin)
+    no_system = f"message['role'] in {roles['system']} and (not content or content is string and not content | trim)"
+    begin = ("{%- set message = messages[0] %}" + CONTENT + _if(no_system, "{%- set messages = messages[1:] %}")
+             + text(template.begin))
     if template.default_system is not None:
         default = template.content(Turn("system", template.default_system)).removeprefix(template.system_prefix)
         begin += _if(f"messages[0]['role'] not in {roles['system']}",

@@ -35,7 +35,7 @@ from minisft.model.llama_config import LlamaConfig
 
 # By the names that recipes and options give them. fp8 is bf16, except in the products of blocks (fp8.py).
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
-VARLEN_WANTS_GQA = torch.__version__ >= "2.12"  # 2.11's varlen_attn shares key/value heads without being told
+VARLEN_WANTS_GQA = torch.__version__ >= "2.12"  # compares numbers; 2.11's varlen_attn needs not be told
 KeysValues = list[tuple[Tensor, Tensor]]  # keys and values (T, K, E) of each layer
 
 
@@ -50,12 +50,12 @@ def cpu_kernels() -> ModuleType:
 class Documents:
     """Where the documents of a stream of T tokens begin and end. Sizes are on the host, which never waits for them."""
 
-    offsets: Tensor  # (N + 1,) int32, on the host: of each document's first token, and T
+    offsets: Tensor  # (documents + 1,) int32, on the host: of each document's first token, and T
     cu_seqlens: Tensor  # the same on the device
     positions: Tensor  # (T,) int64: position of each token in its own document
     longest: int  # tokens of the longest document, found once for all layers
     ids: Tensor | None = None  # (T,) int32: a number of each token's document; the network itself does not use it
-    ranks: int = 1  # that share the stream (context.py): tokens, positions and ids are one rank's T / ranks
+    ranks: int = 1  # share the stream (context.py): tokens, positions and ids are one rank's part, of T / ranks
 
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu") -> "Documents":
@@ -65,7 +65,10 @@ class Documents:
         return cls(offsets, offsets.to(device), positions.to(device), max(lengths))
 
 
-# Products: operands are rounded to the dtype of the activations, sums are fp32, results are rounded once. A process
+# Precision, up to RMSNorm. Where weights already have the dtype of the activations, all of this is F.linear and
+# F.embedding, so it may be skipped at first.
+#
+# Operands of products are rounded to the dtype of the activations, sums are fp32, results are rounded once. A process
 # that runs alone keeps fp32 weights and converts each for its product; sharded ones are gathered in bf16 already.
 
 
@@ -168,12 +171,13 @@ def rotations(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """(T, heads, E) -> (T, heads, E), turned in fp32 and rounded once."""
     cosine, sine = rotation
-    first, second = x.float().chunk(2, dim=-1)
-    return (torch.cat((first, second), dim=-1) * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)
 
 
 def is_for_flash(q: Tensor) -> bool:
-    """Whether the flash kernel takes such queries: 16 bits, and a head width that 8 divides, 256 at most."""
+    """True if the flash kernel takes queries like `q`: of 16 bits, the head width a multiple of 8 and at most 256."""
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
 
 
@@ -232,36 +236,6 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-ATTENTION = ("torch_attn::_varlen_attn", "minisft::document_attention")
-PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::_scaled_mm": 1}  # and which argument is the matrix
-
-
-def selective(shapes: tuple[tuple[int, int], ...]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts for a block's forward pass and its recomputation: keep attention and five matrix products.
-
-    Keeping a product of width O and depth I costs 2 O bytes a token and saves 2 I O FLOPs; attention over documents of
-    length n costs 2 H E bytes and saves about 2 H E n. For Llama-3-8B, a token and layer:
-
-        q 8 KiB, k 2, v 2, o 8, gate 28: 4,096 FLOPs a byte     up 28 KiB: the same, but left out to halve the memory
-        attention 8 KiB: n FLOPs a byte, of a slower kind       down: not needed, so never computed again
-
-    With the block's input (8 KiB) that is 64 KiB, 2.0 MiB over 32 layers; `up` alone is multiplied twice, 27% of the
-    block's products. All else is recomputed: norms, rotation, SwiGLU, and products of matrices that do not have one of
-    the block's `shapes` (I, O): thin ones beside its own.
-    """
-    # q, k, v, o, gate, up, down, in the order of `compute`; counted for each pass: torch 2.11 asks in both.
-    products = Counter[bool]()
-
-    def keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        name = operation.name()
-        is_product = name in PRODUCTS and tuple(args[PRODUCTS[name]].shape) in shapes
-        products[context.is_recompute] += is_product
-        kept = name in ATTENTION or (is_product and products[context.is_recompute] <= 5)  # up to gate
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(keep)
-
-
 class Block(nn.Module):
     """Attention and feed-forward network, each after a norm and added to the stream."""
 
@@ -314,7 +288,7 @@ class Head(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama-3 network that computes in `dtype`, or with None in the dtype its parameters have when they are used.
+    """A Llama-3 network that computes in `dtype`; with None, in that of its parameters (under FSDP, as gathered).
 
     Its `forward` ends in `readout(hidden (T, D), head weight (V, D))`, supplied by the caller: training computes the
     loss of the trained tokens there, generation the logits of the last ones, and neither pays for (T, V) logits. It is
@@ -349,10 +323,42 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """tokens (T,) -> (T, V). `cu_seqlens` (N + 1,) are the offsets of the documents; None: there is one. Raises
+        """tokens (T,) -> (T, V). `cu_seqlens` (documents + 1,) are their offsets; None: there is one. Raises
         ValueError for offsets that do not rise from 0 to T."""
         ends = [0, len(tokens)] if cu_seqlens is None else cu_seqlens.tolist()
         lengths = tuple(b - a for a, b in pairwise(ends))
         if ends[:1] != [0] or sum(lengths) != len(tokens) or min(lengths, default=0) < 1:
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {len(tokens)}, not {ends[:10]}")
         return self(tokens, Documents.of_lengths(lengths, device=tokens.device), linear)
+
+
+# Selective recomputation: what a block keeps for its backward pass.
+
+ATTENTION = ("torch_attn::_varlen_attn", "minisft::document_attention")
+PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::_scaled_mm": 1}  # and which argument is the matrix
+
+
+def selective(shapes: tuple[tuple[int, int], ...]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for a block's forward pass and its recomputation: keep attention and five matrix products.
+
+    Keeping a product of width O and depth I costs 2 O bytes a token and saves 2 I O FLOPs; attention over documents of
+    length n costs 2 H E bytes and saves about 2 H E n. For Llama-3-8B, a token and layer:
+
+        q 8 KiB, k 2, v 2, o 8, gate 28: 4,096 FLOPs a byte     up 28 KiB: the same, but left out: 64 KiB instead of 92
+        attention 8 KiB: n FLOPs a byte, of a slower kind       down: not needed, so never computed again
+
+    With the block's input (8 KiB) that is 64 KiB, 2.0 MiB over 32 layers; `up` alone is multiplied twice, 27% of the
+    block's products. All else is recomputed: norms, rotation, SwiGLU, and products of matrices that do not have one of
+    the block's `shapes` (I, O): thin ones beside its own.
+    """
+    # Counted apart for the forward pass and the recomputation: torch 2.11 calls `keep` in both.
+    products = Counter[bool]()
+
+    def keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = operation.name()
+        is_product = name in PRODUCTS and tuple(args[PRODUCTS[name]].shape) in shapes
+        products[context.is_recompute] += is_product
+        first_five = is_product and products[context.is_recompute] <= 5  # q, k, v, o, gate; after them up, down
+        return CheckpointPolicy.MUST_SAVE if first_five or name in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(keep)

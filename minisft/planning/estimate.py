@@ -214,7 +214,7 @@ class Scenario:
             raise UserError("train.precision is fp32, but the plan knows only the speed of bf16 and fp8: add "
                             "--train.precision bf16")
         shard, replicate, gpus = config.parallel.shard, config.parallel.replicate, options.gpus
-        copies = parallel.copies(gpus, config.parallel)
+        copies = parallel.replicas(gpus, config.parallel)
         if gpus % copies or shard not in (0, gpus // copies):
             raise UserError(f"--gpus {gpus} is not parallel.shard = {shard} times parallel.replicate = {replicate}; it "
                             "must be their product, or a multiple of one if the other is 0")

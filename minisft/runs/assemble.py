@@ -85,7 +85,8 @@ class Run:
 def check_ranks(config: Config) -> None:
     """Raise UserError if the ranks that torchrun has started cannot share a step as the configuration wants it."""
     ranks, packs, micro_packs = parallel.launched_rank()[1], config.batch.packs, config.batch.micro_packs
-    replicate, sharded, shared = parallel.copies(ranks, config.parallel), config.parallel.shard, config.parallel.context
+    replicate = parallel.replicas(ranks, config.parallel)
+    sharded, shared = config.parallel.shard, config.parallel.context
     streams = ranks // shared  # at a time
     if ranks % shared:
         raise UserError(f"parallel.context = {shared} does not divide the number of ranks, {ranks}: start a multiple "

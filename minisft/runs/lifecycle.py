@@ -233,7 +233,7 @@ def check_trained(run: Run, monitor: Monitor, steps: int) -> None:
     with torch.no_grad(), closing(planned_steps(run.prepared.train, plan, config, world)) as planned:
         step = next(planned)
         for batch in step.micro_batches:
-            loss += batch_loss(run.model, batch, world.device, step.target_weight or step.target_tokens, config.optim,
+            loss += batch_loss(run.model, batch, world.device, step.denominator, config.optim,
                                compiled=compiled)
     if not parallel.all_sum(loss).isfinite():
         raise NumericsError(f"the last {monitor.skipped_in_a_row} of {steps} steps had no finite loss or "

@@ -1,13 +1,11 @@
-"""THE training loop: a generator of steps without input or output.
+"""THE training loop: a generator that takes a step at a time, and neither reads, writes nor prints.
 
     for each step of the plan:
-        forward and backward of each micro-batch, its loss divided by the trained tokens (the sum of their weights, if
-        they have any) of the whole step
+        forward and backward of each micro-batch, its loss divided by the trained tokens of the whole step
         clip by the global norm, update
-        yield what happened
+        yield what happened               -> run_steps in runs/lifecycle.py: log, save, evaluate, stop at SIGTERM
 
-Whoever runs the generator decides what happens between two steps: logging, evaluation, checkpoints, stopping
-(runs/lifecycle.py). The loop itself never waits for the device, except with `parallel.offload`.
+It never waits for the device, except with `parallel.offload`.
 """
 
 from collections.abc import Generator
@@ -33,9 +31,9 @@ class StepResult:
     epoch: int  # from 0
     lr: float
     tokens: int  # of all ranks
-    target_tokens: int  # trained ones, of all ranks
+    target_tokens: int  # of all ranks
     target_weight: float | None  # the sum of their weights in the loss; None if the data has no weights
-    loss: Tensor  # () weighted mean over the step's trained tokens, in nats, with what smoothing and z-loss add
+    loss: Tensor  # () weighted mean over the step's trained tokens, in nats, label smoothing and z-loss included
     grad_norm: Tensor  # () before clipping; if it is not finite, AdamW skipped the step
 
 
@@ -48,15 +46,15 @@ def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, 
             lr = learning_rate(step.index, plan.total_steps, config.optim)
             optimizer.begin(lr, step.index)
             loss_sum = torch.zeros((), device=world.device)
-            denominator = step.target_weight or step.target_tokens
             for batch in step.micro_batches:
-                loss = batch_loss(model, batch, world.device, denominator, config.optim, compiled=compiled)
-                loss.backward()  # adds to .grad, over micro-batches and ranks: sums, never means
+                loss = batch_loss(model, batch, world.device, step.denominator, config.optim, compiled=compiled)
+                loss.backward()  # adds to .grad: sums over micro-batches and, in FSDP, over ranks; never means
                 loss_sum += loss.detach()
             grad_norm = optimizer.clip(config.optim.clip_norm)  # 0: only measures
             optimizer.step()  # and drops the gradients
+            all_sum(loss_sum)  # each rank has had only its own micro-batches
             yield StepResult(step.index + 1, step.epoch, lr, step.tokens, step.target_tokens, step.target_weight,
-                             all_sum(loss_sum), grad_norm)
+                             loss_sum, grad_norm)
 
 
 def planned_steps(dataset: TokenDocuments, plan: Plan, config: Config, world: World, *,

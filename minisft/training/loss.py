@@ -52,7 +52,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, den
     the squared log-partition keeps the logits small (Chowdhery et al. 2022, "PaLM", section 5). `compiled` fuses the
     softmax with its gradient, which then reads the logits twice and writes them once: 6 bytes per logit instead of 60.
     """
-    if not torch.is_grad_enabled():  # autograd would ask for the gradient of a weight that is trained all the same
+    if not torch.is_grad_enabled():  # a trained weight would ask for its gradient even so
         hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, denominator, target_weights, label_smoothing, z_loss,
                                      compiled)
@@ -61,17 +61,18 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, den
 def batch_loss(model: nn.Module, batch: MicroBatch, device: torch.device, denominator: float,
                optim: OptimConfig = OptimConfig(), *, compiled: bool = False) -> Tensor:
     """`linear_cross_entropy` of `model` on a micro-batch in host memory; copying it does not wait for the device."""
-    offsets, batch = batch.cu_seqlens, batch.to(device)
-    documents = Documents(offsets, batch.cu_seqlens, batch.positions, batch.longest, batch.document_ids, batch.ranks)
-    return model(batch.tokens, documents, lambda hidden, head: linear_cross_entropy(
-        hidden[batch.target_at], head, batch.targets, denominator=denominator, target_weights=batch.target_weights,
+    there = batch.to(device)
+    documents = Documents(offsets=batch.cu_seqlens, cu_seqlens=there.cu_seqlens, positions=there.positions,
+                          longest=batch.longest, ids=there.document_ids, ranks=batch.ranks)
+    return model(there.tokens, documents, lambda hidden, head: linear_cross_entropy(
+        hidden[there.target_at], head, there.targets, denominator=denominator, target_weights=there.target_weights,
         label_smoothing=optim.label_smoothing, z_loss=optim.z_loss, compiled=compiled))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over the tokens.
 
-    With p = softmax(logits), lse = logsumexp(logits), y the smoothed target, the gradient by the logits is
+    With p = softmax(logits), lse = logsumexp(logits), y the smoothed target, the gradient with respect to the logits is
     p - y + 2 z lse p.
     """
 
@@ -86,33 +87,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = torch.full_like(total, 1 / denominator)  # filled on the device: the host does not wait
         else:  # divided in fp64: weights may be larger than fp32 holds
             scale = (target_weights[:, None] / denominator).float()  # (N, 1)
-        tokens = chunk_tokens(len(weight))
+        chunk = chunk_tokens(len(weight))
         # In fp32, because bf16 sums over words and chunks would lose small gradients. A single chunk is no sum.
-        sums = weight.dtype if len(targets) <= tokens else torch.float32
+        sum_dtype = weight.dtype if len(targets) <= chunk else torch.float32
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.empty(weight.shape, dtype=sums, device=weight.device) if needs_weight else None
+        grad_weight = torch.empty(weight.shape, dtype=sum_dtype, device=weight.device) if needs_weight else None
         # On a CPU a few rows stay in cache from one pass to the next, as do sums over a few words between two products.
         # A GPU sums a product over all words in fp32 by itself.
-        softmax, words_at_once = (CPU_SOFTMAX, 1024) if hidden.is_cpu else (SOFTMAX, len(weight))
-        rows_at_once = max(softmax // len(weight), 1)
-        buffer = torch.empty(min(tokens, len(targets)), len(weight), dtype=dtype, device=hidden.device)
-        grads = grad_hidden.split(tokens) if grad_hidden is not None else repeat(None)
-        for i, (x, target, grad_x, factor) in enumerate(zip(hidden.split(tokens), targets.split(tokens), grads,
-                                                            _split(scale, tokens), strict=False)):
+        logits_at_once, words_at_once = (CPU_SOFTMAX, 1024) if hidden.is_cpu else (SOFTMAX, len(weight))
+        rows_at_once = max(logits_at_once // len(weight), 1)
+        buffer = torch.empty(min(chunk, len(targets)), len(weight), dtype=dtype, device=hidden.device)
+        grads = grad_hidden.split(chunk) if grad_hidden is not None else repeat(None)
+        for i, (x, target, grad_x, scale_x) in enumerate(zip(hidden.split(chunk), targets.split(chunk), grads,
+                                                             _split(scale, chunk), strict=False)):
             x = x.to(dtype)
             logits = torch.mm(x, matrix.T, out=buffer[: len(x)])  # (n, V), then its own gradient
             if compiled:
-                logits, loss = _compiled_gradient(logits, target[:, None], factor, label_smoothing, z_loss)
+                logits, loss = _compiled_gradient(logits, target[:, None], scale_x, label_smoothing, z_loss)
                 total += loss
             else:
-                for rows, at, f in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once),
-                                       _split(factor, rows_at_once), strict=False):
-                    gradient, at_target, loss = _gradient(rows, at, f, label_smoothing, z_loss)
+                for rows, at, scale_rows in zip(logits.split(rows_at_once), target[:, None].split(rows_at_once),
+                                                _split(scale_x, rows_at_once), strict=False):
+                    gradient, at_target, loss = _gradient(rows, at, scale_rows, label_smoothing, z_loss)
                     rows.copy_(gradient).scatter_(-1, at, at_target)
                     total += loss
-            one_product = grad_x is not None and words_at_once == len(weight)
-            sum_x = grad_x if grad_x is None or (one_product and grad_x.dtype == dtype) else \
-                torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            # A single product may be rounded at once; a sum of several is rounded when it is complete.
+            direct = grad_x is None or (words_at_once == len(weight) and grad_x.dtype == dtype)
+            sum_x = grad_x if direct else torch.empty(x.shape, dtype=torch.float32, device=x.device)
             for start in range(0, len(weight), words_at_once):
                 words = slice(start, start + words_at_once)
                 if sum_x is not None:
@@ -122,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None and sum_x is not grad_x:
                 grad_x.copy_(sum_x)
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
-        return total / denominator if target_weights is None else total
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -158,11 +159,12 @@ def chunk_tokens(vocabulary: int) -> int:
 
 def _gradient(logits: Tensor, target: Tensor, scale: Tensor, label_smoothing: float,
               z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the losses against `target` (n, 1), times `scale` () or (n, 1), by logits (n, V) as if no word
-    were the target; its values at the targets (n, 1); and the sum of the losses, times a `scale` (n, 1).
+    """logits (n, V), target (n, 1), scale () or (n, 1) -> gradient (n, V), its values at the targets (n, 1), loss ().
 
-    The values at the targets come separately so that the compiler can fuse the rest into one pass. No argument is
-    changed: torch 2.11 fuses a gather from a tensor with the write to that tensor, and reads what was written.
+    The loss is the sum of each token's loss times its scale, and the gradient that sum's with respect to the logits, as
+    if no word were the target: the values at the targets come separately, so that the compiler can fuse the rest into
+    one pass. No argument is changed: torch 2.11 fuses a gather from a tensor with the write to that tensor, and reads
+    what was written.
     """
     log_p = logits.float().log_softmax(dim=-1)
     target_log_p = log_p.gather(-1, target)
@@ -177,12 +179,12 @@ def _gradient(logits: Tensor, target: Tensor, scale: Tensor, label_smoothing: fl
     if label_smoothing:
         everywhere = scale * (label_smoothing / logits.shape[1])
         gradient, at_target = gradient.sub_(everywhere), at_target - everywhere
-    return gradient.to(logits.dtype), at_target.to(logits.dtype), (loss * scale if scale.dim() else loss).sum()
+    return gradient.to(logits.dtype), at_target.to(logits.dtype), (loss * scale).sum()
 
 
 def _compiled_gradient(logits: Tensor, target: Tensor, scale: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    """The complete gradient, and the sum of the losses. The logits are read twice, the gradient is written once."""
-    for tensor in (logits, target, *[scale] * scale.dim()):
+    """The complete gradient, and the loss. The logits are read twice, the gradient is written once."""
+    for tensor in (logits, target, scale) if scale.dim() else (logits, target):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or a step's last, shorter chunk would be compiled anew
     gradient, at_target, loss = _compiler()(logits, target, scale, *settings)
     return gradient.scatter_(-1, target, at_target), loss

@@ -60,7 +60,7 @@ class AdamW:
             count.fill_(steps)
 
     def begin(self, lr: float, step: int) -> None:
-        """Before the backward pass of `step` (from 0): set its learning rate."""
+        """Before the backward pass of `step` (from 0): set its learning rate (lean/ also draws by `step`)."""
         self._lr = lr
 
     def clip(self, largest: float) -> Tensor:

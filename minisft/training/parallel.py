@@ -65,7 +65,7 @@ class World:
         return json.loads(self.store.compare_set("first failure", "", mine))
 
     def heard_failure(self) -> dict[str, Any] | None:
-        """The first failure that any rank has told, or None."""
+        """The first failure that any rank reported, or None."""
         return json.loads(self.store.get("first failure")) if self.store.check(["first failure"]) else None
 
 
@@ -74,8 +74,8 @@ def launched_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def copies(ranks: int, parallel: ParallelConfig) -> int:
-    """Copies of the model: `replicate`, or if that is 0 as many as fit when `shard` ranks hold one."""
+def replicas(ranks: int, parallel: ParallelConfig) -> int:
+    """The number of copies of the model: `replicate`, or if that is 0 as many as fit when `shard` ranks hold one."""
     return parallel.replicate or max(ranks // (parallel.shard or ranks), 1)
 
 
@@ -88,7 +88,7 @@ def start(parallel: ParallelConfig = ParallelConfig()) -> World:
     store = next(dist.rendezvous("env://", timeout=patience))[0] if "RANK" in os.environ else dist.HashStore()
     store = _fresh(store, rank, ranks)
     dist.init_process_group(backend, rank=rank, world_size=ranks, store=store, timeout=patience)
-    replicate = copies(ranks, parallel)
+    replicate = replicas(ranks, parallel)
     mesh = init_device_mesh(device.type, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
     return World(rank, ranks, device, mesh if replicate > 1 else mesh["shard"], store, parallel.context)
 
@@ -108,7 +108,7 @@ def _device() -> torch.device:
 
 
 def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
-    """A name space of `store` that belongs to exactly these processes.
+    """A namespace of `store` that belongs to exactly these processes.
 
     torchrun's store outlives the processes that it restarts, so a restarted rank could read the address of a dead one
     and wait for it. Therefore each rank leaves a name that nobody had before, and rank 0 answers every name with its
@@ -129,7 +129,7 @@ def _fresh(store: dist.Store, rank: int, ranks: int) -> dist.Store:
 
 def stop(*, failed: bool = False) -> None:
     """Leave the process group. After a failure on NCCL, do not: it would wait for collectives that others have begun
-    and this rank never joins. The end of the process leaves it then."""
+    and this rank never joins; the end of the process leaves it."""
     if dist.is_initialized() and not (failed and dist.get_world_size() > 1 and torch.cuda.is_available()):
         dist.destroy_process_group()
 
@@ -204,8 +204,7 @@ def gather_ahead(model: Llama, number: int) -> None:
     """Gather the parameters of `number` modules while the one before them computes, in both passes.
 
     By default FSDP gathers when a module's turn comes in the forward pass, and one ahead in the backward pass. More
-    costs their memory, and pays if a gather takes longer than a layer. With recomputation, measure: a published run
-    with forward prefetch and recomputation together had half the throughput.
+    costs their memory, and pays if a gather takes longer than a layer: measure.
     """
     first, blocks, last = model.model.embed_tokens, list(model.model.layers), getattr(model, "lm_head", None)
     passes = ((FSDPModule.set_modules_to_forward_prefetch, [model, first, *blocks, last]),
