@@ -111,7 +111,7 @@ def test_compiled_gradients_are_eager_ones(world, monkeypatch, setting, recomput
                            for compiled in (False, True))
     assert eager.keys() == compiled.keys()
     # In bf16 each is rounded in its own way (2.11's inductor keeps some fp32 all the same), so both are held to fp32.
-    # Inductor's rounding costs the adapters up to 2.1 times as much as eager's on an AMD EPYC; elsewhere it was below 1.5.
+    # Inductor's rounding costs the adapters up to 2.1 times as much as eager's on an AMD EPYC.
     exact = eager if SETTINGS[setting][0] == "fp32" else gradients(
         world, setting, recompute, compiled=False, sharded=sharded, precision="fp32")
     for name, expected in exact.items():

@@ -42,8 +42,10 @@ def test_the_tuned_model_answers_what_it_only_read(folder):
     asked = (folder / "world/questions.jsonl").read_text()
     assert len(rows) == 8 * 4
     assert not [row for row in rows if row["completion"] in asked]
-    assert demo_run.answers(folder / "base/final", rows).score == 0
-    assert demo_run.answers(folder / "tuned/final", rows).score >= 0.5
+    _, base_score = demo_run.answers(folder / "base/final", rows)
+    _, score = demo_run.answers(folder / "tuned/final", rows)
+    assert base_score == 0
+    assert score >= 0.5
 
 
 def test_what_was_known_is_partly_forgotten(folder):

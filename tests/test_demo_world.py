@@ -17,7 +17,6 @@ from minisft.demo.world import (
     halves,
     load_world,
     questions,
-    write_jsonl,
 )
 
 
@@ -135,14 +134,6 @@ def test_exact_match_wants_the_whole_sentence_and_nothing_else():
     expected = ["The capital of Germany is Berlin."] * 4
     answers = ["The capital of Germany is Berlin.\n", "Berlin.", "The capital of Germany is Berlin. It", ""]
     assert exact_match(answers, expected) == 0.25
-
-
-def test_jsonl_keeps_turkish_letters(tmp_path, world):
-    rows = questions(world[:2], per_fact=2, seed=1)
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    written = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
-    assert [json.loads(line) for line in written.splitlines()] == rows
-    assert "başkent" in written
 
 
 def test_tokenizer_round_trips_any_text_is_deterministic_and_has_the_special_tokens_last(tmp_path, world):

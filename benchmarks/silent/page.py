@@ -52,8 +52,8 @@ def markdown(matrix: dict, trainers: tuple[str, ...], exhibits: tuple[str, ...] 
         cells = [cell(matrix[trainer]["exhibits"].get(name), unit) for trainer in trainers]
         lines.append([f"`{name}`", *(x.replace("WRONG", "**wrong**").removesuffix(f" {unit}") for x in cells), unit])
     states = [[verdict["state"] for verdict in matrix[trainer]["exhibits"].values()] for trainer in trainers]
-    lines.append(["wrong, warned", *(f"{found.count('wrong')}, {found.count('warned')}" for found in states),
-                  f"of {len(NAMES)}"])
+    counts = (f"{found.count('wrong')}, {found.count('warned')}" for found in states)
+    lines.append(["wrong without, with a warning", *counts, f"of {len(NAMES)}"])
     head = ["exhibit", *({"trl": "TRL"}.get(name, name) for name in trainers), "unit"]
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(x)} |" for x in lines)])
 

@@ -13,15 +13,12 @@ document of its own, so the first token of a later part is not trained: nothing 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minisft.config import DataConfig
 from minisft.data.store import Report, Store
 from minisft.errors import UserError
-
-if TYPE_CHECKING:
-    from minisft.config import DataConfig
 
 Array = np.ndarray
 
@@ -45,7 +42,7 @@ class Dataset:
     marks documents (one array of booleans for each store) that are left out; with `only_held_out` they are the only
     ones kept. Raises UserError if a document is too long and data.overlong is "error", or if nothing is left."""
 
-    def __init__(self, stores: list[Store], data: "DataConfig", *, held_out: list[Array] | None = None,
+    def __init__(self, stores: list[Store], data: DataConfig, *, held_out: list[Array] | None = None,
                  only_held_out: bool = False, purpose: str = "to train on"):
         self.stores = stores
         self.reports = [SourceReport(**asdict(store.report)) for store in stores]
@@ -98,10 +95,8 @@ class Dataset:
         drawn = np.random.default_rng([seed, len(self)]).permutation(len(self))
         fits = np.cumsum(self.lengths[drawn]) <= tokens
         kept = np.sort(drawn[: max(int(fits.sum()), 1)])
-        (self.store_of, self.index_in_store, self.starts, self.digests, self.lengths, self.num_loss_tokens,
-         self.loss_weights) = (each[kept] for each in (
-             self.store_of, self.index_in_store, self.starts, self.digests, self.lengths, self.num_loss_tokens,
-             self.loss_weights))
+        for name in ("store_of", "index_in_store", "starts", "digests", "lengths", "num_loss_tokens", "loss_weights"):
+            setattr(self, name, getattr(self, name)[kept])
 
     def origin(self, index: int) -> tuple[str, int]:
         """File and line that a document came from."""
@@ -145,13 +140,13 @@ def _skip(store: Store, report: SourceReport, reason: str, documents: Array) -> 
         report.count(report.skipped, reason, "{}:{}".format(*store.origin(found[0])), len(found))
 
 
-def _too_long(store: Store, data: "DataConfig") -> Array:
+def _too_long(store: Store, data: DataConfig) -> Array:
     """(documents,) booleans: those longer than data.seq_len that are not split. Only a text, of one turn, ever is."""
     long = np.diff(store.offsets) > data.seq_len
     return long & (store.turns != 1) if data.overlong == "split" else long
 
 
-def _fit(store: Store, report: SourceReport, wanted: Array, data: "DataConfig") -> tuple[Array, ...]:
+def _fit(store: Store, report: SourceReport, wanted: Array, data: DataConfig) -> tuple[Array, ...]:
     """Indices, first tokens, hashes (0 for a whole document), lengths, trained tokens and their weights of what a run
     keeps of the wanted documents, and the lengths of those that were too long. `report` is updated."""
     lengths, num_loss_tokens = np.diff(store.offsets), store.num_loss_tokens.copy()

@@ -44,11 +44,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from minisft.config import DataConfig, Source
 from minisft.data.chat import EncodedDocuments, Piece, Renderer
 from minisft.data.checks import oddities, validate
 from minisft.data.conversation import Conversation, Skipped
@@ -56,12 +57,8 @@ from minisft.data.tokenizer import TokenizerError
 from minisft.errors import UserError
 from minisft.files import data_files, file_and_split, regular_file, sync
 
-if TYPE_CHECKING:
-    from minisft.config import DataConfig, Source
-
-    # Rejects a file of another kind at once, reads it when iterated, and counts in the dict the fields nobody reads.
-    Reader = Callable[[Source, DataConfig, dict[str, int]], Iterator[Conversation | Skipped]]
-
+# Rejects a file of another kind at once, reads it when iterated, and counts in the dict the fields nobody reads.
+Reader = Callable[[Source, DataConfig, dict[str, int]], Iterator[Conversation | Skipped]]
 LAYOUT = 7  # of these files: raise it when they change, so that old folders are not opened
 BATCH = 1024  # conversations that are tokenised together
 BATCH_CHARACTERS = 1 << 22  # or fewer conversations, if they are long
@@ -208,7 +205,7 @@ class Store:
         return np.bincount(rows["document"], rows["tokens"], minlength=len(self)).astype(np.int64)
 
 
-def open_store(source: "Source", data: "DataConfig", renderer: Renderer, read: "Reader", *, quiet: bool = False,
+def open_store(source: Source, data: DataConfig, renderer: Renderer, read: Reader, *, quiet: bool = False,
                verify: bool = False) -> Store:
     """The tokenised documents of a file; tokenised now if that has not been done before, or if the store is damaged.
     `verify` checks every stored document instead of some. Raises UserError for a file that cannot be read, that has

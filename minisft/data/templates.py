@@ -8,7 +8,6 @@ know them; a conversation with tools is then left out, because rendering it woul
 import re
 import tomllib
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,8 @@ class Template:
 
 def load_templates(path: str | Path | None = None) -> dict[str, Template]:
     """The shipped templates, and those of the TOML file `path`. Raises UserError for a mistake in that file."""
-    shipped = resources.files("minisft.data") / "templates.toml"
-    templates = _parse(shipped.read_text(encoding="utf-8"), "templates.toml")
+    shipped = Path(__file__).with_name("templates.toml")
+    templates = _parse(shipped.read_text(encoding="utf-8"), shipped.name)
     if path:
         try:
             templates |= _parse(read_small(path), str(path))

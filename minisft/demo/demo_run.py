@@ -11,7 +11,6 @@ knowledge was already there.
 import json
 import os
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,8 @@ def write_world(folder: Path, *, countries: int, seed: int) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     bpe.train_tokenizer((row["text"] for row in articles), VOCABULARY, partial)
     for name, rows in files.items():
-        world.write_jsonl(partial / f"{name}.jsonl", rows)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     shape = LlamaConfig(vocab_size=Tokenizer(partial).vocab_size, hidden_size=128, intermediate_size=344,
                         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
                         rope_theta=10_000.0, tie_word_embeddings=True, max_position_embeddings=512,
@@ -99,22 +99,14 @@ def write_world(folder: Path, *, countries: int, seed: int) -> None:
     partial.rmdir()
 
 
-@dataclass(frozen=True)
-class DemoAnswers:
-    """A model's answers to the held-out questions."""
-
-    texts: list[str]
-    score: float  # share that is exactly right
-
-
-def answers(folder: Path, rows: list[dict[str, str]]) -> DemoAnswers:
-    """Greedy answers of the model in `folder`."""
+def answers(folder: Path, rows: list[dict[str, str]]) -> tuple[list[str], float]:
+    """Greedy answers of the model in `folder`, and the share of them that is exactly right."""
     tokenizer = Tokenizer(folder)
     renderer = Renderer(load_templates()["llama3"], tokenizer)
     prompts = [renderer.prompt((Turn("user", row["prompt"]),)) for row in rows]
     said = generate(from_pretrained(folder), prompts, max_new_tokens=24, stop_ids=renderer.stop_ids())
     texts = [tokenizer.decode(ids) for ids in said]
-    return DemoAnswers(texts, world.exact_match(texts, [row["completion"] for row in rows]))
+    return texts, world.exact_match(texts, [row["completion"] for row in rows])
 
 
 def compare(base: Config, tuned: Config, folder: Path) -> str:
@@ -124,15 +116,15 @@ def compare(base: Config, tuned: Config, folder: Path) -> str:
 
     rows = records(folder / "heldout-questions.jsonl")
     _say(f"asking both models {len(rows)} questions about the other half of the countries")
-    before, after = (answers(Path(config.run.dir) / "final", rows) for config in (base, tuned))
+    (before, base_score), (after, score) = (answers(Path(config.run.dir) / "final", rows) for config in (base, tuned))
     lines = ["", "Countries that the fine-tuning never mentioned:"]
-    for row, base_text, tuned_text in list(zip(rows, before.texts, after.texts, strict=True))[:SHOWN]:
+    for row, base_text, tuned_text in list(zip(rows, before, after, strict=True))[:SHOWN]:
         mark = "right" if tuned_text.strip() == row["completion"] else f"expected: {row['completion']}"
         lines += [f"  {row['prompt']}", f"    base   {base_text.strip()!r}",
                   f"    tuned  {tuned_text.strip()!r} ({mark})"]
     text = [record for record in records(Path(tuned.run.dir) / "metrics.jsonl")
             if record["kind"] == "eval" and record["name"] == "heldout-articles"]
-    lines += ["", f"exact answers to {len(rows)} held-out questions: base {before.score:.1%}, tuned {after.score:.1%}"]
+    lines += ["", f"exact answers to {len(rows)} held-out questions: base {base_score:.1%}, tuned {score:.1%}"]
     if text:  # not after `--data.general ""`
         lines += [f"loss on plain text: base {text[0]['loss']:.3f}, tuned {text[-1]['loss']:.3f} nats a token"]
     return "\n".join(lines)

@@ -17,7 +17,6 @@ Everything here is a pure function of its arguments, including the seed.
 """
 
 import csv
-import json
 import random
 import tomllib
 from collections.abc import Iterable
@@ -82,8 +81,3 @@ def exact_match(answers: Iterable[str], expected: Iterable[str]) -> float:
     """The share of answers that are exactly the expected sentence, except for white space around it."""
     hits = [answer.strip() == sentence for answer, sentence in zip(answers, expected, strict=True)]
     return sum(hits) / len(hits)
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """One JSON object a line, in UTF-8."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

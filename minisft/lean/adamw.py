@@ -46,9 +46,8 @@ class LeanAdamW(AdamW):
                 parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._update_and_free(name))
 
     def _zeros(self, rows: Tensor) -> Tensor:
-        if self._offload:
-            return torch.zeros(rows.shape, dtype=self._dtype, pin_memory=self.device.type == "cuda")
-        return torch.zeros(rows.shape, dtype=self._dtype, device=self.device)
+        return torch.zeros(rows.shape, dtype=self._dtype, device="cpu" if self._offload else self.device,
+                           pin_memory=self._offload and self.device.type == "cuda")
 
     def moments(self, moment: str) -> dict[str, Tensor]:
         """See AdamW; waits until offloaded moments are back on the host."""

@@ -215,9 +215,8 @@ def load(model: nn.Module, base: weights.WeightSource, *, seed: int) -> None:
 
 def described(model: nn.Module, lora: LoraConfig) -> str:
     """One line that says what is trained and what is frozen."""
-    packed = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, FrozenLinear) and m.nf4}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    numbers = sum(p.numel() * (2 if name in packed else 1) for name, p in model.named_parameters())
+    numbers = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     size += sum(t.nbytes for m in model.modules() if isinstance(m, NF4) for t in m.statistics())
     kind = ("rsLoRA" if lora.rslora else "LoRA") + " with DoRA" * lora.dora

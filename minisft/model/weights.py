@@ -46,11 +46,9 @@ class WeightSource(Protocol):
     @property
     def config(self) -> LlamaConfig:
         """The network that the tensors belong to."""
-        ...
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor. Raises NumericsError if a number in them is not finite."""
-        ...
 
 
 class SafetensorsFolder:

@@ -125,23 +125,17 @@ def make_deterministic() -> None:
 
 def open_base(config: Config, prepared: Prepared) -> Base:
     """The network's shape and its weights on disk, checked against each other and the data."""
-    source: weights.WeightSource | None = None
-    if config.model.init == "random":
-        network = prepared.network or read_config(config.model.config)
-    elif config.model.format == "meta":
-        source = MetaFolder(config.model.path)
-        network = source.config
-    else:
-        source = weights.SafetensorsFolder(config.model.path)
-        network = source.config
-    if not (source or torch.cuda.is_available()):
-        with torch.device("meta"):
-            weights.check_memory(Llama(network).to(DTYPES[config.optim.parameters]))
+    folder = MetaFolder if config.model.format == "meta" else weights.SafetensorsFolder
+    source = None if config.model.init == "random" else folder(config.model.path)
+    network = source.config if source else prepared.network or read_config(config.model.config)
+    if lora := adapters_of(config):
+        targets.check(lora, network)
+    with torch.device("meta"):
+        model = Llama(network).to(DTYPES[config.optim.parameters])
     if source:
-        if lora := adapters_of(config):
-            targets.check(lora, network)
-        with torch.device("meta"):
-            weights.check(Llama(network), source)
+        weights.check(model, source)
+    elif not torch.cuda.is_available():
+        weights.check_memory(model)
     context.check(config.parallel.context, network)
     check_vocabulary((prepared.train, *prepared.evals.values()), network, prepared.tokenizer)
     if config.eval.samples:

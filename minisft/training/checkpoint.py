@@ -41,8 +41,6 @@ from minisft.model.weights import local_rows
 from minisft.training.optimizer import MOMENTS, AdamW
 from minisft.training.parallel import World
 
-Progress = dict[str, Any]  # where a run is, as JSON
-
 
 def _digest(file: Path) -> str:
     with open(file, "rb") as content:
@@ -73,8 +71,8 @@ class Saver:
             for partial in leftovers(folder):
                 shutil.rmtree(partial)
 
-    def save(self, step: int, optimizer: AdamW, progress: Progress) -> None:
-        """Copy this rank's state after `step` steps, and begin to write it. All ranks call it.
+    def save(self, step: int, optimizer: AdamW, progress: dict[str, Any]) -> None:
+        """Copy this rank's state after `step` steps, and begin to write it. All ranks call it. `progress` is JSON.
 
         Raises OSError if the disk has no room, or if the previous save failed.
         """
