@@ -47,8 +47,8 @@ from small_runs import (  # noqa: E402
 
 from minisft import streams  # noqa: E402
 from minisft.__main__ import main as command  # noqa: E402
-from minisft.runs import lifecycle  # noqa: E402
 from minisft.runs.lifecycle import main as train  # noqa: E402
+from minisft.training import loop  # noqa: E402
 from minisft.training.checkpoint import saved_checkpoints  # noqa: E402
 
 STEPS = 24
@@ -126,6 +126,11 @@ class Bench:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return code, (folder / "printed").read_text(errors="replace")
 
+    def signalled(self, child: int, number: int) -> int:
+        """Send a signal and wait for the process to end; returns its exit code."""
+        os.kill(child, number)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
     def run(self, folder: Path, **overrides) -> tuple[int, str]:
         """Run undisturbed; returns exit code and output."""
         return self.ended(folder, self.start(folder, **overrides))
@@ -201,8 +206,7 @@ def soak(bench: Bench) -> Row:
         child = bench.start(folder, **settings)
         bench.wait(folder, min(done + 1, steps - 1))
         time.sleep(bench.random.uniform(0, 0.4))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        bench.signalled(child, signal.SIGKILL)
         row.injected += 1
         before = log(folder)[-1]["step"]
         newest = saved_checkpoints(folder / "run/checkpoints")
@@ -224,8 +228,7 @@ def killed_in_a_save(bench: Bench) -> Row:
         while not list((folder / "run/checkpoints").glob("*.tmp")):
             pass
         time.sleep(bench.random.uniform(0, 0.01))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        bench.signalled(child, signal.SIGKILL)
         before = len(log(folder))
         code, output = bench.run(folder)
         bench.finished(row, folder, output, before=before, code=code)
@@ -238,8 +241,7 @@ def asked_to_stop(bench: Bench) -> Row:
         folder = bench.new()
         child = bench.start(folder)
         bench.wait(folder, bench.random.randint(1, 16))
-        os.kill(child, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = bench.signalled(child, number)
         status = json.loads((folder / "run/status.json").read_text())
         before = len(log(folder))
         again, output = bench.run(folder)
@@ -280,8 +282,7 @@ def one_of_two(bench: Bench) -> Iterator[Row]:
         folder = bench.new()
         process = bench.torchrun(folder, plant=("nan", rank, 5))
         process.communicate()
-        row.injected += 1
-        row.survived += process.returncode == 0 and [r["step"] for r in log(folder) if r.get("skipped")] == [5]
+        row.count(rank, process.returncode == 0 and [r["step"] for r in log(folder) if r.get("skipped")] == [5])
         weights.append(final_weights(folder))
     row.compared = 1
     row.identical = int(all(weight.equal(weights[1][name]) for name, weight in weights[0].items()))
@@ -305,8 +306,7 @@ def damaged(bench: Bench) -> Iterator[Row]:
     stopped = bench.new()
     child = bench.start(stopped)
     bench.wait(stopped, 12)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    bench.signalled(child, signal.SIGKILL)
     before = len(log(stopped))
     damages: list[tuple[str, Callable[[Path], None], int]] = [
         ("a flipped bit in a file of the newest checkpoint", bench.flip, 6),
@@ -331,16 +331,14 @@ def refused(bench: Bench) -> Iterator[Row]:
     stopped = bench.new()
     child = bench.start(stopped)
     bench.wait(stopped, 6)
-    os.kill(child, signal.SIGTERM)
-    os.waitpid(child, 0)
+    bench.signalled(child, signal.SIGTERM)
     other = bench.folder / "other.jsonl"
     other.write_text('{"prompt": "Say a word.", "completion": "Word."}\n' * 40)
     changes = ({"data__train": other}, {"data__seq_len": 300}, {"train__seed": 3}, {"batch__packs": 5},
                {"data__train_on": "all"}, {"data__template": "alpaca"})
     for change in changes:
         code, output = bench.run(stopped, **change)
-        row.injected += 1
-        row.survived += code == 2 and "--checkpoint.allow_change" in output
+        row.count(change, code == 2 and "--checkpoint.allow_change" in output, output)
     yield row
     row = Row("a second run in the folder: exit 2, the first is not disturbed")
     for _ in range(2):
@@ -362,15 +360,13 @@ def refused(bench: Bench) -> Iterator[Row]:
     for name, content in broken.items():
         (bench.folder / name).write_bytes(content)
         code, output = bench.run(bench.new(), data__train=bench.folder / name)
-        row.injected += 1
-        row.survived += code == 2 and name in output and "Traceback" not in output
+        row.count(name, code == 2 and name in output and "Traceback" not in output, output)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         model = bench.folder / f"broken-{name}"
         shutil.copytree(bench.base, model)
         os.truncate(model / name, (model / name).stat().st_size // 2)
         code, output = bench.run(bench.new(), model__path=model)
-        row.injected += 1
-        row.survived += code == 2 and name in output and "Traceback" not in output
+        row.count(name, code == 2 and name in output and "Traceback" not in output, output)
     yield row
 
 
@@ -408,8 +404,7 @@ def disks(bench: Bench) -> Iterator[Row]:
         folder = bench.new()
         with small_disk(folder / "run", size, *extra):
             code, output = bench.run(folder)
-            row.injected += 1
-            row.survived += code == 4 and str(folder / "run") in output and "step 0" not in output
+            row.count(size, code == 4 and str(folder / "run") in output and "step 0" not in output, output)
     yield row
 
 
@@ -585,7 +580,7 @@ def exports(bench: Bench) -> Row:
         shutil.rmtree(place) if place.is_dir() else place.unlink()
         argv = options(bench.base, folder, **{**SETTINGS, "train__max_steps": steps, "checkpoint__every": 0})
         code, again = bench.call(*argv, folder=folder, main=train,
-                                 plant=lambda: setattr(lifecycle, "forward", trained_again))
+                                 plant=lambda: setattr(loop, "batch_loss", trained_again))
         bench.finished(row, folder, again, before=steps, steps=steps, code=code or not as_promised)
     return row
 
@@ -642,8 +637,7 @@ def streams_of_output(bench: Bench) -> Iterator[Row]:
         argv = options(bench.base, folder, **SETTINGS)
         child = bench.fork(folder, lambda argv=argv: redirected(1, 2, to=broken_pipe) or as_train_py(argv))
         bench.wait(folder, bench.random.randint(1, 16))
-        os.kill(child, signal.SIGHUP)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = bench.signalled(child, signal.SIGHUP)
         before = len(log(folder))
         again, output = bench.run(folder)
         bench.finished(row, folder, output, before=before,

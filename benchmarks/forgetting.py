@@ -23,10 +23,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from minisft.config_io import KEYS
-
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 EVERY = 10  # of so many distinct lines of the text, one is held out
 COLUMNS = ("steps", "rate", "conversations before", "after", "general text before", "after", "forgetting", "minutes")
@@ -38,10 +34,8 @@ def variants(arguments: argparse.Namespace) -> dict[str, dict[str, object]]:
     for ratio in (0.05, 0.2):
         found[f"replay {ratio:.0%}"] = {"data.replay": "replay", "data.replay_ratio": ratio,
                                         "train.max_steps": round(arguments.steps / (1 - ratio))}
-    if "lora.rank" in KEYS:
-        found["LoRA"] = {"lora.rank": arguments.lora_rank, "lora.alpha": 2 * arguments.lora_rank,
-                         "optim.lr": arguments.lora_lr}
-    return found | {"lower rate": {"optim.lr": arguments.lr / 5}}
+    lora = {"lora.rank": arguments.lora_rank, "lora.alpha": 2 * arguments.lora_rank, "optim.lr": arguments.lora_lr}
+    return found | {"LoRA": lora, "lower rate": {"optim.lr": arguments.lr / 5}}
 
 
 def split(text: Path, held: int) -> tuple[list[str], list[str]]:

@@ -637,9 +637,9 @@ def recipe(s: Setting, shape: str, **keys: Any) -> list[str]:
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     """Return the training records of a run."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    from minisft.runs.run_dir import read_log
+
+    return [record for record in read_log(folder) if record["kind"] == "train"]
 
 
 def shape(s: Setting, preset: str, **change: Any) -> str:
@@ -915,19 +915,9 @@ def made(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
                 out.write(json.dumps({"messages": turns}) + "\n")
     tokenizer = folder / "tokenizer"
     if not options.tokenizer:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from minisft.demo.bpe import train_tokenizer
 
-        tokenizer.mkdir()
-        special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-                   "<|eot_id|>", "<|python_tag|>", "<|finetune_right_pad_id|>"]
-        trained = Tokenizer(models.BPE())
-        trained.pre_tokenizer, trained.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trained.train_from_iterator((text(5, 120) for _ in range(200)), trainers.BpeTrainer(
-            vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False))
-        trained.save(str(tokenizer / "tokenizer.json"))
-        (tokenizer / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|begin_of_text|>",
-                                                                     "eos_token": "<|eot_id|>"}))
+        train_tokenizer((text(5, 120) for _ in range(200)), 600, tokenizer)
     return (str(Path(options.tokenizer or tokenizer).resolve()), str(Path(options.data or data).resolve()))
 
 

@@ -16,22 +16,24 @@ those: it is what a rank really needs beyond the model.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from minisft.model import weights
+from minisft.model.flops import Sizes
 from minisft.model.llama import Llama
-from minisft.model.llama_config import PRESETS, LlamaConfig, read_config
+from minisft.model.llama_config import PRESETS, read_config
 from minisft.training import parallel
 
 BLOCK, SHARD = 16 * 2**20, 2**30
@@ -41,27 +43,13 @@ WAYS = ("read", "fresh", "load")
 def write(folder: Path, gib: float) -> None:
     """Write a Hugging Face folder of about `gib` GiB."""
     preset = PRESETS["llama-3-8b"]
-    shapes = {}
-    for layers in range(1, preset.num_hidden_layers + 1):
-        config = LlamaConfig(**{**vars(preset), "num_hidden_layers": layers})
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
-        if 2 * sum(shape.numel() for shape in shapes.values()) >= gib * 2**30:
-            break
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict(dtype="bfloat16")))
-    files: list[dict[str, torch.Size]] = [{}]
-    for name, shape in shapes.items():
-        if files[-1] and 2 * sum(s.numel() for s in (*files[-1].values(), shape)) > SHARD:
-            files.append({})
-        files[-1][name] = shape
-    weight_map = {}
-    for i, names in enumerate(files, 1):
-        file = f"model-{i:05}-of-{len(files):05}.safetensors"
-        save_file({name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in names.items()}, folder / file,
-                  metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    sizes = Sizes.of(preset)
+    rest = sizes.total - preset.num_hidden_layers * sizes.block
+    layers = min(max(math.ceil((gib * 2**29 - rest) / sizes.block), 1), preset.num_hidden_layers)
+    with torch.device("meta"):
+        model = Llama(replace(preset, num_hidden_layers=layers)).bfloat16()
+    weights.initialize(model.to_empty(device="cpu"), std=1.0, seed=0)
+    weights.save(model, model.config, folder, shard_bytes=SHARD)
 
 
 def files(folder: Path) -> list[Path]:

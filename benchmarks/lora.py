@@ -11,20 +11,10 @@ allocated memory on a GPU. `state` is what persists: weights, gradients and mome
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
 
-import torch
-
-from minisft.lora.nf4 import NF4
-from minisft.runs import assemble, lifecycle
-from minisft.runs.run_dir import read_log
-from minisft.training.optimizer import MOMENTS
+from savers import run_apart
 
 VARIANTS = {
     "full": {"optim.lr": 2e-5},
@@ -35,67 +25,14 @@ VARIANTS = {
 }
 
 
-class Measured:
-    """Notes what is trained, the memory, and the processor time of each step."""
-
-    figures: ClassVar[dict[str, float]] = {}
-    clock: ClassVar[list[float]] = []
-
-    def __init__(self, model, *args, **options):
-        super().__init__(model, *args, **options)
-        trained = sum(rows.numel() for rows in self.rows.values())
-        weights = sum(p.nbytes for p in model.parameters())
-        weights += sum(t.nbytes for m in model.modules() if isinstance(m, NF4) for t in m.statistics())
-        moments = sum(t.nbytes for moment in MOMENTS for t in self.moments(moment).values())
-        self.figures.update(trained=trained, state=weights + moments + sum(r.nbytes for r in self.rows.values()))
-
-    def begin(self, lr, number):
-        if number == 1:  # the peak begins anew
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                Path("/proc/self/clear_refs").write_text("5")
-        super().begin(lr, number)
-
-    def step(self):
-        super().step()
-        self.clock.append(time.process_time())
-        if self.device.type == "cuda":
-            self.figures["peak"] = torch.cuda.max_memory_allocated()
-        else:
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            self.figures["peak"] = (int(status["VmHWM"].split()[0]) - int(status["RssFile"].split()[0])) * 1024
-
-
-def run_variant(argv: list[str]) -> None:
-    """One run in this process; its figures are the last line printed."""
-    for name in ("AdamW", "LeanAdamW"):
-        setattr(assemble, name, type(name, (Measured, getattr(assemble, name)), {}))
-    code = lifecycle.main(argv)
-    if not code:
-        Measured.figures["cpu seconds"] = statistics.median(b - a for a, b in pairwise(Measured.clock))
-        print(json.dumps(Measured.figures))
-    raise SystemExit(code)
-
-
 def measure(name: str, arguments: argparse.Namespace, folder: Path, turn: int) -> dict:
     """Run a variant in a fresh process and read its log."""
-    (folder / "recipe.toml").write_text("")
-    run = folder / f"{VARIANTS[name].get('lora.rank', 0)}-{VARIANTS[name].get('lora.base', '')}-{turn}"
-    settings = {"model.path": arguments.model, "data.train": ",".join(arguments.data),
-                "data.template": arguments.template, "data.seq_len": arguments.seq_len, "data.cache": folder / "cache",
-                "batch.packs": 1, "train.max_steps": arguments.steps, "train.epochs": 1000, "optim.lr": arguments.lr,
-                "optim.warmup_steps": 0, "checkpoint.every": 0, "run.dir": run, **VARIANTS[name]}
-    argv = [str(folder / "recipe.toml")]
-    for key, value in settings.items():
-        argv += [f"--{key}", str(value)]
-    done = subprocess.run([sys.executable, __file__, "--variant", *argv], stdout=subprocess.PIPE, text=True,
-                          check=False)
-    if done.returncode:
-        raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stdout}")
-    log = read_log(run)
+    settings = VARIANTS[name]
+    run = folder / f"{settings.get('lora.rank', 0)}-{settings.get('lora.base', '')}-{turn}"
+    figures, log = run_apart(name, arguments, run, {"optim.warmup_steps": 0, **settings})
     steps = [record for record in log if record["kind"] == "train"]
-    return {**json.loads(done.stdout.splitlines()[-1]), "loss": steps[-1]["loss"],
+    state = figures["frozen"] + 2 * figures["parameters"] + figures["moments"]  # a gradient is as large as its rows
+    return {**figures, "state": state, "loss": steps[-1]["loss"],
             "tokens/s": statistics.median(record["tokens_per_second"] for record in steps[1:]),
             "tokens a step": statistics.mean(record["tokens"] for record in steps[1:])}
 
@@ -133,6 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--variant"]:
-        run_variant(sys.argv[2:])
     main()

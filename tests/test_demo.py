@@ -55,6 +55,13 @@ def test_what_was_known_is_partly_forgotten(folder):
     assert forgotten[0] == 0 < forgotten[-1]
 
 
+def test_a_demo_without_a_model_to_ask_is_refused_before_it_trains(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert demo_run.main(["--run.export", "false"]) == 2
+    assert "run.export = false: the demo ends with questions" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("recipe", "given", "read"), [
     ("demo", {}, {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}),
     *(pytest.param(*given, marks=pytest.mark.slow) for given in (

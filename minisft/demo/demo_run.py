@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
 
 def _demo(argv: list[str]) -> int:
     tuned = config_io.load(["demo", *argv])
+    if not tuned.run.export:
+        raise UserError("run.export = false: the demo ends with questions to the model that it exports; set it to true")
     base = config_io.load(["demo-base", "--train.seed", str(tuned.train.seed)])
     if (Path(base.run.dir) / "final").exists():
         kept = config_io.load([f"{base.run.dir}/config.toml"])
