@@ -46,12 +46,11 @@ class Prepared:
         """File and line of every document of `step` (from 0), on all ranks."""
         return ["{}:{}".format(*self.train.origin(int(i))) for i in np.concatenate(self.plan.documents(step))]
 
-    def flops(self, step: int) -> int:
+    def flops(self, step: int, network: LlamaConfig) -> int:
         """FLOPs of `step` (from 0) on all ranks together, without recomputation (model/flops.py)."""
-        assert self.network
         documents = np.concatenate(self.plan.documents(step))
-        return training_flops(self.network, self.plan.lengths[documents], self.plan.num_loss_tokens[documents],
-                              ranks=targets.ranks(self.config.lora, self.network))
+        return training_flops(network, self.plan.lengths[documents], self.plan.num_loss_tokens[documents],
+                              ranks=targets.ranks(self.config.lora, network))
 
     def shares(self, step: int) -> dict[str, dict[str, int]]:
         """{"sources": trained tokens of `step` (from 0) in each source, on all ranks}; empty if there is one source."""

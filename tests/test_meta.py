@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from minisft.errors import NumericsError, UserError
 from minisft.model import weights
 from minisft.pretrained import MetaFolder, _config, from_pretrained, save_pretrained
+from minisft.runs import lifecycle
 
 VOCAB = 64
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "vocab_size": VOCAB, "multiple_of": 32,
@@ -33,9 +35,9 @@ INNER = 224  # 4 * 64 = 256, two thirds of it 170, times 1.3 is 221, the next mu
 def random_state(params: dict[str, Any], *, tied: bool = False) -> dict[str, Tensor]:
     """All tensors of a model under Meta's names."""
     generator = torch.Generator().manual_seed(5)
-    width, head = params["dim"], params["dim"] // params["n_heads"]
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (VOCAB, width), "norm.weight": (width,),
-                                          "output.weight": (VOCAB, width)}
+    width, head, vocab = params["dim"], params["dim"] // params["n_heads"], params["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (vocab, width), "norm.weight": (width,),
+                                          "output.weight": (vocab, width)}
     for n in range(params["n_layers"]):
         keys = (params["n_kv_heads"] * head, width)
         block = {"attention.wq": (width, width), "attention.wk": keys, "attention.wv": keys,
@@ -311,6 +313,21 @@ def test_any_params_are_a_network_or_a_user_error(folder: Path, changes: dict[st
         assert str(folder) in str(error)  # noqa: PT017 (either outcome is lawful)
     else:
         assert bool(model.logits(TOKENS[:3]).isfinite().all())
+
+
+def test_a_run_from_metas_files_is_the_one_from_hugging_faces(base: Path, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses, and the same share of the processor's peak."""
+    monkeypatch.setattr(lifecycle, "peak_flops", lambda device: 1e9)
+    params = {**PARAMS, "vocab_size": json.loads((base / "config.json").read_text())["vocab_size"]}
+    (tmp_path / "meta").mkdir()
+    write(tmp_path / "meta", params, random_state(params), 2)
+    save_pretrained(from_pretrained(tmp_path / "meta", format="meta"), tmp_path / "hf", dtype=torch.float32)
+    logs = [small_runs.train(tmp_path / kind, tmp_path / f"run-{kind}", train__max_steps=2, model__format=kind,
+                             model__tokenizer=base) for kind in ("meta", "hf")]
+    assert [record["loss"] for record in logs[0]] == [record["loss"] for record in logs[1]]
+    work = [[record["mfu"] * record["seconds"] for record in log] for log in logs]
+    assert work[0] == pytest.approx(work[1])
 
 
 # Meta's own code

@@ -248,8 +248,9 @@ def record_of(run: Run, result: StepResult, *, seconds: float) -> dict[str, Any]
               "tokens_per_second": result.tokens / seconds, "memory_gib": memory_gib(run.world.device)}
     if not run.world.is_main:
         return record
-    if (peak := peak_flops(run.world.device)) and run.prepared.network:
-        record["mfu"] = run.prepared.flops(result.step - 1) / seconds / (peak * run.world.ranks)
+    if peak := peak_flops(run.world.device):
+        flops = run.prepared.flops(result.step - 1, run.base.network)
+        record["mfu"] = flops / seconds / (peak * run.world.ranks)
     if run.world.device.type == "cuda":
         record["memory_reserved_gib"] = torch.cuda.max_memory_reserved(run.world.device) / 2**30
     return record | run.prepared.shares(result.step - 1)
