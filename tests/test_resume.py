@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 
@@ -353,6 +354,26 @@ def test_only_ctrl_c_ends_a_run_that_is_stopping(monkeypatch, capfd):
         preemption.close()
     assert ended == [128 + signal.SIGINT]
     assert "SIGINT: stopping at once" in capfd.readouterr().err
+
+
+def test_what_is_said_of_ctrl_c_holds_when_it_is_said(monkeypatch):
+    """Whoever reads the line may press Ctrl-C before the handler that printed it has returned."""
+    known = []
+
+    class Printed:
+        def __init__(self, **_):
+            pass
+
+        def start(self):
+            known.append(preemption.requested)
+
+    monkeypatch.setattr(sys.modules[lifecycle.Preemption.__module__], "Thread", Printed)
+    preemption = lifecycle.Preemption()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        preemption.close()
+    assert known == [True]
 
 
 @pytest.mark.parametrize(("wanted", "told"), [

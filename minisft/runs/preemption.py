@@ -52,11 +52,11 @@ class Preemption:
             with suppress(OSError):
                 os.write(2, b"\nSIGINT: stopping at once\n")
             os._exit(128 + number)
-        if not self.requested and os.environ.get("LOCAL_RANK", "0") == "0":
+        is_first, self.requested = not self.requested, True  # before the text, which may be answered at once
+        if is_first and os.environ.get("LOCAL_RANK", "0") == "0":
             text = f"{signal.Signals(number).name}: stopping soon, and saving; Ctrl-C (SIGINT) now stops at once"
             # A thread can wait for a bar that is being drawn just now.
             Thread(target=tqdm.write, args=(text, sys.stderr), daemon=True).start()
-        self.requested = True
 
     def close(self) -> None:
         """Restore the handlers that were there before."""
