@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 from oracles.tiny_llama import write_tiny_llama
@@ -12,7 +12,8 @@ from minisft.data.conversation import Turn
 from minisft.errors import UserError
 from minisft.evals.answers import answer_turns, locked, model_name, read_answers, unanswered, write_answers
 from minisft.evals.language import detect
-from minisft.evals.questions import Prompt, load_prompts
+from minisft.evals.questions import Prompt, json_lines, load_prompts, prompt_file
+from minisft.generate.assistant import Assistant
 
 QUESTIONS = [Prompt(1, ("one?", "two?")), Prompt(2, ("only?",)), Prompt("x", ("eins?", "zwei?", "drei?"))]
 
@@ -20,32 +21,30 @@ QUESTIONS = [Prompt(1, ("one?", "two?")), Prompt(2, ("only?",)), Prompt("x", ("e
 class Echo:
     """Answers with all turns so far, in capitals; a token is a character."""
 
-    renderer = SimpleNamespace(tokenizer=SimpleNamespace(encode=list),
-                               prompt=lambda turns: list("".join(turn.content for turn in turns)))
-
-    def __init__(self, patience=99, context=999):
+    def __init__(self, patience=99):
         self.patience = patience
-        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
 
-    def answer(self, conversations, *, max_new_tokens):
+    def answer_with_cut(self, conversations, *, max_new_tokens):
         self.patience -= 1
         if self.patience < 0:
             raise KeyboardInterrupt
-        return ["".join(turn.content for turn in turns).upper()[-max_new_tokens:] for turns in conversations]
+        echoes = ["".join(turn.content for turn in turns).upper() for turns in conversations]
+        return [(echo[-max_new_tokens:], len(echo) >= max_new_tokens) for echo in echoes]
 
 
 def test_each_turn_sees_the_answers_before_it():
     seen = []
 
     class Scribe(Echo):
-        def answer(self, conversations, **options):
+        def answer_with_cut(self, conversations, **options):
             seen.extend(conversations)
-            return super().answer(conversations, **options)
+            return super().answer_with_cut(conversations, **options)
 
-    turns = answer_turns(Scribe(), QUESTIONS, max_new_tokens=99)
+    turns, cut = zip(*answer_turns(Scribe(), QUESTIONS, max_new_tokens=20), strict=True)
     assert turns[0] == ["ONE?", "ONE?ONE?TWO?"]
     assert turns[1] == ["ONLY?"]
-    assert turns[2][2] == "EINS?EINS?ZWEI?EINS?EINS?ZWEI?DREI?"
+    assert turns[2][2] == "EINS?EINS?ZWEI?EINS?EINS?ZWEI?DREI?"[-20:]
+    assert cut == ([False, False], [False], [False, False, True])
     assert (Turn("user", "one?"), Turn("assistant", "ONE?"), Turn("user", "two?")) in seen
 
 
@@ -61,9 +60,38 @@ def test_a_line_has_fastchats_fields(tmp_path):
     assert found.all_cut == [False, True, False, False, True, True]
 
 
-def test_an_answer_that_fills_the_context_is_cut_too(tmp_path):
-    write_answers(Echo(context=16), QUESTIONS[:2], tmp_path / "a.jsonl", model_id="m", max_new_tokens=10)
-    assert read_answers(tmp_path / "a.jsonl").cut == {1: [False, True], 2: [False]}  # four of four tokens
+def test_cut_is_known_from_the_tokens_and_not_from_the_text(base, tmp_path, monkeypatch):
+    """Five tokens spell a word that is one: encoded again, its text would not tell how long the answer was."""
+    assistant = Assistant.load(base, template="llama3")
+    encode, asked = assistant.renderer.tokenizer.encode, (Turn("user", "only?"),)
+    spelled = [token for letter in "hello" for token in encode(letter)]
+    assert len(encode("hello")) < len(spelled) == 5
+    context = len(assistant.renderer.prompt(asked)) + 5
+
+    def cut(limit, most=context):
+        monkeypatch.setattr(assistant.model, "config", replace(assistant.model.config, max_position_embeddings=most))
+        monkeypatch.setattr("minisft.generate.assistant.generate", lambda *_, **options: [spelled])
+        (file := tmp_path / "a.jsonl").unlink(missing_ok=True)
+        write_answers(assistant, QUESTIONS[1:2], file, model_id="m", max_new_tokens=limit)
+        assert assistant.answer([asked], max_new_tokens=limit) == [*read_answers(file).turns[2]] == ["hello"]
+        return read_answers(file).cut[2]
+
+    assert cut(5) == [True], "the limit"
+    assert cut(99) == [True], "the context is full"
+    assert cut(6, context + 1) == [False], "the sixth token ended it"
+
+
+def test_a_models_answer_is_cut_unless_a_stop_token_ends_it(base):
+    assistant = Assistant.load(base, template="llama3")
+    room = assistant.model.config.max_position_embeddings
+    for text in ("hello", "a" * 950):
+        turns = (Turn("user", text),)
+        prompt = assistant.renderer.prompt(turns)
+        for limit in (1, 7, room):
+            tokens = list(assistant.tokens(turns, max_new_tokens=limit))
+            [(answer, cut)] = assistant.answer_with_cut([turns], max_new_tokens=limit)
+            assert answer == assistant.renderer.tokenizer.decode(tokens)
+            assert cut == (len(tokens) == limit or len(prompt) + len(tokens) == room)
 
 
 def test_an_interrupted_command_resumes_after_the_last_whole_line(tmp_path):
@@ -146,15 +174,17 @@ def test_answers_of_two_models_in_one_file_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("name", "language", "start", "each"), [("mt-en", "en", 1001, 5), ("mt-tr", "tr", 2001, 10)])
 def test_shipped_questions_are_as_many_in_eight_categories(name, language, start, each):
-    questions = load_prompts(name)
+    questions, records = load_prompts(name), [record for _, record in json_lines(prompt_file(name))]
     assert [question.id for question in questions] == list(range(start, start + 8 * each))
-    assert sorted(Counter(question.category for question in questions).items()) == [
+    assert sorted(Counter(record["category"] for record in records).items()) == [
         (category, each) for category in ("coding", "extraction", "humanities", "math", "reasoning", "roleplay", "stem",
                                        "writing")]
-    for question in questions:
+    for question, record in zip(questions, records, strict=True):
         assert len(question.turns) == 2
-        assert len(question.reference) in ((2,) if question.category in ("math", "reasoning", "coding") else (0, 2)), (
+        references = record.get("reference", [])
+        assert len(references) in ((2,) if record["category"] in ("math", "reasoning", "coding") else (0, 2)), (
             "a judge of FastChat's needs these, turn by turn")
+        assert all(isinstance(reference, str) for reference in references)
         assert language in detect(" ".join(question.turns)), question.turns
     assert len({turn for question in questions for turn in question.turns}) == 16 * each
 

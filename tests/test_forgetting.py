@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from small_runs import HERE, log, options, train, wait_for_savers
 from test_resume import Death
@@ -18,7 +20,7 @@ from minisft.__main__ import main as command
 from minisft.config import DataConfig
 from minisft.errors import UserError
 from minisft.evals import heldout
-from minisft.evals.heldout import Forgetting, file_losses, loss_figures
+from minisft.evals.heldout import file_losses, loss_figures, measure_forgetting
 from minisft.generate.assistant import Assistant
 from minisft.prepare import prepare
 from minisft.pretrained import from_pretrained
@@ -137,28 +139,51 @@ def eval_record(step, loss, name="g"):
     return {"kind": "eval", "step": step, "name": name, "loss": loss}
 
 
+def warnings(losses, *, bound=0.1, first=0, before=()):
+    """What is said about one text after another evaluation, and the records. Those `before` are of other texts too."""
+    records, said = list(before), []
+    for step, loss in enumerate(losses, first):
+        record = eval_record(step, loss)
+        said.append(measure_forgetting(record, records, bound=bound))
+        records += [record, eval_record(step, 9.0, name="other")]
+    return said, records
+
+
 def test_a_bound_is_crossed_upwards_and_a_resumed_run_knows_it():
-    losses = [2.0, 2.05, 2.2, 2.3, 2.05, 2.11]
-    following = Forgetting(["g"], bound=0.1)
-    warned = [bool(following.add(eval_record(step, loss))) for step, loss in enumerate(losses)]
-    assert warned == [False, False, True, False, False, True]
+    losses = [2.0, 2.05, 2.2, 2.3, 2.05, 2.11, None, 2.11]
+    said, records = warnings(losses)
+    assert list(map(bool, said)) == [False, False, True, False, False, True, False, False]
     for resumed_at in range(1, len(losses)):
-        before = [eval_record(step, loss) for step, loss in enumerate(losses[:resumed_at])]
-        following = Forgetting(["g"], bound=0.1, log=[{"kind": "train", "step": 1}, *before])
-        again = [bool(following.add(eval_record(step, loss)))
-                 for step, loss in enumerate(losses) if step >= resumed_at]
-        assert again == warned[resumed_at:]
-    never, elsewhere = Forgetting(["g"], bound=0), Forgetting(["g"], bound=0.1)
-    for step, loss in enumerate([1.0, 9.0]):
-        assert never.add(eval_record(step, loss)) == ""
-        assert elsewhere.add(eval_record(step, loss, name="other")) == ""
+        log = json.loads(json.dumps(records[: 2 * resumed_at]))
+        assert warnings(losses[resumed_at:], first=resumed_at, before=log) == (said[resumed_at:], records)
+    assert warnings([1.0, 9.0], bound=0)[0] == ["", ""]
+    assert warnings([1.0, None, 9.0])[0][:2] == ["", ""]
+    assert warnings([1.0, 9.0, None, 9.0])[0][2:] == ["", ""], "nothing known in between is no crossing"
+
+
+@given(st.lists(st.sampled_from([None, 1.0, 1.0, 1.05, 1.2, 1.3]), max_size=9), st.sampled_from([0.0, 0.1, 0.25]),
+       st.booleans())
+def test_warnings_follow_the_state_of_each_text(losses, bound, has_base):
+    """Against a machine with a state: it speaks when the state becomes another one that is bad."""
+    said, records = warnings(losses, bound=bound, first=0 if has_base else 1)
+    base, state = None, "good"
+    for warning, record in zip(said, records[::2], strict=True):
+        became = state
+        if record["loss"] is not None:
+            base = record["loss"] if record["step"] == 0 else base
+            became = ("missing" if base is None else
+                      "forgets" if bound and record["loss"] - base > bound else "good")
+            assert record.get("forgetting") == (None if base is None else record["loss"] - base)
+        expected = {"missing": "cannot measure forgetting", "forgets": "the model forgets"}
+        assert (expected[became] in warning) if became != state and became != "good" else warning == ""
+        state = became
 
 
 def test_without_the_base_model_s_loss_nothing_is_made_up():
-    following, record = Forgetting(["g"], bound=0.1, log=[]), eval_record(5, 2.0)
-    assert "cannot measure forgetting on g: its loss at step 0 is missing" in following.add(record)
-    assert "forgetting" not in record
-    assert following.add(eval_record(6, 3.0)) == ""
+    [first, second], records = warnings([2.0, 3.0], first=5)
+    assert first == "step 5: cannot measure forgetting on g: its loss at step 0 is missing"
+    assert second == ""
+    assert not any("forgetting" in record for record in records)
 
 
 def test_general_text_that_is_also_trained_is_counted(base, tmp_path, general):

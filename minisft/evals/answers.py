@@ -3,9 +3,8 @@
     {"question_id": 101, "answer_id": "...", "model_id": "my/final",
      "choices": [{"index": 0, "turns": ["first answer", "second answer"], "cut": [false, true]}], "tstamp": 17e8}
 
-"cut" is our addition: whether an answer reached the token limit or the end of the model's context, and was probably cut
-off. A line is written whole as
-soon as its prompt is answered, so an interrupted command resumes after the last whole line.
+"cut" is our addition: whether an answer was cut off, at the token limit or at the end of the model's context. A line is
+written whole as soon as its prompt is answered, so an interrupted command resumes after the last whole line.
 
 Signals of bad habits count words and do not judge quality: verbosity; repetition (runs of four words that occurred
 earlier in the answer, loops at its end, and distinct-n, the share of different n-word runs in the file, Li et al.
@@ -89,7 +88,7 @@ class Answers:
 
     model_id: str
     turns: dict[int | str, tuple[str, ...]]  # by prompt
-    cut: dict[int | str, list[bool]]  # turns that reached the token limit, by prompt, if the file says it
+    cut: dict[int | str, list[bool]]  # turns that were cut off, by prompt, if the file says it
 
     @property
     def all_cut(self) -> list[bool] | None:
@@ -109,25 +108,20 @@ def in_batches(assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], 
     return answers
 
 
-def answer_turns(assistant: Assistant, prompts: list[Prompt], *, max_new_tokens: int) -> list[list[str]]:
-    """Answers to all turns of `prompts`, as one batch; each turn follows the answers before it."""
+def answer_turns(assistant: Assistant, prompts: list[Prompt], *, max_new_tokens: int
+                 ) -> list[tuple[list[str], list[bool]]]:
+    """For each prompt the answers to its turns, each of which follows the answers before it, and which of them were cut
+    off. All prompts are one batch."""
     talks: list[tuple[Turn, ...]] = [() for _ in prompts]
+    cuts: list[list[bool]] = [[] for _ in prompts]
     for turn in range(max(len(prompt.turns) for prompt in prompts)):
         asked = {i: (*talks[i], Turn("user", prompt.turns[turn])) for i, prompt in enumerate(prompts)
                  if turn < len(prompt.turns)}
-        answers = assistant.answer(list(asked.values()), max_new_tokens=max_new_tokens)
-        for (i, turns), text in zip(asked.items(), answers, strict=True):
+        answers = assistant.answer_with_cut(list(asked.values()), max_new_tokens=max_new_tokens)
+        for (i, turns), (text, is_cut) in zip(asked.items(), answers, strict=True):
             talks[i] = (*turns, Turn("assistant", text))
-    return [[turn.content for turn in talk[1::2]] for talk in talks]
-
-
-def was_cut(assistant: Assistant, prompt: Prompt, turns: list[str], max_new_tokens: int) -> bool:
-    """True if the last of the answers so far, `turns`, came within two tokens of the limit or of the context's end:
-    encoding its text again may merge some."""
-    talk = [Turn(role, text) for pair in zip(prompt.turns, turns, strict=False)
-            for role, text in zip(("user", "assistant"), pair, strict=True)]
-    room = assistant.model.config.max_position_embeddings - len(assistant.renderer.prompt(tuple(talk[:-1])))
-    return len(assistant.renderer.tokenizer.encode(turns[-1])) >= max(1, min(max_new_tokens, room) - 2)
+            cuts[i].append(is_cut)
+    return [([turn.content for turn in talk[1::2]], cut) for talk, cut in zip(talks, cuts, strict=True)]
 
 
 @contextmanager
@@ -154,8 +148,8 @@ def write_answers(assistant: Assistant, prompts: list[Prompt], file: Path, *, mo
                                        leave=False) as progress:
         for start in range(0, len(missing), batch):
             some = missing[start : start + batch]
-            for prompt, turns in zip(some, answer_turns(assistant, some, max_new_tokens=max_new_tokens), strict=True):
-                cut = [was_cut(assistant, prompt, turns[: i + 1], max_new_tokens) for i in range(len(turns))]
+            answered = answer_turns(assistant, some, max_new_tokens=max_new_tokens)
+            for prompt, (turns, cut) in zip(some, answered, strict=True):
                 name = hashlib.sha256(json.dumps([model_id, prompt.id, turns]).encode()).hexdigest()[:22]
                 line = {"question_id": prompt.id, "answer_id": name, "model_id": model_id,
                         "choices": [{"index": 0, "turns": turns, "cut": cut}], "tstamp": time.time()}

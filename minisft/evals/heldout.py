@@ -11,7 +11,7 @@ loss does not. A question is a document up to its last answer, which is the refe
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -75,38 +75,24 @@ def loss_figures(loss: float, target_weight: float | None = None) -> dict[str, f
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-class Forgetting:
-    """Follows the eval records of a run. `general` names the general texts; `bound` is in nats a token, 0 for none.
+def measure_forgetting(record: dict[str, Any], before: list[dict[str, Any]], *, bound: float) -> str:
+    """Put "forgetting" into an eval record of general text, given all of the run's eval records `before` it.
 
-    `log` holds the records so far of a resumed run, which so measures against the same base model.
+    Returns a warning once each time the forgetting exceeds `bound` (nats a token; 0 for none), and once if the base
+    model's loss is missing. Because it needs only records, a resumed run warns as an uninterrupted one does.
     """
-
-    def __init__(self, general: Iterable[str], *, bound: float, log: Iterable[dict[str, Any]] = ()):
-        self._general, self._bound = frozenset(general), bound
-        self._base: dict[str, float] = {}  # name -> the base model's loss
-        self._warned: set[str] = set()  # names warned about since their state last changed
-        for record in log:
-            if record["kind"] == "eval":
-                self.add(record)
-
-    def add(self, record: dict[str, Any]) -> str:
-        """Put "forgetting" into a record of general text. Returns a warning, once each time the bound is crossed."""
-        name, loss, step = record["name"], record["loss"], record["step"]
-        if name not in self._general or loss is None:
-            return ""
-        if step == 0:
-            self._base[name] = loss
-        warning = ""
-        if (base := self._base.get(name)) is None:
-            warning = f"step {step}: cannot measure forgetting on {name}: its loss at step 0 is missing"
-        else:
-            record["forgetting"] = rise = loss - base
-            if 0 < self._bound < rise:
-                warning = (f"step {step}: the model forgets: {name} costs it {rise:.3f} nats a token more than the "
-                           f"base model (eval.forgetting_bound = {self._bound:g}). What helps: {REMEDIES}")
-        is_new = bool(warning) and name not in self._warned
-        (self._warned.add if warning else self._warned.discard)(name)
-        return warning if is_new else ""
+    name, loss, step = record["name"], record["loss"], record["step"]
+    if loss is None:
+        return ""
+    known = [each for each in before if each["name"] == name and each["loss"] is not None]
+    base = {each["step"]: each["loss"] for each in (*known, record)}.get(0)
+    if base is None:
+        return "" if known else f"step {step}: cannot measure forgetting on {name}: its loss at step 0 is missing"
+    record["forgetting"] = rise = loss - base
+    if not 0 < bound < rise or (known and known[-1]["loss"] - base > bound):
+        return ""
+    return (f"step {step}: the model forgets: {name} costs it {rise:.3f} nats a token more than the base model "
+            f"(eval.forgetting_bound = {bound:g}). What helps: {REMEDIES}")
 
 
 @dataclass(frozen=True)

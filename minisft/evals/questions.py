@@ -1,6 +1,6 @@
 """Files of questions: prompts that a model answers, and multiple choice.
 
-Prompts are JSON lines in the layout of FastChat's MT-Bench, or of IFEval:
+Prompts are JSON lines in the layout of FastChat's MT-Bench (category and reference are for judges), or of IFEval:
 
     {"question_id": 101, "category": "math", "turns": ["first question", "second question"], "reference": ["", ""]}
     {"key": 1000, "prompt": "question", "instruction_id_list": [...], "kwargs": [...]}
@@ -43,8 +43,6 @@ class Prompt:
 
     id: int | str
     turns: tuple[str, ...]
-    category: str = ""
-    reference: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +87,8 @@ def load_prompts(name: str | Path) -> list[Prompt]:
             raise UserError(f"{where}: question_id (or key) must be a number or text, not {SHORT.repr(number)}")
         if number in found:
             raise UserError(f"{where}: question {SHORT.repr(number)} is in this file already; give it another id")
-        found[number] = Prompt(
-            number, texts(record.get("turns", [record.get("prompt")]), f"{where}: turns (or prompt)"),
-            str(record.get("category", "")),
-            texts(record["reference"], f"{where}: reference") if record.get("reference") else ())
+        turns = texts(record.get("turns", [record.get("prompt")]), f"{where}: turns (or prompt)")
+        found[number] = Prompt(number, turns)
     if not found:
         raise UserError(f"{file}: no questions")
     return list(found.values())

@@ -193,6 +193,12 @@ class Assistant:
     def answer(self, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int = 512,
                sampling: Sampling = GREEDY) -> list[str]:
         """The model's next turn in each conversation. Raises UserError for one that fills the model's context."""
+        return [text for text, _ in self.answer_with_cut(conversations, max_new_tokens=max_new_tokens,
+                                                         sampling=sampling)]
+
+    def answer_with_cut(self, conversations: Sequence[tuple[Turn, ...]], *, max_new_tokens: int = 512,
+                        sampling: Sampling = GREEDY) -> list[tuple[str, bool]]:
+        """`answer`, each with True if it was cut off: at `max_new_tokens`, or at the end of the model's context."""
         prompts = [self.renderer.prompt(turns) for turns in conversations]
         context = self.model.config.max_position_embeddings
         for turns, prompt in zip(conversations, prompts, strict=True):
@@ -202,7 +208,9 @@ class Assistant:
                                 "it with --max-new-tokens")
         answers = generate(self.model, prompts, max_new_tokens=max_new_tokens, stop_ids=self.renderer.stop_ids(),
                            sampling=sampling)
-        return [self.renderer.tokenizer.decode(ids) for ids in answers]
+        # The token that ends an answer is not among its ids, so as many as there is room for never ended.
+        return [(self.renderer.tokenizer.decode(ids), len(ids) == min(max_new_tokens, context - len(prompt)))
+                for ids, prompt in zip(answers, prompts, strict=True)]
 
     def tokens(self, turns: tuple[Turn, ...], *, max_new_tokens: int = 512,
                sampling: Sampling = GREEDY) -> Iterator[int]:

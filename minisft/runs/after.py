@@ -12,7 +12,7 @@ from typing import Any
 
 from minisft import config_io
 from minisft.errors import NumericsError
-from minisft.evals.heldout import Forgetting, heldout_loss, heldout_questions, loss_figures, sample_answers
+from minisft.evals.heldout import heldout_loss, heldout_questions, loss_figures, measure_forgetting, sample_answers
 from minisft.export import provenance
 from minisft.export.hf_folder import export, export_adapter
 from minisft.files import delete
@@ -39,8 +39,6 @@ class AfterStep:
         # A resumed run measures against the base model's losses in its log, and knows which step was the best.
         log = read_log(run.folder) if run.world.is_main else []
         self.evals = resume.from_main([record for record in log if record["kind"] == "eval"], run.world)
-        self.forgetting = Forgetting((source.name for source in run.config.data.general),
-                                     bound=run.config.eval.forgetting_bound, log=self.evals)
 
     def done(self, number: int) -> Done:
         """What an earlier start did after `number` steps, as the main rank sees it."""
@@ -112,7 +110,8 @@ class AfterStep:
                                     fixed=parallel.is_compiled(config.parallel, run.world.device))
             record = {"kind": "eval", "step": step, "name": name, **loss_figures(loss, dataset.target_weight),
                       "target_tokens": int(dataset.num_loss_tokens.sum()), "seconds": time.perf_counter() - started}
-            warning = self.forgetting.add(record)
+            warning = (measure_forgetting(record, self.evals, bound=config.eval.forgetting_bound)
+                       if name in {source.name for source in config.data.general} else "")
             self.evals.append(record)
             monitor.write(record)
             above = f" ({record['forgetting']:+.4f} against the base model)" if record.get("forgetting") else ""
