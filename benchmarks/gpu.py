@@ -637,7 +637,7 @@ def recipe(s: Setting, shape: str, **keys: Any) -> list[str]:
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     """Return the training records of a run."""
-    from minisft.runs.run_dir import read_log
+    from minisft.reports.logged_run import read_log
 
     return [record for record in read_log(folder) if record["kind"] == "train"]
 

@@ -27,8 +27,8 @@ import torch
 
 from minisft.lean import adamw
 from minisft.lora.nf4 import NF4
+from minisft.reports.logged_run import read_log
 from minisft.runs import assemble, lifecycle
-from minisft.runs.run_dir import read_log
 from minisft.training.optimizer import MOMENTS
 
 BF16 = {"optim.parameters": "bf16"}

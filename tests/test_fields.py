@@ -114,6 +114,13 @@ def test_what_changes_the_meaning_leaves_the_record_out_and_is_counted(one, form
     assert all(one({**RECORDS[format], name: value}) == (plain, {}) for value in EMPTY)
 
 
+def test_a_gap_of_a_table_in_json_text_is_a_value_like_any_other(one):
+    """pandas has NaN for what is missing, and json.dumps writes it so."""
+    talk = json.dumps([TALK[0], {**TALK[1], "rating": float("nan")}])
+    found, unread = one({"messages": talk})
+    assert (found.turns, unread) == (one(RECORDS["messages"])[0].turns, {"messages[].rating": 1})
+
+
 def test_in_a_turn_too(one):
     for name in ("reasoning_content", "thinking", "images", "tools"):
         talk = [TALK[0], {**TALK[1], name: "x"}]

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from minisft import config
 from minisft.data.conversation import Conversation, Skipped, Turn
 from minisft.errors import UserError
-from minisft.formats import parse
 from minisft.formats import records as reader
-from minisft.formats.parse import FORMATS, read
+from minisft.formats.parse import FIELDS, read
 
 U, A, S = "user", "assistant", "system"
 TURKISH = "Borsada düşüş ne anlama gelir? İĞŞğış 📉"
@@ -366,7 +365,7 @@ def test_no_format_or_more_than_one_is_an_error_that_lists_the_fields(write):
 
 
 def test_the_configuration_offers_the_formats_that_there_are():
-    assert ("auto", *parse.FORMATS) == config.FORMATS
+    assert ("auto", *FIELDS) == config.FORMATS
 
 
 def test_unknown_options_are_never_read_as_known_ones(write):
@@ -540,7 +539,7 @@ def test_streaming_an_array_equals_json_load(write, records, chunk, indent, asci
     path = write(json.dumps(records, indent=indent, ensure_ascii=ascii_), "a.json")
     with path.open("rb") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr(reader, "CHUNK_BYTES", chunk)
-        found = [record for _, record in reader.records(file, str(path), skip_bad=False)]
+        found = [record for _, record in reader.records(file, str(path))]
     assert found == json.loads(path.read_bytes())
 
 
@@ -597,7 +596,7 @@ def check(path, **options):
             assert all(turn.content.strip() for turn in found.turns)
 
 
-KEYS = sorted({field for groups in parse.FIELDS.values() for group in groups for field in group})
+KEYS = sorted({field for groups in FIELDS.values() for group in groups for field in group})
 INNER = st.sampled_from(["role", "content", "from", "value", "text", "type", "weight", "replies", "rank", "output"])
 NAMES = st.sampled_from([U, A, S, "human", "gpt", "text", "prompter", "tool", " ", "Merhaba"])
 LIKELY = st.recursive(
@@ -609,13 +608,13 @@ LIKELY = st.recursive(
 
 @given(
     record=JSON | st.dictionaries(st.sampled_from(KEYS) | INNER, LIKELY | JSON, max_size=6),
-    format=st.sampled_from(FORMATS),
+    format=st.sampled_from(sorted(FIELDS)),
     oasst=st.sampled_from(["all", "best"]),
 )
 @fuzz
 def test_any_json_value_as_a_record(write, record, format, oasst):
     if isinstance(record, dict):
-        record = {**dict.fromkeys(parse.FIELDS[format][0]), **record}
+        record = {**dict.fromkeys(FIELDS[format][0]), **record}
     path = write(json.dumps(record))
     check(path, format=format, skip_bad=True, oasst=oasst)
     check(path)

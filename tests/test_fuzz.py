@@ -23,7 +23,7 @@ from minisft.data.conversation import Conversation, Skipped
 from minisft.data.templates import load_templates
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
-from minisft.formats.parse import FORMATS, read
+from minisft.formats.parse import FIELDS, read
 
 CONTROL = ("<|begin_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>", "<|im_end|>", "<|im_start|>",
            "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|end_of_text|>")
@@ -287,7 +287,7 @@ def records_of_talk(draw):
 
 @st.composite
 def other_records(draw):
-    format = draw(st.sampled_from(FORMATS))
+    format = draw(st.sampled_from(sorted(FIELDS)))
     value = TEXT | JSON if draw(st.integers(0, 3)) == 0 else TEXT
     match format:
         case "alpaca":

@@ -24,7 +24,7 @@ from minisft.data.packing import draw_copies
 from minisft.errors import UserError
 from minisft.prepare import held_out, prepare, replay_weights
 from minisft.reports.data_report import describe, figures
-from minisft.runs.assemble import resume_fingerprint
+from minisft.runs.assemble import Base, Run
 
 WORDS = ["the", "sea", "is", "on", "a", "bir", "dağ", "göl", "ev", "and", "then", "kırmızı", "yeşil", "in", "rain"]
 
@@ -407,7 +407,7 @@ def test_the_log_has_the_trained_tokens_of_each_source(tiny, here):
 def test_a_run_is_only_itself_with_the_same_mixture(here):
     def fingerprint(*argv, replay="general.jsonl"):
         data = prepared("--data.replay", replay, *argv)
-        return resume_fingerprint(data.config, data, data.network, None)
+        return Run(data.config, data, None, Base(data.network, None, {}), None, None).fingerprint
 
     def changed(*argv, **replay):
         found = fingerprint(*argv, **replay)

@@ -19,7 +19,7 @@ from browser import CONTRAST, browser, in_browser
 from minisft.__main__ import main
 from minisft.errors import UserError
 from minisft.reports import drawing, run_report
-from minisft.reports.logged_run import EventFiles, LoggedRun, column, read_runs
+from minisft.reports.logged_run import EventFiles, LoggedRun, column, read_log, read_runs
 from minisft.reports.page import relative
 
 pytest.importorskip("matplotlib")
@@ -454,7 +454,8 @@ def test_a_folder_without_a_run_is_refused(write_run, tmp_path, capsys):
         log.write("nonsense\n")
     (run / "config.toml").unlink()
     (run / "status.json").unlink()
-    assert f"metrics.jsonl:{40 + 3 + 2 + 1}: not a metrics record; fix or delete this line" in failing(capsys, run)
+    assert failing(capsys, run).endswith(
+        f"metrics.jsonl:{40 + 3 + 2 + 1}: not a metrics record (not JSON); fix or delete this line: 'nonsense'")
 
 
 @pytest.mark.parametrize(("file", "text", "expected"), [
@@ -478,14 +479,31 @@ def test_a_broken_file_is_one_line(write_run, capsys, file, text, expected):
     assert failing(capsys, run).startswith(f"error: {run / file}: {expected}")
 
 
-@pytest.mark.parametrize("line", [
-    '{"step": 1e3}', '{"step": true}', '{"step": 9223372036854775808}', '{"kind": "train"}',
-    '{"step": 1, "sources": 3}', '{"step": 1, "sources": {"a": "b"}}', '{"step": 1, "name": "\\udc00"}', "[" * 100_000])
-def test_a_broken_record_is_one_line(write_run, capsys, line):
+@pytest.mark.parametrize(("line", "wrong"), [
+    ('{"kind": "x", "step": 1e3}', "step is 1000.0, expected a whole number"),
+    ('{"kind": "x", "step": true}', "step is True, expected a whole number"),
+    ('{"kind": "x", "step": 9223372036854775808}', "step is 9223372036854775808, expected a whole number"),
+    ('{"kind": "train"}', "step is missing"), ('{"step": 1}', "kind is missing"),
+    ('{"kind": "x", "step": 1, "sources": 3}', "sources is 3, expected an object"),
+    ('{"kind": "x", "step": 1, "sources": {"": "b"}}', "sources[0] is 'b', expected a number"),
+    ('{"kind": "train", "step": 1}', "tokens is missing"),
+    ('{"kind": "eval", "step": 1, "name": "a", "target_tokens": ""}', "target_tokens is '', expected a whole number"),
+    ('{"kind": "eval", "step": 1, "name": "a", "target_tokens": 2, "loss": "b"}', "loss is 'b', expected a number"),
+    ('{"kind": "x", "step": 1, "lr": 1e999}', "not JSON"), ('{"kind": "x", "step": 1, "name": "\\udc00"}', "not JSON"),
+    ('{"kind": "x", "step": 1, "step": 2}', "not JSON"), ("[" * 100_000, "not JSON"),
+    ("[1]", "it is [1], expected an object")])
+def test_a_broken_record_is_one_line(write_run, capsys, line, wrong):
+    """A page needs a step; a run that resumes needs more, and refuses the same in the same words."""
     run = write_run(records=[])
     (run / "metrics.jsonl").write_text(f"{line}\n")
-    assert failing(capsys, run).startswith(
-        f"error: {run / 'metrics.jsonl'}:1: not a metrics record; fix or delete this line: ")
+    said = f"{run / 'metrics.jsonl'}:1: not a metrics record ({wrong}); fix or delete this line: {line[:80]!r}"
+    if wrong.startswith(("kind", "tokens", "target_tokens", "loss")) or "1e999" in line:
+        assert main(["report", str(run), "--out", str(run / "page.html")]) == 0
+    else:
+        assert failing(capsys, run) == f"error: {said}"
+    with pytest.raises(UserError) as error:
+        read_log(run)
+    assert str(error.value) == said
 
 
 def places(value, path=()):
@@ -623,7 +641,7 @@ def test_a_record_without_a_valid_step_is_refused(write_run, capsys, value, fiel
     run = write_run()
     record = {"kind": "train", "step": 1, **({"step": "@"} if field == "step" else {"sources": {"a": "@"}})}
     (run / "metrics.jsonl").write_text(json.dumps(record).replace('"@"', value) + "\n")
-    assert "metrics.jsonl:1: not a metrics record; fix or delete this line" in failing(capsys, run)
+    assert re.search(r"metrics.jsonl:1: not a metrics record \(.+\); fix or delete this line: .", failing(capsys, run))
 
 
 def test_only_regular_files_are_opened(write_run, tmp_path, capsys):

@@ -67,7 +67,7 @@ def json_lines(file: str | Path, *, end: int | None = None) -> Iterator[tuple[in
     """(line, object) of each record in a file, or in its first `end` bytes. Raises UserError for bad JSON."""
     if not Path(file).is_file():
         raise UserError(f"{file}: no such file")
-    for line, record in records(io.BufferedReader(io.BytesIO(Path(file).read_bytes()[:end])), str(file), skip_bad=True):
+    for line, record in records(io.BufferedReader(io.BytesIO(Path(file).read_bytes()[:end])), str(file)):
         if isinstance(record, BadRecord):
             raise UserError(f"{file}:{line + record.lines_down}: {record.reason}: {record.detail}")
         yield line, record

@@ -25,7 +25,7 @@ from typing import Any
 
 from minisft.data.conversation import Skip
 from minisft.errors import SHORT, UserError
-from minisft.formats.records import without_repetition
+from minisft.formats.records import WITH_NAN, from_json
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 GRADED = frozenset(("weight", "loss_weight"))  # weights in the loss: 0, or a number in RANGE
@@ -164,10 +164,7 @@ def parsed(value: Any, reason: str = "wrong fields") -> Any:
     if is_empty(value):
         return None
     try:
-        found = json.loads(value, object_pairs_hook=without_repetition) if isinstance(value, str) else value
-        if isinstance(value, str) and "\\u" in value:
-            json.dumps(found, ensure_ascii=False).encode("utf-8")
-        return found
+        return from_json(value, WITH_NAN) if isinstance(value, str) else value
     except UnicodeEncodeError:
         raise Skip("half of a surrogate pair in JSON text", value) from None
     except (ValueError, RecursionError):

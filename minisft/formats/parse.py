@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minisft.config import FORMATS
 from minisft.data.conversation import ANSWERS, Conversation, Skip, Skipped, Turn, checked
 from minisft.errors import UserError, printable
 from minisft.files import data_files
@@ -34,7 +35,6 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt", "completion"), ("prompt", "response")),
     "text": (("text",),),
 }
-FORMATS = tuple(FIELDS)
 
 COLUMNS = {  # what such columns are often called
     "instruction": ("question", "query", "instruction", "soru", "talimat", "istem"),
@@ -66,8 +66,8 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
     `columns` are pairs (field, column): what a field of the format is called here; a .txt file has no columns.
     Raises UserError at once for a file of another kind, and while iterating for its content.
     """
-    if format not in ("auto", *FORMATS):
-        raise UserError(f"data.format: unknown format {format!r} (choices: auto, {', '.join(FORMATS)})")
+    if format not in FORMATS:
+        raise UserError(f"data.format: unknown format {format!r} (choices: {', '.join(FORMATS)})")
     assert oasst in ("all", "best"), oasst
     mapping, files = Columns(columns), data_files(str(path))
     for file in files:
@@ -85,6 +85,9 @@ def read(path: str | Path, *, format: str = "auto", skip_bad: bool = False, oass
             with rows(source, skip_bad) as found:
                 for line, record in found:
                     if isinstance(record, BadRecord):
+                        if not skip_bad:
+                            raise UserError(f"{source}:{line + record.lines_down}: {record.reason}: {record.detail} "
+                                            "(remedy: fix the line or pass --data.skip_bad true)")
                         yield Skipped(record.reason, record.detail, source, line)
                         continue
                     for name in fields.ignored:  # before the format is known
@@ -115,7 +118,7 @@ def _detect(record: dict[str, Any], source: str, line: int, columns: Columns, fi
     """The one format whose fields the record has. Raises UserError, with a remedy, if none or several match."""
     turn = [name for name in ("role", "from") if record.get(name) is not None]
     for fields in ({name: value for name, value in record.items() if value is not None}, record):  # null may be padding
-        matches = [name for name in FORMATS if _has_fields(fields, name) and not (turn and name == "text")]
+        matches = [name for name in FIELDS if _has_fields(fields, name) and not (turn and name == "text")]
         if len(matches) == 1:
             return matches[0]
     columns.check_columns(f"{source}:{line}")
@@ -146,7 +149,7 @@ def _detect(record: dict[str, Any], source: str, line: int, columns: Columns, fi
         remedy = f"say which column is which field, as in --data.fields {shlex.quote(f'{{{table}}}')}"
         if len(files) > 1:
             remedy += f"; or, if this is no data, name a glob that leaves it out, such as *{Path(files[0]).suffix}"
-    known = "; ".join(f"{name}: {' or '.join(' + '.join(group) for group in FIELDS[name])}" for name in FORMATS)
+    known = "; ".join(f"{name}: {' or '.join(' + '.join(group) for group in FIELDS[name])}" for name in FIELDS)
     raise UserError(
         f"{source}:{line}: {'more than one' if matches else 'no'} format matches a record with the fields "
         f"{', '.join(map(shown, list(record)[:20])) or '(none)'}: {', '.join(matches) or 'none'} of [{known}] "

@@ -4,8 +4,8 @@
 
 The first byte tells an array from JSON lines. Both are cut into records first and parsed after, so every error has its
 file and line, one bad record can be passed over without losing the rest, and an array of any size streams. A record
-that is not JSON stops the run (or is handed on, with `skip_bad`); an array without its end always stops it, because
-nobody knows what else is missing.
+that is not JSON is handed on as a BadRecord; an array without its end stops the run, because nobody knows what else is
+missing.
 """
 
 import gzip
@@ -106,26 +106,16 @@ def document(file: File, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield 1, {"text": text}
 
 
-def records(file: File, source: str, skip_bad: bool, split: str = "") -> Iterator[Row]:
+def records(file: File, source: str, split: str = "") -> Iterator[Row]:
     """(line, object) of each record of an array or of JSON lines; the first byte tells which, because names often lie.
-    `split` names the array, in a file that is one object with several. With `skip_bad` a record that is not a JSON
-    object is a BadRecord; otherwise it raises UserError."""
+    `split` names the array, in a file that is one object with several."""
     file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
     start = 1 + _skip_blanks(file)
     if split:
         found = _array(file, source, _seek_split(file, source, split, start), inside=True)
     else:
         found = (_array if file.peek(1)[:1] == b"[" else _lines)(file, source, start)
-    return sound(((line, _parse(raw)) for line, raw in found), source, skip_bad)
-
-
-def sound(found: Iterator[Row], source: str, skip_bad: bool) -> Iterator[Row]:
-    """`found`, up to the first BadRecord, which raises UserError; with `skip_bad`, all of it."""
-    for line, record in found:
-        if isinstance(record, BadRecord) and not skip_bad:
-            raise UserError(f"{source}:{line + record.lines_down}: {record.reason}: {record.detail} "
-                            "(remedy: fix the line or pass --data.skip_bad true)")
-        yield line, record
+    return ((line, _parse(raw)) for line, raw in found)
 
 
 def _skip_blanks(file: File) -> int:
@@ -255,9 +245,7 @@ def _array(file: File, source: str, line: int, inside: bool = False) -> Iterator
 
 def _parse(raw: bytes) -> dict[str, Any] | BadRecord:
     try:
-        record = _DECODER.decode(raw.decode("utf-8"))
-        if b"\\u" in raw:  # only an escape can make half a surrogate pair, which no tokenizer could encode
-            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        record = from_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRecord("invalid UTF-8", _invalid_utf8(error), raw.count(b"\n", 0, error.start))
     except UnicodeEncodeError as error:
@@ -277,8 +265,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For JSON's parser: an object of these pairs. Raises ValueError if a key stands twice."""
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):  # the first of two values would be gone without a word
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {SHORT.repr(twice)} stands twice in an object")
@@ -286,7 +273,17 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # json.loads would build one for each record.
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=without_repetition)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_without_repetition)
+WITH_NAN = json.JSONDecoder(object_pairs_hook=_without_repetition)  # json.dumps writes a table's gaps as NaN
+
+
+def from_json(text: str, decoder: json.JSONDecoder = _DECODER) -> Any:
+    """The value of JSON text. Raises ValueError or RecursionError if it is none, if a key stands twice in an object,
+    for half of a surrogate pair, which no UTF-8 file could hold, and for NaN, unless the decoder is `WITH_NAN`."""
+    found = decoder.decode(text)
+    if "\\u" in text:  # only an escape can make half of a pair
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
 
 
 def _invalid_utf8(error: UnicodeDecodeError) -> str:

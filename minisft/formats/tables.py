@@ -29,8 +29,8 @@ def is_text(source: str) -> bool:
 
 @contextmanager
 def rows(source: str, skip_bad: bool) -> Iterator[Iterator[Row]]:
-    """Open a data file of any kind; (line, record) of each record. With `skip_bad` one that is damaged is a BadRecord;
-    otherwise it raises UserError. A file of another kind raises at once."""
+    """Open a data file of any kind; (line, record) of each record. Raises UserError at once for a file of another kind;
+    with `skip_bad`, one that does not begin like JSON has bad records instead."""
     file, split = file_and_split(source)
     name = file.lower().removesuffix(".gz")
     is_csv, is_table = name.endswith((".csv", ".tsv")), name.endswith(TABLES)
@@ -45,9 +45,9 @@ def rows(source: str, skip_bad: bool) -> Iterator[Iterator[Row]]:
         elif is_text(file):
             yield iter(records.document(opened, file))
         elif is_csv:
-            yield records.sound(_cells(opened, file, "\t" if name.endswith(".tsv") else ""), file, skip_bad)
+            yield _cells(opened, file, "\t" if name.endswith(".tsv") else "")
         else:
-            yield records.records(opened, source, skip_bad, split)
+            yield records.records(opened, source, split)
 
 
 def _cells(file: File, source: str, delimiter: str) -> Iterator[Row]:

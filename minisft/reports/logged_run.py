@@ -14,16 +14,18 @@ import json
 import os
 import reprlib
 import tomllib
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from minisft.errors import PATH, UserError, printable
+from minisft.formats.records import WITH_NAN, from_json
 
 SOURCE = {"name": str, "epoch": {"documents": int, "tokens": int, "target_tokens": int}}
 DATA = {"seq_len": int, "overlong": str, "lengths": [{"to": int, "kept": int, "too_long": int}], "packs": int,
@@ -32,6 +34,10 @@ DATA = {"seq_len": int, "overlong": str, "lengths": [{"to": int, "kept": int, "t
         "epoch_target_tokens": int}
 CONFIG = {"model?": {}, "data?": {"seq_len?": int}, "batch?": {"packs?": int}, "lora?": {"rank?": int},
           "optim?": {"lr?": float, "schedule?": str, "clip_norm?": float}, "eval?": {"forgetting_bound?": float}}
+# Fields that a run needs when it resumes and records its model; the loss may also be null.
+SHAPES = {"train": {"step": int, "tokens": int, "target_tokens": int, "seconds": float},
+          "eval": {"step": int, "name": str, "target_tokens": int, "forgetting?": float},
+          "stop": {"reason": str}}
 KINDS = {dict: "an object", list: "a list", int: "a whole number", float: "a number", str: "text"}
 LARGEST = 2**53  # fp64 skips whole numbers beyond it, and no figure of a run is as large
 
@@ -128,9 +134,10 @@ def _read_run(path: Path, name: str) -> LoggedRun:
     if not any((path / file).exists() for file in ("status.json", "metrics.jsonl", "config.toml")):
         wrong = "not a run folder (no status.json, metrics.jsonl or config.toml)" if path.is_dir() else "no such folder"
         raise UserError(f"{path}: {wrong}; name the folder of a run (run.dir)")
-    config = _read(path / "config.toml", CONFIG)
+    config, log = _read(path / "config.toml", CONFIG), path / "metrics.jsonl"
+    _check(log)
     kinds: dict[str, dict[tuple[int, str, str], Record]] = {"train": {}, "eval": {}, "sample": {}, "stop": {}}
-    for record in _records(log := path / "metrics.jsonl"):  # a step that was repeated replaces the earlier one
+    for record in read_log(path, strict=False):  # a step that was repeated replaces the earlier one
         key = (record["step"], str(record.get("name")), str(record.get("prompt")))
         kinds.get(str(record.get("kind")), {})[key] = record
     by_step = (sorted(found.values(), key=lambda record: record["step"]) for found in kinds.values())
@@ -216,24 +223,42 @@ def _status(path: Path) -> Record:
     return status
 
 
-def _records(log: Path) -> list[Record]:
-    """The records of a log. Its last line may be cut off: the run is writing it, or was killed."""
-    records = []
-    for number, line in enumerate(_text(log).split("\n")[:-1], 1):
-        record: Any = None
-        with suppress(ValueError, RecursionError):
-            record = _json(line)
-        if misfit(record, {"step": int, "sources?": {}}) or not all(map(is_number, record.get("sources", {}).values())):
-            raise UserError(f"{log}:{number}: not a metrics record; fix or delete this line: {line[:80]!r}")
-        records.append(record)
-    return records
+def read_log(folder: Path, *, strict: bool = True) -> list[Record]:
+    """The records in a run's `metrics.jsonl`; empty without one. Raises UserError for a line that is no record."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return []
+    with open(file, "rb") as log:
+        return [record for _, record in log_lines(log, file, strict=strict)]
+
+
+def log_lines(log: BinaryIO, file: Path, *, strict: bool = True) -> Iterator[tuple[bytes, Record]]:
+    """Each line and its record. The last line may be cut off: the run is writing it, or was killed. Unless `strict`,
+    other figures than the step may be missing or wrong, which a page shows as gaps."""
+    for number, line in enumerate(log, start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = from_json(line.decode(), WITH_NAN)
+            wrong = (misfit(record, {"step": int, "sources?": {}})
+                     or misfit([*record.get("sources", {}).values()], [float], "sources"))
+            if strict and not wrong:
+                json.dumps(record, allow_nan=False)  # or ValueError
+                wrong = (misfit(record, {"kind": str}) or misfit(record, SHAPES.get(record["kind"], {}))
+                         or misfit(record.get("loss") or 0, float, "loss"))
+        except (ValueError, RecursionError):
+            wrong = "not JSON"
+        if wrong:
+            raise UserError(f"{file}:{number}: not a metrics record ({wrong}); fix or delete this line: "
+                            f"{line[:80].decode(errors='replace').rstrip()!r}")
+        yield line, record
 
 
 def _read(file: Path, shape: Record) -> Record:
     """The content of `file`, checked against `shape`; {} if the file is missing or empty."""
     text, wrong = _text(file), ""
     try:
-        found = (tomllib.loads if file.suffix == ".toml" else _json)(text) if text else {}
+        found = (tomllib.loads if file.suffix == ".toml" else from_json)(text) if text else {}
         wrong = misfit(found, shape) if found != {} else ""
     except (ValueError, RecursionError) as error:
         wrong = f"not {file.suffix[1:].upper()} ({error})"
@@ -242,15 +267,11 @@ def _read(file: Path, shape: Record) -> Record:
     return found
 
 
-def _json(text: str) -> Any:
-    """Raises ValueError or RecursionError for text that is not JSON, or that no page could hold."""
-    found = json.loads(text)
-    if "\\u" in text:
-        json.dumps(found, ensure_ascii=False).encode()  # fails on half of a surrogate pair
-    return found
+def _check(file: Path) -> None:
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: not a regular file; delete it to get a report without it")
 
 
 def _text(file: Path) -> str:
-    if file.exists() and not file.is_file():
-        raise UserError(f"{file}: not a regular file; delete it to get a report without it")
+    _check(file)
     return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""

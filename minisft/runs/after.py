@@ -19,12 +19,12 @@ from minisft.files import delete
 from minisft.model.llama import DTYPES
 from minisft.prepare import adapters_of
 from minisft.reports.data_report import figures
+from minisft.reports.logged_run import read_log
 from minisft.runs import best, resume
 from minisft.runs.assemble import Run
 from minisft.runs.failure import watch
 from minisft.runs.metrics import Monitor, progress
 from minisft.runs.preemption import Preemption
-from minisft.runs.run_dir import read_log
 from minisft.training import parallel
 
 Done = frozenset[tuple[str, str]]  # ("eval", name), ("sample", ""), ("stop", ""), ("exports", ""), ("best", "")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,27 @@ class Run:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """See `resume_fingerprint`."""
-        return resume_fingerprint(self.config, self.prepared, self.base.network, self.base.source)
+        """What must stay the same when a run resumes, or it would have other batches or train something else."""
+        config, prepared, base = self.config, self.prepared, self.base.source
+        frozen = {}
+        if config.lora.rank and base:  # as JSON, where a tuple is a list
+            frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
+            frozen |= {"lora.targets": list(config.lora.targets)}
+        scale = {"train.fp8_scale": config.train.fp8_scale} if config.train.precision == "fp8" else {}
+        # Forgetting is measured against the loss at step 0, on the same documents.
+        limit = {"eval.max_tokens": config.eval.max_tokens} if config.eval.max_tokens else {}
+        # Losses of other files cannot be compared; `resume` lets a set come or go.
+        held_out = {f"{HELD_OUT}{name}": [store.key for store in dataset.stores]
+                    for name, dataset in prepared.evals.items()}
+        keys = ("data.replay_ratio", "data.eval_fraction", "data.seq_len", "data.overlong", "data.dedup",
+                "data.shuffle", "data.train_on", "batch.packs", "train.seed", "train.precision", "optim.parameters",
+                "optim.moments")
+        return {**frozen, **scale, **limit, **held_out, **{key: attrgetter(key)(config) for key in keys},
+                "base": weights.fingerprint(base) if base else "random",
+                "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
+                "packing": packing.VERSION, "data.replay": [source.path for source in config.data.replay],
+                "template": prepared.renderer.template.name, "tokenizer": prepared.tokenizer.sha256,
+                "model": self.base.network.to_dict(dtype="float32")}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -200,32 +220,6 @@ def check_finite(tensors: Mapping[str, Tensor], world: World, when: str, remedy:
     if names := sorted({name for each in found for name in each}):
         raise NumericsError(f"weights {when} are NaN or infinite: {', '.join(names[:10])}"
                             f"{f' and {len(names) - 10} more' * (len(names) > 10)}; {remedy}")
-
-
-def resume_fingerprint(config: Config, prepared: Prepared, model_config: LlamaConfig,
-                       base: weights.WeightSource | None) -> dict[str, Any]:
-    """What must stay the same when a run resumes, or it would have other batches or train something else."""
-    frozen = {}
-    if config.lora.rank and base:  # as JSON, where a tuple is a list
-        frozen = {f"lora.{name}": value for name, value in asdict(config.lora).items()}
-        frozen |= {"lora.targets": list(config.lora.targets)}
-    scale = {"train.fp8_scale": config.train.fp8_scale} if config.train.precision == "fp8" else {}
-    # Forgetting is measured against the loss at step 0, on the same documents.
-    limit = {"eval.max_tokens": config.eval.max_tokens} if config.eval.max_tokens else {}
-    # Losses of other files cannot be compared; `resume` lets a set come or go.
-    held_out = {f"{HELD_OUT}{name}": [store.key for store in dataset.stores]
-                for name, dataset in prepared.evals.items()}
-    return {**frozen, **scale, **limit, **held_out, "base": weights.fingerprint(base) if base else "random",
-            "data": [store.key for store in prepared.train.stores], "weights": list(prepared.weights),
-            "packing": packing.VERSION,
-            "data.replay": [source.path for source in config.data.replay],
-            "data.replay_ratio": config.data.replay_ratio, "data.eval_fraction": config.data.eval_fraction,
-            "data.seq_len": config.data.seq_len, "data.overlong": config.data.overlong,
-            "data.dedup": config.data.dedup, "data.shuffle": config.data.shuffle, "data.train_on": config.data.train_on,
-            "template": prepared.renderer.template.name, "tokenizer": prepared.tokenizer.sha256,
-            "batch.packs": config.batch.packs, "train.seed": config.train.seed,
-            "train.precision": config.train.precision, "optim.parameters": config.optim.parameters,
-            "optim.moments": config.optim.moments, "model": model_config.to_dict(dtype="float32")}
 
 
 def room_needed(config: Config, model: Llama, steps: int) -> int:

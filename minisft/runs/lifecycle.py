@@ -27,6 +27,7 @@ from minisft.model.flops import peak_flops
 from minisft.model.weights import check_folder
 from minisft.prepare import prepare
 from minisft.reports.data_report import describe, figures
+from minisft.reports.logged_run import read_log
 from minisft.runs import assemble, best, resume, summary
 from minisft.runs.after import AfterStep, export_as, is_due, record_of_model
 from minisft.runs.assemble import Run, check_finite, check_ranks, fill, open_base, open_run
@@ -34,7 +35,7 @@ from minisft.runs.failure import fail, guarded, listen, watch
 from minisft.runs.metrics import Monitor, memory_gib
 from minisft.runs.preemption import Preemption, Stopped
 from minisft.runs.profile import profiled
-from minisft.runs.run_dir import RunDir, read_log
+from minisft.runs.run_dir import RunDir
 from minisft.training import parallel
 from minisft.training.checkpoint import SavedState, Saver, saved_checkpoints, set_aside
 from minisft.training.loop import StepResult, planned_steps, training_steps

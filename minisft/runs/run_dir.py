@@ -13,50 +13,18 @@ import fcntl
 import json
 import os
 import tomllib
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from minisft.config import Config
 from minisft.errors import UserError
-from minisft.reports.logged_run import is_number, misfit
+from minisft.reports.logged_run import log_lines, read_log
 from minisft.training.checkpoint import saved_checkpoints
 
-# Fields that a run needs when it resumes and records its model; the loss may also be null.
-SHAPES = {"train": {"step": int, "tokens": int, "target_tokens": int, "seconds": float},
-          "eval": {"step": int, "name": str, "target_tokens": int, "forgetting?": float},
-          "stop": {"reason": str}}
 # A run would overwrite these.
 OURS = ("config.toml", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "best", "final", "profile")
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records in a run's `metrics.jsonl`; empty without one. Raises UserError for a line that is no record."""
-    file = folder / "metrics.jsonl"
-    if not file.exists():
-        return []
-    with open(file, "rb") as log:
-        return [record for _, record in _records(log, file)]
-
-
-def _records(log: BinaryIO, file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line and its record, except a last line that a crash cut off."""
-    for number, line in enumerate(log, start=1):
-        if not line.endswith(b"\n"):
-            return
-        try:
-            record = json.loads(line)
-            json.dumps(record, allow_nan=False)
-            wrong = misfit(record, {"kind": str, "step": int}) or misfit(record, SHAPES.get(record["kind"], {}))
-            if not wrong and record["kind"] in SHAPES and not is_number(record.get("loss") or 0):
-                wrong = "loss is not a number"
-        except (ValueError, RecursionError):
-            wrong = "not JSON"
-        if wrong:
-            raise UserError(f"{file}:{number}: not a metrics record ({wrong.strip()}); fix or delete this line")
-        yield line, record
 
 
 class RunDir:
@@ -153,7 +121,7 @@ class RunDir:
         file, last = self.path / "metrics.jsonl", 0
         if file.exists():
             with suppress(UserError, OSError), open(file, "rb") as log:
-                for _, record in _records(log, file):
+                for _, record in log_lines(log, file):
                     last = max(last, record["step"])
         return last
 
@@ -165,7 +133,7 @@ class RunDir:
             return 0
         steps = set()
         with open(file, "rb") as old, open(partial, "wb") as new:
-            for line, record in _records(old, file):
+            for line, record in log_lines(old, file):
                 if record["step"] <= step:
                     new.write(line)
                     steps |= {record["step"]} if record["kind"] == "train" else set()

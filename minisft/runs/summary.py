@@ -29,9 +29,9 @@ from minisft.errors import PATH, printable
 from minisft.export.provenance import training_record
 from minisft.formats.jinja import recognize, written
 from minisft.prepare import adapters_of
+from minisft.reports.logged_run import read_log
 from minisft.runs import best
 from minisft.runs.assemble import Run
-from minisft.runs.run_dir import read_log
 
 Record = dict[str, Any]
 
