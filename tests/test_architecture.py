@@ -85,7 +85,7 @@ def test_no_two_public_names_are_the_same():
 
 
 def test_the_package_is_short():
-    assert lines(FILES) <= 14_785
+    assert lines(FILES) <= 14_738
 
 
 @pytest.mark.parametrize("name", FILES)
