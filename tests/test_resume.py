@@ -457,11 +457,12 @@ def test_every_step_of_a_checkpoint_is_in_the_log(base, tmp_path, monkeypatch, u
 
 @pytest.mark.parametrize(("line", "wrong"), [
     ("no JSON", "not JSON"), ("[1]", "it is [1], expected an object"), ('{"kind": "train"}', "step is missing"),
-    ('{"step": "1"}', "kind is missing"), ('{"kind": "x", "step": "1"}', "step is '1', expected a whole number"),
+    ('{"step": 1}', "kind is missing"), ('{"kind": "x", "step": "1"}', "step is '1', expected a whole number"),
     ('{"kind": "train", "step": 1, "loss": 2.0}', "tokens is missing"),
     ('{"kind": "train", "step": 1, "tokens": 9, "target_tokens": 9, "seconds": NaN}', "not JSON"),
     ('{"kind": "eval", "step": 1, "loss": 2.0, "target_tokens": 3}', "name is missing"),
-    ('{"kind": "eval", "step": 1, "name": "a", "loss": "low", "target_tokens": 3}', "loss is not a number"),
+    ('{"kind": "eval", "step": 1, "name": "a", "loss": "low", "target_tokens": 3}',
+     "loss is 'low', expected a number"),
     ("\xff", "not JSON")])
 def test_a_broken_line_in_the_log_is_named(base, tmp_path, monkeypatch, capsys, line, wrong):
     run_until_death(monkeypatch, options(base, tmp_path, **SMALL), step=4)
@@ -470,7 +471,8 @@ def test_a_broken_line_in_the_log_is_named(base, tmp_path, monkeypatch, capsys, 
     file.write_text("\n".join([first, line, *others, '{"kind": "tra']), encoding="latin-1")  # and a last one cut off
     monkeypatch.setattr(weights, "load", lambda *args: pytest.fail("the model was read"))
     assert main(options(base, tmp_path, **SMALL)) == 2
-    message = f"{file}:2: not a metrics record ({wrong}); fix or delete this line"
+    shown = line.replace("\xff", "\N{REPLACEMENT CHARACTER}")[:80]
+    message = f"{file}:2: not a metrics record ({wrong}); fix or delete this line: {shown!r}"
     assert message in capsys.readouterr().err
     assert json.loads((tmp_path / "run/status.json").read_text()) == {
         "state": "failed", "exit_code": 2, "step": 1, "error": message}
