@@ -121,7 +121,7 @@ def prepare(config: Config, *, quiet: bool = False, verify: bool = False) -> Pre
     weights = _weights(config, train)
     plan = Plan(train.lengths, train.num_loss_tokens, seq_len=data.seq_len, packs_per_step=config.batch.packs,
                 epochs=config.train.epochs, max_steps=config.train.max_steps, seed=config.train.seed,
-                shuffle=data.shuffle, weights=weights[train.store_of], loss_weights=train.loss_weights)
+                shuffle=data.shuffle, passes=weights[train.store_of], loss_weights=train.loss_weights)
     network = PRESETS.get(config.model.config) if config.model.init == "random" else None
     file = Path(config.model.config if config.model.init == "random" else config.model.path)
     file = file / "config.json" if file.is_dir() else file

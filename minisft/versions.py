@@ -10,8 +10,7 @@ import torch
 
 TESTED = ("2.11", "2.13", "2.14")
 
-_parts = torch.__version__.split(".")
-VERSION = int(_parts[0]), int(_parts[1])
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 # 2.11's FSDP2 cannot shard byte tensors such as packed NF4 weights (runs/assemble.py rejects them).
 SHARDS_BYTES = VERSION >= (2, 13)

@@ -117,7 +117,7 @@ def test_each_copy_of_a_document_in_a_step_draws_bits_of_its_own(weights, ranks,
     """And the same ones on any number of ranks, and in whatever packs the copies lie."""
     documents, times = Documents([[1] * (n % 4 + 1) for n in range(len(weights) + 1)]), np.array([4.0, *weights])
     plans = [Plan(documents.lengths, documents.num_loss_tokens, seq_len=seq_len, packs_per_step=packs, epochs=1,
-                  seed=seed, weights=times)
+                  seed=seed, passes=times)
              for seq_len, packs, seed in ((8, packs_per_step, 0), (8, 10**6, 1), (40, 10**6, 2))]
     here = drawn(documents, plans[0])
     assert all(count == 1 for step in here for count in step.values())

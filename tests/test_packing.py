@@ -252,7 +252,7 @@ def test_weights_repeat_and_sample_documents() -> None:
     """Weight 2 comes twice, 0.5 in every other epoch on average, and always from the same draw for the same epoch."""
     lengths = np.full(2000, 10)
     weights = np.repeat([2.0, 0.5, 1.0, 1.25], 500)
-    plan = Plan(lengths, lengths, seq_len=100, packs_per_step=4, epochs=2, weights=weights)
+    plan = Plan(lengths, lengths, seq_len=100, packs_per_step=4, epochs=2, passes=weights)
     times = np.bincount(plan.epoch(0).documents, minlength=2000).reshape(4, 500)
     assert (times[0] == 2).all()
     assert (times[2] == 1).all()
@@ -260,21 +260,21 @@ def test_weights_repeat_and_sample_documents() -> None:
     assert set(times[3]) == {1, 2}
     assert times[1].mean() == pytest.approx(0.5, abs=0.08)
     assert times[3].mean() == pytest.approx(1.25, abs=0.08)
-    again = Plan(lengths, lengths, seq_len=100, packs_per_step=4, epochs=2, weights=weights)
+    again = Plan(lengths, lengths, seq_len=100, packs_per_step=4, epochs=2, passes=weights)
     assert np.array_equal(again.epoch(1).documents, plan.epoch(1).documents)
     assert not np.array_equal(np.bincount(plan.epoch(1).documents, minlength=2000).reshape(4, 500), times)
 
 
 def test_weights_that_leave_nothing_are_refused() -> None:
     with pytest.raises(UserError, match=r"weights of the sources in data\.train are too small"):
-        Plan(np.array([5]), np.array([5]), seq_len=10, packs_per_step=1, epochs=1, weights=np.array([1e-9]))
+        Plan(np.array([5]), np.array([5]), seq_len=10, packs_per_step=1, epochs=1, passes=np.array([1e-9]))
 
 
 @pytest.mark.parametrize(("weights", "shuffle"), [(None, True), (None, False), (2.5, True), (0.3, True)])
 @pytest.mark.parametrize("max_steps", [1, 40, 200, None])
 def test_the_steps_are_those_of_all_epochs_packed_one_after_another(weights, shuffle, max_steps):
     lengths = realistic(150)
-    options = {"seed": 3, "shuffle": shuffle, "weights": None if weights is None else np.full(len(lengths), weights)}
+    options = {"seed": 3, "shuffle": shuffle, "passes": None if weights is None else np.full(len(lengths), weights)}
     plan = plan_of(lengths, seq_len=2048, packs_per_step=2, epochs=12, max_steps=max_steps, **options)
     places = [(epoch, first) for epoch in range(12)
               for first in range(0, len(pack_epoch(lengths, seq_len=2048, epoch=epoch, **options)), 2)]
@@ -293,5 +293,5 @@ def test_more_epochs_than_can_be_counted_are_refused_at_once():
     assert plan_of(lengths, seq_len=2048, packs_per_step=8, epochs=10**6, max_steps=most).total_steps == most
     with pytest.raises(UserError, match="lower it, or set"):
         plan_of(lengths, seq_len=2048, packs_per_step=8, epochs=10**6, max_steps=most + 1)
-    few = plan_of([5] * 40, epochs=10**6, max_steps=50, weights=np.full(40, 0.5))
+    few = plan_of([5] * 40, epochs=10**6, max_steps=50, passes=np.full(40, 0.5))
     assert few.total_steps == 50

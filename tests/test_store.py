@@ -792,7 +792,7 @@ def test_many_random_documents_survive_the_round_trip(opened, renderer, tmp_path
     conversations = [c for c in read(tmp_path / "data.jsonl") if isinstance(c, Conversation)]
     expected = plain_documents(renderer, conversations)
     assert store.tokens.tolist() == [token for ids, _ in expected for token in ids]
-    assert store.loss_mask.tolist() == [int(t) for _, trained in expected for t in trained]
+    assert store.codes.tolist() == [int(t) for _, trained in expected for t in trained]
     assert store.offsets.tolist() == [0, *np.cumsum([len(ids) for ids, _ in expected]).tolist()]
 
 

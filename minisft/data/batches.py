@@ -52,7 +52,7 @@ class MicroBatch:
     target_at: Tensor  # (N,) int64: ... after these positions
     document_ids: Tensor  # (T,) int32: which document a token is in, for the dropout of adapters; -1: padding
     target_weights: Tensor | None = None  # (N,) float64: of the targets in the loss; None: all 1
-    ranks: int = 1  # share the stream: tensors are one rank's part of it, lengths and cu_seqlens those of the whole
+    ranks: int = 1  # how many share the stream: tensors are one's part of it, lengths and cu_seqlens those of the whole
 
     @property
     def longest(self) -> int:
@@ -89,7 +89,7 @@ class Step:
     epoch: int  # from 0
     micro_batches: list[MicroBatch]
     tokens: int
-    target_tokens: int
+    target_tokens: int  # sum of `num_loss_tokens` of the step's documents
     target_weight: float | None  # the sum of the targets' weights in the loss; None if the data has no weights
 
     @property
@@ -114,7 +114,7 @@ def micro_batch(dataset: TokenDocuments, documents: list[int], *, size: int = 1,
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
     weights = np.concatenate([loss_weights for _, loss_weights in parts])
-    trained = np.flatnonzero(weights)  # never a document's first token
+    trained = np.flatnonzero(weights)  # never a document's first token, which has weight 0: Renderer.encode, Store.part
     weighted = weights.dtype == np.float64  # see TokenDocuments
     ids = np.array([*documents, *[-1] * (len(parts) - len(documents))], dtype=np.int64).astype(np.int32)
     tensor = torch.from_numpy
@@ -166,9 +166,10 @@ def steps(dataset: TokenDocuments, plan: Plan, *, start: int = 0, rank: int = 0,
           micro_packs: int = 1, fixed: bool = False,
           device: torch.device | None = None) -> Generator[Step, None, None]:
     """Steps `start`, `start` + 1, ... of the plan, as `rank` of `ranks` sees them; nothing before is read. Every
-    `context` neighbouring ranks share their micro-batches. With `fixed`, every micro-batch has `micro_packs` full packs
-    of tokens, for a network that is compiled for one shape. If `device` is a GPU they are in pinned memory. Close the
-    generator if you leave it early: it has a thread."""
+    `context` neighbouring ranks share their micro-batches. Accumulation follows: P packs on R streams take ceil(ceil(P
+    / R) / `micro_packs`) micro-batches, and a rank that runs out of packs gets padding. With `fixed`, every micro-batch
+    has `micro_packs` full packs of tokens, for a network that is compiled for one shape. If `device` is a GPU they are
+    in pinned memory. Close the generator if you leave it early: it has a thread."""
     on_gpu = device is not None and device.type == "cuda"
 
     def make() -> Iterator[Step]:

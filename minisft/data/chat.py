@@ -22,7 +22,6 @@ Tool calls are answers and are trained on; tool definitions and tool results are
 
 import json
 import re
-import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
@@ -34,7 +33,7 @@ import numpy as np
 from minisft.data.conversation import ANSWERS, Conversation, Skipped, Turn
 from minisft.data.templates import BUILTIN, TOOLS, Template
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import UserError
+from minisft.errors import SHORT, UserError
 
 VERSION = 7  # raise it when reading, rendering or near duplicates change, or old stores would be opened
 Array = np.ndarray
@@ -47,7 +46,7 @@ class Piece(NamedTuple):
     control: bool
     trained: float  # its weight in the loss; 0: not trained
     answer: bool = False  # the model's own text: tokenised by itself, as it is generated, trained or not
-    of_template: tuple[str, ...] = ()  # the parts of the text that are the template's
+    of_template: tuple[str, ...] = ()  # parts of the text that are the template's: for reports
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Renderer:
             reason, names = "an argument of a built-in tool is not text", wrong
         else:
             return found
-        return Skipped(reason, reprlib.repr(names)[:200], found.source, found.line)
+        return Skipped(reason, SHORT.repr(names)[:200], found.source, found.line)
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """The rendered conversation, which must be `renderable`. Neighbouring texts are one piece, except answers and
@@ -160,6 +159,7 @@ class Renderer:
     def prompt(self, turns: tuple[Turn, ...]) -> list[int]:
         """Token ids of `turns`, up to where the assistant's answer begins."""
         rendered = self._rendered(Conversation(turns, source="", line=0))
+        # With the mask of training: texts are merged where it is the same, and merged texts have other tokens.
         answer = self.split(self.template.assistant[0], self.train_on == "all")
         prompt = self.encode([_merged(chain(rendered, answer))])
         text = prompt.ids[prompt.controls < 0]

@@ -54,7 +54,7 @@ class Dataset:
             else:
                 _skip(store, report, "held out", held)
         wanted = held_out if only_held_out else [~held for held in held_out]
-        left_out = data.overlong in ("drop", "split")  # what is too long is; so a copy of it that fits must stay
+        left_out = data.overlong in ("drop", "split")  # then a near copy of what is too long stays
         fit = [mask & ~(_too_long(store, data) & left_out) for store, mask in zip(stores, wanted, strict=True)]
         exactly = _repeated([store.hashes for store in stores], fit)
         nearly = _repeated([store.near_duplicate_hashes for store in stores], fit)
@@ -152,8 +152,8 @@ def _fit(store: Store, report: SourceReport, wanted: Array, data: DataConfig) ->
     lengths, num_loss_tokens = np.diff(store.offsets), store.num_loss_tokens.copy()
     loss_weights, weighted_tokens = store.loss_weights.copy(), store.weighted_tokens
     wanted_loss_tokens = int(num_loss_tokens[wanted].sum())
-    long = _too_long(store, data)
-    split, long = (np.flatnonzero(wanted & mask) for mask in ((lengths > data.seq_len) & ~long, long))
+    is_long = _too_long(store, data)
+    split, long = (np.flatnonzero(wanted & mask) for mask in ((lengths > data.seq_len) & ~is_long, is_long))
     too_long = lengths[long]
     if len(long) and data.overlong == "error":
         raise UserError("{}:{}".format(*store.origin(long[0])) + f": {too_long[0]} tokens, but data.seq_len is "

@@ -2,6 +2,8 @@
 
     documents, shuffled -> bundles of short ones -> packs of at most seq_len tokens, shuffled -> even steps
 
+`Plan`, at the end, is what others use. Read it first, and the algorithms before it when you doubt it.
+
 The plan is a pure function of the documents' lengths, the seed and the epoch. So every rank knows, without
 communication, what each step holds and how many tokens it trains on, and the position in a run is one number, the step.
 The packs of an epoch are spread evenly over as few steps as batch.packs allows: of 65 packs, steps of at most 32 get
@@ -36,16 +38,16 @@ SLACK = 0.0005  # the share of extra packs that bundles may cost, for the better
 Array = np.ndarray
 
 
-def draw_copies(weights: Array, lengths: Array, random: np.random.Generator) -> Array:
-    """weights (n,), lengths (n,) in tokens -> (n,) int64: how often each document appears in an epoch. With weight
-    2.3 every document appears twice, and a sample of 30% once more, drawn anew in each epoch. Each document is in it
+def draw_copies(passes: Array, lengths: Array, random: np.random.Generator) -> Array:
+    """passes (n,), lengths (n,) in tokens -> (n,) int64: how often each document appears in an epoch. With 2.3
+    passes every document appears twice, and a sample of 30% once more, drawn anew in each epoch. Each document is in it
     with exactly that probability, whatever its length, and the tokens are right to within one document, the longest;
     independent draws would miss by much more."""
-    times = np.floor(weights).astype(np.int64)
-    part = weights - times
-    each = np.unique(weights[part > 0])  # 0.5 and 1.5 are sampled apart, so that each is right by itself
-    for share, weight in sorted(zip((each - np.floor(each)).tolist(), each.tolist(), strict=True)):
-        group = random.permutation(np.flatnonzero(weights == weight))
+    times = np.floor(passes).astype(np.int64)
+    part = passes - times
+    each = np.unique(passes[part > 0])  # 0.5 and 1.5 are sampled apart, so that each is right by itself
+    for share, number in sorted(zip((each - np.floor(each)).tolist(), each.tolist(), strict=True)):
+        group = random.permutation(np.flatnonzero(passes == number))
         times[_sample(group[np.argsort(-lengths[group], kind="stable")], share, random)] += 1
     return times
 
@@ -168,15 +170,15 @@ class Place(NamedTuple):
 
 class Plan:
     """All steps of a run over documents with lengths (n,), each 1 to `seq_len`, and `num_loss_tokens` (n,) each.
-    `weights` (n,) are passes over each document in an epoch, 1 by default; `loss_weights` (n,) are sums of the weights
+    `passes` (n,) are those over each document in an epoch, 1 by default; `loss_weights` (n,) are sums of the weights
     of its tokens in the loss, by default `num_loss_tokens`. A step has `packs_per_step` packs or fewer, sizes within an
     epoch differ by at most one, and no step spans two epochs. Epochs are packed when a step of them is asked for, or if
     needed to count the steps. Raises UserError if that would take more than MOST_EPOCHS."""
 
     def __init__(self, lengths: Array, num_loss_tokens: Array, *, seq_len: int, packs_per_step: int, epochs: int,
-                 max_steps: int | None = None, seed: int = 0, shuffle: bool = True, weights: Array | None = None,
+                 max_steps: int | None = None, seed: int = 0, shuffle: bool = True, passes: Array | None = None,
                  loss_weights: Array | None = None):
-        self.lengths, self.num_loss_tokens, self.weights = lengths, num_loss_tokens, weights
+        self.lengths, self.num_loss_tokens, self.passes = lengths, num_loss_tokens, passes
         self.loss_weights = num_loss_tokens if loss_weights is None else loss_weights
         self.seq_len, self.packs_per_step, self.seed, self.shuffle = seq_len, packs_per_step, seed, shuffle
         self._epochs, self._lock = epochs, threading.Lock()
@@ -186,17 +188,17 @@ class Plan:
             raise UserError("no document appears in the first epoch: the weights of the sources in data.train are too "
                             "small; raise them")
         # Packing every epoch only to count its steps would be slow, and `max_steps` may well come before the last.
-        # Documents of weight 1 and more appear in every epoch, so an epoch has at least this many steps:
-        sure = lengths if weights is None else lengths * np.floor(weights).astype(np.int64)
-        least = -(-int(sure.sum()) // (seq_len * packs_per_step))
-        if max_steps is not None and max_steps <= least * epochs:
+        # Documents of one pass and more appear in every epoch, so an epoch has at least this many steps:
+        sure = lengths if passes is None else lengths * np.floor(passes).astype(np.int64)
+        fewest = -(-int(sure.sum()) // (seq_len * packs_per_step))
+        if max_steps is not None and max_steps <= fewest * epochs:
             self.total_steps = max_steps
             return
-        if max_steps is not None and not least:
+        if max_steps is not None and not fewest:  # less than one pass over each: only packing tells
             self._count(min(epochs, MOST_EPOCHS), max_steps)
         if epochs > MOST_EPOCHS and (max_steps is None or self._first_step[-1] < max_steps):
             raise UserError(f"train.epochs = {epochs}: the steps of more than {MOST_EPOCHS:,} epochs are not counted; "
-                            f"lower it, or set train.max_steps to at most {max(least * epochs, self._first_step[-1])}")
+                            f"lower it, or set train.max_steps to at most {max(fewest * epochs, self._first_step[-1])}")
         self._count(epochs, max_steps)
         self.total_steps = min(max_steps or self._first_step[-1], self._first_step[-1])
 
@@ -213,8 +215,8 @@ class Plan:
         """The packs of epoch `epoch` (from 0). Without `shuffle`, packs follow each other as their first documents do,
         and the documents of a pack are within a window."""
         random, order = np.random.default_rng((self.seed, epoch)), np.arange(len(self.lengths))
-        if self.weights is not None:
-            order = np.repeat(order, draw_copies(self.weights, self.lengths, random))
+        if self.passes is not None:
+            order = np.repeat(order, draw_copies(self.passes, self.lengths, random))
         if self.shuffle:
             order = random.permutation(order)
             pack = pack_documents(self.lengths[order], self.seq_len)

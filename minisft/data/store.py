@@ -139,7 +139,7 @@ class Store:
             if has_weights:
                 self._first_row = np.searchsorted(self.weight_rows["document"], np.arange(len(self) + 1))
             if len(self):  # an empty file cannot be mapped; slicing a plain array is ten times as fast as a memmap
-                self.tokens, self.loss_mask = (np.asarray(np.memmap(folder / name, dtype, "r")) for name, dtype in
+                self.tokens, self.codes = (np.asarray(np.memmap(folder / name, dtype, "r")) for name, dtype in
                                                (("tokens.bin", np.uint32), ("trained.bin", np.uint8)))
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno not in LOST:  # "permission denied" is not damage
@@ -182,7 +182,7 @@ class Store:
         start, table = int(self.offsets[index]) + first, NO_TABLE
         if len(self.weight_rows) and len(rows := self.weight_rows[slice(*self._first_row[index : index + 2].tolist())]):
             table = np.append(0.0, rows["weight"])
-        return self.tokens[start : start + length], self.loss_mask[start : start + length], table
+        return self.tokens[start : start + length], self.codes[start : start + length], table
 
     def _read(self, index: int, first: int, length: int, digest: int) -> tuple[Array, Array]:
         tokens, codes, table = self._slice(index, first, length)
@@ -398,11 +398,11 @@ _LOWER = bytes(range(256)).lower()
 _DROPPED = bytes(byte for byte in range(128) if _KEPT[byte] is None)
 
 
-def _hash(tokens: Any, loss_mask: Any, table: Any) -> int:
+def _hash(tokens: Any, codes: Any, table: Any) -> int:
     """64 bits of the token ids, the mask and the different weights of a document or a part of it, each contiguous in
     memory."""
     digest = hashlib.blake2b(tokens, digest_size=8)
-    digest.update(loss_mask)
+    digest.update(codes)
     digest.update(table)
     return int.from_bytes(digest.digest(), "little")
 

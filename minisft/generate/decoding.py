@@ -153,7 +153,8 @@ class CachedDecoder:
         weight = model.model.embed_tokens.weight
         self.model, self.config = model, model.config
         self.dtype = torch.float32 if weight.is_cpu else weight.dtype  # of everything except the weights
-        self.layers = [Layer(block, self.dtype, packed=packed) for block in model.blocks]
+        blocks = (block for block in model.model.layers if isinstance(block, Block))
+        self.layers = [Layer(block, self.dtype, packed=packed) for block in blocks]
         self.norm = model.model.norm.weight.to(self.dtype)
         self.head = weight if self.config.tie_word_embeddings else model.lm_head.weight
 

@@ -55,7 +55,7 @@ class Documents:
     positions: Tensor  # (T,) int64: position of each token in its own document
     longest: int  # tokens of the longest document, found once for all layers
     ids: Tensor | None = None  # (T,) int32: a number of each token's document; the network itself does not use it
-    ranks: int = 1  # share the stream (context.py): tokens, positions and ids are one rank's part, of T / ranks
+    ranks: int = 1  # how many share the stream (context.py): tokens, positions and ids are one's part, of T / ranks
 
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu") -> "Documents":
@@ -302,11 +302,6 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:  # a tied model has one matrix, and one name for it
             self.lm_head = Head(config)
-
-    @property
-    def blocks(self) -> list[Block]:
-        """The layers, first to last."""
-        return [block for block in self.model.layers if isinstance(block, Block)]
 
     def forward(self, tokens: Tensor, documents: Documents, readout: Callable[[Tensor, Tensor], Tensor],
                 cache: KeysValues | None = None) -> Tensor:

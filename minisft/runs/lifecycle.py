@@ -149,7 +149,7 @@ def finish(run: Run, run_dir: RunDir | None, *, last: int | None, stop_requested
 
 def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None) -> int | None:
     """Take the steps of the plan after `saved`, with their evaluations and checkpoints. Returns the last step if the
-    run is complete: evaluated, and the plan's last or the one where eval.stop_on ends it."""
+    run is complete: evaluated, and the plan's last or the one where eval.stop_on ends it; None if it was stopped."""
     config, world, total = run.config, run.world, run.prepared.plan.total_steps
     number = start = saved.step if saved else 0
     saver = Saver(run.folder / "checkpoints", world, keep=config.checkpoint.keep)
@@ -161,7 +161,7 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
         complete, after = False, AfterStep(run, monitor, preemption)
         with suppress(Stopped):
             after.step(start, done=after.done(start) if start else frozenset())
-            watch(config.parallel.timeout)
+            watch(config.parallel.timeout)  # the timer of a hang starts
             if config.lora.dropout:
                 adapters.set_step(run.model, config.train.seed, start)
             monitor.resume()
@@ -179,7 +179,7 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
                 if config.lora.dropout:
                     adapters.set_step(run.model, config.train.seed, number)
                 if number < total:
-                    preemption.check(world.device)
+                    preemption.check(world.device)  # raises Stopped on all ranks, one step late
                 monitor.resume()
             complete = number == total or bool(after.ended)
         if after.ended:
@@ -189,7 +189,7 @@ def run_steps(run: Run, preemption: Preemption, saved: SavedState | None = None)
         finish_save(run, saver)
         if complete:
             after.keep_best(resumable=False)
-    if not complete and world.is_main:  # below the bar
+    if not complete and world.is_main:  # after the bar was closed
         without = ", without checkpoint.resume = never," * (config.checkpoint.resume == "never")
         print(f"saved step {number}; the same command{without} resumes from there" if number else
               "stopped before the first step; the same command starts again", flush=True)

@@ -48,7 +48,9 @@ def training_steps(model: nn.Module, optimizer: AdamW, dataset: TokenDocuments, 
             loss_sum = torch.zeros((), device=world.device)
             for batch in step.micro_batches:
                 loss = batch_loss(model, batch, world.device, step.denominator, config.optim, compiled=compiled)
-                loss.backward()  # adds to .grad: sums over micro-batches and, in FSDP, over ranks; never means
+                # Adds to .grad: sums over micro-batches and, in FSDP, over ranks; never means. FSDP sums after each
+                # micro-batch: kept until the last one, gradients would be whole and in fp32 on every rank.
+                loss.backward()
                 loss_sum += loss.detach()
             grad_norm = optimizer.clip(config.optim.clip_norm)  # 0: only measures
             optimizer.step()  # and drops the gradients

@@ -112,15 +112,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     rows.copy_(gradient).scatter_(-1, at, at_target)
                     total += loss
             # A single product may be rounded at once; a sum of several is rounded when it is complete.
-            direct = grad_x is None or (words_at_once == len(weight) and grad_x.dtype == dtype)
-            sum_x = grad_x if direct else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            in_fp32 = grad_x is not None and (words_at_once < len(weight) or grad_x.dtype != dtype)
+            sum_x = torch.empty(x.shape, dtype=torch.float32, device=x.device) if in_fp32 else grad_x
             for start in range(0, len(weight), words_at_once):
                 words = slice(start, start + words_at_once)
                 if sum_x is not None:
                     _add_product(sum_x, logits[:, words], matrix[words], begins=start == 0)
                 if grad_weight is not None:
                     _add_product(grad_weight[words], logits[:, words].T, x, begins=i == 0)
-            if grad_x is not None and sum_x is not grad_x:
+            if grad_x is not None and in_fp32:
                 grad_x.copy_(sum_x)
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         return total

@@ -189,7 +189,7 @@ def shard(model: Llama, world: World, parallel: ParallelConfig, dtype: torch.dty
     for block in model.model.layers:
         fully(block)
     if not model.config.tie_word_embeddings:
-        for matrix in (model.model.embed_tokens, model.lm_head):  # their gradients do not need their values
+        for matrix in (model.model.embed_tokens, model.lm_head):  # their backward passes do not read them
             fully(matrix).set_unshard_in_backward(False)
     fully(model)
     if parallel.prefetch:
