@@ -53,7 +53,7 @@ def test_a_longer_plan_begins_with_the_shorter_one(weights):
     random = np.random.default_rng(0)
     lengths = random.integers(1, 300, 400)
     weights = random.choice([0.3, 1.0, 2.5], 400) if weights else None
-    settings = {"seq_len": 512, "packs_per_step": 7, "seed": 5, "weights": weights}
+    settings = {"seq_len": 512, "packs_per_step": 7, "seed": 5, "passes": weights}
     short, long = (Plan(lengths, lengths, epochs=epochs, **settings) for epochs in (2, 5))
     capped = Plan(lengths, lengths, epochs=5, max_steps=short.total_steps - 3, **settings)
     assert capped.total_steps < short.total_steps < long.total_steps
