@@ -218,7 +218,7 @@ class Renderer:
                 yield from split(template.tools_system, around)
                 if builtin:
                     yield from split(template.builtin_system[0], around)
-                    names = [name for name in builtin if name != "code_interpreter"]  # that one is not named
+                    names = [name for name in builtin if name != "code_interpreter"]  # `tools_system` says that
                     yield Piece(", ".join(names), False, around)
                     yield from split(template.builtin_system[1], around)
             if i == first_user and conversation.tools:
