@@ -111,14 +111,15 @@ def test_compiled_gradients_are_eager_ones(world, monkeypatch, setting, recomput
                            for compiled in (False, True))
     assert eager.keys() == compiled.keys()
     # In bf16 each is rounded in its own way (2.11's inductor keeps some fp32 all the same), so both are held to fp32.
-    # Inductor's rounding costs the adapters up to 2.1 times as much as eager's on an AMD EPYC.
+    # On an AMD EPYC inductor's rounding costs bf16 adapters up to 2.1 times as much as eager's.
+    most = 3 if backend == "inductor" and setting == "LoRA in bf16" else 1.5
     exact = eager if SETTINGS[setting][0] == "fp32" else gradients(
         world, setting, recompute, compiled=False, sharded=sharded, precision="fp32")
     for name, expected in exact.items():
         assert expected.any(), f"{name}: nothing to compare"
         rounded = (eager[name] - expected).norm()
         slack = 1e-5 if exact is eager else 2**-9  # half of bf16's precision: eager's one loss may be right by chance
-        assert (compiled[name] - expected).norm() <= slack * expected.norm() + 3 * rounded, name
+        assert (compiled[name] - expected).norm() <= slack * expected.norm() + most * rounded, name
         assert rounded < 0.5 * expected.norm(), name
 
 
